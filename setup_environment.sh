@@ -1,0 +1,88 @@
+# shellcheck shell=bash
+# Sourced by the shell scripts: finds or makes a Python environment with what requirements*.txt ask for.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# has_requirements PYTHON FILE...: whether that interpreter's environment satisfies the requirement files.
+has_requirements() {
+    "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+assert sys.version_info >= (3, 11)
+for path in sys.argv[1:]:
+    for line in open(path):
+        if line.strip() and not line.startswith("#"):
+            wanted = Requirement(line.strip())
+            try:
+                found = version(wanted.name)
+            except PackageNotFoundError:
+                sys.exit(1)
+            if not wanted.specifier.contains(found, prereleases=True):
+                sys.exit(1)
+PYTHON
+}
+
+# set_up_environment FILE...: sets PYTHON to an interpreter whose environment satisfies the requirement files:
+# that of the active venv or conda environment if it does already, else that of .venv, which is made and filled
+# with the versions of constraints.txt. Where it finds all in place it installs nothing.
+set_up_environment() {
+    local files=("$@") active venv="$root/.venv" file
+    for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
+        if [[ -n "$active" ]] && has_requirements "$active/bin/python" "${files[@]}"; then
+            PYTHON="$active/bin/python"
+            return
+        fi
+    done
+    PYTHON="$venv/bin/python"
+    if has_requirements "$PYTHON" "${files[@]}"; then
+        return
+    fi
+    echo "Setting up $venv; the first time takes some minutes" >&2
+    if [[ ! -x "$PYTHON" ]]; then
+        local base
+        for base in python3 python3.13 python3.12 python3.11 ""; do
+            if [[ -z "$base" ]]; then
+                echo "error: Python 3.11 or newer is needed, and neither python3 nor python3.11 to 3.13 is one" >&2
+                exit 2
+            fi
+            if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+                break
+            fi
+        done
+        "$base" -m venv "$venv"
+    fi
+    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
+    if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
+        "${pip[@]}" --index-url "$TORCH_INDEX_URL" torch
+    fi
+    for file in "${files[@]}"; do
+        if [[ "$file" == *embedded* ]]; then
+            "${pip[@]}" --no-deps --requirement "$file"
+        else
+            "${pip[@]}" --requirement "$file"
+        fi
+    done
+    has_requirements "$PYTHON" "${files[@]}" || { echo "error: $venv is incomplete; delete it and try again" >&2; exit 2; }
+}
+
+# cuda_devices: prints the names of the CUDA devices that torch sees, a line each. Stops where the machine has an
+# NVIDIA GPU that torch does not see: a run would silently take the CPU.
+cuda_devices() {
+    local driver names
+    names=$("$PYTHON" -c 'import torch
+for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_name(i))')
+    if [[ -z "$names" && -z "${CUDA_VISIBLE_DEVICES+set}" ]] && driver=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null) && [[ -n "$driver" ]]; then
+        {
+            echo "error: nvidia-smi sees a GPU ($(head -1 <<<"$driver"), $(nvidia-smi | grep -o 'CUDA Version: [0-9.]*'))," \
+                "torch does not ($("$PYTHON" -c 'import torch; print(torch.__version__, "built for CUDA", torch.version.cuda)'))."
+            echo "Install a torch built for this driver: delete $root/.venv, set TORCH_INDEX_URL to the wheel index for your"
+            echo "CUDA version (pytorch.org, Get Started, shows it), and run this again. For a run on the CPU: CUDA_VISIBLE_DEVICES= $0"
+        } >&2
+        exit 2
+    fi
+    echo -n "$names"
+}
