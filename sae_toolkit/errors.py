@@ -1,0 +1,12 @@
+"""The one exception that is for the person at the keyboard."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake its reader can mend.
+
+    The message is one line: the flag or file, what was found there, and what to do. Scripts print it
+    without a traceback and exit with status 2. Anything else that is raised is a bug and keeps its
+    traceback.
+    """

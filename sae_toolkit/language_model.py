@@ -1,0 +1,246 @@
+"""A Transformers causal language model, read and replaced at one hook.
+
+The layers are Transformers' own (SDPA attention, no key-value cache); hooks go by TransformerLens's names,
+which is what other SAE tools look for in a saved SAE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from sae_toolkit.errors import UserError
+
+# TransformerLens name within a block -> (submodule of the layer, whether the hook is its input or its output).
+# Those with a submodule need a layer laid out as Llama's is: elsewhere the same names mean other tensors.
+_BLOCK_HOOKS = {
+    "hook_resid_pre": ("", "input"),
+    "hook_resid_post": ("", "output"),
+    "hook_resid_mid": ("post_attention_layernorm", "input"),
+    "hook_attn_out": ("self_attn", "output"),
+    "hook_mlp_out": ("mlp", "output"),
+    "attn.hook_z": ("self_attn.o_proj", "input"),
+    "mlp.hook_post": ("mlp.down_proj", "input"),
+}
+_LLAMA_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class _HookReached(Exception):
+    """Ends a forward pass at the hook."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A place in a model: the input or output of one module."""
+
+    name: str
+    module: nn.Module
+    side: str  # "input" or "output"
+    layer: int | None  # the decoder layer that it is in or is; None for a module outside the layers
+
+
+def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
+    """The list of a causal language model's decoder layers, wherever its architecture keeps it."""
+    n_layers = config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise UserError(f"--model_name: {type(model).__name__} has no list of {n_layers} decoder layers to hook")
+
+
+def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str) -> Hook:
+    """Finds a hook by its TransformerLens name or by a Transformers module name (its output).
+
+    Args:
+        model: the causal language model, on any device (`meta` will do).
+        config: the model's configuration.
+        hook_name: `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
+            `hook_attn_out`, `hook_mlp_out`, `attn.hook_z`, `mlp.hook_post`; or a module of the
+            Transformers model, such as `model.layers.12`.
+
+    Raises:
+        UserError: the model has no such hook.
+    """
+    layers = decoder_layers(model, config)
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
+    if block is None:
+        modules = dict(model.named_modules())
+        if hook_name not in modules:
+            raise UserError(
+                f"--hook_name {hook_name}: not of the form blocks.LAYER.hook_resid_post, and not a module of"
+                f" {type(model).__name__}"
+            )
+        module = modules[hook_name]
+        inside = (i for i, layer in enumerate(layers) if any(module is child for child in layer.modules()))
+        return Hook(hook_name, module, "output", next(inside, None))
+
+    layer, name = int(block[1]), block[2]
+    if layer >= len(layers):
+        raise UserError(f"--layer {layer}: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
+    if name not in _BLOCK_HOOKS:
+        known = ", ".join(_BLOCK_HOOKS)
+        raise UserError(f"--hook_name {hook_name}: known within a block are {known}")
+    submodule, side = _BLOCK_HOOKS[name]
+    if submodule and {child for child, _ in layers[layer].named_children()} != _LLAMA_LAYER:
+        raise UserError(
+            f"--hook_name {hook_name}: only resid_pre and resid_post are known for {type(layers[layer]).__name__};"
+            " name the Transformers module instead"
+        )
+    return Hook(hook_name, layers[layer].get_submodule(submodule), side, layer)
+
+
+def hook_width(config: PreTrainedConfig, hook_name: str) -> int:
+    """Width d_in of the activations at a hook, from the model's shapes alone (no weights).
+
+    Raises:
+        UserError: the model has no such hook.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    hook = find_hook(model, config, hook_name)
+    if isinstance(hook.module, nn.Linear):
+        return hook.module.in_features if hook.side == "input" else hook.module.out_features
+    return config.get_text_config().hidden_size
+
+
+@dataclass
+class HookState:
+    """What a full forward pass leaves for the passes that start at the hook."""
+
+    acts_BTD: torch.Tensor
+    layer_input_BTD: torch.Tensor | None
+
+
+class LanguageModel:
+    """A causal language model with one hook.
+
+    Shapes: B sequences, T tokens each, D the width at the hook, V the vocabulary. Activations have the
+    model's dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, hook_name: str) -> None:
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        self.config: PreTrainedConfig = model.config
+        self.layers = decoder_layers(model, self.config)
+        self.hook = find_hook(model, self.config, hook_name)
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
+
+    def keep_only_up_to_hook(self) -> None:
+        """Frees the layers after the hook and the output head. `activations` still works, nothing else."""
+        if self.hook.layer is not None:
+            del self.layers[self.hook.layer + 1 :]
+        self.model = cast(PreTrainedModel, self.model.base_model)
+
+    @torch.no_grad()
+    def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Activations at the hook, [B, T, D]. Nothing after the hook is computed."""
+        reached: list[torch.Tensor] = []
+
+        def stop(acts: torch.Tensor) -> None:
+            reached.append(acts)
+            raise _HookReached
+
+        with self._at_hook(stop), suppress(_HookReached):
+            self.model(tokens_BT.to(self.device), use_cache=False)
+        return _flat_heads(reached[0])
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
+        """Logits [B, T, V] of the unchanged model, and what `logits_from_hook` needs to start at the hook."""
+        seen: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(self._at_hook(lambda acts: seen.update(acts=acts)))
+            if self.hook.layer is not None:
+                layer = self.layers[self.hook.layer]
+                stack.enter_context(_hooked(layer, "input", lambda hidden: seen.update(layer_input=hidden)))
+            logits = self.model(tokens_BT.to(self.device), use_cache=False).logits
+        return logits, HookState(_flat_heads(seen["acts"]), seen.get("layer_input"))
+
+    @torch.no_grad()
+    def logits_from_hook(self, tokens_BT: torch.Tensor, state: HookState, acts_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] with `acts_BTD` in place of the model's own activations at the hook.
+
+        The layers before the hook are not run again.
+
+        Args:
+            tokens_BT: the tokens that `state` came from.
+            state: from `logits`.
+            acts_BTD: what stands in at the hook, in any floating dtype.
+        """
+        acts = acts_BTD.to(self.dtype)
+        with ExitStack() as stack:
+            layer = self.hook.layer
+            if layer is None:
+                stack.enter_context(self._at_hook(lambda _: acts))
+            else:
+                for lower in self.layers[:layer]:
+                    stack.enter_context(_forward_replaced(lower, lambda hidden: hidden))
+                if self.hook.module is self.layers[layer] and self.hook.side == "output":
+                    stack.enter_context(_forward_replaced(self.layers[layer], lambda _: acts))
+                else:
+                    stack.enter_context(_hooked(self.layers[layer], "input", lambda _: state.layer_input_BTD))
+                    stack.enter_context(self._at_hook(lambda _: acts))
+            return self.model(tokens_BT.to(self.device), use_cache=False).logits
+
+    def _at_hook(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+        return _hooked(self.hook.module, self.hook.side, function)
+
+
+def _flat_heads(acts: torch.Tensor) -> torch.Tensor:
+    return acts.flatten(2) if acts.ndim > 3 else acts
+
+
+@contextmanager
+def _hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Calls `function` with a module's first input or output; what it returns, if not None, takes its place."""
+
+    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = function(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = function(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+        new = function(output[0] if isinstance(output, tuple) else output)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = (
+        module.register_forward_pre_hook(on_input, with_kwargs=True)
+        if side == "input"
+        else module.register_forward_hook(on_output)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _forward_replaced(layer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Makes a decoder layer return `function` of the hidden states that it is given, and compute nothing."""
+
+    def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return function(hidden_states)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward

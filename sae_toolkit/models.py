@@ -1,0 +1,150 @@
+"""Finds a language model by name and loads it: a Hugging Face id, a directory, a GGUF file or the embedded one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.util import dtype_to_str
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from sae_toolkit.embedded import EMBEDDED_MODEL, embedded_model_file
+from sae_toolkit.errors import UserError
+from sae_toolkit.hub import check_repository
+from sae_toolkit.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, checked, with nothing of its weights loaded yet."""
+
+    name: str
+    config: PreTrainedConfig
+    location: dict[str, Any]  # arguments of Transformers' from_pretrained
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest context that the model was made for, in tokens, if its configuration says."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def find_model(name: str, model_kwargs: dict[str, Any] | None = None) -> ModelSource:
+    """Finds a model and reads its configuration.
+
+    Args:
+        name: a Hugging Face id, a directory that Transformers saved, a GGUF file, or `embedded:smollm2-135m`.
+        model_kwargs: more arguments for `from_pretrained`, such as `revision`.
+
+    Raises:
+        UserError: there is no such model, it may not be read, or Transformers does not know its architecture.
+    """
+    model_kwargs = model_kwargs or {}
+    location = _locate(name) | {k: model_kwargs[k] for k in ("revision", "subfolder") if k in model_kwargs}
+    try:
+        config = AutoConfig.from_pretrained(**location)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model_name {name}: {' '.join(str(error).split())[:200]}") from None
+    return ModelSource(name, config, location, model_kwargs)
+
+
+def _locate(name: str) -> dict[str, Any]:
+    if name == EMBEDDED_MODEL:
+        file = embedded_model_file()
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    if name.startswith("embedded:"):
+        raise UserError(f"--model_name {name}: the only embedded model is {EMBEDDED_MODEL}")
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model_name {name}: no such file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return {"pretrained_model_name_or_path": str(path)}
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) != 1:
+            raise UserError(f"--model_name {name}: the directory holds neither config.json nor one .gguf file")
+        return {"pretrained_model_name_or_path": str(path), "gguf_file": gguf_files[0].name}
+    if path.exists():
+        raise UserError(f"--model_name {name}: this file is not a model; give a directory or a .gguf file")
+    return {"pretrained_model_name_or_path": check_repository(name, "model", "--model_name")}
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer.
+
+    Raises:
+        UserError: it has none that Transformers can load, or one without a BOS and an EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.location)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model_name {source.name}: no tokenizer: {' '.join(str(error).split())[:200]}") from None
+    if tokenizer.bos_token_id is None:
+        # As TransformerLens does: models without a BOS token start their contexts with EOS.
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"--model_name {source.name}: the tokenizer has neither a BOS nor an EOS token")
+        tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_language_model(source: ModelSource, hook_name: str, device: str, dtype: torch.dtype) -> LanguageModel:
+    """Loads a model's weights onto a device.
+
+    Raises:
+        UserError: the weights are missing or damaged, or the model has no such hook.
+    """
+    log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **source.location, config=source.config, dtype=dtype, device_map=device, **source.model_kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name {source.name}: {' '.join(str(error).split())[:200]}") from None
+    return LanguageModel(model, hook_name)
+
+
+def choose_device(device: str) -> str:
+    """The device to run on: `auto` is the first CUDA device, else the CPU.
+
+    Raises:
+        UserError: a CUDA device was asked for that torch does not see.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise UserError(f"--device {device}: must be cpu, cuda, cuda:N or auto")
+    parsed = torch.device(device)
+    if parsed.type == "cuda":
+        n_devices = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (parsed.index or 0) >= n_devices:
+            raise UserError(
+                f"--device {device}: torch {torch.__version__} sees {n_devices} CUDA devices on this machine;"
+                " use --device cpu, or install a torch built for this machine's driver (README, Troubleshooting)"
+            )
+    return device
+
+
+def choose_lm_dtype(dtype: str, device: str) -> torch.dtype:
+    """The language model's dtype: `auto` is bfloat16 where the hardware computes in it, else float32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.device(device).type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        has_bfloat16 = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -1,0 +1,136 @@
+"""Real parts, loaded once: the embedded model, its tokenizer, and a tiny model of random weights for errors."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# No test reaches the network: a closed port stands where the hub would be.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from sae_toolkit.embedded import EMBEDDED_MODEL
+from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.models import ModelSource, find_model, load_language_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+HOOK = "blocks.12.hook_resid_post"
+
+
+@dataclass
+class Outcome:
+    """How a script ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture(scope="session")
+def embedded_source() -> ModelSource:
+    return find_model(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_source: ModelSource) -> PreTrainedTokenizerBase:
+    return load_tokenizer(embedded_source)
+
+
+@pytest.fixture(scope="session")
+def language_model(embedded_source: ModelSource) -> LanguageModel:
+    """The embedded model, whole, in float32."""
+    return load_language_model(embedded_source, HOOK, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Directory of a Llama of random weights: 4 layers, width 32, contexts up to 128, the embedded tokenizer."""
+    path = tmp_path_factory.mktemp("tiny_model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def script(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs a script's main program in this process (importing SAELens anew takes seconds)."""
+
+    def run(name: str, *flags: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        captured = capfd.readouterr()
+        code = exit_info.value.code
+        return Outcome(code if isinstance(code, int) else 1, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 paragraphs, about 60,000 tokens."""
+    path = tmp_path_factory.mktemp("text") / "paragraphs.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}: " + " ".join(str(i * j) for j in range(12)) for i in range(2000)))
+    return path
+
+
+@pytest.fixture
+def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[object]:
+    """Flags of a run of a second: the tiny model, a tiny SAE, two steps."""
+    flags = {
+        "model_name": tiny_model,
+        "layer": 1,
+        "dataset_path": text_file,
+        "context_size": 64,
+        "expansion_factor": 4,
+        "training_tokens": 2048,
+        "n_batches_in_buffer": 16,
+        "checkpoint_path": tmp_path / "checkpoints",
+        "wandb_mode": "disabled",
+        "device": "cpu",
+        "lm_dtype": "float32",
+        "set": "n_batches_for_norm_estimate=1",
+    }
+    return [part for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def run_process(*command: object, timeout: float = 300, **environment: str) -> Outcome:
+    """Runs a command as a process of its own, in the project's root."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
