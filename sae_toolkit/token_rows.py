@@ -1,0 +1,154 @@
+"""Text to rows of tokens: every row is one context of the language model, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+from sae_lens.pretokenize_runner import get_special_token_from_cfg
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from sae_lens.util import get_special_token_ids
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.text import Document, HeldOutSplit, TextSource
+
+_DOCUMENTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ContextFormat:
+    """How documents are packed into contexts. SAELens's fields of the same names say the same."""
+
+    context_size: int
+    prepend_bos: bool = True
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    disable_concat_sequences: bool = False
+
+
+def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids that SAELens's `exclude_special_tokens` leaves out: all that are special, those given, or none."""
+    if exclude is True:
+        return tuple(sorted(get_special_token_ids(tokenizer)))
+    return tuple(exclude or ())
+
+
+def token_rows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    context: ContextFormat,
+    *,
+    tokenized: bool,
+    flag: str,
+) -> Iterator[np.ndarray]:
+    """Packs documents into rows of `context.context_size` token ids.
+
+    Each row starts with exactly one BOS, also where the tokenizer adds its own. Documents follow one another
+    with a separator between them; the incomplete last row is dropped. Rows that are token ids already are
+    used as they are, cut to the context.
+
+    Raises:
+        UserError: a tokenized row is shorter than the context.
+    """
+    if tokenized:
+        for row in documents:
+            if len(row) < context.context_size:
+                raise UserError(
+                    f"--context_size {context.context_size}: {flag} holds tokenized rows of {len(row)} tokens"
+                )
+            yield np.asarray(row[: context.context_size], dtype=np.int64)
+        return
+    for row in concat_and_batch_sequences(
+        tokens_iterator=_token_ids(documents, tokenizer),
+        context_size=context.context_size,
+        begin_batch_token_id=tokenizer.bos_token_id if context.prepend_bos else None,
+        begin_sequence_token_id=None,
+        sequence_separator_token_id=get_special_token_from_cfg(context.sequence_separator_token, tokenizer),
+        disable_concat_sequences=context.disable_concat_sequences,
+    ):
+        yield row.numpy()
+
+
+def _token_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
+    documents = iter(documents)
+    while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+        for ids in tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+            if ids:
+                yield torch.tensor(ids)
+
+
+def collect_training_rows(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    context: ContextFormat,
+    positions: PositionFilter,
+    held_out: HeldOutSplit,
+    *,
+    training_tokens: int,
+    flag: str = "--dataset_path",
+) -> np.ndarray:
+    """Tokenizes the documents that are not held out, until they hold enough positions to train on.
+
+    Returns:
+        [n_rows, context_size] token ids. Where the data set has them, 2% more rows than `training_tokens`
+        takes, since massive activations are left out later.
+
+    Raises:
+        UserError: the data set holds fewer positions to train on than `training_tokens`.
+    """
+    documents = (document for document in source.documents() if not held_out.holds_out(document))
+    rows: list[np.ndarray] = []
+    n_positions = 0
+    with tqdm(total=training_tokens, desc="Tokenizing", unit="tok", unit_scale=True, leave=False) as progress:
+        for row in token_rows(documents, tokenizer, context, tokenized=source.tokenized, flag=flag):
+            rows.append(row.astype(np.uint32))
+            kept = int(positions.keeps_tokens(row[None]).sum())
+            n_positions += kept
+            progress.update(kept)
+            if n_positions >= 1.02 * training_tokens:
+                break
+    if n_positions < training_tokens:
+        raise UserError(
+            f"{flag} {source.name}: too small: {n_positions:,} tokens to train on (contexts of"
+            f" {context.context_size}, {held_out.fraction:.0%} held out), and --training_tokens asks for"
+            f" {training_tokens:,}"
+        )
+    return np.stack(rows)
+
+
+def collect_evaluation_rows(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    context: ContextFormat,
+    held_out: HeldOutSplit | None,
+    *,
+    n_rows: int,
+    seed: int,
+    flag: str = "--dataset",
+) -> np.ndarray:
+    """Tokenizes documents that the SAE did not train on and draws rows from them.
+
+    Args:
+        held_out: the split that the SAE was trained with; None where the data set is another one.
+        n_rows: how many rows to draw, at most.
+        seed: of the draw, which is from the first 4 x `n_rows` rows.
+
+    Returns:
+        [at most n_rows, context_size] token ids.
+
+    Raises:
+        UserError: there is not one row.
+    """
+    documents = (d for d in source.documents() if held_out is None or held_out.holds_out(d))
+    rows = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized, flag=flag), 4 * n_rows))
+    if not rows:
+        which = "its held-out documents hold" if held_out else "it holds"
+        raise UserError(f"{flag} {source.name}: {which} no context of {context.context_size} tokens")
+    order = np.random.default_rng(seed).permutation(len(rows))[:n_rows]
+    return np.stack([rows[i] for i in order]).astype(np.uint32)

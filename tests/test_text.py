@@ -1,0 +1,177 @@
+"""Text is found by name in every form it comes in, and the documents held out of training stay out of it."""
+
+import json
+import random
+
+import datasets
+import numpy as np
+import pytest
+
+from sae_toolkit.embedded import EMBEDDED_TEXT
+from sae_toolkit.errors import UserError
+from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.text import HeldOutSplit, open_text
+from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, collect_training_rows, token_rows
+
+BOS = 1
+TEXTS = [f"Document {i} tells of {word}." for i, word in enumerate(["rivers", "kings", "trees", "stars"] * 5)]
+
+
+@pytest.fixture(scope="module")
+def wikipedia():
+    return list(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents())
+
+
+def write_forms(directory):
+    """The same documents as a file or directory of each kind."""
+    data = datasets.Dataset.from_dict({"text": TEXTS, "number": list(range(len(TEXTS)))})
+    forms = {suffix: directory / f"data{suffix}" for suffix in (".txt", ".jsonl", ".csv", ".parquet")}
+    forms[".txt"].write_text("\n\n".join(TEXTS))
+    data.to_json(forms[".jsonl"])
+    data.to_csv(forms[".csv"], index=False)
+    data.to_parquet(forms[".parquet"])
+    forms["saved"] = directory / "saved"
+    data.save_to_disk(forms["saved"])
+    forms["saved_splits"] = directory / "saved_splits"
+    datasets.DatasetDict(train=data, test=data.take(1)).save_to_disk(forms["saved_splits"])
+    forms["text_directory"] = directory / "texts"
+    forms["text_directory"].mkdir()
+    for i, text in enumerate(TEXTS):
+        (forms["text_directory"] / f"{i:02}.txt").write_text(text)
+    return forms
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_every_form_of_local_data_gives_the_same_documents(tmp_path, streaming):
+    for form, path in write_forms(tmp_path).items():
+        source = open_text(str(path), flag="--dataset_path", streaming=streaming)
+        assert list(source.documents()) == TEXTS, form
+        assert (source.column, source.split, source.tokenized) == ("text", "train", False), form
+
+
+def test_a_data_set_of_several_configurations_works_as_typed(tmp_path):
+    """Laid out as wikitext is on the hub: two configurations, three splits."""
+    for config in ("big", "small"):
+        for split in ("train", "test", "validation"):
+            file = tmp_path / config / f"{split}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(json.dumps({"text": f"{config} {split} {i}"}) + "\n" for i in range(3)))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {config}\n  data_files:\n"
+            + "".join(f"  - split: {s}\n    path: {config}/{s}.jsonl\n" for s in ("train", "test", "validation"))
+            for config in ("big", "small")
+        )
+        + "---\n"
+    )
+    found = open_text(str(tmp_path), flag="--dataset_path")
+    assert (found.config, found.split) == ("big", "train")
+    assert next(iter(found.documents())) == "big train 0"
+    held_out = open_text(str(tmp_path), flag="--dataset", config="small", preferred_splits=("test", "train"))
+    assert next(iter(held_out.documents())) == "small test 0"
+    with pytest.raises(UserError, match="--dataset_config medium: .* has big, small"):
+        open_text(str(tmp_path), flag="--dataset_path", config="medium")
+    with pytest.raises(UserError, match="--dataset_split dev: .* has train, test, validation"):
+        open_text(str(tmp_path), flag="--dataset_path", split="dev")
+
+
+def test_the_text_column_is_found_or_refused(tmp_path):
+    file = tmp_path / "news.jsonl"
+    file.write_text(json.dumps({"id": 7, "headline": "Short", "body": "A much longer text than the headline"}) + "\n")
+    assert open_text(str(file), flag="--dataset_path").column == "body"
+    assert open_text(str(file), flag="--dataset_path", column="headline").column == "headline"
+    with pytest.raises(UserError, match="--text_column story: .* has the columns id, headline, body"):
+        open_text(str(file), flag="--dataset_path", column="story")
+    with pytest.raises(UserError, match="--text_column id: .* it holds int"):
+        open_text(str(file), flag="--dataset_path", column="id")
+
+
+def test_a_fallback_is_taken_only_where_it_was_allowed(tmp_path):
+    file = tmp_path / "other.txt"
+    file.write_text("Some text.")
+    with pytest.raises(UserError, match=r"--dataset nowhere\.jsonl"):
+        open_text("nowhere.jsonl", flag="--dataset")
+    source = open_text("nowhere.jsonl", flag="--dataset", fallback=str(file))
+    assert (source.name, source.fallback_from) == (str(file), "nowhere.jsonl")
+
+
+def test_the_split_survives_reordering_and_is_of_the_asked_size(wikipedia):
+    documents = [f"Text number {i}" for i in range(20_000)]
+    split = HeldOutSplit(0.1, seed=3)
+    held_out = {d for d in documents if split.holds_out(d)}
+    random.Random(0).shuffle(documents)
+    assert {d for d in documents if split.holds_out(d)} == held_out
+    assert abs(len(held_out) / len(documents) - 0.1) < 5 * (0.1 * 0.9 / len(documents)) ** 0.5
+    assert {d for d in documents if HeldOutSplit(0.1, seed=4).holds_out(d)} != held_out
+    assert not any(HeldOutSplit(0.0, seed=3).holds_out(d) for d in documents)
+
+
+def test_no_held_out_text_is_trained_on(wikipedia, tokenizer):
+    """Every row of either side is found word for word in a document of that side, and in none of the other."""
+    source = open_text(EMBEDDED_TEXT, flag="--dataset_path")
+    context, split = ContextFormat(64), HeldOutSplit(0.2, seed=0)
+    training = collect_training_rows(
+        source, tokenizer, context, PositionFilter((BOS,), 1), split, training_tokens=40_000
+    )
+    held_out = collect_evaluation_rows(source, tokenizer, context, split, n_rows=200, seed=0)
+    sides = {
+        True: "\n\n".join(d for d in wikipedia if split.holds_out(d)),
+        False: "\n\n".join(d for d in wikipedia if not split.holds_out(d)),
+    }
+    for rows, side in ((training, False), (held_out, True)):
+        for row in rows:
+            pieces = np.split(row, np.flatnonzero(row == BOS))
+            piece = tokenizer.decode(max(pieces, key=len)[8:-8]).strip("\ufffd")  # half a character at an end
+            assert piece in sides[side]
+            assert piece not in sides[not side] or len(piece) < 60
+
+
+@pytest.mark.parametrize("adds_its_own", [False, True])
+def test_a_context_starts_with_exactly_one_bos(tokenizer, adds_its_own):
+    if adds_its_own:  # as Llama-3's tokenizer does, by its post-processor
+        from copy import deepcopy
+
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)]
+        )
+        assert tokenizer("rivers")["input_ids"][0] == BOS
+    rows = list(token_rows(TEXTS * 10, tokenizer, ContextFormat(48), tokenized=False, flag="--dataset_path"))
+    assert len(rows) > 20
+    for row in rows:
+        assert row[0] == BOS
+        assert row[1] != BOS
+        assert not ((row[1:] == BOS) & (row[:-1] == BOS)).any()
+
+
+def test_tokenized_rows_are_used_as_they_are(tmp_path, tokenizer):
+    rows = [[(7 * i + j) % 1000 + 3 for j in range(20)] for i in range(50)]
+    path = tmp_path / "tokenized"
+    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(path)
+    source = open_text(str(path), flag="--dataset_path")
+    assert source.tokenized
+    split = HeldOutSplit(0.3, seed=0)
+    collected = collect_training_rows(
+        source, tokenizer, ContextFormat(16), PositionFilter((BOS,), 1), split, training_tokens=100
+    )
+    expected = [row[:16] for row in rows if not split.holds_out(row)]
+    assert collected.tolist() == expected[: len(collected)]
+    with pytest.raises(UserError, match="--context_size 32: .* holds tokenized rows of 20 tokens"):
+        list(token_rows(rows, tokenizer, ContextFormat(32), tokenized=True, flag="--dataset_path"))
+
+
+def test_too_little_text_is_said_with_both_numbers(tmp_path, tokenizer):
+    file = tmp_path / "small.txt"
+    file.write_text("\n\n".join(TEXTS))
+    with pytest.raises(UserError, match=r"too small: \d+ tokens .*--training_tokens asks for 5,000"):
+        collect_training_rows(
+            open_text(str(file), flag="--dataset_path"),
+            tokenizer,
+            ContextFormat(16),
+            PositionFilter((BOS,), 1),
+            HeldOutSplit(0.0, 0),
+            training_tokens=5_000,
+        )
