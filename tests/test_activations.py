@@ -1,0 +1,110 @@
+"""The stream serves every activation it should, once a pass, shuffled as SAELens shuffles, and can be resumed."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from sae_lens.training.mixing_buffer import mixing_buffer
+
+from sae_toolkit.activations import ActivationStream, ShuffleBuffer
+from sae_toolkit.errors import UserError
+from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.position_filter import PositionFilter
+
+SPECIAL = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_language_model(find_model(str(tiny_model)), "blocks.2.hook_resid_post", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rows_NT():
+    rows = np.random.default_rng(0).integers(3, 40_000, (60, 32)).astype(np.uint32)
+    rows[:, 0] = 1
+    rows[::7, 12] = 2
+    return rows
+
+
+def stream(model, rows_NT, total=1_600, positions=None, **changes):
+    settings = {"batch_size": 64, "buffer_size": 8 * 31, "mix_fraction": 0.5, "rows_per_forward": 4}
+    settings |= {"seed": 0, "dtype": torch.float32} | changes
+    return ActivationStream(model, rows_NT, positions or PositionFilter(SPECIAL, 1), total=total, **settings)
+
+
+def as_set(acts):
+    return {row.numpy().tobytes() for row in acts}
+
+
+@pytest.mark.parametrize("mix_fraction", [0.0, 0.5, 0.8])
+def test_the_buffer_serves_the_batches_of_saelens(mix_fraction):
+    chunks = [torch.randn(n, 5) for n in (30, 41, 17, 64, 90, 3, 55, 80, 12, 44)]
+    torch.manual_seed(7)
+    theirs = list(mixing_buffer(100, 16, iter(chunks), mix_fraction))
+    generator = torch.Generator().manual_seed(7)
+    buffer, ours = ShuffleBuffer(100, 16, mix_fraction, generator), []
+    for chunk in chunks:
+        buffer.add(chunk)
+        while not buffer.filling:
+            ours.append(buffer.take())
+    assert len(ours) > 15
+    for our_batch, their_batch in zip(ours, theirs, strict=False):
+        assert torch.equal(our_batch, their_batch)
+
+
+def test_a_pass_serves_each_kept_activation_once(model, rows_NT):
+    positions = PositionFilter(SPECIAL, 1)
+    kept = positions.keeps_tokens(rows_NT)
+    all_acts = model.activations(torch.from_numpy(rows_NT.astype(np.int64)))
+    wanted = all_acts[torch.from_numpy(kept)]
+    total = len(wanted) // 64 * 64
+    served = torch.cat(list(islice(stream(model, rows_NT, total), total // 64)))
+    assert len(as_set(served)) == len(served) == total
+    # Rows go through the model in other batches here than above, which moves the last digits.
+    distance = torch.cdist(served.double(), wanted.double()).min(dim=1).values
+    assert distance.max() < 1e-4
+
+
+def test_massive_activations_are_measured_once_and_left_out_everywhere(model, rows_NT):
+    plain = stream(model, rows_NT)
+    unfiltered = torch.cat(list(islice(plain, 20)))
+    norms = unfiltered.norm(dim=-1)
+    limited = stream(model, rows_NT)
+    measured = limited.calibrate(5, max_norm_multiple=1.1)
+    limit = limited.positions.max_activation_norm
+    assert limit == pytest.approx(1.1 * norms.median().item(), rel=0.05)
+    assert measured.norm(dim=-1).max() <= limit < norms.max()
+    served = list(islice(limited, 20))
+    assert torch.cat(served).norm(dim=-1).max() <= limit
+    assert limited.n_massive > 0
+    assert as_set(measured) & as_set(torch.cat(served))  # what was measured is trained on too
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 11])
+def test_a_resumed_stream_serves_what_the_undisturbed_one_does(tmp_path, model, rows_NT, after):
+    undisturbed = stream(model, rows_NT, total=3_000)
+    undisturbed.calibrate(3, 1.2)
+    for _ in range(after):
+        next(undisturbed)
+    torch.save(undisturbed.state_dict(), tmp_path / "state.pt")
+    torch.manual_seed(123)  # nothing may depend on the global generator
+    resumed = stream(model, rows_NT, total=3_000)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(40):  # past the end of the first pass over the rows
+        assert torch.equal(next(undisturbed), next(resumed))
+    assert undisturbed.epoch == resumed.epoch >= 1
+
+
+def test_rows_keep_their_order_where_nothing_is_to_be_mixed(model, rows_NT):
+    served = next(stream(model, rows_NT, mix_fraction=0.0, batch_size=31))
+    in_order = model.activations(torch.from_numpy(rows_NT[:4].astype(np.int64))).flatten(0, 1)
+    kept = PositionFilter(SPECIAL, 1).keeps_tokens(rows_NT[:4]).ravel()
+    assert torch.equal(served, in_order[torch.from_numpy(kept)][:31])
+
+
+def test_a_norm_limit_that_leaves_nothing_is_said(model, rows_NT):
+    nothing = stream(model, rows_NT, positions=PositionFilter(SPECIAL, 1, max_activation_norm=0.0))
+    with pytest.raises(UserError, match="--max_activation_norm_multiple: it left out every activation"):
+        next(nothing)
