@@ -1,0 +1,298 @@
+"""The flags of `sae_lens_train.py`: the seed's names and values first, then what a healthy SAE needs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_toolkit.console import Parser
+from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
+from sae_toolkit.errors import UserError
+
+# SAELens's registry of training classes; written out because importing SAELens takes seconds, and --help should not.
+ARCHITECTURES = (
+    "standard",
+    "topk",
+    "batchtopk",
+    "jumprelu",
+    "gated",
+    "matryoshka_batchtopk",
+    "abstopk",
+    "matching_pursuit",
+)
+FLAGS_FILENAME = "training_flags.json"
+
+# What may differ between a run and its resumption: nothing that the weights depend on.
+_MAY_CHANGE = {
+    "device",
+    "n_checkpoints",
+    "wandb_mode",
+    "wandb_project",
+    "wandb_entity",
+    "run_name",
+    "dry_run",
+    "resume",
+}
+
+_EPILOG = f"""\
+examples:
+  # the real model and text of the package index, healthy in minutes without a GPU
+  python sae_lens_train.py @presets/demo.args
+
+  # Llama-3-8B, layer 12, on one GPU; flags after a preset override it
+  python sae_lens_train.py @presets/llama3-8b.args --k 32 --output_name llama3_l12_k32
+
+  # your own text and model
+  python sae_lens_train.py @presets/demo.args --model_name ./my_model --dataset_path ./my_text.jsonl --layer 8
+
+  # what would run, without running it
+  python sae_lens_train.py @presets/demo.args --dry_run
+
+  # any other field of SAELens's configuration
+  python sae_lens_train.py @presets/demo.args --set sae.aux_loss_coefficient=0.5 --set adam_beta1=0
+
+  # an interrupted run, from its newest checkpoint or from one you name
+  python sae_lens_train.py @presets/demo.args --resume
+  python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
+
+models: a Hugging Face id, a directory, a .gguf file, or {EMBEDDED_MODEL}
+data:   a Hugging Face id, a file or directory (txt, jsonl, csv, parquet, saved by datasets), or {EMBEDDED_TEXT}
+"""
+
+
+def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the flags of a training run.
+
+    With `--resume DIRECTORY` the flags are those of the run that it belongs to; flags given beside it must
+    agree with them, but for those that the weights do not depend on.
+
+    Raises:
+        UserError: a flag is unknown, or its value cannot be right by itself or beside the others.
+    """
+    flags = _build_parser().parse_args(argv)
+    if flags.resume not in (None, "auto"):
+        given = vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
+        flags = _flags_of_run(Path(flags.resume), given)
+    _check(flags)
+    return flags
+
+
+def _flags_of_run(checkpoint: Path, given: dict[str, Any]) -> argparse.Namespace:
+    path = checkpoint.parent / FLAGS_FILENAME
+    if not checkpoint.is_dir() or not path.is_file():
+        raise UserError(f"--resume {checkpoint}: not a checkpoint of a training run (there is no {path})")
+    saved = json.loads(path.read_text())
+    for name, value in given.items():
+        if name not in _MAY_CHANGE and value != saved.get(name):
+            raise UserError(f"--{name} {value}: the run being resumed has {saved.get(name)}; leave it out")
+    return argparse.Namespace(**(saved | {k: v for k, v in given.items() if k in _MAY_CHANGE}))
+
+
+def save_flags(flags: argparse.Namespace, run_directory: Path) -> None:
+    """Writes the flags where `--resume` looks for them."""
+    (run_directory / FLAGS_FILENAME).write_text(json.dumps(vars(flags), indent=1) + "\n")
+
+
+def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="sae_lens_train.py",
+        description="Trains a sparse autoencoder with SAELens on the activations of a language model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        **kwargs,
+    )
+
+    def flag(group: Any, name: str, default: Any, help: str, **kwargs: Any) -> None:
+        if parser.argument_default is argparse.SUPPRESS:
+            default = argparse.SUPPRESS
+        elif default is not None:
+            help += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        group.add_argument(f"--{name}", default=default, help=help, **kwargs)
+
+    model = parser.add_argument_group("language model")
+    flag(model, "model_name", "meta-llama/Meta-Llama-3-8B", "Hugging Face id, directory, .gguf file or embedded model")
+    flag(model, "layer", 12, "the layer whose residual stream is hooked, from 0", type=_non_negative)
+    flag(model, "hook_name", None, "TransformerLens hook (default: blocks.LAYER.hook_resid_post)")
+    flag(model, "device", "auto", "cpu, cuda, cuda:N, or auto: CUDA where torch sees it")
+    flag(
+        model,
+        "lm_dtype",
+        "auto",
+        "the language model's dtype; auto: bfloat16 where the hardware computes in it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    flag(model, "store_batch_size_prompts", 8, "contexts in one forward pass of the language model", type=_positive)
+
+    data = parser.add_argument_group("text")
+    flag(
+        data,
+        "dataset_path",
+        "jyanimaulik/yahoo_finance_stockmarket_news",
+        "Hugging Face id, file, directory or embedded text",
+    )
+    flag(data, "dataset_config", None, "configuration of the data set (default: found)")
+    flag(data, "dataset_split", None, "split to train on (default: train)")
+    flag(data, "text_column", None, "column of the text or of the token ids (default: found)")
+    flag(data, "streaming", True, "read the data set as needed rather than download it whole", type=_boolean)
+    flag(data, "fallback_dataset", None, "data set to take where --dataset_path cannot be opened")
+    flag(data, "held_out_fraction", 0.1, "share of documents kept for evaluation, never trained on", type=_fraction)
+    flag(data, "context_size", 2048, "tokens in one context of the language model", type=_positive)
+    flag(
+        data,
+        "exclude_special_tokens",
+        True,
+        "leave special tokens out: true, false, or token ids joined by commas",
+        type=_boolean_or_ids,
+    )
+    flag(data, "skip_positions", 1, "positions at the start of a context that are left out", type=_non_negative)
+    flag(
+        data,
+        "max_activation_norm_multiple",
+        10.0,
+        "leave out activations whose norm is more than this many times the median; 0 keeps all",
+        type=_non_negative_float,
+    )
+
+    sae = parser.add_argument_group("sparse autoencoder")
+    flag(sae, "architecture", "standard", "kind of SAE", choices=ARCHITECTURES)
+    flag(sae, "expansion_factor", 32, "features per dimension of the activations", type=_positive)
+    flag(sae, "l1_coefficient", 5.0, "sparsity weight (standard, gated)", type=_non_negative_float)
+    flag(sae, "l0_coefficient", 1.0, "sparsity weight (jumprelu)", type=_non_negative_float)
+    flag(sae, "k", 100, "active features a token (topk; on average: batchtopk)", type=_positive)
+    flag(
+        sae,
+        "matryoshka_widths",
+        None,
+        "widths of the nested dictionaries, ascending (matryoshka_batchtopk; default: 1/16, 1/4 and all)",
+        type=_positive,
+        nargs="+",
+    )
+    flag(
+        sae,
+        "normalize_activations",
+        "none",
+        "scaling of the activations; folded back into the saved weights where it is expected_average_only_in",
+        choices=(
+            "none",
+            "expected_average_only_in",
+            "constant_norm_rescale",
+            "layer_norm",
+            "covariance_whitening",
+            "expected_average_in_and_out",
+            "expected_average_only_out",
+        ),
+    )
+    flag(sae, "dtype", "float32", "dtype of the SAE", choices=("float32", "bfloat16", "float16", "float64"))
+
+    training = parser.add_argument_group("training")
+    flag(training, "training_tokens", 500_000, "activations to train on", type=_positive)
+    flag(training, "train_batch_size_tokens", 1024, "activations in a training step", type=_positive)
+    flag(training, "n_batches_in_buffer", 64, "contexts whose activations are mixed", type=_positive)
+    flag(training, "lr", 1e-4, "learning rate of Adam", type=_positive_float)
+    flag(training, "lr_warm_up_steps", 0, "steps of linear warm-up", type=_non_negative)
+    flag(training, "lr_decay_steps", 0, "steps of linear decay to zero, at the end", type=_non_negative)
+    flag(training, "dead_feature_window", 1000, "steps without firing after which a feature is dead", type=_positive)
+    flag(training, "seed", 42, "of the weights, the shuffling and the held-out split", type=_non_negative)
+    flag(
+        training,
+        "set",
+        [],
+        "any other field of SAELens's LanguageModelSAERunnerConfig, such as sae.aux_loss_coefficient=0.5",
+        action="append",
+        metavar="KEY=VALUE",
+    )
+
+    output = parser.add_argument_group("output")
+    flag(output, "output_name", "llama_layer12_sae_saelens_500k", "name of the run's directory")
+    flag(output, "checkpoint_path", "checkpoints", "directory of all runs")
+    flag(output, "n_checkpoints", 0, "checkpoints along the way, evenly spaced", type=_non_negative)
+    flag(
+        output,
+        "resume",
+        None,
+        "go on from a checkpoint directory, or (no value) from the newest one of a run with these flags",
+        nargs="?",
+        const="auto",
+        metavar="DIRECTORY",
+    )
+    flag(output, "dry_run", False, "check everything, say what would run, and stop", action="store_true")
+    flag(
+        output,
+        "wandb_mode",
+        "online",
+        "offline is used where there is no login",
+        choices=("online", "offline", "disabled"),
+    )
+    flag(output, "wandb_project", "sae_lens_training", "wandb project")
+    flag(output, "wandb_entity", None, "wandb user or team (default: your own)")
+    flag(output, "run_name", None, "name of the wandb run (default: the output name and the run's id)")
+    return parser
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """Holds flags against one another, as far as that goes without the model and the data."""
+    if flags.normalize_activations == "expected_average_only_out":
+        raise UserError(
+            "--normalize_activations expected_average_only_out: SAELens has no such mode;"
+            " use expected_average_only_in, whose scale is folded into the saved weights on both sides"
+        )
+    if Path(flags.output_name).name != flags.output_name or flags.output_name in ("", ".", ".."):
+        raise UserError(f"--output_name {flags.output_name!r}: must be a plain name, without a path")
+    if flags.skip_positions >= flags.context_size:
+        raise UserError(
+            f"--skip_positions {flags.skip_positions}: leaves nothing of a context of {flags.context_size} tokens"
+        )
+    n_steps = flags.training_tokens // flags.train_batch_size_tokens  # as SAELens counts them
+    if flags.training_tokens < flags.train_batch_size_tokens:
+        raise UserError(
+            f"--training_tokens {flags.training_tokens}: less than one batch of"
+            f" --train_batch_size_tokens {flags.train_batch_size_tokens}"
+        )
+    if flags.lr_warm_up_steps + flags.lr_decay_steps > n_steps:
+        raise UserError(
+            f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
+            f" together more than the run's {n_steps} steps"
+        )
+
+
+def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    return parse
+
+
+_LARGEST = 10**15  # far above any sensible count, far below what overflows in a tensor's size
+
+_positive = _number(int, "a whole number of 1 or more", lambda v: 1 <= v <= _LARGEST)
+_non_negative = _number(int, "a whole number of 0 or more", lambda v: 0 <= v <= _LARGEST)
+_positive_float = _number(float, "a number above 0", lambda v: v > 0)
+_non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
+_fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
+
+
+def _boolean_or_ids(text: str) -> bool | list[int]:
+    if text.lower() in ("true", "false"):
+        return _boolean(text)
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None

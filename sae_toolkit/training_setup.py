@@ -1,0 +1,196 @@
+"""Everything a training run needs, checked before anything large is loaded or anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import secrets
+import string
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.util import dtype_to_str
+
+from sae_toolkit.checkpoints import TOKENS_FILENAME, newest_training_checkpoint
+from sae_toolkit.errors import UserError
+from sae_toolkit.language_model import hook_width
+from sae_toolkit.models import ModelSource, choose_device, choose_lm_dtype, find_model, load_tokenizer
+from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
+from sae_toolkit.text import HeldOutSplit, TextSource, open_text
+from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
+from sae_toolkit.training_flags import save_flags
+from sae_toolkit.wandb_run import WandbRun
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that is ready to start."""
+
+    flags: argparse.Namespace
+    cfg: LanguageModelSAERunnerConfig[Any]
+    model: ModelSource
+    lm_dtype: torch.dtype
+    text: TextSource
+    rows_NT: np.ndarray
+    positions: PositionFilter
+    resume_from: Path | None
+
+    @property
+    def directory(self) -> Path:
+        assert self.cfg.checkpoint_path is not None
+        return Path(self.cfg.checkpoint_path)
+
+    def metadata(self) -> dict[str, Any]:
+        """What the saved SAE records of its training, beside what SAELens knows of."""
+        return {
+            "dataset_config": self.text.config,
+            "dataset_split": self.text.split,
+            "text_column": self.text.column,
+            "fallback_from": self.text.fallback_from,
+            "held_out_fraction": self.flags.held_out_fraction,
+            "held_out_seed": self.flags.seed,
+            "max_activation_norm_multiple": self.flags.max_activation_norm_multiple,
+        }
+
+    def describe(self) -> str:
+        """What will run, in a few lines."""
+        cfg, sae = self.cfg, self.cfg.sae
+        n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
+        left_out = [
+            *(["special tokens"] if self.positions.special_token_ids else []),
+            *([f"the first {n} positions"] if (n := self.positions.skip_positions) else []),
+            *([f"norms above {m:g} x the median"] if (m := self.flags.max_activation_norm_multiple) else []),
+        ]
+        return "\n".join(
+            (
+                f"model   {self.model.name}, {cfg.hook_name}, {dtype_to_str(self.lm_dtype)} on {cfg.device}",
+                f"text    {self.text.name}"
+                + (f" ({self.text.config})" if self.text.config else "")
+                + f", {len(self.rows_NT):,} contexts of {cfg.context_size},"
+                f" {self.flags.held_out_fraction:.0%} of documents held out",
+                f"SAE     {sae.architecture()}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
+                f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
+                f" lr {cfg.lr:g}",
+                f"without {', '.join(left_out) or 'leaving anything out'}",
+                f"into    {self.directory}",
+            )
+        )
+
+
+def prepare_run(flags: argparse.Namespace) -> PreparedRun:
+    """Checks flags, model, data and output against one another, and tokenizes the training text.
+
+    Raises:
+        UserError: the run could not succeed.
+    """
+    device = choose_device(flags.device)
+    model = find_model(flags.model_name, _model_kwargs(flags))
+    d_in = hook_width(model.config, hook_name(flags))
+    if model.max_context is not None and flags.context_size > model.max_context:
+        raise UserError(
+            f"--context_size {flags.context_size}: {model.name} was made for contexts of at most {model.max_context}"
+        )
+    resume_from = _checkpoint_to_resume(flags)
+    run_id = resume_from.parent.name if resume_from else _new_run_id()
+    cfg = build_runner_config(flags, d_in=d_in, device=device, run_id=run_id)
+    _check_writable(Path(flags.checkpoint_path))
+    text = open_text(
+        flags.dataset_path,
+        flag="--dataset_path",
+        config=flags.dataset_config,
+        split=flags.dataset_split,
+        column=flags.text_column,
+        streaming=flags.streaming,
+        fallback=flags.fallback_dataset,
+    )
+    cfg.dataset_path = text.name
+    tokenizer = load_tokenizer(model)
+    positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
+    if resume_from:
+        rows_NT = np.load(resume_from.parent / TOKENS_FILENAME, mmap_mode="r")
+    else:
+        rows_NT = collect_training_rows(
+            text,
+            tokenizer,
+            ContextFormat(
+                cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
+            ),
+            positions,
+            HeldOutSplit(flags.held_out_fraction, flags.seed),
+            training_tokens=cfg.training_tokens,
+        )
+    return PreparedRun(
+        flags, cfg, model, choose_lm_dtype(flags.lm_dtype, device), text, rows_NT, positions, resume_from
+    )
+
+
+def create_run_directory(run: PreparedRun) -> None:
+    """Makes the run's directory, with its flags and tokens: what a resume needs beside a checkpoint."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    if run.resume_from is None:
+        save_flags(run.flags, run.directory)
+        np.save(run.directory / TOKENS_FILENAME, run.rows_NT)
+
+
+def start_wandb_run(run: PreparedRun) -> WandbRun:
+    """Starts the run's record in wandb, or goes on with it."""
+    logger = run.cfg.logger
+    return WandbRun(
+        run.flags.wandb_mode,
+        run_id=run.directory.name,
+        project=logger.wandb_project,
+        entity=logger.wandb_entity,
+        name=logger.run_name or run.directory.name,
+        config=run.cfg.to_dict() | {"flags": vars(run.flags)},
+    )
+
+
+def _model_kwargs(flags: argparse.Namespace) -> dict[str, Any]:
+    """`--set model_from_pretrained_kwargs=...`, which is needed before the configuration can be built."""
+    for assignment in reversed(flags.set):
+        key, _, value = assignment.partition("=")
+        if key == "model_from_pretrained_kwargs":
+            try:
+                kwargs = json.loads(value)
+            except json.JSONDecodeError:
+                kwargs = None
+            if not isinstance(kwargs, dict):
+                raise UserError(f'--set {assignment}: must be a JSON object, such as {{"revision": "main"}}')
+            return kwargs
+    return {}
+
+
+def _checkpoint_to_resume(flags: argparse.Namespace) -> Path | None:
+    if flags.resume is None:
+        return None
+    if flags.resume != "auto":
+        return Path(flags.resume)
+    newest = newest_training_checkpoint(output_directory(flags))
+    if newest is None:
+        raise UserError(
+            f"--resume: no unfinished run with these flags in {output_directory(flags)}; give its checkpoint directory"
+        )
+    return newest
+
+
+def _new_run_id() -> str:
+    """Eight lower-case letters and digits, as wandb's run ids are."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def _check_writable(directory: Path) -> None:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--checkpoint_path {directory}: cannot be written to ({error.strerror})") from None

@@ -1,0 +1,124 @@
+"""Every architecture's checkpoint, finished or not, loads as plain SAELens loads it and computes the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from safetensors.torch import load_file, save_file
+
+from sae_toolkit.checkpoints import load_sae
+from sae_toolkit.errors import UserError
+from sae_toolkit.training_flags import ARCHITECTURES
+
+ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+SAELENS_FILES = {"cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
+
+
+def test_all_architectures_that_saelens_trains_are_offered():
+    assert set(ARCHITECTURES) == set(SAE_TRAINING_CLASS_REGISTRY)
+
+
+@pytest.mark.parametrize("normalization", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_leaves_what_saelens_loads(script, tiny_run, architecture, normalization):
+    done = script(
+        "sae_lens_train.py",
+        *tiny_run,
+        *("--architecture", architecture, "--k", 8, "--lr", 1e-3, "--n_checkpoints", 1),
+        *("--normalize_activations", normalization),
+    )
+    assert done.status == 0, done.stderr
+    final = Path(done.stdout.strip())
+    assert {file.name for file in final.iterdir()} == SAELENS_FILES
+    assert (final.name, final.parent.parent.name.rsplit("_", 1)[0]) == ("final_2048", "llama_layer12_sae_saelens_500k")
+
+    plain = SAE.load_from_disk(final, device="cpu")
+    ours = load_sae(final, "cpu")
+    assert torch.equal(plain.encode(ACTS), ours.encode(ACTS))
+    metadata = json.loads((final / "cfg.json").read_text())["metadata"]
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert metadata["training_architecture"] == architecture
+    assert metadata["held_out_fraction"] == 0.1
+
+    # The checkpoint along the way was taken at the same step: unfolded, unfinished, the same SAE.
+    unfinished = load_sae(final.parent / "2048", "cpu")
+    torch.testing.assert_close(unfinished.encode(ACTS), ours.encode(ACTS), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unfinished(ACTS), ours(ACTS), rtol=1e-4, atol=1e-5)
+
+
+def test_the_saved_sae_takes_raw_activations_in_and_gives_raw_ones_out(script, tiny_run):
+    """A training checkpoint's weights are for scaled activations; the finished SAE's are for raw ones."""
+    done = script(
+        "sae_lens_train.py",
+        *tiny_run,
+        *("--normalize_activations", "expected_average_in_and_out", "--n_checkpoints", 1),
+    )
+    assert "expected_average_in_and_out is expected_average_only_in" in done.stderr
+    final = Path(done.stdout.strip())
+    scale = json.loads((final.parent / "2048" / "activation_scaler.json").read_text())["scaling_factor"]
+    assert scale > 1.5
+    scaled, raw = (load_file(d / "sae_weights.safetensors") for d in (final.parent / "2048", final))
+    torch.testing.assert_close(raw["W_enc"], scaled["W_enc"] * scale)
+    torch.testing.assert_close(raw["W_dec"], scaled["W_dec"] / scale)
+
+
+def test_the_threshold_of_a_short_batchtopk_run_is_not_pulled_to_zero(script, tiny_run):
+    """After two steps SAELens's running mean holds 2% of the threshold, and nearly all features would fire."""
+    done = script("sae_lens_train.py", *tiny_run, "--architecture", "batchtopk", "--k", 8, "--n_checkpoints", 1)
+    final = Path(done.stdout.strip())
+    running = load_file(final.parent / "2048" / "sae_weights.safetensors")["topk_threshold"].item()
+    saved = load_file(final / "sae_weights.safetensors")["threshold"]
+    assert saved[0].item() == pytest.approx(running / (1 - 0.99**2), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_checkpoints_of_saelens_6_6_4_load(tmp_path, architecture):
+    """Its inference form: no `rescale_acts_by_decoder_norm`, a `threshold` for JumpReLU."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        "W_enc": torch.randn(32, 64, generator=generator),
+        "W_dec": 3 * torch.randn(64, 32, generator=generator),
+        "b_enc": torch.randn(64, generator=generator),
+        "b_dec": torch.randn(32, generator=generator),
+    }
+    cfg = {
+        "d_in": 32,
+        "d_sae": 64,
+        "dtype": "float32",
+        "device": "cuda",  # it was trained on a GPU
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.6.4", "hook_name": "blocks.12.hook_resid_post"},
+        "architecture": architecture,
+    }
+    pre = (ACTS - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    expected = pre.relu()
+    if architecture == "topk":
+        cfg["k"] = 5
+        expected = torch.zeros_like(pre).scatter(1, pre.topk(5).indices, pre.topk(5).values.relu())
+    elif architecture == "jumprelu":
+        weights["threshold"] = torch.full((64,), 4.0)
+        expected = pre * (pre > 4.0)
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    torch.testing.assert_close(load_sae(tmp_path, "cpu").encode(ACTS), expected)
+
+
+def test_a_directory_that_is_no_whole_checkpoint_is_refused(tmp_path, script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run)
+    final = Path(done.stdout.strip())
+    with pytest.raises(UserError, match="no such directory"):
+        load_sae(tmp_path / "nothing", "cpu")
+    with pytest.raises(UserError, match=f"no cfg.json and no sae_weights.safetensors; the SAE is in .*{final.name}"):
+        load_sae(final.parent, "cpu")
+    weights = final / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        load_sae(final, "cpu")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no sae_weights\.safetensors"):
+        load_sae(final, "cpu")
