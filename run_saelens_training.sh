@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Trains a sparse autoencoder, evaluates it on real activations, and says whether it is healthy.
+#
+#   ./run_saelens_training.sh                      llama3-8b where torch sees a GPU, else demo
+#   ./run_saelens_training.sh demo                 a preset: one of presets/*.args
+#   ./run_saelens_training.sh demo --k 32 --seed 1 flags of sae_lens_train.py after it
+set -euo pipefail
+cd "$(dirname "$0")"
+# shellcheck source=setup_environment.sh
+source ./setup_environment.sh
+
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    exit
+fi
+preset=""
+if [[ $# -gt 0 && "$1" != -* && "$1" != @* ]]; then
+    preset=$1
+    shift
+    if [[ ! -f "presets/$preset.args" ]]; then
+        echo "error: no preset $preset; there are $(basename -s .args presets/*.args | paste -sd' ')" >&2
+        exit 2
+    fi
+fi
+
+set_up_environment requirements.txt requirements-embedded.txt
+gpus=$(cuda_devices)
+if [[ -n "$preset" ]]; then
+    echo "Preset $preset, as asked, on ${gpus:-the CPU}"
+elif [[ -n "$gpus" ]]; then
+    preset=llama3-8b
+    echo "Preset $preset: torch sees a CUDA device, $(head -1 <<<"$gpus")"
+else
+    preset=demo
+    echo "Preset $preset, the embedded model and text: torch sees no CUDA device"
+fi
+
+# Stage 1: train. Its only line on standard output is the directory of the finished SAE.
+sae_path=$("$PYTHON" sae_lens_train.py "@presets/$preset.args" "$@")
+if [[ -z "$sae_path" ]]; then # --dry_run
+    exit
+fi
+
+# Stage 2: evaluate on text that the training held out, on the same device.
+device=auto
+while [[ $# -gt 0 ]]; do
+    case $1 in
+    --device) device=$2 ;;
+    --device=*) device=${1#*=} ;;
+    esac
+    shift
+done
+"$PYTHON" evaluate_sae_real_activations.py --sae_path "$sae_path" --device "$device"
