@@ -24,7 +24,7 @@ def main() -> int:
 
     # SAELens takes seconds to import: not for --help or a mistyped flag.
     from sae_toolkit.models import load_language_model
-    from sae_toolkit.training import Interrupted, train_sae
+    from sae_toolkit.training import Interrupted, Training
     from sae_toolkit.training_setup import create_run_directory, prepare_run, start_wandb_run
 
     run = prepare_run(flags)
@@ -33,10 +33,11 @@ def main() -> int:
         return 0
     model = load_language_model(run.model, run.cfg.hook_name, run.cfg.device, run.lm_dtype)
     model.keep_only_up_to_hook()
+    training = Training(run, model)
     create_run_directory(run)
     wandb_run = start_wandb_run(run)
     try:
-        final = train_sae(run, model, wandb_run)
+        final = training.fit(wandb_run)
     except Interrupted as interrupted:
         log.warning("%s; to go on: python sae_lens_train.py --resume %s", interrupted, interrupted.checkpoint)
         return 128 + interrupted.signal_number

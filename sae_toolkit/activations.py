@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -158,11 +159,6 @@ class ActivationStream(Iterator[torch.Tensor]):
     def _next_unfiltered(self) -> torch.Tensor:
         """Runs the next rows; [N, D] activations of the token positions that are kept, massive ones included."""
         if self.next_row >= len(self.rows_NT):
-            if self.n_kept == 0:
-                raise UserError(
-                    "--max_activation_norm_multiple: it left out every activation of the training text;"
-                    " raise it, or 0 to keep all"
-                )
             self.epoch, self.next_row = self.epoch + 1, 0
             self._order = self._row_order()
             log.warning("the training text is used up; pass %d over it begins", self.epoch + 1)
@@ -192,6 +188,9 @@ class ActivationStream(Iterator[torch.Tensor]):
 
         Returns:
             [n_batches x batch_size or more, D] the activations measured, without the massive ones.
+
+        Raises:
+            UserError: the activations are not finite.
         """
         needed = n_batches * self.buffer.batch_size
         chunks: list[torch.Tensor] = []
@@ -200,6 +199,8 @@ class ActivationStream(Iterator[torch.Tensor]):
         acts_ND = torch.cat(chunks)
         if max_norm_multiple is not None:
             median = acts_ND.float().norm(dim=-1).median().item()
+            if not math.isfinite(median):
+                raise UserError(f"--lm_dtype {self.model.dtype}: the activations' median norm is {median}; use another")
             self.positions = replace(self.positions, max_activation_norm=max_norm_multiple * median)
         return self._add(acts_ND).to(self.dtype)
 

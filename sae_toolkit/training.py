@@ -41,60 +41,71 @@ class Interrupted(Exception):
         self.checkpoint = checkpoint
 
 
-def train_sae(run: PreparedRun, model: LanguageModel, wandb_run: WandbRun) -> Path:
-    """Trains an SAE and saves it.
+class Training:
+    """A run at its first step: SAE, trainer and activation stream are made, norms measured, or a checkpoint loaded.
 
     Args:
         run: what to train on what.
         model: the language model, hooked where the SAE goes.
-        wandb_run: where to record it.
-
-    Returns:
-        Directory of the finished SAE.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+        UserError: the activations leave nothing to train on, or a checkpoint does not fit.
     """
-    cfg = run.cfg
-    sae = _create_sae(cfg)
-    total_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
-    stream = ActivationStream(
-        model,
-        run.rows_NT,
-        run.positions,
-        batch_size=cfg.train_batch_size_tokens,
-        buffer_size=cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)]),
-        mix_fraction=cfg.activations_mixing_fraction,
-        rows_per_forward=cfg.store_batch_size_prompts,
-        total=total_steps * cfg.train_batch_size_tokens,
-        seed=cfg.seed,
-        dtype=str_to_dtype(cfg.dtype),
-    )
-    trainer_cfg = cfg.to_sae_trainer_config()
-    trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the loop below records; SAELens's own is not used
-    trainer: SAETrainer[Any, Any] = SAETrainer(trainer_cfg, sae, stream)
-    if run.resume_from is not None:
-        load_training_checkpoint(run.resume_from, trainer, stream)
-        log.info("resuming after %s tokens", f"{trainer.n_training_samples:,}")
-    else:
-        _calibrate(cfg, trainer, stream, run.flags.max_activation_norm_multiple or None)
-    _record_training(sae, cfg, run.metadata() | {"max_activation_norm": stream.positions.max_activation_norm})
-    if cfg.compile_sae:
-        sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
 
-    with _signals() as received:
-        _fit(cfg, trainer, stream, wandb_run, received)
-    if stream.positions.max_activation_norm is not None:
-        log.info(
-            "left out %s of %s activations as massive (norm above %.4g)",
-            f"{stream.n_massive:,}",
-            f"{stream.n_massive + stream.n_kept:,}",
-            stream.positions.max_activation_norm,
+    def __init__(self, run: PreparedRun, model: LanguageModel) -> None:
+        self.cfg = cfg = run.cfg
+        self.sae = _create_sae(cfg)
+        n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
+        self.stream = ActivationStream(
+            model,
+            run.rows_NT,
+            run.positions,
+            batch_size=cfg.train_batch_size_tokens,
+            buffer_size=cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)]),
+            mix_fraction=cfg.activations_mixing_fraction,
+            rows_per_forward=cfg.store_batch_size_prompts,
+            total=n_steps * cfg.train_batch_size_tokens,
+            seed=cfg.seed,
+            dtype=str_to_dtype(cfg.dtype),
         )
-    final = save_final_checkpoint(trainer, cfg)
-    if cfg.logger.log_weights_to_wandb:
-        wandb_run.save_sae(final)
-    return final
+        trainer_cfg = cfg.to_sae_trainer_config()
+        trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
+        self.trainer: SAETrainer[Any, Any] = SAETrainer(trainer_cfg, self.sae, self.stream)
+        if run.resume_from is not None:
+            load_training_checkpoint(run.resume_from, self.trainer, self.stream)
+            log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
+        else:
+            _calibrate(cfg, self.trainer, self.stream, run.flags.max_activation_norm_multiple or None)
+        max_norm = self.stream.positions.max_activation_norm
+        _record_training(self.sae, cfg, run.metadata() | {"max_activation_norm": max_norm})
+        if cfg.compile_sae:
+            self.sae.training_forward_pass = torch.compile(
+                self.sae.training_forward_pass, mode=cfg.sae_compilation_mode
+            )
+
+    def fit(self, wandb_run: WandbRun) -> Path:
+        """Trains the SAE to the end and saves it.
+
+        Returns:
+            Directory of the finished SAE.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+        """
+        with _signals() as received:
+            _fit(self.cfg, self.trainer, self.stream, wandb_run, received)
+        stream = self.stream
+        if stream.positions.max_activation_norm is not None:
+            log.info(
+                "left out %s of %s activations as massive (norm above %.4g)",
+                f"{stream.n_massive:,}",
+                f"{stream.n_massive + stream.n_kept:,}",
+                stream.positions.max_activation_norm,
+            )
+        final = save_final_checkpoint(self.trainer, self.cfg)
+        if self.cfg.logger.log_weights_to_wandb:
+            wandb_run.save_sae(final)
+        return final
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:

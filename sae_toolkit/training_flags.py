@@ -156,7 +156,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         "max_activation_norm_multiple",
         10.0,
         "leave out activations whose norm is more than this many times the median; 0 keeps all",
-        type=_non_negative_float,
+        type=_norm_multiple,
     )
 
     sae = parser.add_argument_group("sparse autoencoder")
@@ -280,6 +280,7 @@ _positive = _number(int, "a whole number of 1 or more", lambda v: 1 <= v <= _LAR
 _non_negative = _number(int, "a whole number of 0 or more", lambda v: 0 <= v <= _LARGEST)
 _positive_float = _number(float, "a number above 0", lambda v: v > 0)
 _non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
+_norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
 _fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
 
 

@@ -104,7 +104,8 @@ def test_rows_keep_their_order_where_nothing_is_to_be_mixed(model, rows_NT):
     assert torch.equal(served, in_order[torch.from_numpy(kept)][:31])
 
 
-def test_a_norm_limit_that_leaves_nothing_is_said(model, rows_NT):
-    nothing = stream(model, rows_NT, positions=PositionFilter(SPECIAL, 1, max_activation_norm=0.0))
-    with pytest.raises(UserError, match="--max_activation_norm_multiple: it left out every activation"):
-        next(nothing)
+def test_activations_that_are_not_finite_are_said(tiny_model, rows_NT):
+    overflowing = load_language_model(find_model(str(tiny_model)), "blocks.2.hook_resid_post", "cpu", torch.float32)
+    overflowing.layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(UserError, match="--lm_dtype .*: the activations' median norm is nan; use another"):
+        stream(overflowing, rows_NT).calibrate(3, max_norm_multiple=10)

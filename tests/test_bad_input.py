@@ -1,0 +1,192 @@
+"""Every mistake a person can make ends in one clear line, exit status 2, no traceback, and nothing written."""
+
+import http.server
+import json
+import threading
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import run_process
+from sae_lens import StandardSAE, StandardSAEConfig
+
+TRAINING_MISTAKES = {
+    "no such model": ({"model_name": "./nowhere"}, "--model_name ./nowhere: neither a file or directory"),
+    "no such GGUF file": ({"model_name": "nowhere.gguf"}, "--model_name nowhere.gguf: no such file"),
+    "no such embedded model": ({"model_name": "embedded:gpt5"}, "--model_name embedded:gpt5: the only embedded"),
+    "a model that cannot be reached": ({"model_name": "owner/model"}, "--model_name owner/model: the Hugging Face Hub"),
+    "no such data": ({"dataset_path": "nowhere.jsonl"}, "--dataset_path nowhere.jsonl: "),
+    "no such embedded text": ({"dataset_path": "embedded:news"}, "--dataset_path embedded:news: the only embedded"),
+    "data that cannot be reached": ({"dataset_path": "owner/data"}, "--dataset_path owner/data: the Hugging Face Hub"),
+    "no such layer": ({"layer": 4}, "--layer 4: the model has 4 layers, 0 to 3"),
+    "no such hook": ({"hook_name": "blocks.1.hook_x"}, "--hook_name blocks.1.hook_x: known within a block are"),
+    "no such column": ({"text_column": "story"}, "--text_column story: "),
+    "no such split": ({"dataset_split": "dev"}, "--dataset_split dev: "),
+    "too little text": ({"training_tokens": 10**7}, "too small: "),
+    "a context longer than the model's": ({"context_size": 256}, "--context_size 256: "),
+    "k above the features": ({"architecture": "topk", "k": 129}, "--k 129: more than the 128 features"),
+    "k zero": ({"architecture": "topk", "k": 0}, "argument --k: 0: must be a whole number of 1 or more"),
+    "a negative size": ({"train_batch_size_tokens": -5}, "argument --train_batch_size_tokens: -5: must be"),
+    "a size that is no number": ({"context_size": "long"}, "argument --context_size: long: must be"),
+    "a learning rate of nan": ({"lr": "nan"}, "argument --lr: nan: must be a number above 0"),
+    "all held out": ({"held_out_fraction": 1}, "argument --held_out_fraction: 1: must be"),
+    "less than a batch": ({"training_tokens": 100}, "--training_tokens 100: less than one batch"),
+    "a schedule longer than the run": ({"lr_warm_up_steps": 3}, "--lr_warm_up_steps 3 and --lr_decay_steps 0"),
+    "nothing left of a context": ({"skip_positions": 64}, "--skip_positions 64: leaves nothing"),
+    "no CUDA": ({"device": "cuda"}, "--device cuda: torch "),
+    "no such device": ({"device": "tpu"}, "--device tpu: must be cpu, cuda, cuda:N or auto"),
+    "an unwritable output": ({"checkpoint_path": "/proc/nothing"}, "--checkpoint_path /proc/nothing: cannot be"),
+    "a path for a name": ({"output_name": "../elsewhere"}, "--output_name '../elsewhere': must be a plain name"),
+    "a mode SAELens has not": ({"normalize_activations": "expected_average_only_out"}, "use expected_average_only_in"),
+    "a normalization TopK has not": (
+        {"architecture": "topk", "k": 8, "normalize_activations": "layer_norm"},
+        "--normalize_activations layer_norm: ",
+    ),
+    "widths that do not ascend": (
+        {"architecture": "matryoshka_batchtopk", "k": 8, "matryoshka_widths": 0},
+        "argument --matryoshka_widths: 0: must be",
+    ),
+    "a flag of another architecture": ({"matryoshka_widths": 64}, "--matryoshka_widths: only for"),
+    "a norm limit below the median": (
+        {"max_activation_norm_multiple": 0.5},
+        "argument --max_activation_norm_multiple: 0.5: must be 0 or more than 1",
+    ),
+    "an unknown flag": ({"learning_rate": 1}, "unrecognized arguments: --learning_rate 1 (see --help)"),
+    "a run that is not there": ({"resume": "nowhere/1024"}, "--resume nowhere/1024: not a checkpoint"),
+    "no run to resume": ({"resume": ""}, "--resume"),
+    "--set without a value": ({"set": "adam_beta1"}, "--set adam_beta1: must be KEY=VALUE"),
+    "--set of no field": ({"set": "sae.nonsense=1"}, "--set sae.nonsense: StandardTrainingSAEConfig has no such field"),
+    "--set of a flag's field": ({"set": "sae.d_sae=64"}, "--set sae.d_sae: use --expansion_factor"),
+    "--set of a field not honoured": ({"set": "use_cached_activations=true"}, "--set use_cached_activations: a field"),
+    "--set of the wrong type": ({"set": "adam_beta1=fast"}, "--set adam_beta1=fast: Input should be a valid number"),
+    "--set of what SAELens refuses": ({"set": "lr_scheduler_name=steep"}, "SAELens refuses this configuration: "),
+    "--set of a fraction above one": ({"set": "activations_mixing_fraction=2"}, "--set activations_mixing_fraction=2"),
+}
+
+
+def check(outcome, says):
+    assert outcome.status == 2, outcome.stderr
+    assert len(outcome.error_lines) == 1, outcome.stderr
+    assert says in outcome.error_lines[0]
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize("mistake", TRAINING_MISTAKES)
+def test_a_training_that_cannot_work_is_refused(script, tiny_run, tmp_path, mistake):
+    changes, says = TRAINING_MISTAKES[mistake]
+    flags = [*tiny_run, *(part for name, value in changes.items() for part in (f"--{name}", value))]
+    check(script("sae_lens_train.py", *flags), says)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def sae_path(tmp_path):
+    """A SAELens directory that fits the tiny model and says so little that everything must be given."""
+    path = tmp_path / "sae"
+    StandardSAE(StandardSAEConfig(d_in=32, d_sae=64)).save_model(path)
+    return path
+
+
+def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model, text_file, sae_path):
+    right = {
+        "sae_path": sae_path,
+        "model_name": tiny_model,
+        "layer": 1,
+        "dataset": text_file,
+        "context_length": 32,
+        "num_samples": 4,
+        "device": "cpu",
+    }
+    narrow = tmp_path / "narrow"
+    StandardSAE(StandardSAEConfig(d_in=16, d_sae=64)).save_model(narrow)
+    incomplete = tmp_path / "incomplete"
+    incomplete.mkdir()
+    (incomplete / "cfg.json").write_text(json.dumps({"architecture": "standard"}))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    mistakes = [
+        ({"sae_path": tmp_path / "nowhere"}, "nowhere: no such directory"),
+        ({"sae_path": incomplete}, "no sae_weights.safetensors"),
+        ({"sae_path": narrow}, "an SAE of width 16, and"),
+        ({"model_name": None}, "--model_name: the SAE's cfg.json does not say"),
+        ({"layer": None}, "--layer: the SAE's cfg.json does not say"),
+        ({"layer": 9}, "--layer 9: the model has 4 layers"),
+        ({"dataset": None}, "--dataset: the SAE's cfg.json does not say"),
+        ({"dataset": empty}, "is empty (0 documents)"),
+        ({"dataset": "owner/data"}, "--dataset owner/data: the Hugging Face Hub cannot be reached"),
+        ({"context_length": 4096}, "--context_length 4096: "),
+        ({"num_samples": 0}, "--num_samples 0: must be 1 or more"),
+        ({"batch_size": -1}, "--batch_size -1: must be 1 or more"),
+        ({"device": "cuda:7"}, "--device cuda:7: torch "),
+        ({"output_json": "/proc/nothing/results.json"}, "--output_json /proc/nothing/results.json: cannot be written"),
+    ]
+    for changes, says in mistakes:
+        flags = [p for name, value in (right | changes).items() if value is not None for p in (f"--{name}", value)]
+        check(script("evaluate_sae_real_activations.py", *flags), says)
+    assert not list(tmp_path.glob("**/*.json.partial"))
+    assert not list(tmp_path.glob("**/evaluation.json"))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on loopback that knows one gated model and one gated data set, and nothing else."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.endswith("/auth-check"):
+                status, code, body = 403, "GatedRepo", b"{}"
+            elif "gated" in self.path:
+                name = self.path.split("/api/models/")[-1].split("/api/datasets/")[-1].split("?")[0]
+                status, code, body = 200, None, json.dumps({"id": name, "gated": "manual"}).encode()
+            else:
+                status, code, body = 404, "RepoNotFound", b"{}"
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "says"),
+    [
+        ("model_name", "owner/unknown", "no such model on the Hugging Face Hub"),
+        ("model_name", "owner/gated", "this model is gated; accept its licence"),
+        ("dataset_path", "owner/unknown", "no such dataset on the Hugging Face Hub"),
+        ("dataset_path", "owner/gated", "this dataset is gated; accept its licence"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(script, tiny_run, hub, flag, name, says):
+    check(script("sae_lens_train.py", *tiny_run, f"--{flag}", name), says)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (
+            ["./run_saelens_training.sh", "nonsense"],
+            "no preset nonsense; there are demo llama3-8b",
+        ),
+        (["./run_simple.sh"], "usage: ./run_simple.sh NUM_GPUS"),
+        (["./run_simple.sh", "zero", "0"], "NUM_GPUS zero: must be a whole number"),
+        (["./run_simple.sh", "1", "a"], "GPU_IDS a: must be numbers joined by commas"),
+        (["./run_simple.sh", "2", "0"], "GPU_IDS 0: 1 ids, and NUM_GPUS is 2"),
+        (["./run_simple.sh", "2", "1,1"], "GPU_IDS 1,1: an id stands there twice"),
+        (["./run_simple.sh", "2", "0,1"], "training on several GPUs is not there yet"),
+        (["./run_simple.sh", "1", "99", "--layer", "12"], f"torch sees {torch.cuda.device_count()} GPUs"),
+    ],
+)
+def test_the_launchers_refuse_what_they_cannot_do(command, says):
+    check(run_process(*command), says)

@@ -1,0 +1,176 @@
+"""The whole job on the real embedded model, in processes of their own, with few tokens."""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, run_process
+from sae_lens import SAE, ActivationsStore, run_evals
+from sae_lens.evals import EvalConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from safetensors.torch import load_file
+from transformer_lens.model_bridge import TransformerBridge
+from wandb_reader import read_offline_runs
+
+from sae_toolkit.embedded import EMBEDDED_TEXT
+from sae_toolkit.health import STANDARDS
+from sae_toolkit.text import HeldOutSplit, open_text
+from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows
+
+N_SEQUENCES, CONTEXT = 12, 128
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The demo's run cut to 24 steps, recorded in wandb offline; and its evaluation in float32."""
+    directory = tmp_path_factory.mktemp("finished")
+    environment = {"WANDB_DIR": str(directory)}
+    trained = run_process(
+        *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--checkpoint_path", directory),
+        *("--training_tokens", 24 * 1024, "--lr_decay_steps", 4, "--wandb_mode", "offline"),
+        **environment,
+    )
+    assert trained.status == 0, trained.stderr
+    assert re.fullmatch(r"\S+\n", trained.stdout)
+    sae_path = Path(trained.stdout.strip())
+    evaluated = run_process(
+        *(sys.executable, "evaluate_sae_real_activations.py", "--sae_path", sae_path, "--lm_dtype", "float32"),
+        *("--num_samples", N_SEQUENCES, "--context_length", CONTEXT),
+        **environment,
+    )
+    assert evaluated.status == 0, evaluated.stderr
+    return sae_path, trained, evaluated
+
+
+def test_the_table_says_what_the_json_says(finished):
+    sae_path, _, evaluated = finished
+    result = json.loads((sae_path / "evaluation.json").read_text())
+    assert {"model", "dataset", "tokens", "metrics", "health"} <= result.keys()
+    metrics, health = result["metrics"], result["health"]
+    assert set(metrics) == {
+        *("loss_recovered", "ce_clean", "ce_sae", "ce_zero", "kl_sae", "explained_variance", "cosine_similarity"),
+        *("l2_ratio", "l0", "dead_features", "decoder_absorption", "replaced_share"),
+    }
+    assert (result["model"], result["dataset"]) == ("embedded:smollm2-135m", EMBEDDED_TEXT)
+    assert f"{metrics['loss_recovered']:.2%}" in evaluated.stdout
+    assert f"{health['healthy']}/4 metrics healthy" in evaluated.stdout
+    assert [health[s.metric] for s in STANDARDS] == [s.status(metrics[s.metric]) for s in STANDARDS]
+    # A real model on real text: an untrained one would be near ln 49152 = 10.8 nats.
+    assert 2.5 < metrics["ce_clean"] < 4.5
+    assert metrics["ce_zero"] > 10
+
+
+def test_saelens_own_evaluation_agrees(finished, language_model, tokenizer):
+    """The checkpoint loads in plain SAELens, and its `run_evals` finds the same on the same tokens."""
+    sae_path, *_ = finished
+    result = json.loads((sae_path / "evaluation.json").read_text())
+    metrics = result["metrics"]
+    assert metrics["replaced_share"] == 1.0  # no massive activation here: both tools replace the same positions
+    sae = SAE.load_from_disk(sae_path, device="cpu")
+    assert sae.cfg.metadata.hook_name == "blocks.12.hook_resid_post"
+
+    rows = collect_evaluation_rows(
+        open_text(EMBEDDED_TEXT, flag="--dataset"),
+        tokenizer,
+        ContextFormat(CONTEXT),
+        HeldOutSplit(0.2, 42),
+        n_rows=N_SEQUENCES,
+        seed=42,
+    )
+    # run_evals measures sparsity on the rows after those of the losses: the same rows, once more.
+    dataset = datasets.Dataset.from_dict({"input_ids": [*rows.tolist(), *rows.tolist()]})
+    bridge = TransformerBridge.boot_transformers(
+        "embedded", hf_model=copy.deepcopy(language_model.model), tokenizer=tokenizer, dtype=torch.float32
+    )
+    store = ActivationsStore.from_sae(bridge, sae, dataset, context_size=CONTEXT, store_batch_size_prompts=4)
+    n_batches = N_SEQUENCES // 4
+    theirs, _ = run_evals(
+        sae,
+        store,
+        bridge,
+        ActivationScaler(),
+        EvalConfig(
+            batch_size_prompts=4,
+            n_eval_reconstruction_batches=n_batches,
+            n_eval_sparsity_variance_batches=n_batches,
+            compute_kl=True,
+            compute_ce_loss=True,
+            compute_l2_norms=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+        ),
+        exclude_special_tokens=result["positions"]["special_token_ids"],
+    )
+    losses = theirs["model_performance_preservation"]
+    assert metrics == pytest.approx(
+        metrics
+        | {
+            "loss_recovered": losses["ce_loss_score"],
+            "ce_clean": losses["ce_loss_without_sae"],
+            "ce_sae": losses["ce_loss_with_sae"],
+            "ce_zero": losses["ce_loss_with_ablation"],
+            "kl_sae": theirs["model_behavior_preservation"]["kl_div_with_sae"],
+            "l0": theirs["sparsity"]["l0"],
+            "explained_variance": theirs["reconstruction_quality"]["explained_variance"],
+            "cosine_similarity": theirs["reconstruction_quality"]["cossim"],
+            "l2_ratio": theirs["shrinkage"]["l2_ratio"],
+        },
+        rel=1e-3,
+    )
+
+
+def test_training_and_evaluation_are_recorded_in_one_wandb_run(finished):
+    sae_path, *_ = finished
+    training, evaluation = read_offline_runs(sae_path.parents[2])
+    assert training.id == evaluation.id == sae_path.parent.name
+    losses = [float(row["losses/overall_loss"]) for row in training.history if "losses/overall_loss" in row]
+    assert len(losses) == 2
+    assert losses[-1] < losses[0]
+    assert {"metrics/l0", "metrics/explained_variance", "sparsity/dead_features"} <= training.history[0].keys()
+    result = json.loads((sae_path / "evaluation.json").read_text())
+    assert float(evaluation.summary["evaluation/metrics/l0"]) == result["metrics"]["l0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_run, tmp_path, number):
+    flags = [str(part) for part in tiny_run]
+    flags[flags.index("--checkpoint_path") + 1] = str(tmp_path)
+    flags += ["--training_tokens", "40960", "--architecture", "batchtopk", "--k", "8", "--lr", "1e-3"]
+    flags += ["--normalize_activations", "expected_average_only_in", "--dead_feature_window", "5"]
+    command = [sys.executable, "sae_lens_train.py", *flags]
+    whole = run_process(*command)
+    assert whole.status == 0, whole.stderr
+
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    shown = ""
+    while not re.search(r"Training SAE: +[1-9]", shown):
+        shown += process.stderr.read(1)
+    process.send_signal(number)
+    shown += process.stderr.read()
+    assert process.wait() == 128 + number
+    found = re.search(r"to go on: python (\S+) --resume (\S+)", shown)
+    assert found, shown
+    checkpoint = Path(found[2])
+    assert 1024 <= int(checkpoint.name) < 40960
+
+    resumed = run_process(sys.executable, found[1], "--resume", checkpoint)
+    assert resumed.status == 0, resumed.stderr
+    one, other = (load_file(f"{done.stdout.strip()}/sae_weights.safetensors") for done in (whole, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_progress_is_shown_from_the_first_step(finished):
+    _, trained, _ = finished
+    shown = re.findall(r"Training SAE:.*?(\d+)%.*?L0 [\d.]+, explained variance -?[\d.]+, dead [\d.]+%", trained.stderr)
+    assert shown
+    assert int(shown[0]) < 10
