@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures a sparse autoencoder on real activations of its language model, against published standards.
 
-    python evaluate_sae_real_activations.py --sae_path checkpoints/demo_3c6c9f05/4icvhovi/final_500736
+    python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
     python evaluate_sae_real_activations.py --sae_path ./my_sae --model_name ./my_model --layer 12 --dataset wikitext
 
 Model, hook, text and the documents held out of training come from the checkpoint unless given. The table
@@ -81,7 +81,7 @@ def main() -> int:
     health = judge(evaluation.metrics)
     summary = summarize(prepared, evaluation, health)
     write_json(output_json, summary)
-    Console().print(render(evaluation, health))
+    Console().print(render(prepared, evaluation, health))
     wandb_run = training_wandb_run(Path(flags.sae_path))
     wandb_run.summarize(flatten(summary, "evaluation"))
     wandb_run.finish()

@@ -6,7 +6,7 @@ import argparse
 import logging
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ def prepare_evaluation(flags: argparse.Namespace) -> PreparedEvaluation:
         n_rows=flags.num_samples or math.ceil(1.05 * TOKENS / usable),
         seed=flags.seed,
     )
+    log.debug("%d contexts of %d tokens; %s", *rows_NT.shape, positions)
     return PreparedEvaluation(
         sae,
         device,
@@ -140,6 +141,8 @@ def _open_text(sae: SAE[Any], flags: argparse.Namespace) -> tuple[TextSource, He
         preferred_splits=("train",) if is_own else ("test", "validation", "train"),
         fallback=flags.fallback_dataset,
     )
+    if is_own and metadata.fallback_from:
+        source = replace(source, fallback_from=metadata.fallback_from)
     if is_own and metadata.dataset_split is None:
         log.warning("the SAE's cfg.json does not say which documents it trained on: these may be among them")
         return source, None

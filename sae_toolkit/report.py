@@ -64,16 +64,20 @@ def verdict(health: Mapping[str, Any]) -> str:
     return f"{health['healthy']}/{health['of']} metrics healthy"
 
 
-def render(evaluation: Evaluation, health: Mapping[str, Any]) -> RenderableType:
+def render(prepared: PreparedEvaluation, evaluation: Evaluation, health: Mapping[str, Any]) -> RenderableType:
     """The four health metrics against their standards, the verdict, and what was measured beside them."""
-    metrics = evaluation.metrics
-    table = Table(title="SAE health")
+    metrics, text = evaluation.metrics, prepared.text
+    which = "documents held out of training" if prepared.held_out else f"split {text.split}"
+    fallback = f", in place of {text.fallback_from}" if text.fallback_from else ""
+    heading = f"{prepared.model.name}, {prepared.hook_name}\n{text.name}{fallback}, {which}"
+    table = Table()
     for column, justify in (("Metric", "left"), ("Value", "right"), ("Healthy", "right"), ("Borderline", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("Status")
+    titles = {"dead_features": f"Dead features, over {evaluation.tokens:,} tokens"}
     for standard in STANDARDS:
         table.add_row(
-            standard.title,
+            titles.get(standard.metric, standard.title),
             format_value(standard.metric, metrics[standard.metric]),
             _range(standard, standard.healthy),
             _range(standard, standard.borderline),
@@ -84,9 +88,8 @@ def render(evaluation: Evaluation, health: Mapping[str, Any]) -> RenderableType:
     beside.add_column(justify="right")
     for metric, title in _BESIDE.items():
         beside.add_row(title, format_value(metric, metrics[metric]))
-    beside.add_row("Tokens for L0, dead features, reconstruction", f"{evaluation.tokens:,}")
     beside.add_row("Tokens for the cross-entropies and KL", f"{evaluation.loss_tokens:,}")
-    return Group(table, Text(verdict(health), "bold"), Text(), beside)
+    return Group(Text(heading), table, Text(verdict(health), "bold"), Text(), beside)
 
 
 def summarize(prepared: PreparedEvaluation, evaluation: Evaluation, health: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def open_text(
             raise
         log.warning("%s; falling back to %s, as --fallback_dataset allows", error, fallback)
         source = _open(fallback, "--fallback_dataset", None, None, None, streaming, preferred_splits)
-        return TextSource(**(vars(source) | {"fallback_from": name}))
+        return replace(source, fallback_from=name)
 
 
 def _open(

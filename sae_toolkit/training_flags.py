@@ -85,7 +85,7 @@ def _flags_of_run(checkpoint: Path, given: dict[str, Any]) -> argparse.Namespace
     path = checkpoint.parent / FLAGS_FILENAME
     if not checkpoint.is_dir() or not path.is_file():
         raise UserError(f"--resume {checkpoint}: not a checkpoint of a training run (there is no {path})")
-    saved = json.loads(path.read_text())
+    saved = vars(_build_parser().parse_args([])) | json.loads(path.read_text())
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != saved.get(name):
             raise UserError(f"--{name} {value}: the run being resumed has {saved.get(name)}; leave it out")

@@ -102,6 +102,8 @@ def prepare_run(flags: argparse.Namespace) -> PreparedRun:
     resume_from = _checkpoint_to_resume(flags)
     run_id = resume_from.parent.name if resume_from else _new_run_id()
     cfg = build_runner_config(flags, d_in=d_in, device=device, run_id=run_id)
+    if resume_from:
+        cfg.checkpoint_path = str(resume_from.parent)  # wherever the run has been moved to
     _check_writable(Path(flags.checkpoint_path))
     text = open_text(
         flags.dataset_path,

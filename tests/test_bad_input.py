@@ -10,6 +10,8 @@ import torch
 from conftest import run_process
 from sae_lens import StandardSAE, StandardSAEConfig
 
+from sae_toolkit.hub import check_repository
+
 TRAINING_MISTAKES = {
     "no such model": ({"model_name": "./nowhere"}, "--model_name ./nowhere: neither a file or directory"),
     "no such GGUF file": ({"model_name": "nowhere.gguf"}, "--model_name nowhere.gguf: no such file"),
@@ -130,11 +132,19 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on loopback that knows one gated model and one gated data set, and nothing else."""
+    """A hub on loopback that knows gated repositories, wikitext by its old name, and nothing else."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.path.endswith("/auth-check"):
+            if self.path.startswith("/api/datasets/wikitext"):  # an old name, as the Hub answers it
+                self.send_response(307)
+                self.send_header("Location", self.path.replace("wikitext", "Salesforce/wikitext"))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if "wikitext" in self.path:
+                status, code, body = 200, None, json.dumps({"id": "Salesforce/wikitext"}).encode()
+            elif self.path.endswith("/auth-check"):
                 status, code, body = 403, "GatedRepo", b"{}"
             elif "gated" in self.path:
                 name = self.path.split("/api/models/")[-1].split("/api/datasets/")[-1].split("?")[0]
@@ -170,6 +180,10 @@ def hub(monkeypatch):
 )
 def test_what_the_hub_refuses_is_said(script, tiny_run, hub, flag, name, says):
     check(script("sae_lens_train.py", *tiny_run, f"--{flag}", name), says)
+
+
+def test_an_old_name_is_followed_to_the_present_one(hub):
+    assert check_repository("wikitext", "dataset", "--dataset") == "Salesforce/wikitext"
 
 
 @pytest.mark.parametrize(
