@@ -74,7 +74,7 @@ def render(prepared: PreparedEvaluation, evaluation: Evaluation, health: Mapping
     for column, justify in (("Metric", "left"), ("Value", "right"), ("Healthy", "right"), ("Borderline", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("Status")
-    titles = {"dead_features": f"Dead features, over {evaluation.tokens:,} tokens"}
+    titles = {"dead_features": f"Dead features\n(over {evaluation.tokens:,} tokens)"}
     for standard in STANDARDS:
         table.add_row(
             titles.get(standard.metric, standard.title),
