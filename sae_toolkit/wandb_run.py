@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+
 from sae_toolkit.training_flags import FLAGS_FILENAME
 
 log = logging.getLogger(__name__)
