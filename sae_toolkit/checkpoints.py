@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sae_toolkit.activations import ActivationStream
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 
 TOKENS_FILENAME = "tokens.npy"
 _STREAM_FILENAME = "activation_stream.pt"
@@ -169,7 +169,7 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
             scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
             _fold_normalization(sae, scaler)
     except (SafetensorError, json.JSONDecodeError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{flag} {path}: damaged or incomplete: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{flag} {path}: damaged or incomplete: {one_line(error)}") from error
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads come flat here
     return sae.eval()
 

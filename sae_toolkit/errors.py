@@ -10,3 +10,8 @@ class UserError(Exception):
     without a traceback and exit with status 2. Anything else that is raised is a bug and keeps its
     traceback.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of another library's message, for a line of ours."""
+    return " ".join(str(error).split())[:200]

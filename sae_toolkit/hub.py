@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 
 # One file that every usable repository of the kind holds: found in the cache, the name works without a network.
 _PROBE_FILE = {"model": "config.json", "dataset": "README.md"}
@@ -55,7 +55,7 @@ def check_repository(name: str, kind: Literal["model", "dataset"], flag: str) ->
     except (OfflineModeIsEnabled, httpx2.TransportError, HfHubHTTPError) as error:
         if isinstance(try_to_load_from_cache(name, _PROBE_FILE[kind], repo_type=kind), str):
             return name
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         raise UserError(
             f"{flag} {name}: the Hugging Face Hub cannot be reached ({reason}) and the {kind} is not in the"
             " local cache; connect, or name a local path or one of the embedded defaults"

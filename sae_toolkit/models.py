@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sae_toolkit.embedded import EMBEDDED_MODEL, embedded_model_file
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.hub import check_repository
 from sae_toolkit.language_model import LanguageModel
 
@@ -56,7 +56,7 @@ def find_model(name: str, model_kwargs: dict[str, Any] | None = None) -> ModelSo
     try:
         config = AutoConfig.from_pretrained(**location)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_name {name}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--model_name {name}: {one_line(error)}") from None
     return ModelSource(name, config, location, model_kwargs)
 
 
@@ -92,7 +92,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source.location)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_name {source.name}: no tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--model_name {source.name}: no tokenizer: {one_line(error)}") from None
     if tokenizer.bos_token_id is None:
         # As TransformerLens does: models without a BOS token start their contexts with EOS.
         if tokenizer.eos_token_id is None:
@@ -113,7 +113,7 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
             **source.location, config=source.config, dtype=dtype, device_map=device, **source.model_kwargs
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {source.name}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--model_name {source.name}: {one_line(error)}") from None
     return LanguageModel(model, hook_name)
 
 

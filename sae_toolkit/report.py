@@ -127,6 +127,8 @@ def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def check_writable(path: Path) -> None:
     """Raises UserError where a result could not be written to `path`."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output_json {path}: is no file that can be replaced; name another path")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -134,8 +136,6 @@ def check_writable(path: Path) -> None:
         raise UserError(
             f"--output_json {path}: cannot be written there ({error.strerror}); name another path"
         ) from None
-    if path.is_dir():
-        raise UserError(f"--output_json {path}: is a directory; name a file")
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

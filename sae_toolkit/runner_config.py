@@ -18,7 +18,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.optim import get_lr_scheduler
 
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def build_runner_config(
         with torch.device("meta"):  # the SAE checks its own settings; on meta it costs no memory
             sae_class(dataclasses.replace(cfg.sae, device="meta"))
     except ValueError as error:
-        raise UserError(f"SAELens refuses this configuration: {' '.join(str(error).split())}") from None
+        raise UserError(f"SAELens refuses this configuration: {one_line(error)}") from None
     return cfg
 
 

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from sae_toolkit.embedded import EMBEDDED_TEXT, embedded_wikipedia
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.hub import check_repository
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,21 @@ class TextSource:
     fallback_from: str | None = None
 
     def documents(self) -> Iterator[Document]:
-        """The documents in their order, without the empty ones."""
-        for document in self.read():
+        """The documents in their order, without the empty ones.
+
+        Raises:
+            UserError: the data set cannot be read to its end.
+        """
+        documents = iter(self.read())
+        while True:
+            try:
+                document = next(documents)
+            except StopIteration:
+                return
+            except UserError:
+                raise
+            except Exception as error:  # whatever the readers of datasets raise: pyarrow's, pandas's, fsspec's
+                raise UserError(f"{self.name}: cannot be read: {one_line(error)}") from error
             if isinstance(document, str):
                 if document and not document.isspace():
                     yield document
@@ -121,11 +134,11 @@ def _open(
     except UserError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise: pyarrow's, pandas's, fsspec's, OSError
-        raise UserError(f"{flag} {name}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{flag} {name}: cannot be read: {one_line(error)}") from error
     if not first_rows:
         raise UserError(f"{flag} {name}: split {split} is empty (0 documents)")
     column = _choose_column(name, flag, column, first_rows)
-    tokenized = not isinstance(first_rows[0][column], str)
+    tokenized = not any(isinstance(row[column], str) for row in first_rows)
     return TextSource(name, config, split, column, tokenized, read=lambda: (row[column] for row in dataset))
 
 
@@ -184,17 +197,18 @@ def _choose_split(name: str, splits: list[str], split: str | None, preferred: Se
 
 def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str, Any]]) -> str:
     columns = list(rows[0])
+    first = {c: next((row[c] for row in rows if row[c] is not None), None) for c in columns}
     if column is not None:
         if column not in columns:
             raise UserError(f"--text_column {column}: {name} has the columns {', '.join(columns)}")
-        if not isinstance(rows[0][column], str) and not _is_tokens(rows[0][column]):
-            kind = type(rows[0][column]).__name__
+        if not isinstance(first[column], str) and not _is_tokens(first[column]):
+            kind = type(first[column]).__name__
             raise UserError(f"--text_column {column}: in {name} it holds {kind}, neither text nor token ids")
         return column
     for candidate in _TOKEN_COLUMNS:
-        if candidate in columns and _is_tokens(rows[0][candidate]):
+        if candidate in columns and _is_tokens(first[candidate]):
             return candidate
-    lengths = {c: sum(len(row[c] or "") for row in rows) for c in columns if isinstance(rows[0][c], str)}
+    lengths = {c: sum(len(row[c] or "") for row in rows) for c in columns if isinstance(first[c], str)}
     if not lengths:
         raise UserError(f"{flag} {name}: no column of text or token ids among {', '.join(columns)}")
     if "text" in lengths:

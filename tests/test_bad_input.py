@@ -122,6 +122,8 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
         ({"batch_size": -1}, "--batch_size -1: must be 1 or more"),
         ({"device": "cuda:7"}, "--device cuda:7: torch "),
         ({"output_json": "/proc/nothing/results.json"}, "--output_json /proc/nothing/results.json: cannot be written"),
+        ({"output_json": "/dev/full"}, "--output_json /dev/full: is no file that can be replaced"),
+        ({"output_json": tmp_path}, "is no file that can be replaced"),
     ]
     for changes, says in mistakes:
         flags = [p for name, value in (right | changes).items() if value is not None for p in (f"--{name}", value)]
