@@ -1,0 +1,328 @@
+"""SAEs of sparsify and dictionary_learning, as SAELens inference SAEs that compute what those libraries compute.
+
+The formulas are those of sparsify 1.3.3 (sparse_coder.py, fused_encoder.py) and dictionary_learning 0.1.0
+(dictionary.py, trainers/top_k.py, trainers/batch_top_k.py, trainers/matryoshka_batch_top_k.py).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import (
+    SAE,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    SAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+from sae_lens.saes.sae import SAEMetadata
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from sae_toolkit.errors import UserError, one_line
+
+SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
+DICTIONARY_LEARNING_FILES = ("config.json", "ae.pt")
+
+# SAELens's name -> the name in ae.pt; a `.weight` is an nn.Linear's, [outputs, inputs], the transpose of SAELens's.
+_LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
+_TOP_K = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec"}
+_PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+_TENSORS = {
+    "AutoEncoder": _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"},
+    "AutoEncoderNew": _LINEAR | {"b_enc": "encoder.bias", "b_dec": "decoder.bias"},
+    "GatedAutoEncoder": _LINEAR
+    | {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag", "b_dec": "decoder_bias"},
+    "AutoEncoderTopK": _TOP_K,
+    "BatchTopKSAE": _TOP_K | {"threshold": "threshold"},
+    "MatryoshkaBatchTopKSAE": _PLAIN | {"threshold": "threshold"},
+    "JumpReluAutoEncoder": _PLAIN | {"threshold": "threshold"},
+}
+_UNCENTRED = {"AutoEncoderNew", "JumpReluAutoEncoder"}  # encode without subtracting b_dec
+_ONE_THRESHOLD = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}
+
+_SUBMODULE_HOOKS = {
+    None: "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "self_attn": "hook_attn_out",
+    "attn": "hook_attn_out",
+    "attention": "hook_attn_out",
+}
+
+
+class _GroupMax(nn.Module):
+    """The largest of each of k groups of neighbouring features, after ReLU; the rest 0."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        grouped = hidden_pre.relu().unflatten(-1, (self.k, -1))
+        values, indices = grouped.max(dim=-1, keepdim=True)
+        return torch.zeros_like(grouped).scatter(-1, indices, values).flatten(-2)
+
+
+@dataclass
+class GroupMaxSAEConfig(TopKSAEConfig):
+    @classmethod
+    def architecture(cls) -> str:
+        return "groupmax"
+
+
+class GroupMaxSAE(TopKSAE):
+    """sparsify's `groupmax`: the features stand in k equal groups, and the largest of each group is kept."""
+
+    def get_activation_fn(self) -> nn.Module:
+        return _GroupMax(self.cfg.k)
+
+
+def hook_of_hookpoint(hookpoint: str) -> str:
+    """TransformerLens's name of a module path of a decoder (`layers.12`, `h.3.attn`); other paths stay as they are."""
+    block = re.fullmatch(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?", hookpoint)
+    if block is None or block[2] not in _SUBMODULE_HOOKS:
+        return hookpoint
+    return f"blocks.{block[1]}.{_SUBMODULE_HOOKS[block[2]]}"
+
+
+def sparsify_form(directory: Path, where: str) -> str:
+    return f"SparseCoder, {read_json(directory / 'cfg.json', where).get('activation', 'topk')}"
+
+
+def dictionary_learning_form(directory: Path, where: str) -> str:
+    return str(_trainer_config(read_json(directory / "config.json", where), where)["dict_class"])
+
+
+def load_sparsify(directory: Path, device: str, where: str) -> SAE[Any]:
+    """Loads a sparsify `SparseCoder`.
+
+    Args:
+        directory: holds `cfg.json` and `sae.safetensors`; its name is the hookpoint, and the `config.json` that
+            sparsify's trainer leaves above it says which model and text it is of.
+        device: where to put it.
+        where: the flag and what it named, for messages.
+
+    Raises:
+        UserError: damaged, or no autoencoder of one activation.
+    """
+    cfg = read_json(directory / "cfg.json", where)
+    for field in ("transcode", "skip_connection"):
+        if cfg.get(field):
+            raise UserError(f"{where}: a transcoder ({field} in cfg.json), no autoencoder of one activation")
+    if cfg.get("signed"):
+        raise UserError(f"{where}: a signed SAE of an old sparsify (cfg.json), which sparsify itself reads no longer")
+    activation = cfg.get("activation", "topk")
+    if activation not in ("topk", "groupmax"):
+        raise UserError(f"{where}: activation {activation!r} in cfg.json; known are topk and groupmax")
+    try:
+        tensors = load_file(directory / "sae.safetensors", device=device)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{where}: sae.safetensors is damaged: {one_line(error)}; fetch it anew") from error
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+    weights = _weights(tensors, names, where)
+    n_features = len(weights["b_enc"])
+    k = _check_k(cfg.get("k", 32), n_features, where)
+    if activation == "groupmax" and n_features % k:
+        raise UserError(f"{where}: groupmax of k {k} (cfg.json) does not divide the {n_features} features")
+    sae_class, cfg_class = (TopKSAE, TopKSAEConfig) if activation == "topk" else (GroupMaxSAE, GroupMaxSAEConfig)
+    return _build(sae_class, cfg_class, weights, device, where, metadata=_sparsify_metadata(directory, where), k=k)
+
+
+def load_dictionary_learning(directory: Path, device: str, where: str) -> SAE[Any]:
+    """Loads a dictionary_learning dictionary, as its `load_dictionary` does: encoding as in use, not as in training.
+
+    Args:
+        directory: holds `config.json` and `ae.pt`, a state dict.
+        device: where to put it.
+        where: the flag and what it named, for messages.
+
+    Raises:
+        UserError: damaged, of an unknown kind, a pickle of more than tensors, or without the threshold it needs.
+    """
+    config = read_json(directory / "config.json", where)
+    trainer = _trainer_config(config, where)
+    dict_class = trainer["dict_class"]
+    if dict_class not in _TENSORS:
+        raise UserError(f"{where}: dict_class {dict_class!r} in config.json; known are {', '.join(_TENSORS)}")
+    tensors = _read_state_dict(directory / "ae.pt", device, where)
+    weights = _weights(tensors, _TENSORS[dict_class], where)
+    metadata = _dictionary_learning_metadata(config, trainer, where)
+    apply_b_dec_to_input = dict_class not in _UNCENTRED
+    options: dict[str, Any] = {"metadata": metadata, "apply_b_dec_to_input": apply_b_dec_to_input}
+    if dict_class == "GatedAutoEncoder":
+        return _build(GatedSAE, GatedSAEConfig, weights, device, where, **options)
+    if dict_class == "AutoEncoderTopK":
+        k = _check_k(tensors.get("k", trainer.get("k")), len(weights["b_enc"]), where)
+        return _build(TopKSAE, TopKSAEConfig, weights, device, where, k=k, **options)
+    if dict_class in _ONE_THRESHOLD:
+        threshold = weights["threshold"]
+        if threshold.ndim == 0 and threshold < 0:
+            raise UserError(
+                f"{where}: the threshold of this {dict_class} was never set: its training ended before"
+                f" threshold_start_step {trainer.get('threshold_start_step')} (config.json); train it longer"
+            )
+        weights["threshold"] = threshold.expand(len(weights["b_enc"]))
+    if "threshold" in weights:
+        return _build(JumpReLUSAE, JumpReLUSAEConfig, weights, device, where, **options)
+    if dict_class == "AutoEncoder":
+        _normalize_decoder(weights)
+    return _build(StandardSAE, StandardSAEConfig, weights, device, where, **options)
+
+
+def read_json(file: Path, where: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file.name} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {file.name} is no JSON object")
+    return content
+
+
+def _trainer_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise UserError(f"{where}: config.json is not dictionary_learning's: no trainer.dict_class in it")
+    return trainer
+
+
+def _read_state_dict(file: Path, device: str, where: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{where}: {file.name} is a pickle of more than tensors, which could run any code if it were opened;"
+            " save its state_dict() instead"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: {file.name} is damaged: {one_line(error)}; fetch it anew") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{where}: {file.name} is no state dict of tensors")
+    return tensors
+
+
+def _weights(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], where: str) -> dict[str, torch.Tensor]:
+    """Weights in float32 under SAELens's names and shapes: W_enc [D, F], W_dec [F, D], b_dec [D], others [F] or []."""
+    missing = [name for name in names.values() if name not in tensors]
+    if missing:
+        raise UserError(f"{where}: damaged or of another kind: no {' and no '.join(missing)} among the weights")
+    is_linear = {theirs for theirs in names.values() if theirs.endswith(".weight") and tensors[theirs].ndim == 2}
+    return {
+        ours: (tensors[theirs].mT if theirs in is_linear else tensors[theirs]).float() for ours, theirs in names.items()
+    }
+
+
+def _check_k(k: Any, n_features: int, where: str) -> int:
+    k = k.item() if isinstance(k, torch.Tensor) and k.numel() == 1 else k
+    if not isinstance(k, int) or not 1 <= k <= n_features:
+        raise UserError(f"{where}: k is {k}, and must be 1 to the {n_features} features")
+    return k
+
+
+def _normalize_decoder(weights: dict[str, torch.Tensor]) -> None:
+    """Moves the decoder's norms into the encoder, in place; the reconstruction stays the same."""
+    norms_F = weights["W_dec"].norm(dim=-1)
+    norms_F = norms_F.where(norms_F > 0, 1.0)
+    if torch.allclose(norms_F, torch.ones_like(norms_F)):
+        return
+    weights["W_dec"] = weights["W_dec"] / norms_F[:, None]
+    weights["W_enc"] = weights["W_enc"] * norms_F
+    weights["b_enc"] = weights["b_enc"] * norms_F
+
+
+def _build(
+    sae_class: type[SAE[Any]],
+    cfg_class: type[SAEConfig],
+    weights: dict[str, torch.Tensor],
+    device: str,
+    where: str,
+    **options: Any,
+) -> SAE[Any]:
+    if weights["W_dec"].ndim != 2:
+        raise UserError(f"{where}: damaged: W_dec has shape {list(weights['W_dec'].shape)}, and must have two axes")
+    d_sae, d_in = weights["W_dec"].shape
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, tensor in weights.items():
+        shape = shapes.get(name, (d_sae,))
+        if tensor.shape != shape:
+            raise UserError(f"{where}: damaged: {name} has shape {list(tensor.shape)}, and must have {list(shape)}")
+    sae = sae_class(cfg_class(d_in=d_in, d_sae=d_sae, device="meta", **options))
+    sae.load_state_dict({name: nn.Parameter(tensor.contiguous()) for name, tensor in weights.items()}, assign=True)
+    return sae.to(device=device).eval()
+
+
+def _sparsify_metadata(directory: Path, where: str) -> SAEMetadata:
+    """What sparsify's configuration says of model and text; it separates documents by EOS (data.py)."""
+    # Hookpoint directories may hold one directory per initial seed.
+    hookpoint = directory.parent if directory.name.startswith("seed") else directory
+    metadata = SAEMetadata(hook_name=hook_of_hookpoint(hookpoint.name), sequence_separator_token="eos")
+    config_file = hookpoint.parent / "config.json"
+    run = read_json(config_file, where) if config_file.is_file() else {}
+    fields = {
+        "model_name": "model",
+        "dataset_path": "dataset",
+        "text_column": "text_column",
+        "context_size": "ctx_len",
+        "exclude_special_tokens": "exclude_tokens",
+    }
+    return _fill(metadata, fields, run)
+
+
+def _dictionary_learning_metadata(config: Mapping[str, Any], trainer: Mapping[str, Any], where: str) -> SAEMetadata:
+    buffer = config.get("buffer") or {}
+    io = buffer.get("io", "out")
+    if io == "in_and_out":
+        raise UserError(f"{where}: a transcoder (buffer.io in config.json), no autoencoder of one activation")
+    metadata = SAEMetadata()
+    if trainer.get("layer") is not None:
+        metadata.hook_name = _hook_of_submodule(trainer["layer"], trainer.get("submodule_name"), io)
+    if buffer.get("remove_bos"):
+        metadata.seqpos_slice = [1, None]
+    return _fill(_fill(metadata, {"model_name": "lm_name"}, trainer), {"context_size": "ctx_len"}, buffer)
+
+
+def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
+    """The library leaves the submodule's name to its user; without one, it is the layer (utils.get_submodule)."""
+    name = submodule_name or "resid_post"
+    by_path = hook_of_hookpoint(name)
+    if by_path != name:
+        kind = by_path.rpartition(".")[2]
+    elif "resid_pre" in name:
+        kind = "hook_resid_pre"
+    elif "resid" in name:
+        kind = "hook_resid_post"
+    elif "mlp" in name:
+        kind = "hook_mlp_out"
+    elif "att" in name:
+        kind = "hook_attn_out"
+    else:
+        return name
+    if io == "in":
+        return f"blocks.{layer}.hook_resid_pre" if kind == "hook_resid_post" else f"input of {name}"
+    return f"blocks.{layer}.{kind}"
+
+
+def _fill(metadata: SAEMetadata, fields: Mapping[str, str], source: Mapping[str, Any]) -> SAEMetadata:
+    """Sets the fields that the source has a value for."""
+    for ours, theirs in fields.items():
+        if source.get(theirs):
+            metadata[ours] = source[theirs]
+    return metadata
