@@ -1,0 +1,316 @@
+"""The real sae-bench 0.6.0, in an environment of its own: what it can run here, and running it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sae_lens import SAE
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.hub import check_repository
+
+log = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parent.parent
+_REQUIREMENTS = _ROOT / "requirements-saebench.txt"
+_VENV = _ROOT / ".venv-saebench"
+# What the environment was made from, written when it is complete.
+_STAMP = _VENV / _REQUIREMENTS.name
+_PYTHON_VERSIONS = ((3, 11), (3, 12))
+
+_BIAS_IN_BIOS = "LabHC/bias_in_bios"
+_AMAZON_REVIEWS = "canrager/amazon_reviews_mcauley_1and5"
+_FORGET_CORPUS = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """One of sae-bench's evals, and what it needs beside an SAE.
+
+    Args:
+        measures: in a few words.
+        hooked_transformer: it loads the model by name through TransformerLens's `HookedTransformer`.
+        datasets: what it reads from the Hugging Face Hub.
+        models: the only models that it knows; empty for any.
+        min_parameters: of the smallest model that it says something about.
+        api_key: environment variable with the key of the judge that it asks.
+        file: what must lie in the working directory, and where it comes from.
+    """
+
+    measures: str
+    hooked_transformer: bool = True
+    datasets: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    min_parameters: int = 0
+    api_key: str | None = None
+    file: tuple[Path, str] | None = None
+
+
+# From the source of sae-bench 0.6.0: evals/*/main.py and eval_config.py, sae_bench_utils/dataset_utils.py, and for
+# unlearning its README.
+EVALS: dict[str, Eval] = {
+    "core": Eval("L0, losses with the SAE in place, reconstruction", hooked_transformer=False),
+    "meta_structure": Eval("how far the decoder is explained by an SAE trained on it", hooked_transformer=False),
+    "absorption": Eval("first-letter features that others absorb", min_parameters=1_000_000_000),
+    "autointerp": Eval(
+        "how well a judge's explanations predict features",
+        datasets=("monology/pile-uncopyrighted",),
+        api_key="OPENAI_API_KEY",
+    ),
+    "mdl": Eval("description length of the features", datasets=("HuggingFaceFW/fineweb",)),
+    "ravel": Eval(
+        "disentanglement of attributes",
+        hooked_transformer=False,
+        datasets=("adamkarvonen/ravel_prompts",),
+        models=("google/gemma-2-2b", "EleutherAI/pythia-160m-deduped"),
+    ),
+    "scr": Eval("removal of spurious correlations", datasets=(_BIAS_IN_BIOS, _AMAZON_REVIEWS)),
+    "tpp": Eval("targeted perturbation of probes", datasets=(_BIAS_IN_BIOS, _AMAZON_REVIEWS)),
+    "sparse_probing": Eval(
+        "probes on the few best features",
+        datasets=(
+            _BIAS_IN_BIOS,
+            _AMAZON_REVIEWS,
+            "codeparrot/github-code",
+            "fancyzhx/ag_news",
+            "Helsinki-NLP/europarl",
+        ),
+    ),
+    "sparse_probing_sae_probes": Eval("the same on the 113 data sets that come with sae-probes"),
+    "unlearning": Eval(
+        "forgetting biology and nothing else",
+        datasets=("cais/wmdp", "cais/mmlu", "wikitext"),
+        models=("google/gemma-2-2b-it", "google/gemma-2-9b-it"),
+        file=(_FORGET_CORPUS, "on request from the authors of cais/wmdp-corpora"),
+    ),
+}
+
+
+def parse_evals(text: str) -> tuple[str, ...]:
+    """Names in `EVALS` from a list such as `core,absorption`, each once, in the order given.
+
+    Raises:
+        UserError: there is no such eval, or none is named.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in EVALS]
+    if unknown or not names:
+        wrong = f"no eval {', '.join(unknown)}" if unknown else "no eval named"
+        raise UserError(f"--saebench {text}: {wrong}; sae-bench has {', '.join(EVALS)}")
+    return names
+
+
+def refuse_what_cannot_run(evals: Sequence[str], *, model_name: str, n_parameters: int, hook_name: str) -> None:
+    """Says before anything starts which evals cannot run, and why; asks the Hugging Face Hub for what they read.
+
+    Args:
+        evals: names in `EVALS`.
+        model_name: Hugging Face id, directory, .gguf file or embedded model.
+        n_parameters: the model's.
+        hook_name: where the SAE is.
+
+    Raises:
+        UserError: one or more cannot run; the line lists each with all its reasons.
+    """
+    missing_datasets: dict[str, str | None] = {}
+    refusals = []
+    for name in evals:
+        needs = EVALS[name]
+        reasons = _refuse_model(name, needs, model_name, n_parameters, hook_name)
+        if needs.api_key and not os.environ.get(needs.api_key):
+            reasons.append(f"its judge needs the environment variable {needs.api_key}")
+        if needs.file and not needs.file[0].is_file():
+            reasons.append(f"no file {needs.file[0]} (got {needs.file[1]})")
+        for dataset in needs.datasets:
+            if dataset not in missing_datasets:
+                missing_datasets[dataset] = _why_missing(dataset)
+        missing = [dataset for dataset in needs.datasets if missing_datasets[dataset]]
+        if missing:
+            reasons.append(f"cannot read {', '.join(missing)} ({missing_datasets[missing[0]]})")
+        if reasons:
+            refusals.append(f"{name}: {', '.join(reasons)}")
+    if refusals:
+        raise UserError(f"--saebench: cannot run here: {'; '.join(refusals)}; leave them out")
+
+
+def _refuse_model(name: str, needs: Eval, model_name: str, n_parameters: int, hook_name: str) -> list[str]:
+    reasons = []
+    if not hook_name.startswith("blocks."):
+        reasons.append(f"the SAE's hook {hook_name} has not TransformerLens's form blocks.LAYER.hook_resid_post")
+    if needs.models:
+        if model_name.lower() not in {model.lower() for model in needs.models}:
+            reasons.append(f"it knows only {' and '.join(needs.models)}, not {model_name}")
+    elif needs.hooked_transformer and not _hooked_transformer_knows(model_name):
+        reasons.append(f"HookedTransformer does not know the model {model_name}")
+    if n_parameters < needs.min_parameters:
+        reasons.append(
+            f"says nothing about a model of {n_parameters / 1e6:,.0f} M parameters, under"
+            f" {needs.min_parameters / 1e9:.0f} B"
+        )
+    return reasons
+
+
+def _hooked_transformer_knows(model_name: str) -> bool:
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        get_official_model_name(model_name)
+    except ValueError:
+        return False
+    return True
+
+
+def _why_missing(dataset: str) -> str | None:
+    try:
+        check_repository(dataset, "dataset", "--saebench")
+    except UserError as error:
+        return str(error).removeprefix(f"--saebench {dataset}: ").split(";")[0]
+    return None
+
+
+def saebench_python() -> Path:
+    """The Python of `.venv-saebench`, which is made first where it is missing, incomplete or of other versions.
+
+    torch comes from the wheel index that `TORCH_INDEX_URL` names, else from pip's own.
+
+    Raises:
+        UserError: there is no Python 3.11 or 3.12, or pip cannot install a package.
+    """
+    python = _VENV / "bin" / "python"
+    with _REQUIREMENTS.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wanted = lock.read()
+        if python.is_file() and _STAMP.is_file() and _STAMP.read_text() == wanted:
+            return python
+        pins = [line for line in wanted.splitlines() if line and not line.startswith("#")]
+        rest = [pin for pin in pins if not pin.startswith("torch==")]
+        log.info("making sae-bench's environment, %s: 2.5 GB, some minutes, only this once", _VENV)
+        _run(_base_python(), "-m", "venv", "--clear", _VENV)
+        (_VENV / ".gitignore").write_text("*\n")
+        pip = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
+        log.info("installing %d packages", len(rest))
+        _run(*pip, "--no-deps", *rest)
+        (torch_pin,) = set(pins) - set(rest)
+        log.info("installing %s", torch_pin)
+        index = os.environ.get("TORCH_INDEX_URL")
+        _run(*pip, torch_pin, *(("--index-url", index) if index else ()))
+        _run(python, "-c", "import sae_bench.evals.core.main")
+        _STAMP.write_text(wanted)
+    return python
+
+
+def _base_python() -> str:
+    if sys.version_info[:2] in _PYTHON_VERSIONS:
+        return sys.executable
+    names = [f"python{major}.{minor}" for major, minor in _PYTHON_VERSIONS]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise UserError(f"--saebench: sae-bench needs numpy 1.26, so {' or '.join(names)}, which is not on the PATH")
+    return found
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        error = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "")
+        raise UserError(f"--saebench: cannot make {_VENV}: {error.removeprefix('ERROR: ')}; try again")
+
+
+def run_saebench(
+    evals: Sequence[str],
+    *,
+    sae: SAE[Any],
+    model: str,
+    hook_name: str,
+    rows_NT: np.ndarray,
+    batch_size: int,
+    device: str,
+    dtype: str,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Runs sae-bench's evals on an SAE, in sae-bench's environment; its progress goes to standard error.
+
+    `core` reads the rows given, in their order, twice, with the SAE at every position; what remains of them
+    after the last whole batch is left out. The other evals read data of their own, with their default settings.
+    The SAE is taken as it is: decoder norms are not folded.
+
+    Args:
+        evals: names in `EVALS`.
+        sae: for raw activations, on any device.
+        model: Hugging Face id, directory, .gguf file or embedded model.
+        hook_name: TransformerLens's name of the hook.
+        rows_NT: token ids, [n_rows, context_size].
+        batch_size: rows in one forward pass.
+        device: cpu, cuda or cuda:N.
+        dtype: float32, bfloat16 or float16; of the language model and, as in sae-bench, of the SAE.
+        output: directory that keeps RESULT.json and, under each eval's name, sae-bench's own result file.
+
+    Returns:
+        name -> metrics in sae-bench's layout, such as `result["core"]["sparsity"]["l0"]`.
+
+    Raises:
+        UserError: the environment cannot be made, or the worker failed.
+    """
+    python = saebench_python()
+    batch_size = min(batch_size, len(rows_NT))
+    n_batches = len(rows_NT) // batch_size
+    if len(rows_NT) % batch_size:
+        log.warning("sae-bench: the last %d of %d rows make no whole batch", len(rows_NT) % batch_size, len(rows_NT))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    # Some evals leave gigabytes of activations in the working directory.
+    with tempfile.TemporaryDirectory(prefix="saebench-", dir=output) as scratch:
+        directory = Path(scratch).resolve()
+        results = output.resolve() if output is not None else directory / "results"
+        for name in ("RESULT.json", "ERROR.json"):
+            (results / name).unlink(missing_ok=True)
+        results.mkdir(exist_ok=True)
+        sae.save_model(directory / "sae")
+        np.save(directory / "rows.npy", rows_NT[: n_batches * batch_size].astype(np.uint32))
+        if _FORGET_CORPUS.is_file():
+            (directory / _FORGET_CORPUS).parent.mkdir(parents=True)
+            (directory / _FORGET_CORPUS).symlink_to(_FORGET_CORPUS.resolve())
+        job = directory / "job.json"
+        job.write_text(
+            json.dumps(
+                {
+                    "evals": list(evals),
+                    "sae": str(directory / "sae"),
+                    "model": str(Path(model).resolve()) if Path(model).exists() else model,
+                    "hook_name": hook_name,
+                    "rows": str(directory / "rows.npy"),
+                    "batch_size": batch_size,
+                    "n_batches": n_batches,
+                    "device": device,
+                    "dtype": dtype,
+                    "output": str(results),
+                }
+            )
+        )
+        log.info("running sae-bench: %s", ", ".join(evals))
+        # Standard output is for our table, so what sae-bench prints goes to standard error, 2.
+        done = subprocess.run(
+            [str(python), "-m", "sae_toolkit.saebench_worker", str(job)],
+            cwd=directory,
+            env=os.environ | {"PYTHONPATH": str(_ROOT)},
+            stdout=2,
+            check=False,
+        )
+        if done.returncode != 0:
+            error = results / "ERROR.json"
+            why = json.loads(error.read_text()) if error.is_file() else f"it ended with status {done.returncode}"
+            raise UserError(f"--saebench {','.join(evals)}: sae-bench failed: {why}")
+        return json.loads((results / "RESULT.json").read_text())

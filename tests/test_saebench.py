@@ -1,0 +1,190 @@
+"""sae-bench's evals are found by name, refused in one line where they cannot run, and run as they are."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+
+from sae_toolkit import saebench
+from sae_toolkit.embedded import EMBEDDED_MODEL
+from sae_toolkit.errors import UserError
+from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.saebench import EVALS, parse_evals, refuse_what_cannot_run, run_saebench, saebench_python
+from tests.conftest import HOOK
+
+KEYS = {
+    "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},
+    "model_performance_preservation": {
+        "ce_loss_score",
+        "ce_loss_with_ablation",
+        "ce_loss_with_sae",
+        "ce_loss_without_sae",
+    },
+    "reconstruction_quality": {"explained_variance", "explained_variance_legacy", "mse", "cossim"},
+    "shrinkage": {"l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"},
+    "sparsity": {"l0", "l1"},
+    "token_stats": {"total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"},
+    "misc_metrics": {
+        "average_max_encoder_cosine_sim",
+        "average_max_decoder_cosine_sim",
+        "frac_alive",
+        "freq_over_1_percent",
+        "freq_over_10_percent",
+        "normalized_freq_over_1_percent",
+        "normalized_freq_over_10_percent",
+    },
+}
+SPECIAL_TOKENS = (1, 2)  # <|im_start|> is BOS, <|im_end|> EOS and pad
+
+
+def test_evals_are_named_in_a_list():
+    assert parse_evals("core, absorption,core") == ("core", "absorption")
+    assert parse_evals(",".join(EVALS)) == tuple(EVALS)
+
+
+@pytest.mark.parametrize("text", ["core,spelling", "", ","])
+def test_an_unknown_eval_is_answered_with_the_known_ones(text):
+    with pytest.raises(UserError, match=r"^--saebench .*: no eval .*core, .*unlearning$"):
+        parse_evals(text)
+
+
+def refusal(evals: str, model: str, n_parameters: int, hook_name: str = HOOK) -> str:
+    with pytest.raises(UserError) as error:
+        refuse_what_cannot_run(parse_evals(evals), model_name=model, n_parameters=n_parameters, hook_name=hook_name)
+    return str(error.value)
+
+
+def test_core_and_meta_structure_run_on_any_model_without_a_network():
+    refuse_what_cannot_run(
+        ("core", "meta_structure"), model_name=EMBEDDED_MODEL, n_parameters=134_515_008, hook_name=HOOK
+    )
+
+
+def test_what_cannot_run_is_said_in_one_line_with_each_reason(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    said = refusal("core,absorption,autointerp,ravel", EMBEDDED_MODEL, 134_515_008)
+    assert "\n" not in said
+    assert said.startswith("--saebench: cannot run here: absorption: HookedTransformer does not know the model embed")
+    assert "absorption: " in said and "135 M parameters, under 1 B; autointerp: " in said
+    assert "OPENAI_API_KEY" in said
+    assert "cannot read monology/pile-uncopyrighted (the Hugging Face Hub cannot be reached" in said
+    assert f"ravel: it knows only google/gemma-2-2b and EleutherAI/pythia-160m-deduped, not {EMBEDDED_MODEL}" in said
+    assert "core:" not in said
+
+
+def test_an_eval_is_refused_only_for_what_it_lacks():
+    assert "absorption" not in refusal("absorption,unlearning", "google/gemma-2-2b-it", 2_600_000_000)
+    assert "bio-forget-corpus.jsonl" in refusal("unlearning", "google/gemma-2-2b-it", 2_600_000_000)
+    assert "cannot read LabHC/bias_in_bios" in refusal("scr", "gpt2", 124_000_000)
+    refuse_what_cannot_run(
+        ("sparse_probing_sae_probes",), model_name="gpt2", n_parameters=124_000_000, hook_name="blocks.6.hook_resid_pre"
+    )
+
+
+def test_a_hook_by_its_module_name_is_refused():
+    assert "the SAE's hook model.layers.12 has not" in refusal("core", EMBEDDED_MODEL, 134_515_008, "model.layers.12")
+
+
+def test_a_package_that_cannot_be_installed_is_said_and_leaves_no_environment_that_counts(tmp_path, monkeypatch):
+    requirements = tmp_path / "requirements-saebench.txt"
+    requirements.write_text("sae-bench==0.0.0\ntorch==2.13.0\n")
+    monkeypatch.setattr(saebench, "_REQUIREMENTS", requirements)
+    monkeypatch.setattr(saebench, "_VENV", tmp_path / "venv")
+    monkeypatch.setattr(saebench, "_STAMP", tmp_path / "venv" / "requirements-saebench.txt")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^--saebench: cannot make .*venv: .*sae-bench==0\.0\.0"):
+            saebench_python()
+
+
+@pytest.fixture(scope="module")
+def rows_NT(tokenizer) -> np.ndarray:
+    """16 rows of 64 tokens, each with its BOS; an EOS inside some, and one row twice."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(3, len(tokenizer), (16, 64), dtype=np.uint32)
+    rows[:, 0] = 1
+    rows[3, 20] = rows[7, 40] = 2
+    rows[9] = rows[2]
+    return rows
+
+
+def random_sae(architecture: str) -> SAE:
+    """An SAE of 512 features in 576 dimensions whose features fire on real activations."""
+    generator = torch.Generator().manual_seed(0)
+    W_FD = torch.randn(512, 576, generator=generator)
+    common = {"d_in": 576, "d_sae": 512, "dtype": "float32", "device": "cpu"}
+    state = {
+        "W_enc": W_FD.T / 24,
+        "W_dec": W_FD / W_FD.norm(dim=1, keepdim=True),
+        "b_enc": torch.zeros(512),
+        "b_dec": torch.zeros(576),
+    }
+    if architecture == "topk":
+        sae = TopKSAE(TopKSAEConfig(k=16, **common))
+    else:
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**common))
+        state["threshold"] = torch.full((512,), 5.0)
+    sae.load_state_dict(state)
+    sae.cfg.metadata.model_name = EMBEDDED_MODEL
+    sae.cfg.metadata.hook_name = HOOK
+    return sae
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_core_measures_the_rows_given(architecture, rows_NT, language_model, tmp_path, capfd):
+    sae = random_sae(architecture)
+    arguments = {"model": EMBEDDED_MODEL, "hook_name": HOOK, "batch_size": 4, "device": "cpu", "dtype": "float32"}
+    result = run_saebench(("core",), sae=sae, rows_NT=rows_NT, output=tmp_path, **arguments)["core"]
+    assert {category: set(metrics) for category, metrics in result.items()} == KEYS
+    assert set(result["token_stats"].values()) == {rows_NT.size}
+    assert "core: both passes read the 16 rows given, in their order" in capfd.readouterr().err
+
+    tokens_NT = torch.from_numpy(rows_NT.astype(np.int64))
+    acts_ND = LanguageModel(language_model.model, HOOK).activations(tokens_NT).flatten(0, 1).double()
+    scored_N = ~torch.isin(tokens_NT.flatten(), torch.tensor(SPECIAL_TOKENS))
+    features_NF = torch.relu(acts_ND[scored_N] @ sae.W_enc.double())
+    if architecture == "topk":
+        kept = features_NF.topk(16)
+        features_NF = torch.zeros_like(features_NF).scatter(1, kept.indices, kept.values)
+    else:
+        features_NF = features_NF * (features_NF > sae.threshold.double())
+    assert result["sparsity"]["l0"] == pytest.approx((features_NF != 0).sum(1).double().mean().item(), rel=1e-4)
+    assert result["sparsity"]["l1"] == pytest.approx(features_NF.sum(1).mean().item(), rel=1e-4)
+    assert result["misc_metrics"]["frac_alive"] == pytest.approx((features_NF > 0).any(0).double().mean().item())
+
+    [own_file] = (tmp_path / "core").glob("*_eval_results.json")
+    assert json.loads(own_file.read_text())["eval_result_metrics"]["sparsity"] == pytest.approx(result["sparsity"])
+    assert {path.name for path in tmp_path.iterdir()} == {"core", "RESULT.json"}
+
+
+@pytest.mark.parity
+def test_a_worker_that_fails_is_one_line_with_its_reason(rows_NT, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "sae_toolkit")
+    with pytest.raises(
+        UserError, match=r"^--saebench core: sae-bench failed: --model_name \S+: .*config.json"
+    ) as error:
+        run_saebench(
+            ("core",),
+            sae=random_sae("topk"),
+            model=str(tmp_path),
+            hook_name=HOOK,
+            rows_NT=rows_NT[:6],
+            batch_size=4,
+            device="cpu",
+            dtype="float32",
+        )
+    assert "\n" not in str(error.value)
+    assert "the last 2 of 6 rows" in caplog.text
+
+
+@pytest.mark.parity
+def test_the_environment_is_sae_benchs_own(tmp_path):
+    python = saebench_python()
+    assert python == Path(saebench.__file__).resolve().parent.parent / ".venv-saebench" / "bin" / "python"
+    before = python.stat().st_mtime
+    assert saebench_python().stat().st_mtime == before
