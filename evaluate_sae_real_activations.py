@@ -1,17 +1,26 @@
 #!/usr/bin/env python
-"""Measures a sparse autoencoder on real activations of its language model, against published standards.
+"""Measures sparse autoencoders on real activations of their language model, against published standards.
 
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
     python evaluate_sae_real_activations.py --sae_path ./my_sae --model_name ./my_model --layer 12 --dataset wikitext
 
+  # SAEBench's protocol, and SAEBench itself
+    python evaluate_sae_real_activations.py --sae_path ./my_sae --protocol saebench --saebench core
+
+  # several SAEs in one pass of the model: a run with all its checkpoints, or SAEs of any library
+    python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0
+    python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
+
+SAEs may be SAELens's (a directory, or release:sae_id), sparsify's or dictionary_learning's; which, is found.
 Model, hook, text and the documents held out of training come from the checkpoint unless given. The table
-goes to standard output, the numbers to evaluation.json beside the checkpoint.
+goes to standard output; evaluation.json, report.html and report.md beside the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 from sae_toolkit.console import Parser, run_script, set_up_logging
@@ -23,7 +32,13 @@ log = logging.getLogger("sae_toolkit")
 def parse_flags() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--sae_path", required=True, help="directory of the SAE")
+    add(
+        "--sae_path",
+        required=True,
+        nargs="+",
+        metavar="SAE",
+        help="directory of an SAE or of a run, release:sae_id, Hugging Face id[:hookpoint], or a pattern",
+    )
     add("--model_name", help="Hugging Face id, directory, .gguf file or embedded model (default: the SAE's)")
     add("--layer", type=int, help="layer of the hook (default: the SAE's)")
     add("--dataset", help="Hugging Face id, file, directory or embedded text (default: what the SAE did not train on)")
@@ -35,12 +50,26 @@ def parse_flags() -> argparse.Namespace:
     add("--text_column", help="column of the text or of the token ids (default: found)")
     add("--fallback_dataset", help="data set to take where --dataset cannot be opened")
     add(
+        "--protocol",
+        default="health",
+        choices=("health", "saebench"),
+        help="health: the SAE stands in where it was trained to; saebench: at every position, with SAEBench's averages",
+    )
+    add("--saebench", metavar="EVALS", help="run sae-bench too, in its own environment: core,absorption,...")
+    add(
         "--num_samples",
         type=int,
         help="sequences (default: as many as make 50,000 tokens; 20,000 for what needs the whole model)",
     )
+    add(
+        "--dead_tokens",
+        type=int,
+        help="tokens on which dead features are counted (default: those of the other metrics)",
+    )
     add("--context_length", type=int, help="tokens in a sequence (default: as in training)")
     add("--batch_size", type=int, default=8, help="sequences in one forward pass (default: 8)")
+    add("--features", type=int, nargs="+", default=[], help="features to show in the report, beside a sample of them")
+    add("--n_features", type=int, default=50, help="size of that sample, spread over firing rates (default: 50)")
     add("--device", default="auto", help="cpu, cuda, cuda:N, or auto: CUDA where torch sees it")
     add(
         "--lm_dtype",
@@ -49,12 +78,18 @@ def parse_flags() -> argparse.Namespace:
         help="the language model's dtype; auto: bfloat16 where the hardware computes in it, else float32",
     )
     add("--seed", type=int, default=42, help="of the sequences drawn (default: 42)")
-    add("--output_json", type=Path, help="where the results go (default: evaluation.json beside the checkpoint)")
+    add(
+        "--output_json",
+        type=Path,
+        help="where the results go, the reports beside them (default: evaluation.json beside the checkpoint)",
+    )
     add("--verbose", action="store_true", help="say more")
     flags = parser.parse_args()
-    for name in ("num_samples", "context_length", "batch_size"):
+    for name in ("num_samples", "context_length", "batch_size", "dead_tokens"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be 1 or more")
+    if flags.n_features < 0:
+        raise UserError(f"--n_features {flags.n_features}: must be 0 or more")
     return flags
 
 
@@ -64,28 +99,45 @@ def main() -> int:
 
     # SAELens takes seconds to import: not for --help or a mistyped flag.
     from rich.console import Console
+    from sae_lens.util import dtype_to_str
 
-    from sae_toolkit.evaluation import evaluate_sae
-    from sae_toolkit.evaluation_setup import prepare_evaluation
-    from sae_toolkit.health import judge
-    from sae_toolkit.models import choose_lm_dtype, load_language_model
-    from sae_toolkit.report import check_writable, flatten, render, summarize, write_json
-    from sae_toolkit.wandb_run import training_wandb_run
+    from sae_toolkit.evaluation import evaluate_saes
+    from sae_toolkit.evaluation_setup import prepare_evaluations
+    from sae_toolkit.models import LanguageModels, choose_lm_dtype
+    from sae_toolkit.report import render, render_several
+    from sae_toolkit.results import choose_outputs, record_results, summarize, write_results
+    from sae_toolkit.saebench import parse_evals, refuse_what_cannot_run, run_saebench
 
-    output_json = flags.output_json or Path(flags.sae_path) / "evaluation.json"
-    prepared = prepare_evaluation(flags)
-    check_writable(output_json)
-    lm_dtype = choose_lm_dtype(flags.lm_dtype, prepared.device)
-    model = load_language_model(prepared.model, prepared.hook_name, prepared.device, lm_dtype)
-    evaluation = evaluate_sae(prepared, model, batch_size=flags.batch_size)
-    health = judge(evaluation.metrics)
-    summary = summarize(prepared, evaluation, health)
-    write_json(output_json, summary)
-    Console().print(render(prepared, evaluation, health))
-    wandb_run = training_wandb_run(Path(flags.sae_path))
-    wandb_run.summarize(flatten(summary, "evaluation"))
-    wandb_run.finish()
-    log.info("written to %s", output_json)
+    evals = parse_evals(flags.saebench) if flags.saebench else ()
+    groups = prepare_evaluations(flags)
+    outputs = iter(choose_outputs(flags.output_json, [evaluated.file for group in groups for evaluated in group.saes]))
+    for group in groups if evals else ():
+        n_parameters = group.model.n_parameters
+        refuse_what_cannot_run(evals, model_name=group.model.name, n_parameters=n_parameters, hook_name=group.hook_name)
+    models = LanguageModels(groups[0].device, choose_lm_dtype(flags.lm_dtype, groups[0].device))
+    summaries = []
+    for group in groups:
+        evaluations = evaluate_saes(group, models.load(group.model, group.hook_name), batch_size=flags.batch_size)
+        of_group = [summarize(group, *pair) for pair in zip(group.saes, evaluations, strict=True)]
+        for evaluated, evaluation, summary, output in zip(group.saes, evaluations, of_group, outputs, strict=False):
+            write_results(output, summary, evaluation, of_group)
+            if evals:
+                summary["saebench"] = run_saebench(
+                    evals,
+                    sae=evaluated.sae,
+                    model=group.model.name,
+                    hook_name=group.hook_name,
+                    rows_NT=group.rows_NT[: group.n_loss_rows],
+                    batch_size=flags.batch_size,
+                    device=group.device,
+                    dtype=dtype_to_str(models.dtype),
+                )
+                write_results(output, summary, evaluation, of_group)
+            record_results(summary)
+        summaries += of_group
+    Console(width=None if sys.stdout.isatty() else 100).print(
+        render(summaries[0]) if len(summaries) == 1 else render_several(summaries)
+    )
     return 0
 
 

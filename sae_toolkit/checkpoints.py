@@ -23,7 +23,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
@@ -191,3 +191,14 @@ def _inference_form(path: Path, device: str) -> SAE[Any]:
     sae.load_state_dict(state)
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval()
+
+
+def load_log_sparsity(path: Path) -> torch.Tensor | None:
+    """Logarithms (base 10) of each feature's firing rate in the last window of its training, if the SAE has them."""
+    file = path / SPARSITY_FILENAME
+    if not file.is_file():
+        return None
+    try:
+        return load_file(file).get("sparsity")
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged: {one_line(error)}; delete it or fetch the SAE anew") from error

@@ -1,4 +1,4 @@
-"""Streams real text through a language model and an SAE at its hook, and measures what becomes of both."""
+"""Streams real text through a language model and SAEs at its hook, and measures what becomes of both."""
 
 from __future__ import annotations
 
@@ -8,34 +8,111 @@ from typing import Any
 
 import numpy as np
 import torch
-from sae_lens import SAE
 from tqdm.auto import tqdm
 
+from sae_toolkit.dead_features import DeadFeatureEstimates, FiringStatistics
+from sae_toolkit.decoder_cosines import DirectionCosines, measure_cosines
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation_setup import PreparedEvaluation
+from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.feature_browser import Feature, FeatureRecorder
 from sae_toolkit.language_model import HookState, LanguageModel
 from sae_toolkit.metrics import (
     LossStatistics,
     ReconstructionStatistics,
     chunk_length,
-    log_probabilities,
-    mean_max_cosine,
+    compare_predictions,
+    histogram,
+    point_and_interval,
 )
+from sae_toolkit.saebench_core import SAEBenchStatistics, token_stats
+
+# Where not one position counted in so many batches, none will.
+_BATCHES_WITHOUT_A_POSITION = 4
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, and on how much.
+    """What was measured of one SAE, and on how much.
 
-    `tokens` are those that the SAE stood in for, on which its features, L0 and reconstruction are measured;
-    `loss_tokens` those whose next-token losses were averaged.
+    Args:
+        metrics: by name; shares as fractions, losses in nats. NaN where there is no number.
+        intervals: 95% bootstrap intervals of those that are averages over the sample.
+        tokens: on which L0 and reconstruction are measured.
+        loss_tokens: whose next-token losses were averaged.
+        dead: what the sample says of silent features, over tokens of their own number.
+        cosines: of the decoder.
+        saebench_core: SAEBench's categories, under its protocol.
+        plots: histograms, as edges and counts.
+        features: for the feature browser.
     """
 
     metrics: dict[str, float]
+    intervals: dict[str, list[float]]
     tokens: int
     sequences: int
     loss_tokens: int
     loss_sequences: int
+    dead: DeadFeatureEstimates
+    cosines: DirectionCosines
+    saebench_core: dict[str, dict[str, float]] | None
+    plots: dict[str, Any]
+    features: list[Feature]
+    firing_rates_F: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
+    """Measures SAEs on the same rows of tokens.
+
+    The model runs once for what the SAEs share: its own losses, those with zeros at the hook, and the layers
+    up to the hook. Only the layers after it run again for each SAE.
+
+    Args:
+        prepared: the SAEs, the rows, and which positions count.
+        model: hooked where the SAEs go.
+        batch_size: rows in one forward pass.
+
+    Returns:
+        One evaluation for each SAE, in their order.
+
+    Raises:
+        UserError: not one position counts for one of the SAEs.
+    """
+    rows_NT = prepared.rows_NT
+    measurements = [_Measurement(evaluated, prepared) for evaluated in prepared.saes]
+    zero_ablation = _ZeroAblation(model)
+    ends = sorted({prepared.n_loss_rows, prepared.n_sae_rows, len(rows_NT)})
+    n_batches = start = 0
+    with tqdm(total=rows_NT.size, desc="Evaluating", unit="tok", unit_scale=True, leave=False) as progress:
+        while start < len(rows_NT):
+            stop = min(start + batch_size, next(end for end in ends if end > start))
+            batch = _Batch(start, rows_NT[start:stop].astype(np.int64))
+            tokens_BT = torch.from_numpy(batch.tokens_BT)
+            if start < prepared.n_loss_rows:
+                clean_BTV, state = model.logits(tokens_BT)
+                zero_logits = zero_ablation.logits(tokens_BT, state)
+                tokens_BT = tokens_BT.to(clean_BTV.device)
+                zero = None
+                for measurement in measurements:
+                    replaced_BTD = measurement.add(batch, state.acts_BTD, with_reconstruction=True)
+                    sae_BTV = model.logits_from_hook(tokens_BT, state, replaced_BTD)
+                    others: list[Sequence[torch.Tensor]] = [list(sae_BTV)] if zero else [list(sae_BTV), zero_logits]
+                    ce_clean_BT, compared = compare_predictions(tokens_BT, clean_BTV, others)
+                    zero = zero or compared[1]
+                    measurement.losses.add(measurement.scored_BT, ce_clean_BT, compared[0], zero)
+                    del sae_BTV
+                del clean_BTV, zero_logits, state
+            else:
+                acts_BTD = model.activations(tokens_BT)
+                for measurement in measurements:
+                    measurement.add(batch, acts_BTD, with_reconstruction=start < prepared.n_sae_rows)
+            n_batches += 1
+            if n_batches == _BATCHES_WITHOUT_A_POSITION or stop == len(rows_NT):
+                for measurement in measurements:
+                    measurement.check()
+            progress.update(batch.tokens_BT.size)
+            start = stop
+    return [measurement.finish(model) for measurement in measurements]
 
 
 class _ZeroAblation:
@@ -49,94 +126,166 @@ class _ZeroAblation:
         self.model = model
         self._shared_TV: torch.Tensor | None = None
 
-    def log_probs(self, tokens_BT: torch.Tensor, state: HookState) -> Sequence[torch.Tensor]:
-        """Log-probabilities [T, V] of each sequence."""
+    def logits(self, tokens_BT: torch.Tensor, state: HookState) -> Sequence[torch.Tensor]:
+        """Logits [T, V] of each sequence."""
         if self._shared_TV is not None:
             return [self._shared_TV] * len(tokens_BT)
         logits_BTV = self.model.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD))
         if len(logits_BTV) > 1 and all(torch.equal(logits_TV, logits_BTV[0]) for logits_TV in logits_BTV[1:]):
-            self._shared_TV = log_probabilities(logits_BTV[0])
+            self._shared_TV = logits_BTV[0].clone()
             return [self._shared_TV] * len(tokens_BT)
-        return [log_probabilities(logits_TV) for logits_TV in logits_BTV]
+        return list(logits_BTV)
 
 
-@torch.no_grad()
-def evaluate_sae(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> Evaluation:
-    """Measures an SAE on rows of tokens.
+@dataclass(frozen=True)
+class _Batch:
+    first_row: int
+    tokens_BT: np.ndarray
 
-    At the positions that the SAE was trained for, its reconstruction stands in for the model's own activation,
-    and these positions alone are averaged; at the others the model goes on with its own.
 
-    Args:
-        prepared: the SAE, the rows, and which positions count.
-        model: hooked where the SAE goes.
-        batch_size: rows in one forward pass.
+class _Measurement:
+    """All that is summed up for one SAE while the rows go by."""
 
-    Raises:
-        UserError: not one position counts.
-    """
-    sae, rows_NT, positions = prepared.sae, prepared.rows_NT, prepared.positions
-    statistics = ReconstructionStatistics()
-    losses = LossStatistics()
-    zero_ablation = _ZeroAblation(model)
-    n_not_special = n_replaced = 0
-    with tqdm(total=rows_NT.size, desc="Evaluating", unit="tok", unit_scale=True, leave=False) as progress:
-        start = 0
-        while start < len(rows_NT):
-            with_losses = start < prepared.n_loss_rows
-            stop = min(start + batch_size, prepared.n_loss_rows if with_losses else len(rows_NT))
-            tokens = rows_NT[start:stop].astype(np.int64)
-            tokens_BT = torch.from_numpy(tokens)
-            if with_losses:
-                logits_BTV, state = model.logits(tokens_BT)
-                acts_BTD = state.acts_BTD
-            else:
-                acts_BTD = model.activations(tokens_BT)
-            kept_BT = torch.from_numpy(positions.keeps_tokens(tokens)).to(acts_BTD.device)
-            kept_BT &= positions.keeps_norms(acts_BTD)
-            not_special_BT = ~np.isin(tokens, prepared.special_token_ids)
-            n_not_special += int(not_special_BT.sum())
-            n_replaced += int((not_special_BT & kept_BT.cpu().numpy()).sum())
-            replaced_BTD = _stand_in(sae, acts_BTD, kept_BT, statistics)
-            if with_losses:
-                sae_BTV = model.logits_from_hook(tokens_BT, state, replaced_BTD)
-                zero_BTV = zero_ablation.log_probs(tokens_BT, state)
-                tokens_BT = tokens_BT.to(logits_BTV.device)
-                for b in range(len(tokens_BT)):
-                    losses.add(tokens_BT[b], kept_BT[b], logits_BTV[b], sae_BTV[b], zero_BTV[b])
-                del logits_BTV, sae_BTV, zero_BTV, state
-            progress.update(tokens.size)
-            start = stop
-    if statistics.n_tokens == 0 or losses.n_losses == 0:
-        raise UserError(
-            f"--sae_path: not one of {rows_NT.size:,} tokens has an activation within the SAE's norm limit of"
-            f" {positions.max_activation_norm}; is this the model and layer that it was trained on?"
+    def __init__(self, evaluated: EvaluatedSAE, prepared: PreparedEvaluation) -> None:
+        sae = evaluated.sae
+        self.evaluated = evaluated
+        self.prepared = prepared
+        self.losses = LossStatistics()
+        self.reconstruction = ReconstructionStatistics(prepared.n_sae_rows)
+        self.firings = FiringStatistics(sae.cfg.d_sae, sae.device)
+        self.saebench = SAEBenchStatistics(sae.cfg.d_sae, sae.device) if prepared.protocol == "saebench" else None
+        self.recorder = FeatureRecorder(
+            sae.cfg.d_sae, asked_for=prepared.features, n_sampled=prepared.n_features, seed=prepared.seed
         )
-    metrics = losses.metrics() | statistics.metrics()
-    metrics["decoder_absorption"] = mean_max_cosine(sae.W_dec)
-    metrics["replaced_share"] = n_replaced / n_not_special
-    return Evaluation(
-        metrics,
-        tokens=statistics.n_tokens,
-        sequences=len(rows_NT),
-        loss_tokens=losses.n_losses,
-        loss_sequences=min(prepared.n_loss_rows, len(rows_NT)),
-    )
+        self.n_not_special = self.n_replaced = 0
+        self.scored_BT = torch.zeros(0)
+
+    def add(self, batch: _Batch, acts_BTD: torch.Tensor, *, with_reconstruction: bool) -> torch.Tensor:
+        """Adds a batch to the sums; sets `scored_BT`.
+
+        Returns:
+            The activations, with the SAE's reconstructions where it stands in for them.
+        """
+        replaced_BT, self.scored_BT = self._positions(batch.tokens_BT, acts_BTD)
+        if not with_reconstruction:
+            replaced_BT = self.scored_BT
+        else:
+            not_special_BT = torch.from_numpy(~np.isin(batch.tokens_BT, self.prepared.special_token_ids))
+            self.n_not_special += int(not_special_BT.sum())
+            self.n_replaced += int((not_special_BT & replaced_BT.cpu()).sum())
+        sae = self.evaluated.sae
+        at_N2 = replaced_BT.nonzero()
+        acts_ND = acts_BTD[replaced_BT]
+        recons_ND = torch.empty_like(acts_ND, dtype=torch.float32, device=sae.device)
+        n = chunk_length(sae.cfg.d_sae)
+        for at in range(0, len(acts_ND), n):
+            chunk_ND = acts_ND[at : at + n].to(sae.device, torch.float32)
+            features_NF = sae.encode(chunk_ND)
+            recons = sae.decode(features_NF) if with_reconstruction else None
+            if recons is not None:
+                recons_ND[at : at + n] = recons
+            self._score(batch, at_N2[at : at + n], chunk_ND, features_NF, recons)
+        if not with_reconstruction:
+            return acts_BTD
+        if self.saebench is not None:
+            scored_N = self.scored_BT[replaced_BT]
+            self.saebench.add_batch(acts_ND[scored_N].to(sae.device), recons_ND[scored_N.to(sae.device)])
+        replaced_BTD = acts_BTD.clone()
+        replaced_BTD[replaced_BT] = recons_ND.to(acts_BTD)
+        return replaced_BTD
+
+    def _positions(self, tokens_BT: np.ndarray, acts_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the SAE stands in, and which of these positions are averaged: two [B, T] of booleans."""
+        if self.prepared.protocol == "saebench":
+            scored_BT = torch.from_numpy(~np.isin(tokens_BT, self.prepared.unscored_token_ids)).to(acts_BTD.device)
+            return torch.ones_like(scored_BT), scored_BT
+        positions = self.evaluated.positions
+        kept_BT = torch.from_numpy(positions.keeps_tokens(tokens_BT)).to(acts_BTD.device)
+        kept_BT &= positions.keeps_norms(acts_BTD)
+        return kept_BT, kept_BT
+
+    def _score(
+        self,
+        batch: _Batch,
+        at_N2: torch.Tensor,
+        acts_ND: torch.Tensor,
+        features_NF: torch.Tensor,
+        recons_ND: torch.Tensor | None,
+    ) -> None:
+        """Adds a part of a batch's tokens, at (sequence, position), to the sums, but for those not scored."""
+        scored_N = self.scored_BT[at_N2[:, 0], at_N2[:, 1]].to(acts_ND.device)
+        at_N2 = at_N2.to(acts_ND.device)
+        if not scored_N.all():
+            at_N2, acts_ND, features_NF = at_N2[scored_N], acts_ND[scored_N], features_NF[scored_N]
+            recons_ND = None if recons_ND is None else recons_ND[scored_N]
+        sequence_N = at_N2[:, 0] + batch.first_row
+        active_NF = features_NF != 0
+        self.firings.add(sequence_N, active_NF)
+        self.recorder.add(sequence_N, at_N2[:, 1], features_NF)
+        if recons_ND is not None:
+            self.reconstruction.add(sequence_N, acts_ND, recons_ND, active_NF.sum(1))
+            if self.saebench is not None:
+                self.saebench.add_features(features_NF)
+
+    def check(self) -> None:
+        if self.firings.n_tokens == 0 or self.losses.sums_SK()[:, 0].sum() == 0:
+            raise UserError(
+                f"--sae_path {self.evaluated.file.name}: not one of the tokens has an activation within the SAE's norm"
+                f" limit of {self.evaluated.positions.max_activation_norm}; is this the model and layer that it was"
+                " trained on?"
+            )
+
+    def finish(self, model: LanguageModel) -> Evaluation:
+        prepared, sae = self.prepared, self.evaluated.sae
+        loss_sums_SK, reconstruction_sums_SK = self.losses.sums_SK(), self.reconstruction.sums_SK()
+        losses, loss_intervals = point_and_interval(LossStatistics, loss_sums_SK, seed=prepared.seed)
+        reconstruction, intervals = point_and_interval(
+            ReconstructionStatistics, reconstruction_sums_SK, seed=prepared.seed
+        )
+        alive_F = self.firings.firings_F > 0
+        cosines = measure_cosines(sae.W_dec, alive_F, seed=prepared.seed)
+        saebench_core = None
+        if self.saebench is not None:
+            encoder_cosine = measure_cosines(sae.W_enc.T, torch.ones_like(alive_F), seed=prepared.seed).mean
+            saebench_core = self.saebench.results(losses, encoder_cosine, cosines.mean)
+            saebench_core["token_stats"] = token_stats(
+                prepared.context.context_size, len(loss_sums_SK), len(reconstruction_sums_SK)
+            )
+        kl_zero = losses.pop("kl_zero")
+        del kl_zero
+        loss_intervals.pop("kl_zero", None)
+        metrics = losses | reconstruction
+        metrics["dead_features"] = self.firings.dead
+        metrics["decoder_absorption"] = cosines.mean
+        metrics["replaced_share"] = self.n_replaced / self.n_not_special
+        intervals = loss_intervals | intervals
+        if cosines.interval is not None:
+            intervals["decoder_absorption"] = cosines.interval
+        rates_F = self.firings.firings_F.double() / self.firings.n_tokens
+        return Evaluation(
+            metrics=metrics,
+            intervals=intervals,
+            tokens=int(reconstruction_sums_SK[:, 0].sum()),
+            sequences=len(reconstruction_sums_SK),
+            loss_tokens=int(loss_sums_SK[:, 0].sum()),
+            loss_sequences=len(loss_sums_SK),
+            dead=self.firings.estimates(),
+            cosines=cosines,
+            saebench_core=saebench_core,
+            plots={
+                "log10_firing_rate": histogram(rates_F[alive_F].log10(), -6.0, 0.0, 60),
+                "never_fired": int((~alive_F).sum()),
+                "l0": _l0_histogram(self.reconstruction.l0_counts),
+                "decoder_cosine": cosines.histogram,
+            },
+            features=self.recorder.features(prepared.rows_NT, prepared.tokenizer, sae.W_dec, *model.unembedding()),
+            firing_rates_F=rates_F.cpu(),
+        )
 
 
-def _stand_in(
-    sae: SAE[Any], acts_BTD: torch.Tensor, kept_BT: torch.Tensor, statistics: ReconstructionStatistics
-) -> torch.Tensor:
-    """A copy of the activations with the SAE's reconstructions at the kept positions; adds to the statistics."""
-    replaced_BTD = acts_BTD.clone()
-    acts_ND = acts_BTD[kept_BT]
-    recons_ND = torch.empty_like(acts_ND)
-    n = chunk_length(sae.cfg.d_sae)
-    for start in range(0, len(acts_ND), n):
-        chunk = acts_ND[start : start + n].to(sae.device, torch.float32)
-        features = sae.encode(chunk)
-        recons = sae.decode(features)
-        statistics.add(chunk, recons, features)
-        recons_ND[start : start + n] = recons.to(recons_ND)
-    replaced_BTD[kept_BT] = recons_ND
-    return replaced_BTD
+def _l0_histogram(counts: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Edges and counts of at most 60 bins, from how many tokens have 0, 1, 2, ... active features."""
+    width = -(-len(counts) // 60)
+    padded = torch.nn.functional.pad(counts, (0, -len(counts) % width))
+    binned = padded.view(-1, width).sum(1)
+    return [width * i - 0.5 for i in range(len(binned) + 1)], binned.tolist()

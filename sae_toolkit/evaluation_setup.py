@@ -1,4 +1,4 @@
-"""What to evaluate an SAE on: its own record of its training, unless the person says otherwise."""
+"""What to evaluate SAEs on: their own record of their training, unless the person says otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +14,15 @@ import numpy as np
 from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
-from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import hook_width
 from sae_toolkit.models import ModelSource, choose_device, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.sae_formats import SAEFile, find_saes, load_sae_file
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, special_tokens
 
-# Dead features need tokens; losses need the model's upper layers and its logits, and settle with fewer.
+# What needs only the SAE is measured on more tokens than losses, which need the model's upper layers and logits.
 TOKENS = 50_000
 LOSS_TOKENS = 20_000
 
@@ -29,44 +30,126 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PreparedEvaluation:
-    """An evaluation that is ready to start."""
+class EvaluatedSAE:
+    """An SAE, where it came from, and the positions that it was trained for."""
 
+    file: SAEFile
     sae: SAE[Any]
+    positions: PositionFilter
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """An evaluation that is ready to start: SAEs of one hook of one model, on the same rows.
+
+    Losses are measured on the first `n_loss_rows`, reconstruction on the first `n_sae_rows`, and firings on all.
+    """
+
+    saes: tuple[EvaluatedSAE, ...]
+    protocol: str
     device: str
     model: ModelSource
+    tokenizer: PreTrainedTokenizerBase
     hook_name: str
     text: TextSource
     held_out: HeldOutSplit | None
     context: ContextFormat
     rows_NT: np.ndarray
     n_loss_rows: int
-    positions: PositionFilter
+    n_sae_rows: int
     special_token_ids: tuple[int, ...]
+    unscored_token_ids: tuple[int, ...]  # under SAEBench's protocol
+    features: tuple[int, ...]
+    n_features: int
+    seed: int
 
 
-def prepare_evaluation(flags: argparse.Namespace) -> PreparedEvaluation:
-    """Loads the SAE, checks that it fits the model and hook, and tokenizes the text.
+@dataclass(frozen=True)
+class _Text:
+    """Text and context: what decides whether two SAEs can be evaluated on the same rows."""
+
+    source: TextSource
+    held_out: HeldOutSplit | None
+    context: ContextFormat
+    skip_positions: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        source = self.source
+        return source.name, source.config, source.split, source.column, self.held_out, self.context
+
+
+def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
+    """Loads the SAEs, checks that they fit their models and hooks, and tokenizes the text.
+
+    Returns:
+        One evaluation for each set of SAEs that share model, hook and text.
 
     Raises:
         UserError: the evaluation could not succeed.
     """
     device = choose_device(flags.device)
-    sae = load_sae(flags.sae_path, device)
-    metadata = sae.cfg.metadata
-    model_name = flags.model_name or metadata.model_name
-    if model_name is None:
-        raise UserError("--model_name: the SAE's cfg.json does not say which model it is for; name it")
-    model = find_model(model_name)
-    hook_name = _hook_name(sae, flags.layer)
-    d_in = hook_width(model.config, hook_name)
-    if sae.cfg.d_in != d_in:
-        raise UserError(
-            f"--sae_path {flags.sae_path}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
-            " give the model that it was trained on"
+    files = find_saes(flags.sae_path, layer=flags.layer)
+    models: dict[str, ModelSource] = {}
+    texts: dict[tuple[Any, ...], _Text] = {}
+    groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
+    for file in files:
+        log.info("%s: %s, %s", file.name, file.library, file.form)
+        sae = load_sae_file(file, device)
+        _check_features(flags.features, sae, file)
+        model_name = flags.model_name or sae.cfg.metadata.model_name
+        if model_name is None:
+            raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
+        if model_name not in models:
+            models[model_name] = find_model(model_name)
+        model = models[model_name]
+        hook_name = _hook_name(sae, flags.layer)
+        d_in = hook_width(model.config, hook_name)
+        if sae.cfg.d_in != d_in:
+            raise UserError(
+                f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
+                " give the model that it was trained on"
+            )
+        text = _choose_text(sae, flags, model)
+        key = (model_name, hook_name, text.key)
+        texts[key] = texts.get(key, text)
+        groups.setdefault(key, []).append(EvaluatedSAE(file, sae, PositionFilter(skip_positions=text.skip_positions)))
+    if len(groups) > 1:
+        log.warning("%s", _why_apart(groups))
+    return [
+        _prepare_group(flags, device, models[key[0]], key[1], texts[key], members) for key, members in groups.items()
+    ]
+
+
+def _check_features(features: Sequence[int], sae: SAE[Any], file: SAEFile) -> None:
+    for feature in features:
+        if not 0 <= feature < sae.cfg.d_sae:
+            raise UserError(f"--features {feature}: {file.name} has the features 0 to {sae.cfg.d_sae - 1}")
+
+
+def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
+    """What keeps the SAEs from one evaluation, in a line."""
+    differing = [
+        name
+        for name, values in (
+            ("models", {key[0] for key in groups}),
+            ("hooks", {key[:2] for key in groups}),
+            ("texts, held-out splits or contexts", {key[2] for key in groups}),
         )
+        if len(values) > 1
+    ]
+    names = "; ".join(f"{key[0]} {key[1]}: {', '.join(m.file.name for m in ms)}" for key, ms in groups.items())
+    return f"SAEs of different {' and '.join(differing)}, evaluated in {len(groups)} passes ({names})"
+
+
+def _choose_text(sae: SAE[Any], flags: argparse.Namespace, model: ModelSource) -> _Text:
+    metadata = sae.cfg.metadata
+    source, held_out = _open_text(sae, flags)
+    context_size = flags.context_length or metadata.get("context_size", source.row_length or 128)
+    if source.row_length is not None and source.name != metadata.dataset_path and not flags.context_length:
+        context_size = source.row_length  # given tokens are used as they are
     context = ContextFormat(
-        context_size=flags.context_length or metadata.get("context_size", 128),
+        context_size=context_size,
         prepend_bos=metadata.get("prepend_bos", True),
         sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
         disable_concat_sequences=metadata.get("disable_concat_sequences", False),
@@ -76,33 +159,70 @@ def prepare_evaluation(flags: argparse.Namespace) -> PreparedEvaluation:
             f"--context_length {context.context_size}: {model.name} was made for contexts of at most"
             f" {model.max_context}"
         )
-    text, held_out = _open_text(sae, flags)
+    skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
+    if skip_positions >= context.context_size:
+        raise UserError(f"--context_length {context.context_size}: the SAE skips {skip_positions} positions")
+    return _Text(source, held_out, context, skip_positions)
+
+
+def _prepare_group(
+    flags: argparse.Namespace,
+    device: str,
+    model: ModelSource,
+    hook_name: str,
+    text: _Text,
+    members: list[EvaluatedSAE],
+) -> PreparedEvaluation:
     tokenizer = load_tokenizer(model)
-    positions = _trained_positions(sae, tokenizer)
-    usable = context.context_size - positions.skip_positions
-    if usable < 1:
-        raise UserError(f"--context_length {context.context_size}: the SAE skips {positions.skip_positions} positions")
+    members = [
+        replace(
+            member,
+            positions=PositionFilter(
+                special_tokens(member.sae.cfg.metadata.get("exclude_special_tokens", False), tokenizer),
+                member.positions.skip_positions,
+                member.sae.cfg.metadata.max_activation_norm,
+            ),
+        )
+        for member in members
+    ]
+    usable = text.context.context_size - text.skip_positions
+    n_loss_rows = flags.num_samples or math.ceil(LOSS_TOKENS / usable)
+    n_sae_rows = flags.num_samples or math.ceil(1.05 * TOKENS / usable)
+    n_dead_rows = math.ceil(flags.dead_tokens / usable) if flags.dead_tokens else n_sae_rows
     rows_NT = collect_evaluation_rows(
-        text,
+        text.source,
         tokenizer,
-        context,
-        held_out,
-        n_rows=flags.num_samples or math.ceil(1.05 * TOKENS / usable),
+        text.context,
+        text.held_out,
+        n_rows=n_sae_rows,
+        n_more_rows=max(0, n_dead_rows - n_sae_rows),
         seed=flags.seed,
     )
-    log.debug("%d contexts of %d tokens; %s", *rows_NT.shape, positions)
+    if len(rows_NT) < max(n_sae_rows, n_dead_rows):
+        log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
+    if flags.protocol == "saebench":
+        n_sae_rows = n_loss_rows  # both of its passes read the same rows
+    log.debug("%d contexts of %d tokens", *rows_NT.shape)
     return PreparedEvaluation(
-        sae,
-        device,
-        model,
-        hook_name,
-        text,
-        held_out,
-        context,
-        rows_NT,
-        flags.num_samples or math.ceil(LOSS_TOKENS / usable),
-        positions,
-        special_tokens(True, tokenizer),
+        saes=tuple(members),
+        protocol=flags.protocol,
+        device=device,
+        model=model,
+        tokenizer=tokenizer,
+        hook_name=hook_name,
+        text=text.source,
+        held_out=text.held_out,
+        context=text.context,
+        rows_NT=rows_NT,
+        n_loss_rows=min(n_loss_rows, len(rows_NT)),
+        n_sae_rows=min(n_sae_rows, len(rows_NT)),
+        special_token_ids=special_tokens(True, tokenizer),
+        unscored_token_ids=tuple(
+            {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
+        ),
+        features=tuple(flags.features),
+        n_features=flags.n_features,
+        seed=flags.seed,
     )
 
 
@@ -152,12 +272,3 @@ def _open_text(sae: SAE[Any], flags: argparse.Namespace) -> tuple[TextSource, He
     if not metadata.held_out_fraction:
         raise UserError(f"--dataset {name}: nothing of it was held out of the SAE's training; name another data set")
     return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed)
-
-
-def _trained_positions(sae: SAE[Any], tokenizer: PreTrainedTokenizerBase) -> PositionFilter:
-    metadata = sae.cfg.metadata
-    return PositionFilter(
-        special_tokens(metadata.get("exclude_special_tokens", False), tokenizer),
-        (metadata.seqpos_slice or (None,))[0] or 0,
-        metadata.max_activation_norm,
-    )

@@ -7,6 +7,7 @@ which is what other SAE tools look for in a saved SAE.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _BLOCK_HOOKS = {
     "attn.hook_z": ("self_attn.o_proj", "input"),
     "mlp.hook_post": ("mlp.down_proj", "input"),
 }
+_FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "final_layernorm"}
 _LLAMA_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
@@ -122,10 +124,12 @@ class LanguageModel:
     """A causal language model with one hook.
 
     Shapes: B sequences, T tokens each, D the width at the hook, V the vocabulary. Activations have the
-    model's dtype.
+    model's dtype. `sequences_run` counts the sequences that went through all layers (`whole`), through those
+    up to the hook (`up_to_hook`) and through those after it (`after_hook`).
     """
 
     def __init__(self, model: PreTrainedModel, hook_name: str) -> None:
+        self.sequences_run: Counter[str] = Counter()
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config
         self.layers = decoder_layers(model, self.config)
@@ -154,6 +158,7 @@ class LanguageModel:
             reached.append(acts)
             raise _HookReached
 
+        self.sequences_run["up_to_hook"] += len(tokens_BT)
         with self._at_hook(stop), suppress(_HookReached):
             self.model(tokens_BT.to(self.device), use_cache=False)
         return _flat_heads(reached[0])
@@ -162,6 +167,7 @@ class LanguageModel:
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
         """Logits [B, T, V] of the unchanged model, and what `logits_from_hook` needs to start at the hook."""
         seen: dict[str, torch.Tensor] = {}
+        self.sequences_run["whole"] += len(tokens_BT)
         with ExitStack() as stack:
             stack.enter_context(self._at_hook(lambda acts: seen.update(acts=acts)))
             if self.hook.layer is not None:
@@ -182,6 +188,7 @@ class LanguageModel:
             acts_BTD: what stands in at the hook, in any floating dtype.
         """
         acts = acts_BTD.to(self.dtype)
+        self.sequences_run["after_hook"] += len(tokens_BT)
         with ExitStack() as stack:
             layer = self.hook.layer
             if layer is None:
@@ -198,6 +205,15 @@ class LanguageModel:
 
     def _at_hook(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
         return _hooked(self.hook.module, self.hook.side, function)
+
+    def unembedding(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Weights of the output head [V, D] and what the norm before it multiplies by [D], where there are any."""
+        head = self.model.get_output_embeddings()
+        norm = next((m for name, m in self.model.base_model.named_children() if name in _FINAL_NORMS), None)
+        weight = getattr(norm, "weight", None)
+        if weight is not None and type(norm).__name__.startswith("Gemma"):  # multiplies by 1 + weight
+            weight = 1 + weight
+        return getattr(head, "weight", None), weight
 
 
 def _flat_heads(acts: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,13 @@
-"""The definitions of what is measured. Shapes: N tokens, D dimensions, F features, B x T tokens, V vocabulary."""
+"""The definitions of what is measured.
+
+Shapes: N tokens, D dimensions, F features, S sequences, B x T tokens, V vocabulary.
+
+Sums are kept apart by sequence, in float64, so that an interval can be had by drawing sequences anew.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,139 +21,217 @@ def chunk_length(values_per_row: int) -> int:
     return max(1, _CHUNK_VALUES // values_per_row)
 
 
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Logarithms of the softmax over the last axis, in float32 whatever the dtype of the logits."""
-    return logits.float().log_softmax(-1)
-
-
-def loss_recovered(ce_clean: float, ce_sae: float, ce_zero: float) -> float:
+def loss_recovered(ce_clean: torch.Tensor, ce_sae: torch.Tensor, ce_zero: torch.Tensor) -> torch.Tensor:
     """(CE zero-ablated - CE with SAE) / (CE zero-ablated - CE clean): 1 is all, 0 no better than zeros.
 
-    SAELens and SAEBench call it `ce_loss_score`.
+    SAELens and SAEBench call it `ce_loss_score`. NaN where zeros at the hook cost the model nothing: then
+    there is no loss to recover.
     """
-    return (ce_zero - ce_sae) / (ce_zero - ce_clean)
+    cost = ce_zero - ce_clean
+    return torch.where(cost > 0, (ce_zero - ce_sae) / cost, torch.nan)
 
 
 @torch.no_grad()
-def mean_max_cosine(W_FD: torch.Tensor) -> float:
-    """Mean over rows of the largest cosine between a row and any other row, in [-1, 1].
+def compare_predictions(
+    tokens_BT: torch.Tensor, clean_BTV: torch.Tensor, others: Sequence[Sequence[torch.Tensor]]
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Cross-entropies of next tokens, and how far other predictions are from the model's own.
 
-    On decoder weights this is SAEBench's `average_max_decoder_cosine_sim`. The F x F matrix is made in chunks.
+    Logits may have any dtype; logarithms and sums over the vocabulary are float32.
+
+    Args:
+        tokens_BT: token ids.
+        clean_BTV: logits of the model alone.
+        others: for each other prediction B tensors of logits [T, V].
+
+    Returns:
+        The model's cross-entropy [B, T] in nats, and for each other prediction its cross-entropy [B, T] and
+        KL(model alone || other) [B, T]. Cross-entropies of the last position, which has no next token, are 0.
     """
-    unit_FD = F.normalize(W_FD.float(), dim=-1)
-    n = chunk_length(len(unit_FD))
-    total = 0.0
-    for start in range(0, len(unit_FD), n):
-        cosines = unit_FD[start : start + n] @ unit_FD.T
-        rows = torch.arange(len(cosines), device=cosines.device)
-        cosines[rows, start + rows] = -torch.inf
-        total += cosines.max(dim=-1).values.double().sum().item()
-    return total / len(unit_FD)
+    B, T = tokens_BT.shape
+    ce_BT = torch.zeros(B, T, device=clean_BTV.device)
+    compared = [(torch.zeros_like(ce_BT), torch.zeros_like(ce_BT)) for _ in others]
+    n = chunk_length(4 * clean_BTV.shape[-1])
+    for b in range(B):
+        for start in range(0, T, n):
+            at = slice(start, min(start + n, T))
+            targets = tokens_BT[b, at.start + 1 : at.stop + 1, None]
+            with_next = slice(at.start, at.start + len(targets))
+            clean_NV = clean_BTV[b, at].float()
+            log_z = clean_NV.logsumexp(-1)
+            p_NV = (clean_NV - log_z[:, None]).exp()
+            negative_entropy = torch.linalg.vecdot(p_NV, clean_NV) - log_z
+            ce_BT[b, with_next] = log_z[: len(targets)] - clean_NV[: len(targets)].gather(1, targets).squeeze(1)
+            for logits, (other_ce_BT, kl_BT) in zip(others, compared, strict=True):
+                other_NV = logits[b][at].float()
+                log_z = other_NV.logsumexp(-1)
+                kl_BT[b, at] = negative_entropy - torch.linalg.vecdot(p_NV, other_NV) + log_z
+                other_ce_BT[b, with_next] = log_z[: len(targets)] - other_NV[: len(targets)].gather(1, targets).squeeze(
+                    1
+                )
+    return ce_BT, compared
 
 
-@dataclass
 class LossStatistics:
-    """Sums over positions of what the SAE does to the model's predictions, in nats.
+    """Sums over each sequence's scored positions of what an SAE does to the model's predictions, in nats."""
 
-    Cross-entropies are of the token after a position, given the text up to it; KL is KL(p || q), with p the
-    model's own prediction and q the one with the SAE. Logarithms are float32, sums float64.
-    """
+    COLUMNS = ("n_losses", "n_positions", "ce_clean", "ce_sae", "ce_zero", "kl_sae", "kl_zero")
 
-    n_losses: int = 0
-    n_positions: int = 0
-    ce_clean: float = 0.0
-    ce_sae: float = 0.0
-    ce_zero: float = 0.0
-    kl_sae: float = 0.0
+    def __init__(self) -> None:
+        self._sums: list[torch.Tensor] = []
 
     def add(
         self,
-        tokens_T: torch.Tensor,
-        kept_T: torch.Tensor,
-        clean_TV: torch.Tensor,
-        sae_TV: torch.Tensor,
-        zero_log_probs_TV: torch.Tensor,
+        scored_BT: torch.Tensor,
+        ce_clean_BT: torch.Tensor,
+        sae: tuple[torch.Tensor, torch.Tensor],
+        zero: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        """Adds the positions of one sequence that are kept.
+        """Adds a batch.
 
         Args:
-            tokens_T: the sequence; its last position has no next token and counts for KL alone.
-            kept_T: which positions count.
-            clean_TV: logits of the model.
-            sae_TV: logits with the SAE.
-            zero_log_probs_TV: `log_probabilities` with zeros at the hook.
+            scored_BT: which positions count; the last of a sequence has no next token and counts for KL alone.
+            ce_clean_BT: cross-entropy of the model alone.
+            sae: cross-entropy and KL [B, T] with the SAE, from `compare_predictions`.
+            zero: the same with zeros at the hook.
         """
-        kept_N = kept_T.nonzero().squeeze(1)
-        for at in kept_N.split(chunk_length(4 * clean_TV.shape[-1])):
-            log_p, log_q = log_probabilities(clean_TV[at]), log_probabilities(sae_TV[at])
-            self.kl_sae += F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
-            self.n_positions += len(at)
-            at = at[at < len(tokens_T) - 1]
-            targets = tokens_T[at + 1, None]
-            for name, log_probs in (("clean", log_p), ("sae", log_q), ("zero", zero_log_probs_TV[at])):
-                losses = -log_probs[: len(at)].gather(1, targets).double().sum().item()
-                setattr(self, f"ce_{name}", getattr(self, f"ce_{name}") + losses)
-            self.n_losses += len(at)
+        predicts_BT = scored_BT.clone()
+        predicts_BT[:, -1] = False
+        sums = [predicts_BT, scored_BT]
+        sums += [values * predicts_BT for values in (ce_clean_BT, sae[0], zero[0])]
+        sums += [values * scored_BT for values in (sae[1], zero[1])]
+        self._sums.append(torch.stack([values_BT.double().sum(1) for values_BT in sums], dim=1).cpu())
 
-    def metrics(self) -> dict[str, float]:
-        """`loss_recovered`, `ce_clean`, `ce_sae`, `ce_zero` and `kl_sae`."""
-        ce_clean, ce_sae, ce_zero = (total / self.n_losses for total in (self.ce_clean, self.ce_sae, self.ce_zero))
+    def sums_SK(self) -> torch.Tensor:
+        """[S, len(COLUMNS)] float64."""
+        return torch.cat(self._sums) if self._sums else torch.zeros(0, len(self.COLUMNS), dtype=torch.double)
+
+    @classmethod
+    def metrics(cls, totals: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses, KLs and their scores from sums over sequences, [..., len(COLUMNS)]."""
+        n_losses, n_positions, clean, sae, zero, kl_sae, kl_zero = totals.unbind(-1)
+        ce_clean, ce_sae, ce_zero = clean / n_losses, sae / n_losses, zero / n_losses
         return {
             "loss_recovered": loss_recovered(ce_clean, ce_sae, ce_zero),
             "ce_clean": ce_clean,
             "ce_sae": ce_sae,
             "ce_zero": ce_zero,
-            "kl_sae": self.kl_sae / self.n_positions,
+            "kl_sae": kl_sae / n_positions,
+            "kl_zero": kl_zero / n_positions,
         }
 
 
-@dataclass
 class ReconstructionStatistics:
-    """Sums over tokens of what the SAE alone determines, added chunk by chunk in float64."""
+    """Sums over each sequence's scored tokens of what the SAE alone determines, added in float64.
 
-    n_tokens: int = 0
-    n_active: float = 0.0
-    cosine: float = 0.0
-    l2_ratio: float = 0.0
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    offset_D: torch.Tensor | None = None  # near the mean, so that the variance is no difference of large numbers
-    sum_D: torch.Tensor | None = None
-    firings_F: torch.Tensor | None = None
+    Args:
+        n_sequences: how many sequences there will be.
+    """
 
-    def add(self, acts_ND: torch.Tensor, recons_ND: torch.Tensor, features_NF: torch.Tensor) -> None:
-        """Adds N >= 0 tokens: activations, their reconstructions and feature activations."""
+    COLUMNS = ("n_tokens", "n_active", "cosine", "l2_ratio", "squared_error", "squared_norm")
+
+    def __init__(self, n_sequences: int) -> None:
+        self._sums_SK = torch.zeros(n_sequences, len(self.COLUMNS), dtype=torch.double)
+        self._sums_SD: torch.Tensor | None = None
+        self._offset_D: torch.Tensor | None = (
+            None  # near the mean, so that the variance is no difference of large numbers
+        )
+        self.l0_counts = torch.zeros(0, dtype=torch.long)
+
+    def add(self, sequence_N: torch.Tensor, acts_ND: torch.Tensor, recons_ND: torch.Tensor, l0_N: torch.Tensor) -> None:
+        """Adds N >= 0 tokens: the sequence of each, its activation, reconstruction and number of active features."""
         if len(acts_ND) == 0:
             return
         x, recons = acts_ND.double(), recons_ND.double()
-        active_NF = features_NF != 0
-        firings_F = active_NF.sum(0)
-        if self.offset_D is None:
-            self.offset_D = x.mean(0)
-            self.sum_D, self.firings_F = torch.zeros_like(self.offset_D), torch.zeros_like(firings_F)
-        assert self.sum_D is not None and self.firings_F is not None
-        centred = x - self.offset_D
-        self.n_tokens += len(x)
-        self.n_active += firings_F.sum().item()
-        self.firings_F += firings_F
-        self.cosine += F.cosine_similarity(x, recons, dim=-1).sum().item()
-        self.l2_ratio += (recons.norm(dim=-1) / x.norm(dim=-1)).sum().item()
-        self.squared_error += (x - recons).pow(2).sum().item()
-        self.squared_norm += centred.pow(2).sum().item()
-        self.sum_D += centred.sum(0)
+        if self._offset_D is None or self._sums_SD is None:
+            self._offset_D = x.mean(0)
+            self._sums_SD = torch.zeros(len(self._sums_SK), x.shape[1], dtype=torch.double, device=x.device)
+            self._sums_SK = self._sums_SK.to(x.device)
+        centred = x - self._offset_D
+        values_NK = torch.stack(
+            [
+                torch.ones_like(x[:, 0]),
+                l0_N.double(),
+                F.cosine_similarity(x, recons, dim=-1),
+                recons.norm(dim=-1) / x.norm(dim=-1),
+                (x - recons).pow(2).sum(-1),
+                centred.pow(2).sum(-1),
+            ],
+            dim=1,
+        )
+        self._sums_SK.index_add_(0, sequence_N, values_NK)
+        self._sums_SD.index_add_(0, sequence_N, centred)
+        counts = l0_N.bincount(minlength=len(self.l0_counts)).cpu()
+        counts[: len(self.l0_counts)] += self.l0_counts
+        self.l0_counts = counts
 
-    def metrics(self) -> dict[str, float]:
-        """`explained_variance`, `cosine_similarity`, `l2_ratio`, `l0` and `dead_features`.
+    def sums_SK(self) -> torch.Tensor:
+        """[S, len(COLUMNS) + D] float64; the last D columns are the activations about a fixed offset."""
+        assert self._sums_SD is not None
+        return torch.cat([self._sums_SK, self._sums_SD], dim=1).cpu()
+
+    @classmethod
+    def metrics(cls, totals: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`explained_variance`, `cosine_similarity`, `l2_ratio` and `l0` from sums over sequences.
 
         Explained variance is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, both sums over all tokens and
-        dimensions. Dead features are the share without one activation over these tokens.
+        dimensions.
         """
-        assert self.sum_D is not None and self.firings_F is not None
-        variance = self.squared_norm - self.sum_D.pow(2).sum().item() / self.n_tokens
+        n_tokens, n_active, cosine, l2_ratio, squared_error, squared_norm = totals[..., : len(cls.COLUMNS)].unbind(-1)
+        variance = squared_norm - totals[..., len(cls.COLUMNS) :].pow(2).sum(-1) / n_tokens
         return {
-            "explained_variance": 1 - self.squared_error / variance,
-            "cosine_similarity": self.cosine / self.n_tokens,
-            "l2_ratio": self.l2_ratio / self.n_tokens,
-            "l0": self.n_active / self.n_tokens,
-            "dead_features": (self.firings_F == 0).double().mean().item(),
+            "explained_variance": 1 - squared_error / variance,
+            "cosine_similarity": cosine / n_tokens,
+            "l2_ratio": l2_ratio / n_tokens,
+            "l0": n_active / n_tokens,
         }
+
+
+def point_and_interval(
+    statistics: type[LossStatistics] | type[ReconstructionStatistics],
+    sums_SK: torch.Tensor,
+    *,
+    seed: int,
+    resamples: int = 1000,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Metrics over all sequences, and their 95% intervals from a bootstrap over sequences.
+
+    Percentile bootstrap (Efron 1979): sequences are drawn with replacement, as many as there are, since
+    tokens of one text are not independent of each other.
+
+    Args:
+        statistics: whose `metrics` to take.
+        sums_SK: sums of each sequence.
+        seed: of the draws.
+        resamples: how many.
+
+    Returns:
+        The metrics, and [low, high] of each; no intervals where there are fewer than 2 sequences.
+    """
+    metrics = {name: value.item() for name, value in statistics.metrics(sums_SK.sum(0)).items()}
+    S = len(sums_SK)
+    if S < 2:
+        return metrics, {}
+    drawn = torch.randint(S, (resamples, S), generator=torch.Generator().manual_seed(seed))
+    weights_RS = torch.zeros(resamples, S, dtype=torch.double).scatter_add_(
+        1, drawn, torch.ones(resamples, S, dtype=torch.double)
+    )
+    resampled = statistics.metrics(weights_RS @ sums_SK)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+    intervals = {name: values.nanquantile(ends).tolist() for name, values in resampled.items()}
+    return metrics, {name: interval for name, interval in intervals.items() if all(map(_is_number, interval))}
+
+
+def _is_number(value: float) -> bool:
+    return value == value
+
+
+def histogram(values: torch.Tensor, low: float, high: float, bins: int) -> tuple[list[float], list[int]]:
+    """Edges [bins + 1] and counts [bins] of values; those outside are counted in the first or last bin."""
+    counts = values.clamp(low, high).float().histc(bins, low, high)
+    return torch.linspace(low, high, bins + 1).tolist(), counts.long().tolist()
+
+
+def without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: None where there is no number."""
+    return {name: value if _is_number(value) else None for name, value in metrics.items()}

@@ -40,6 +40,12 @@ class ModelSource:
         """The longest context that the model was made for, in tokens, if its configuration says."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def n_parameters(self) -> int:
+        """From the shapes alone."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config).num_parameters()
+
 
 def find_model(name: str, model_kwargs: dict[str, Any] | None = None) -> ModelSource:
     """Finds a model and reads its configuration.
@@ -115,6 +121,24 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name {source.name}: {one_line(error)}") from None
     return LanguageModel(model, hook_name)
+
+
+class LanguageModels:
+    """Loads language models one at a time; another hook of the same one does not load it again."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._loaded: tuple[str, LanguageModel] | None = None
+
+    def load(self, source: ModelSource, hook_name: str) -> LanguageModel:
+        if self._loaded is not None and self._loaded[0] == source.name:
+            model = LanguageModel(self._loaded[1].model, hook_name)
+        else:
+            self._loaded = None  # free the one before
+            model = load_language_model(source, hook_name, self.device, self.dtype)
+        self._loaded = source.name, model
+        return model
 
 
 def choose_device(device: str) -> str:

@@ -1,23 +1,15 @@
-"""An evaluation as a table for the terminal and as JSON for everything else."""
+"""Evaluations as tables for the terminal."""
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from sae_lens import __version__ as sae_lens_version
 
-from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation import Evaluation
-from sae_toolkit.evaluation_setup import PreparedEvaluation
 from sae_toolkit.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
 
 _MARKS = {
@@ -27,7 +19,7 @@ _MARKS = {
     "unsettled": Text("? unsettled", "yellow"),
 }
 _PERCENTAGES = {"loss_recovered", "dead_features", "replaced_share"}
-_BESIDE = {
+BESIDE = {
     "explained_variance": "Explained variance",
     "cosine_similarity": "Cosine similarity",
     "l2_ratio": "L2 norm, reconstruction / activation",
@@ -39,14 +31,24 @@ _BESIDE = {
 }
 
 
-def format_value(metric: str, value: float) -> str:
+def format_value(metric: str, value: float | None) -> str:
     """A metric's value as the tables print it."""
+    if value is None:
+        return "no number"
     if metric in _PERCENTAGES:
         return f"{value:.2%}"
     return f"{value:.1f}" if metric == "l0" else f"{value:.3f}"
 
 
-def _range(standard: Standard, bounds: tuple[float, float]) -> str:
+def format_interval(metric: str, summary: Mapping[str, Any]) -> str:
+    """A metric's 95% interval; `exact` for one that takes no sample of the text, nothing where there is none."""
+    if metric in summary["intervals"]:
+        return " to ".join(format_value(metric, end) for end in summary["intervals"][metric])
+    return "exact" if metric == "decoder_absorption" else ""
+
+
+def format_range(standard: Standard, bounds: tuple[float, float]) -> str:
+    """A standard's range as the tables print it."""
     low, high = bounds
     if math.isinf(high):
         return f">= {low:.0%}"
@@ -61,85 +63,75 @@ def verdict(health: Mapping[str, Any]) -> str:
             f"no verdict (unsettled): the SAE stood in for less than {LEAST_REPLACED_SHARE:.0%} of the tokens,"
             " so the numbers say too little about it"
         )
-    return f"{health['healthy']}/{health['of']} metrics healthy"
+    unsettled = list(health.values()).count("unsettled")
+    more = f", {unsettled} unsettled: the sample is too small to tell" if unsettled else ""
+    return f"{health['healthy']}/{health['of']} metrics healthy{more}"
 
 
-def render(prepared: PreparedEvaluation, evaluation: Evaluation, health: Mapping[str, Any]) -> RenderableType:
+def heading(summary: Mapping[str, Any]) -> str:
+    """Two lines: what was evaluated, and on what."""
+    which = "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
+    fallback = f", in place of {summary['fallback_from']}" if summary["fallback_from"] else ""
+    protocol = "" if summary["protocol"] == "health" else ", SAEBench's protocol: the SAE at every position"
+    return f"{summary['model']}, {summary['hook_name']}{protocol}\n{summary['dataset']}{fallback}, {which}"
+
+
+def render(summary: Mapping[str, Any]) -> RenderableType:
     """The four health metrics against their standards, the verdict, and what was measured beside them."""
-    metrics, text = evaluation.metrics, prepared.text
-    which = "documents held out of training" if prepared.held_out else f"split {text.split}"
-    fallback = f", in place of {text.fallback_from}" if text.fallback_from else ""
-    heading = f"{prepared.model.name}, {prepared.hook_name}\n{text.name}{fallback}, {which}"
+    metrics, health = summary["metrics"], summary["health"]
     table = Table()
-    for column, justify in (("Metric", "left"), ("Value", "right"), ("Healthy", "right"), ("Borderline", "right")):
+    for column, justify in (
+        ("Metric", "left"),
+        ("Value", "right"),
+        ("95% interval", "right"),
+        ("Healthy", "right"),
+        ("Borderline", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("Status")
-    titles = {"dead_features": f"Dead features\n(over {evaluation.tokens:,} tokens)"}
+    titles = {"dead_features": f"Dead features\n(over {summary['dead_feature_estimates']['tokens']:,} tokens)"}
     for standard in STANDARDS:
         table.add_row(
             titles.get(standard.metric, standard.title),
             format_value(standard.metric, metrics[standard.metric]),
-            _range(standard, standard.healthy),
-            _range(standard, standard.borderline),
+            format_interval(standard.metric, summary),
+            format_range(standard, standard.healthy),
+            format_range(standard, standard.borderline),
             _MARKS[health[standard.metric]],
         )
     beside = Table(show_header=False, box=None)
     beside.add_column()
     beside.add_column(justify="right")
-    for metric, title in _BESIDE.items():
-        beside.add_row(title, format_value(metric, metrics[metric]))
-    beside.add_row("Tokens for the cross-entropies and KL", f"{evaluation.loss_tokens:,}")
-    return Group(Text(heading), table, Text(verdict(health), "bold"), Text(), beside)
+    beside.add_column()
+    for metric, title in BESIDE.items():
+        beside.add_row(title, format_value(metric, metrics[metric]), format_interval(metric, summary))
+    beside.add_row("Tokens for the cross-entropies and KL", f"{summary['loss_tokens']:,}")
+    dead, cosines = summary["dead_feature_estimates"], summary["decoder_cosines"]
+    beside.add_row("Dead features, expected in the long run", f"{dead['expected_in_the_long_run']:.2%}", "at most")
+    beside.add_row("Largest firing rate that could be missed", f"{dead['largest_missed_rate']:.2g}", "a token")
+    beside.add_row("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}")
+    return Group(Text(heading(summary)), table, Text(verdict(health), "bold"), Text(), beside)
 
 
-def summarize(prepared: PreparedEvaluation, evaluation: Evaluation, health: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of evaluation.json: the numbers, and all that they depend on."""
-    return {
-        "sae_lens_version": sae_lens_version,
-        "model": prepared.model.name,
-        "hook_name": prepared.hook_name,
-        "dataset": prepared.text.name,
-        "dataset_config": prepared.text.config,
-        "dataset_split": prepared.text.split,
-        "fallback_from": prepared.text.fallback_from,
-        "held_out": prepared.held_out and asdict(prepared.held_out),
-        "context_length": prepared.context.context_size,
-        "positions": asdict(prepared.positions),
-        "tokens": evaluation.tokens,
-        "sequences": evaluation.sequences,
-        "loss_tokens": evaluation.loss_tokens,
-        "loss_sequences": evaluation.loss_sequences,
-        "metrics": evaluation.metrics,
-        "health": dict(health),
-    }
-
-
-def flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested mappings as one, with names joined by `/`, as wandb groups them."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}/{name}")
-        else:
-            flat[f"{prefix}/{name}"] = value
-    return flat
-
-
-def check_writable(path: Path) -> None:
-    """Raises UserError where a result could not be written to `path`."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"--output_json {path}: is no file that can be replaced; name another path")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--output_json {path}: cannot be written there ({error.strerror}); name another path"
-        ) from None
-
-
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(path)
+def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """One table, a row for each SAE."""
+    table = Table()
+    table.add_column("SAE", overflow="fold")
+    for standard in STANDARDS:
+        table.add_column(standard.title, justify="right")
+    for title in ("Explained variance", "Healthy"):
+        table.add_column(title, justify="right")
+    for summary in summaries:
+        metrics, health = summary["metrics"], summary["health"]
+        table.add_row(
+            summary["sae"]["name"],
+            *(
+                Text(f"{format_value(s.metric, metrics[s.metric])} {_MARKS[health[s.metric]].plain[0]}")
+                for s in STANDARDS
+            ),
+            format_value("explained_variance", metrics["explained_variance"]),
+            "?" if health["healthy"] is None else f"{health['healthy']}/{health['of']}",
+        )
+    headings = list(dict.fromkeys(heading(summary) for summary in summaries))
+    marks = ", ".join(mark.plain for mark in _MARKS.values())
+    return Group(Text("\n".join(headings)), table, Text(marks))

@@ -35,6 +35,7 @@ class TextSource:
     tokenized: bool
     read: Callable[[], Iterable[Document]]
     fallback_from: str | None = None
+    row_length: int | None = None  # tokens in the first row, where the rows are token ids
 
     def documents(self) -> Iterator[Document]:
         """The documents in their order, without the empty ones.
@@ -139,7 +140,10 @@ def _open(
         raise UserError(f"{flag} {name}: split {split} is empty (0 documents)")
     column = _choose_column(name, flag, column, first_rows)
     tokenized = not any(isinstance(row[column], str) for row in first_rows)
-    return TextSource(name, config, split, column, tokenized, read=lambda: (row[column] for row in dataset))
+    row_length = len(first_rows[0][column]) if tokenized else None
+    return TextSource(
+        name, config, split, column, tokenized, lambda: (row[column] for row in dataset), row_length=row_length
+    )
 
 
 def _load(

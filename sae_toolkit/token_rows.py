@@ -129,26 +129,35 @@ def collect_evaluation_rows(
     held_out: HeldOutSplit | None,
     *,
     n_rows: int,
+    n_more_rows: int = 0,
     seed: int,
     flag: str = "--dataset",
 ) -> np.ndarray:
     """Tokenizes documents that the SAE did not train on and draws rows from them.
 
+    Rows that are token ids already are taken as they come, in their order.
+
     Args:
         held_out: the split that the SAE was trained with; None where the data set is another one.
         n_rows: how many rows to draw, at most.
-        seed: of the draw, which is from the first 4 x `n_rows` rows.
+        n_more_rows: how many others to add after them, at most; which rows come first does not depend on it.
+        seed: of the draw, which is from the first 4 x `n_rows` rows of text.
 
     Returns:
-        [at most n_rows, context_size] token ids.
+        [at most n_rows + n_more_rows, context_size] token ids.
 
     Raises:
         UserError: there is not one row.
     """
     documents = (d for d in source.documents() if held_out is None or held_out.holds_out(d))
-    rows = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized, flag=flag), 4 * n_rows))
+    n_drawn_from = n_rows if source.tokenized else 4 * n_rows
+    n_candidates = max(n_drawn_from, n_rows + n_more_rows)
+    rows = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized, flag=flag), n_candidates))
     if not rows:
         which = "its held-out documents hold" if held_out else "it holds"
         raise UserError(f"{flag} {source.name}: {which} no context of {context.context_size} tokens")
-    order = np.random.default_rng(seed).permutation(len(rows))[:n_rows]
+    order = np.arange(len(rows))
+    if not source.tokenized:
+        np.random.default_rng(seed).shuffle(order[:n_drawn_from])
+    order = order[: n_rows + n_more_rows]
     return np.stack([rows[i] for i in order]).astype(np.uint32)

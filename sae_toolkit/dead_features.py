@@ -1,0 +1,94 @@
+"""Which features fire, how often, and what a sample can say of those that did not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+class FiringStatistics:
+    """Counts of each feature's firings over tokens that come sequence after sequence.
+
+    Args:
+        d_sae: the number of features.
+        device: where the features are.
+    """
+
+    def __init__(self, d_sae: int, device: str | torch.device) -> None:
+        self.n_tokens = 0
+        self.firings_F = torch.zeros(d_sae, dtype=torch.long, device=device)
+        self._sequences_F = torch.zeros_like(self.firings_F)  # how many sequences a feature fired in
+        self._last_sequence_F = torch.full_like(self.firings_F, -1)
+        self._first_token_F = torch.full_like(self.firings_F, -1)
+        self._n_sequences = 0
+        self._last_sequence = -1
+
+    def add(self, sequence_N: torch.Tensor, active_NF: torch.Tensor) -> None:
+        """Adds N >= 0 tokens: the number of the sequence of each, ascending, and which features are active."""
+        for sequence, n in zip(*(x.tolist() for x in sequence_N.unique_consecutive(return_counts=True)), strict=True):
+            active, active_NF = active_NF[:n], active_NF[n:]
+            firings_F = active.sum(0)
+            fires_F = firings_F > 0
+            self.firings_F += firings_F
+            self._sequences_F += fires_F & (self._last_sequence_F != sequence)
+            self._last_sequence_F[fires_F] = sequence
+            new = (fires_F & (self._first_token_F < 0)).nonzero().squeeze(1)
+            self._first_token_F[new] = self.n_tokens + active[:, new].int().argmax(0)
+            self.n_tokens += n
+            self._n_sequences += sequence != self._last_sequence
+            self._last_sequence = sequence
+
+    @property
+    def dead(self) -> float:
+        """Share of features without one firing."""
+        return (self.firings_F == 0).double().mean().item()
+
+    def silent_share(self) -> list[tuple[int, float]]:
+        """Share of features still silent after 1,000, 3,000, 10,000, ... tokens and after all."""
+        marks = [m * 10**e for e in range(3, 12) for m in (1, 3) if m * 10**e < self.n_tokens]
+        first = self._first_token_F
+        return [(n, ((first < 0) | (first >= n)).double().mean().item()) for n in (*marks, self.n_tokens) if n]
+
+    def estimates(self) -> DeadFeatureEstimates:
+        d_sae = len(self.firings_F)
+        silent = int((self.firings_F == 0).sum())
+        once, twice = (int((self._sequences_F == n).sum()) for n in (1, 2))
+        # Chao's lower bound of the unseen, bias-corrected, for incidence in S sampling units.
+        S = max(self._n_sequences, 1)
+        unseen = min((S - 1) / S * once * (once - 1) / (2 * (twice + 1)), silent)
+        found_in_as_many = unseen * (1 - (1 - once / (S * unseen + once)) ** S) if unseen else 0.0
+        incidences = int(self._sequences_F.sum())
+        return DeadFeatureEstimates(
+            tokens=self.n_tokens,
+            largest_missed_rate=3 / self.n_tokens,
+            unseen_firing_share=once / incidences if incidences else 1.0,
+            expected_at_twice_the_tokens=(silent - found_in_as_many) / d_sae,
+            expected_in_the_long_run=(silent - unseen) / d_sae,
+            curve=self.silent_share(),
+        )
+
+
+@dataclass(frozen=True)
+class DeadFeatureEstimates:
+    """What a sample says of the features that were silent in it. Drawing the sample anew would only lose firings.
+
+    Args:
+        tokens: how many tokens were looked at.
+        largest_missed_rate: firings a token. A feature that fires at this rate or above would have been seen
+            with 95% confidence, tokens taken as independent (the rule of three: Hanley & Lippman-Hand 1983).
+        unseen_firing_share: Good-Turing estimate (Good 1953) of the share of all firings that belong to
+            features not seen yet: features seen in one sequence only / pairs of feature and sequence it fires in.
+        expected_at_twice_the_tokens: share of features that would still be silent after as many sequences
+            again (Chao et al. 2009, extrapolation from the features seen in one and in two sequences).
+        expected_in_the_long_run: share that would be silent whatever the number of tokens, at most (Chao's
+            lower bound of the unseen, bias-corrected: Chao 2005).
+        curve: share of features still silent after the first so many tokens.
+    """
+
+    tokens: int
+    largest_missed_rate: float
+    unseen_firing_share: float
+    expected_at_twice_the_tokens: float
+    expected_in_the_long_run: float
+    curve: list[tuple[int, float]]

@@ -1,0 +1,125 @@
+"""How alike an SAE's directions are: each one's largest cosine to any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sae_toolkit.metrics import chunk_length, histogram
+
+# All pairs are compared where that takes seconds: so many multiplications and additions.
+_AFFORDABLE = {"cpu": 2e12, "cuda": 5e14}
+_NEAR_DUPLICATE = 0.9
+
+
+@dataclass(frozen=True)
+class DirectionCosines:
+    """Largest cosine of each of an SAE's encoder or decoder vectors to any other's.
+
+    Args:
+        mean: over the features; of the decoder, SAEBench's `average_max_decoder_cosine_sim`, decoder absorption here.
+        interval: 95%, where the features were sampled; None where all were compared.
+        p95: 95th percentile.
+        near_duplicate_pairs: pairs of features whose cosine is above 0.9 (where sampled, an estimate).
+        alive_mean: the mean among the features that fire; None where none do.
+        random_directions: the mean that as many random directions would have.
+        rows: how many features were compared with all others.
+        exact: whether that is all of them.
+        histogram: of the largest cosines; edges and counts.
+    """
+
+    mean: float
+    interval: list[float] | None
+    p95: float
+    near_duplicate_pairs: float
+    alive_mean: float | None
+    random_directions: float
+    rows: int
+    exact: bool
+    histogram: tuple[list[float], list[int]]
+
+
+@torch.no_grad()
+def largest_cosines(
+    W_FD: torch.Tensor, rows_R: torch.Tensor, columns_F: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
+    """The largest cosine of some rows to any other row, and how many cosines are above 0.9.
+
+    Args:
+        W_FD: the directions.
+        rows_R: which of them to compare.
+        columns_F: booleans; which of them to compare with (default: all).
+
+    Returns:
+        [R] cosines in [-1, 1] (-inf where there is no other), and the number of ordered pairs above 0.9.
+        The matrix of cosines is made in chunks.
+    """
+    unit_FD = F.normalize(W_FD.float(), dim=-1)
+    largest_R = torch.empty(len(rows_R), device=W_FD.device)
+    n_near = torch.zeros((), dtype=torch.long, device=W_FD.device)
+    n = chunk_length(4 * len(unit_FD))
+    for start in range(0, len(rows_R), n):
+        rows = rows_R[start : start + n]
+        cosines = unit_FD[rows] @ unit_FD.T
+        cosines[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
+        if columns_F is not None:
+            cosines[:, ~columns_F] = -torch.inf
+        largest_R[start : start + n] = cosines.max(dim=-1).values
+        n_near += (cosines > _NEAR_DUPLICATE).sum()
+    return largest_R, int(n_near)
+
+
+def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> DirectionCosines:
+    """Compares every vector with all others, or a random sample of them where that takes too long.
+
+    Args:
+        W_FD: encoder or decoder vectors, of any length.
+        alive_F: booleans; the features that fire.
+        seed: of the sample.
+    """
+    n_features, d_in = W_FD.shape
+    affordable = int(_AFFORDABLE["cuda" if W_FD.is_cuda else "cpu"] / (2 * n_features * d_in))
+    exact = n_features <= affordable
+    n_rows = n_features if exact else max(affordable, 1000)
+    order = torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))[:n_rows]
+    rows_R = (torch.arange(n_features) if exact else order.sort().values).to(W_FD.device)
+    largest_R, n_near = largest_cosines(W_FD, rows_R)
+    mean = largest_R.double().mean().item()
+    interval = None
+    if not exact:  # simple random sampling without replacement
+        error = largest_R.double().std().item() * ((1 - n_rows / n_features) / n_rows) ** 0.5
+        interval = [mean - 1.96 * error, mean + 1.96 * error]
+    alive_mean = None
+    if int(alive_F.sum()) > 1:
+        alive_rows = rows_R[alive_F[rows_R]]
+        all_alive = bool(alive_F.all())
+        among_alive = largest_R if all_alive else largest_cosines(W_FD, alive_rows, alive_F)[0]
+        alive_mean = among_alive.double().mean().item() if len(among_alive) else None
+    return DirectionCosines(
+        mean=mean,
+        interval=interval,
+        p95=largest_R.quantile(0.95).item(),
+        near_duplicate_pairs=n_near / 2 * n_features / n_rows,
+        alive_mean=alive_mean,
+        random_directions=random_largest_cosine(n_features, d_in),
+        rows=n_rows,
+        exact=exact,
+        histogram=histogram(largest_R, 0.0, 1.0, 50),
+    )
+
+
+def random_largest_cosine(n: int, d: int) -> float:
+    """Expected largest cosine of a direction to n - 1 others, all uniform on the sphere in d >= 2 dimensions.
+
+    A cosine t between two such directions has the density c (1 - t^2)^((d - 3) / 2), and given the one
+    direction the others are independent: the expectation is 1 - integral over t of P(cosine <= t)^(n - 1).
+    """
+    angle = np.linspace(0, np.pi, 400_001)  # t = cos(angle); in angles the density is c sin^(d - 2), without poles
+    with np.errstate(divide="ignore"):
+        density = np.exp((d - 2) * np.log(np.sin(angle))) if d > 2 else np.ones_like(angle)
+    above = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])  # P(cosine >= t), unnormalized
+    below = 1 - above / above[-1]
+    return float(1 - np.trapezoid(below ** (n - 1) * np.sin(angle), angle))

@@ -1,0 +1,261 @@
+"""An evaluation as one HTML file that opens without a network, and as Markdown to paste."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from sae_toolkit.feature_browser import Feature
+from sae_toolkit.health import STANDARDS, Standard
+from sae_toolkit.report import BESIDE, format_interval, format_range, format_value, verdict
+from sae_toolkit.report_figures import make_figures
+
+_TEMPLATE = Path(__file__).with_name("report_page.html")
+_MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
+# How far the scale of a standard is drawn, where the value lies on it.
+_SCALE_ENDS = {"loss_recovered": 1.0, "l0": 240.0, "dead_features": 0.4, "decoder_absorption": 0.6}
+
+
+def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: Sequence[Feature]) -> str:
+    """The report as one page.
+
+    Args:
+        summary: the content of evaluation.json.
+        plots: `log10_firing_rate`, `l0` and `decoder_cosine`, histograms as edges [n + 1] and counts [n];
+            `never_fired`, a number of features; and, for the curves of a run, `checkpoints`: each one's
+            `tokens` and `metrics`.
+        features: for the feature browser.
+
+    Returns:
+        HTML to be saved as UTF-8: the numbers as tables, and what needs scripts (plots, feature browser) as data.
+    """
+    figures = make_figures(summary, plots)
+    data = {
+        "figures": [json.loads(figure.to_json()) for _, _, figure in figures],
+        "features": [asdict(feature) for feature in features],
+    }
+    health = summary["health"]
+    parts = {
+        "title": escape(summary["sae"]["name"]),
+        "subtitle": escape(_subtitle(summary)),
+        "verdict": escape(verdict(health)),
+        "verdict_status": _overall_status(health),
+        "cards": "".join(_card(standard, summary) for standard in STANDARDS),
+        "measured_on": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _measured_on(summary)),
+        "beside": "".join(_table_row(row) for row in _beside(summary)),
+        "saebench": "".join(
+            f"<details><summary>{escape(title)}</summary><table>{''.join(map(_table_row, rows))}</table></details>"
+            for title, rows in _saebench(summary)
+        ),
+        "plots": "".join(
+            f'<figure><h3>{escape(title)}</h3><div class="plot"></div><figcaption>{escape(text)}</figcaption></figure>'
+            for title, text, _ in figures
+        ),
+        "n_features": str(len(features)),
+        "data": _json_in_script(data),
+        "plotly": _packed_plotly(),
+    }
+    # In one pass: what is put in is not searched for further names.
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], _TEMPLATE.read_text(encoding="utf-8"))
+
+
+def render_markdown(summary: Mapping[str, Any]) -> str:
+    """The verdict, the numbers and what they were measured on."""
+    metrics, health = summary["metrics"], summary["health"]
+    standards = [
+        (
+            standard.title,
+            format_value(standard.metric, metrics[standard.metric]),
+            format_interval(standard.metric, summary),
+            format_range(standard, standard.healthy),
+            format_range(standard, standard.borderline),
+            f"{_MARKS[health[standard.metric]]} {health[standard.metric]}",
+        )
+        for standard in STANDARDS
+    ]
+    return "\n".join(
+        [
+            f"# {_in_markdown(summary['sae']['name'])}",
+            "",
+            f"**{verdict(health)}**",
+            "",
+            *_markdown_table(("Metric", "Value", "95% interval", "Healthy", "Borderline", "Status"), standards),
+            "",
+            *_markdown_table(("Beside them", "Value", "95% interval"), _beside(summary)),
+            "",
+            *(f"- {title}: {_in_markdown(text)}" for title, text in _measured_on(summary)),
+            "",
+            *(
+                line
+                for title, rows in _saebench(summary)
+                for line in (f"## {title}", "", *_markdown_table(("Metric", "Value"), rows), "")
+            ),
+        ]
+    )
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(_in_markdown(cell) for cell in row)} |" for row in (header, rule, *rows)]
+
+
+def _in_markdown(text: str) -> str:
+    return re.sub(r"([|*`\[\]]|<(?=[\w/!?]))", r"\\\1", text)
+
+
+def _json_in_script(data: Any) -> str:
+    """JSON that no text in it can end the script element of, without NaN, in 4 significant digits."""
+    return json.dumps(_rounded(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _rounded(data: Any) -> Any:
+    if isinstance(data, float):
+        return float(f"{data:.4g}") if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _rounded(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_rounded(value) for value in data]
+    return data
+
+
+@functools.cache
+def _packed_plotly() -> str:
+    """plotly.js (MIT licence, which it carries) as base64 of gzip, 2 MB in place of 4.8."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+
+
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    sae = summary["sae"]
+    return (
+        f"{sae['architecture']}, {sae['d_sae']:,} features on {sae['d_in']:,} dimensions,"
+        f" {summary['hook_name']} of {summary['model']}"
+    )
+
+
+def _overall_status(health: Mapping[str, Any]) -> str:
+    statuses = {health[standard.metric] for standard in STANDARDS}
+    return next(s for s in ("unhealthy", "unsettled", "borderline", "healthy") if s in statuses)
+
+
+def _card(standard: Standard, summary: Mapping[str, Any]) -> str:
+    """One health metric: its value, its status in words, and where it lies on the scale of its standard."""
+    metric, status = standard.metric, summary["health"][standard.metric]
+    value = summary["metrics"][metric]
+    interval = format_interval(metric, summary)
+    shown = "exact" if interval == "exact" else f"95%: {interval}" if interval else ""
+    if metric == "dead_features":
+        shown = f"over {summary['dead_feature_estimates']['tokens']:,} tokens"
+    return (
+        f'<article class="card {status}"><h3>{standard.title}</h3>'
+        f'<p class="value">{format_value(metric, value)}</p>'
+        f'<p class="status">{_MARKS[status]} {status}</p><p class="interval">{shown}</p>'
+        f"{_scale(standard, value, summary['intervals'].get(metric))}"
+        f'<p class="ranges">healthy {escape(format_range(standard, standard.healthy))}<br>'
+        f"borderline {escape(format_range(standard, standard.borderline))}</p></article>"
+    )
+
+
+def _scale(standard: Standard, value: float | None, interval: Sequence[float] | None) -> str:
+    points = [p for p in (value, *(interval or ())) if p is not None]
+    low, high = min([0.0, *points]), max([_SCALE_ENDS[standard.metric], *points])
+
+    def span(kind: str, start: float, end: float) -> str:
+        left, right = ((min(max(x, low), high) - low) / (high - low) * 100 for x in (start, end))
+        return f'<i class="{kind}" style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
+
+    spans = [span("borderline-zone", *standard.borderline), span("healthy-zone", *standard.healthy)]
+    if interval:
+        spans.append(span("whisker", *interval))
+    if value is not None:
+        spans.append(span("marker", value, value))
+    return f'<div class="scale" aria-hidden="true">{"".join(spans)}</div>'
+
+
+def _measured_on(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    sae, dataset = summary["sae"], summary["dataset"]
+    which = "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
+    config = f", {summary['dataset_config']}" if summary["dataset_config"] else ""
+    fallback = f", in place of {summary['fallback_from']}" if summary["fallback_from"] else ""
+    rows = [
+        ("SAE", f"{sae['path']} ({sae['library']}, {sae['form']})"),
+        ("Shape", f"{sae['architecture']}, {sae['d_sae']:,} features on {sae['d_in']:,} dimensions"),
+        ("Model and hook", f"{summary['model']}, {summary['hook_name']}"),
+        ("Text", f"{dataset}{config}{fallback}, {which}"),
+        ("Contexts", f"{summary['context_length']:,} tokens each"),
+        ("Tokens", f"{summary['tokens']:,} in {summary['sequences']:,} sequences"),
+        ("Tokens for the losses", f"{summary['loss_tokens']:,} in {summary['loss_sequences']:,} sequences"),
+        ("Tokens for dead features", f"{summary['dead_feature_estimates']['tokens']:,}"),
+    ]
+    if (positions := summary["positions"]) is None:
+        where = "the SAE stands in at every position (SAEBench's protocol)"
+    else:
+        skipped, limit = positions["skip_positions"], positions["max_activation_norm"]
+        without = [
+            f"{len(positions['special_token_ids'])} special tokens",
+            f"the first {'position' if skipped == 1 else f'{skipped} positions'} of a context" if skipped else "",
+            f"activations of a norm above {limit:,.0f}" if limit else "",
+        ]
+        where = f"without {', '.join(filter(None, without))}"
+    return [*rows, ("Positions", where), ("SAELens", summary["sae_lens_version"])]
+
+
+def _beside(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured beside the four: title, value, 95% interval or a word on it."""
+    metrics, dead, cosines = summary["metrics"], summary["dead_feature_estimates"], summary["decoder_cosines"]
+    rows = [
+        (title, format_value(metric, metrics[metric]), format_interval(metric, summary))
+        for metric, title in BESIDE.items()
+    ]
+    rows += [
+        ("Dead features, expected after as many tokens again", f"{dead['expected_at_twice_the_tokens']:.2%}", ""),
+        ("Dead features, expected in the long run", f"{dead['expected_in_the_long_run']:.2%}", "at most"),
+        ("Firing rate that would have been seen", f"1 in {1 / dead['largest_missed_rate']:,.0f}", "95% confidence"),
+        ("Firings that belong to features not seen yet", f"{dead['unseen_firing_share']:.2%}", "estimate"),
+    ]
+    if training := dead["training_run"]:
+        rows += [
+            ("Dead in the training run's last window", f"{training['dead']:.2%}", ""),
+            ("Silent here, alive there", f"{training['dead_here_alive_there']:.2%}", ""),
+        ]
+    sampled = "exact" if cosines["exact"] else f"from {cosines['rows']:,} features"
+    rows += [
+        ("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}", "theory"),
+        ("Decoder absorption, 95th percentile", f"{cosines['p95']:.3f}", sampled),
+        ("Decoder pairs with a cosine above 0.9", f"{cosines['near_duplicate_pairs']:,.0f}", sampled),
+    ]
+    if cosines["alive_mean"] is not None:
+        rows.append(("Decoder absorption among features that fire", f"{cosines['alive_mean']:.3f}", sampled))
+    return rows
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    first, *others = map(escape, cells)
+    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
+
+
+def _saebench(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Tables of SAEBench's metrics under its own names: title, rows of name and value."""
+    tables = {"SAEBench's core metrics, measured here": summary.get("saebench_core")}
+    tables |= {f"sae-bench itself: {name}": results for name, results in summary.get("saebench", {}).items()}
+    for title, results in tables.items():
+        if results:
+            yield title, [(name, f"{value:.6g}") for name, value in _numbers(results)]
+
+
+def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int | float):
+            yield name, value

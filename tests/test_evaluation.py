@@ -1,0 +1,234 @@
+"""Both protocols, several SAEs in one pass, and what is said of the sample; on a tiny model of random weights."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from transformers import AutoModelForCausalLM
+
+from sae_toolkit.checkpoints import load_sae
+from sae_toolkit.sae_formats import find_saes
+
+CONTEXT, N_ROWS, BATCH = 48, 20, 4
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A data set of token ids, with a BOS in the first half only and an EOS (the pad token, too) here and there."""
+    tokens = np.random.default_rng(0).integers(3, 40_000, (N_ROWS, CONTEXT))
+    tokens[: N_ROWS // 2, 0] = BOS
+    tokens[::3, 20] = EOS
+    path = tmp_path_factory.mktemp("rows") / "saved"
+    datasets.Dataset.from_dict({"tokens": tokens.tolist()}).save_to_disk(path)
+    return path, torch.from_numpy(tokens)
+
+
+def save_sae(path, *, hook="blocks.2.hook_resid_post", seed=0, k=None, **metadata):
+    torch.manual_seed(seed)
+    shape = {"d_in": 32, "d_sae": 96, "apply_b_dec_to_input": True}
+    sae = StandardSAE(StandardSAEConfig(**shape)) if k is None else TopKSAE(TopKSAEConfig(**shape, k=k))
+    for name, parameter in sae.named_parameters():
+        parameter.data = torch.randn_like(parameter) * (0.05 if name.startswith("b_") else 0.2)
+    for name, value in (metadata | {"hook_name": hook}).items():
+        setattr(sae.cfg.metadata, name, value)
+    sae.save_model(path)
+    return path
+
+
+@pytest.fixture
+def evaluate(script, tiny_model, rows):
+    def run(*flags, dataset=rows[0]):
+        done = script(
+            "evaluate_sae_real_activations.py",
+            *("--model_name", tiny_model, "--dataset", dataset, "--batch_size", BATCH),
+            *("--device", "cpu", "--lm_dtype", "float32", "--n_features", 5),
+            *flags,
+        )
+        assert done.status == 0, done.stderr
+        return done
+
+    return run
+
+
+def result_of(sae_path):
+    return json.loads((Path(sae_path) / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_model, rows):
+    """Losses by Transformers alone, in float64, with a function in place of the output of layer 2."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    tokens = rows[1]
+
+    def losses(replace):
+        seen = {}
+
+        def hook(_module, _args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            seen["acts"] = hidden
+            new = replace(hidden)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handle = model.model.layers[2].register_forward_hook(hook)
+        with torch.no_grad():
+            log_probs = model(tokens).logits.log_softmax(-1)
+        handle.remove()
+        return -log_probs[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2), log_probs, seen["acts"]
+
+    return losses
+
+
+def test_under_saebench_the_sae_stands_in_everywhere_and_pad_eos_and_bos_are_left_out(evaluate, tmp_path, rows, dense):
+    path = save_sae(tmp_path / "sae", k=8, seqpos_slice=(1, None), exclude_special_tokens=True)
+    evaluate("--sae_path", path, "--protocol", "saebench")
+    result = result_of(path)
+    core = result["saebench_core"]
+
+    sae = load_sae(path, "cpu").double()
+    clean, clean_log_probs, x = dense(lambda hidden: hidden)
+    zero, _, _ = dense(torch.zeros_like)
+    with_sae, sae_log_probs, _ = dense(sae)
+    scored = (rows[1] != BOS) & (rows[1] != EOS)
+    expected = {
+        f"ce_loss_{name}": ce[scored[:, :-1]].mean().item()
+        for name, ce in (("without_sae", clean), ("with_ablation", zero), ("with_sae", with_sae))
+    }
+    found = core["model_performance_preservation"]
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    kl = (clean_log_probs.exp() * (clean_log_probs - sae_log_probs)).sum(-1)[scored].mean().item()
+    assert core["model_behavior_preservation"]["kl_div_with_sae"] == pytest.approx(kl, rel=1e-3)
+
+    features = sae.encode(x)
+    recons = sae.decode(features)
+    assert core["sparsity"] == pytest.approx(
+        {"l0": (features[scored] != 0).sum(1).double().mean().item(), "l1": features[scored].sum(1).mean().item()},
+        rel=1e-5,
+    )
+    bias = [
+        (recons[b][scored[b]].pow(2).sum(1).mean() / (x[b] * recons[b])[scored[b]].sum(1).mean()).item()
+        for b in torch.arange(N_ROWS).split(BATCH)
+    ]
+    assert core["shrinkage"]["relative_reconstruction_bias"] == pytest.approx(np.mean(bias), rel=1e-5)
+    density = (features[scored] > 0).double().mean(0)
+    for name, rate in (("frac_alive", 0), ("freq_over_1_percent", 0.01), ("freq_over_10_percent", 0.1)):
+        assert core["misc_metrics"][name] == pytest.approx((density > rate).double().mean().item())
+    xs, rs = x[scored], recons[scored]
+    variance = (xs - xs.mean(0)).pow(2).sum()
+    assert result["metrics"]["explained_variance"] == pytest.approx(1 - ((xs - rs).pow(2).sum() / variance).item())
+    assert result["metrics"]["replaced_share"] == 1
+    assert result["tokens"] == int(scored.sum())
+
+
+def test_under_health_the_sae_stands_in_where_it_was_trained_to(evaluate, tmp_path, rows, dense):
+    norms = dense(lambda hidden: hidden)[2].norm(dim=-1)
+    limit = norms.quantile(0.99).item()
+    path = save_sae(tmp_path / "sae", seqpos_slice=(1, None), exclude_special_tokens=[EOS], max_activation_norm=limit)
+    evaluate("--sae_path", path)
+    result = result_of(path)
+    sae = load_sae(path, "cpu").double()
+    kept = (rows[1] != EOS) & (norms <= limit)
+    kept[:, 0] = False
+    with_sae, _, _ = dense(lambda hidden: torch.where(kept[..., None], sae(hidden), hidden))
+    assert result["metrics"]["ce_sae"] == pytest.approx(with_sae[kept[:, :-1]].mean().item(), rel=1e-5)
+    assert result["tokens"] == int(kept.sum())
+    assert "saebench_core" not in result
+
+
+def test_given_tokens_are_used_as_they_are(evaluate, tmp_path, rows, dense):
+    """Row for row, in order, with a BOS or without, whatever context the SAE was trained with."""
+    path = save_sae(tmp_path / "sae", context_size=128, dataset_path="embedded:wikipedia")
+    evaluate("--sae_path", path, "--protocol", "saebench", "--num_samples", 12)
+    result = result_of(path)
+    clean, _, _ = dense(lambda hidden: hidden)
+    scored = ((rows[1] != BOS) & (rows[1] != EOS))[:12, :-1]
+    assert (result["context_length"], result["sequences"]) == (CONTEXT, 12)
+    assert result["metrics"]["ce_clean"] == pytest.approx(clean[:12][scored].mean().item(), rel=1e-5)
+
+
+@pytest.fixture
+def layer_calls(monkeypatch):
+    """How many sequences went through each decoder layer, counted where Transformers computes it."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    calls: dict[int, int] = {}
+    compute = LlamaDecoderLayer.forward
+
+    def counted(self, hidden_states, *args, **kwargs):
+        calls[self.self_attn.layer_idx] = calls.get(self.self_attn.layer_idx, 0) + len(hidden_states)
+        return compute(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    return calls
+
+
+def test_the_model_runs_once_for_what_several_saes_share(evaluate, tmp_path, layer_calls):
+    paths = [save_sae(tmp_path / f"sae{i}", seed=i, k=None if i else 8) for i in range(3)]
+    alone = []
+    for path in paths:
+        evaluate("--sae_path", path)
+        alone.append(result_of(path))
+        (path / "evaluation.json").unlink()
+    layer_calls.clear()
+    done = evaluate("--sae_path", tmp_path / "sae*")
+    for path, expected in zip(paths, alone, strict=True):
+        assert result_of(path)["metrics"] == expected["metrics"]
+        assert path.name in done.stdout
+    # Layers up to the hook: each row once. After it: clean once, each SAE once, zeros for one batch.
+    assert [layer_calls[i] for i in range(4)] == [N_ROWS, N_ROWS, N_ROWS, N_ROWS + 3 * N_ROWS + BATCH]
+
+
+def test_saes_of_different_hooks_in_one_call_are_evaluated_apart_and_that_is_said(evaluate, tmp_path):
+    paths = [save_sae(tmp_path / f"sae{i}", hook=f"blocks.{i}.hook_resid_post") for i in (1, 2)]
+    done = evaluate("--sae_path", *paths)
+    assert "SAEs of different hooks, evaluated in 2 passes" in done.stderr
+    assert [result_of(path)["hook_name"] for path in paths] == ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+    assert done.stderr.count("loading ") == 1
+
+
+def test_a_run_directory_is_all_its_checkpoints_with_curves(evaluate, script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run, "--n_checkpoints", 1)
+    final = Path(done.stdout.strip())
+    done = evaluate("--sae_path", final.parent, "--num_samples", 12)
+    for name in ("2048", "final_2048"):
+        assert name in done.stdout
+        assert "over training" in (final.parent / name / "report.html").read_text()
+    assert result_of(final)["dead_feature_estimates"]["training_run"].keys() == {"dead", "dead_here_alive_there"}
+    assert [file.form for file in find_saes([str(final.parent)])] == [
+        "training form, standard",
+        "inference form, standard",
+    ]
+
+
+def test_dead_features_are_counted_on_tokens_of_their_own(evaluate, tmp_path, text_file):
+    path = save_sae(tmp_path / "sae", k=2)
+    flags = ("--sae_path", path, "--num_samples", 12, "--context_length", 64)
+    evaluate(*flags, dataset=text_file)
+    few = result_of(path)
+    evaluate(*flags, "--dead_tokens", 20_000, dataset=text_file)
+    many = result_of(path)
+    assert few["dead_feature_estimates"]["tokens"] == few["tokens"] == many["tokens"] == 12 * 64
+    assert many["dead_feature_estimates"]["tokens"] >= 20_000
+    assert many["metrics"]["dead_features"] <= few["metrics"]["dead_features"]
+    assert [tokens for tokens, _ in many["dead_feature_estimates"]["curve"]][:3] == [1000, 3000, 10_000]
+    assert {**many["metrics"], "dead_features": 0} == {**few["metrics"], "dead_features": 0}
+
+
+def test_features_asked_for_are_in_the_report(evaluate, tmp_path, text_file):
+    path = save_sae(tmp_path / "sae", k=8)
+    evaluate("--sae_path", path, "--num_samples", 12, "--context_length", 64, "--features", 7, 3, dataset=text_file)
+    page = (path / "report.html").read_text()
+    assert '"index":7' in page
+    assert '"index":3' in page
+    assert "metrics healthy" in (path / "report.md").read_text()
+
+
+def test_an_sae_of_another_hook_than_its_own_is_measured_where_asked(evaluate, tmp_path):
+    path = save_sae(tmp_path / "sae")
+    done = evaluate("--sae_path", path, "--layer", 1)
+    assert "evaluating it at blocks.1.hook_resid_post" in done.stderr
+    assert isinstance(load_sae(path, "cpu"), SAE)
