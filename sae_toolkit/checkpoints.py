@@ -146,16 +146,9 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
         The SAE, for activations of shape [..., d_in].
 
     Raises:
-        UserError: the directory is missing, incomplete or damaged, or of an unknown kind.
+        UserError: the weights are damaged, or of an unknown kind.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{flag} {path}: no such directory")
-    missing = [name for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME) if not (path / name).is_file()]
-    if missing:
-        finals = sorted(str(final) for final in path.glob("**/final_*"))
-        hint = f"; the SAE is in {finals[-1]}" if finals else ""
-        raise UserError(f"{flag} {path}: not a SAELens checkpoint, no {' and no '.join(missing)}{hint}")
     try:
         architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
         if architecture in SAE_CLASS_REGISTRY:

@@ -105,13 +105,23 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
     incomplete = tmp_path / "incomplete"
     incomplete.mkdir()
     (incomplete / "cfg.json").write_text(json.dumps({"architecture": "standard"}))
+    not_finite = tmp_path / "not_finite"
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
+    sae.b_dec.data[3] = torch.nan
+    sae.save_model(not_finite)
+    truncated = tmp_path / "truncated"
+    StandardSAE(StandardSAEConfig(d_in=32, d_sae=64)).save_model(truncated)
+    weights = truncated / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     mistakes = [
         ({"sae_path": tmp_path / "nowhere"}, "nowhere: no such directory"),
-        ({"sae_path": incomplete}, "no sae_weights.safetensors"),
+        ({"sae_path": incomplete}, "no SAE in it; looked for cfg.json + sae_weights.safetensors (SAELens)"),
+        ({"sae_path": not_finite}, "1 of the 32 numbers of b_dec are NaN or infinite"),
+        ({"sae_path": truncated}, "damaged or incomplete"),
         ({"sae_path": narrow}, "an SAE of width 16, and"),
-        ({"model_name": None}, "--model_name: the SAE's cfg.json does not say"),
+        ({"model_name": None}, "--model_name: the SAE sae does not say which model"),
         ({"layer": None}, "--layer: the SAE's cfg.json does not say"),
         ({"layer": 9}, "--layer 9: the model has 4 layers"),
         ({"dataset": None}, "--dataset: the SAE's cfg.json does not say"),
@@ -120,6 +130,11 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
         ({"context_length": 4096}, "--context_length 4096: "),
         ({"num_samples": 0}, "--num_samples 0: must be 1 or more"),
         ({"batch_size": -1}, "--batch_size -1: must be 1 or more"),
+        ({"dead_tokens": 0}, "--dead_tokens 0: must be 1 or more"),
+        ({"features": 64}, "--features 64: sae has the features 0 to 63"),
+        ({"protocol": "core"}, "argument --protocol: invalid choice: 'core'"),
+        ({"saebench": "speed"}, "--saebench speed: no eval speed; sae-bench has core"),
+        ({"saebench": "core,absorption"}, "says nothing about a model of"),
         ({"device": "cuda:7"}, "--device cuda:7: torch "),
         ({"output_json": "/proc/nothing/results.json"}, "--output_json /proc/nothing/results.json: cannot be written"),
         ({"output_json": "/dev/full"}, "--output_json /dev/full: is no file that can be replaced"),
@@ -128,8 +143,8 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
     for changes, says in mistakes:
         flags = [p for name, value in (right | changes).items() if value is not None for p in (f"--{name}", value)]
         check(script("evaluate_sae_real_activations.py", *flags), says)
-    assert not list(tmp_path.glob("**/*.json.partial"))
-    assert not list(tmp_path.glob("**/evaluation.json"))
+    assert not list(tmp_path.glob("**/*.partial"))
+    assert not [*tmp_path.glob("**/evaluation.json"), *tmp_path.glob("**/report.*")]
 
 
 @pytest.fixture

@@ -108,17 +108,10 @@ def test_checkpoints_of_saelens_6_6_4_load(tmp_path, architecture):
     torch.testing.assert_close(load_sae(tmp_path, "cpu").encode(ACTS), expected)
 
 
-def test_a_directory_that_is_no_whole_checkpoint_is_refused(tmp_path, script, tiny_run):
+def test_damaged_weights_are_refused(script, tiny_run):
     done = script("sae_lens_train.py", *tiny_run)
     final = Path(done.stdout.strip())
-    with pytest.raises(UserError, match="no such directory"):
-        load_sae(tmp_path / "nothing", "cpu")
-    with pytest.raises(UserError, match=f"no cfg.json and no sae_weights.safetensors; the SAE is in .*{final.name}"):
-        load_sae(final.parent, "cpu")
     weights = final / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged or incomplete"):
-        load_sae(final, "cpu")
-    weights.unlink()
-    with pytest.raises(UserError, match=r"no sae_weights\.safetensors"):
         load_sae(final, "cpu")

@@ -2,11 +2,11 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import HOOK, ROOT, run_process
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_toolkit import saebench
@@ -14,7 +14,6 @@ from sae_toolkit.embedded import EMBEDDED_MODEL
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.saebench import EVALS, parse_evals, refuse_what_cannot_run, run_saebench, saebench_python
-from tests.conftest import HOOK
 
 KEYS = {
     "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},
@@ -163,6 +162,28 @@ def test_core_measures_the_rows_given(architecture, rows_NT, language_model, tmp
 
 
 @pytest.mark.parity
+def test_a_store_that_serves_other_rows_is_caught():
+    program = """
+import numpy as np, torch
+from datasets import Dataset
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_toolkit.saebench_worker import RowStore
+sae = TopKSAE(TopKSAEConfig(k=2, d_in=4, d_sae=8))
+sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = "blocks.0.hook_resid_post", False
+given = np.arange(24).reshape(4, 6)
+store = RowStore.from_sae(None, sae, dataset=Dataset.from_dict({"tokens": given}), context_size=6, streaming=False)
+store.rows_NT = torch.from_numpy(given)
+passes = [store.get_batch_tokens(2, move_to_model_device=False) for _ in range(4)]
+assert torch.equal(torch.cat(passes), store.rows_NT.repeat(2, 1)) and store.n_served == 8
+store.rows_NT = store.rows_NT.flip(0)
+store.get_batch_tokens(2, move_to_model_device=False)
+"""
+    outcome = run_process(saebench_python(), "-c", program, PYTHONPATH=str(ROOT))
+    assert outcome.status == 1
+    assert "RuntimeError: SAELens's store served other tokens than rows 0 to 1" in outcome.stderr
+
+
+@pytest.mark.parity
 def test_a_worker_that_fails_is_one_line_with_its_reason(rows_NT, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "sae_toolkit")
     with pytest.raises(
@@ -183,8 +204,13 @@ def test_a_worker_that_fails_is_one_line_with_its_reason(rows_NT, tmp_path, capl
 
 
 @pytest.mark.parity
-def test_the_environment_is_sae_benchs_own(tmp_path):
+def test_the_environment_is_sae_benchs_own_and_is_made_once():
     python = saebench_python()
-    assert python == Path(saebench.__file__).resolve().parent.parent / ".venv-saebench" / "bin" / "python"
-    before = python.stat().st_mtime
-    assert saebench_python().stat().st_mtime == before
+    assert python == ROOT / ".venv-saebench" / "bin" / "python"
+    made = python.parent.parent.stat().st_ctime
+    assert saebench_python() == python
+    assert python.parent.parent.stat().st_ctime == made
+    program = (
+        "import sae_bench.evals.core.main, numpy, torch; print(numpy.__version__, torch.__version__.split('+')[0])"
+    )
+    assert run_process(python, "-c", program).stdout.split() == ["1.26.4", "2.13.0"]
