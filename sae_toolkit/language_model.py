@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -118,6 +119,7 @@ class HookState:
 
     acts_BTD: torch.Tensor
     layer_input_BTD: torch.Tensor | None
+    layer_extras: int | None  # what a decoder layer returns after its hidden states; None where it returns no tuple
 
 
 class LanguageModel:
@@ -135,6 +137,7 @@ class LanguageModel:
         self.layers = decoder_layers(model, self.config)
         self.hook = find_hook(model, self.config, hook_name)
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._is_resid_mid = re.fullmatch(r"blocks\.\d+\.hook_resid_mid", hook_name) is not None
 
     @property
     def device(self) -> torch.device:
@@ -166,21 +169,27 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
         """Logits [B, T, V] of the unchanged model, and what `logits_from_hook` needs to start at the hook."""
-        seen: dict[str, torch.Tensor] = {}
+        seen: dict[str, Any] = {}
+
+        def on_layer_output(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen["layer_extras"] = len(output) - 1 if isinstance(output, tuple) else None
+
         self.sequences_run["whole"] += len(tokens_BT)
         with ExitStack() as stack:
             stack.enter_context(self._at_hook(lambda acts: seen.update(acts=acts)))
             if self.hook.layer is not None:
                 layer = self.layers[self.hook.layer]
                 stack.enter_context(_hooked(layer, "input", lambda hidden: seen.update(layer_input=hidden)))
+                stack.callback(layer.register_forward_hook(on_layer_output).remove)
             logits = self.model(tokens_BT.to(self.device), use_cache=False).logits
-        return logits, HookState(_flat_heads(seen["acts"]), seen.get("layer_input"))
+        return logits, HookState(_flat_heads(seen["acts"]), seen.get("layer_input"), seen.get("layer_extras"))
 
     @torch.no_grad()
     def logits_from_hook(self, tokens_BT: torch.Tensor, state: HookState, acts_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] with `acts_BTD` in place of the model's own activations at the hook.
 
-        The layers before the hook are not run again.
+        The layers before the hook are not run again. At hook_resid_mid the residual stream itself is replaced,
+        as in TransformerLens: the layer's skip connection carries `acts_BTD` too.
 
         Args:
             tokens_BT: the tokens that `state` came from.
@@ -190,18 +199,42 @@ class LanguageModel:
         acts = acts_BTD.to(self.dtype)
         self.sequences_run["after_hook"] += len(tokens_BT)
         with ExitStack() as stack:
-            layer = self.hook.layer
-            if layer is None:
+            if self.hook.layer is None:
                 stack.enter_context(self._at_hook(lambda _: acts))
             else:
-                for lower in self.layers[:layer]:
-                    stack.enter_context(_forward_replaced(lower, lambda hidden: hidden))
-                if self.hook.module is self.layers[layer] and self.hook.side == "output":
-                    stack.enter_context(_forward_replaced(self.layers[layer], lambda _: acts))
+                layer, extras = self.layers[self.hook.layer], state.layer_extras
+                for lower in self.layers[: self.hook.layer]:
+                    stack.enter_context(_forward_replaced(lower, lambda hidden: hidden, extras))
+                if self.hook.module is layer and self.hook.side == "output":
+                    stack.enter_context(_forward_replaced(layer, lambda _: acts, extras))
                 else:
-                    stack.enter_context(_hooked(self.layers[layer], "input", lambda _: state.layer_input_BTD))
+                    # Entering the layer in place of its input, with no attention added, is exact at resid_mid:
+                    # adding (new - old) to the output would leave the rounding of the old activations.
+                    layer_input = acts if self._is_resid_mid else state.layer_input_BTD
+                    stack.enter_context(_hooked(layer, "input", lambda _: layer_input))
+                    if self._is_resid_mid:
+                        stack.enter_context(_hooked(layer.get_submodule("self_attn"), "output", torch.zeros_like))
                     stack.enter_context(self._at_hook(lambda _: acts))
             return self.model(tokens_BT.to(self.device), use_cache=False).logits
+
+    @cached_property
+    def ablation_is_shared(self) -> bool:
+        """Whether zeros at the hook, at every position, leave nothing of the text: the model's predictions are
+        then the same for every sequence of a length.
+
+        Only where the hook is the residual stream, and seen in two short texts, which are run once: some models
+        give token information to their later layers again.
+        """
+        if not self._is_resid_mid and all(self.hook.module is not layer for layer in self.layers):
+            return False
+        counted = self.sequences_run.copy()
+        ablated = []
+        for first in (1, 5):  # apart, so that both run the same kernels and equal means equal to the bit
+            tokens_BT = torch.arange(first, first + 4)[None]
+            _, state = self.logits(tokens_BT)
+            ablated.append(self.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD)))
+        self.sequences_run = counted
+        return torch.equal(ablated[0], ablated[1])
 
     def _at_hook(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
         return _hooked(self.hook.module, self.hook.side, function)
@@ -249,11 +282,17 @@ def _hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any
 
 
 @contextmanager
-def _forward_replaced(layer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Makes a decoder layer return `function` of the hidden states that it is given, and compute nothing."""
+def _forward_replaced(
+    layer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], extras: int | None
+) -> Iterator[None]:
+    """Makes a decoder layer return `function` of the hidden states that it is given, and compute nothing.
 
-    def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        return function(hidden_states)
+    `extras` is how many more things its caller expects in a tuple (they are None), or None for no tuple.
+    """
+
+    def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        hidden = function(hidden_states)
+        return hidden if extras is None else (hidden, *[None] * extras)
 
     layer.forward = forward
     try:
