@@ -81,8 +81,8 @@ class DeadFeatureEstimates:
             features not seen yet: features seen in one sequence only / pairs of feature and sequence it fires in.
         expected_at_twice_the_tokens: share of features that would still be silent after as many sequences
             again (Chao et al. 2009, extrapolation from the features seen in one and in two sequences).
-        expected_in_the_long_run: share that would be silent whatever the number of tokens, at most (Chao's
-            lower bound of the unseen, bias-corrected: Chao 2005).
+        expected_in_the_long_run: share that would be silent whatever the number of tokens, or less (from Chao's
+            lower bound of the expected number of the unseen, bias-corrected: Chao 2005).
         curve: share of features still silent after the first so many tokens.
     """
 

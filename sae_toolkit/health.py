@@ -49,23 +49,25 @@ def judge(
     """Each metric's status, `healthy` (how many are) and `of` (how many there are).
 
     A metric is `unsettled` where the sample cannot tell its status: its 95% interval reaches into another
-    status, it is an average over fewer than 10 sequences, it is no number, or dead features are too many and
-    those that the sample was too small to see may make the difference. Where the SAE stood in for less than
-    98% of the tokens that are not special, the measurements say too little of it: every status is `unsettled`
-    and `healthy` is None.
+    status, it rests on fewer than 10 sequences, it is no number, or dead features are too many and those
+    that the sample was too small to see may make the difference. Dead features that are few enough are so
+    on any number of tokens: more only find more of them alive. Where the SAE stood in for less than 98% of
+    the tokens that are not special, the measurements say too little of it: every status is `unsettled` and
+    `healthy` is None.
     """
     if not metrics["replaced_share"] >= LEAST_REPLACED_SHARE:
         return {**{s.metric: "unsettled" for s in STANDARDS}, "healthy": None, "of": len(STANDARDS)}
-    enough = {"loss_recovered": loss_sequences >= LEAST_SEQUENCES, "l0": sequences >= LEAST_SEQUENCES}
+    n_sequences = {"loss_recovered": loss_sequences, "l0": sequences, "dead_features": sequences}
     statuses = {}
     for standard in STANDARDS:
-        value = metrics[standard.metric]
-        could_be = [*intervals.get(standard.metric, ()), value]
-        if standard.metric == "dead_features":
-            could_be.append(dead.expected_in_the_long_run)
-        seen = {standard.status(v) for v in could_be}
-        settled = len(seen) == 1 and enough.get(standard.metric, True) and not math.isnan(value)
-        if standard.metric == "dead_features" and standard.status(value) == "healthy":
-            settled = True  # more tokens only find more of them alive
-        statuses[standard.metric] = standard.status(value) if settled else "unsettled"
+        metric, value = standard.metric, metrics[standard.metric]
+        low, high = intervals.get(metric, (value, value))
+        if metric == "dead_features":
+            low = dead.expected_in_the_long_run
+        inside = [end for end in (*standard.healthy, *standard.borderline) if low < end < high]
+        possible = {standard.status(v) for v in (low, value, high, *inside)}
+        settled = len(possible) == 1 and n_sequences.get(metric, math.inf) >= LEAST_SEQUENCES
+        if metric == "dead_features":
+            settled |= standard.status(value) == "healthy"
+        statuses[metric] = standard.status(value) if settled and math.isfinite(value) else "unsettled"
     return {**statuses, "healthy": list(statuses.values()).count("healthy"), "of": len(STANDARDS)}

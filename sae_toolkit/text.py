@@ -140,7 +140,7 @@ def _open(
         raise UserError(f"{flag} {name}: split {split} is empty (0 documents)")
     column = _choose_column(name, flag, column, first_rows)
     tokenized = not any(isinstance(row[column], str) for row in first_rows)
-    row_length = len(first_rows[0][column]) if tokenized else None
+    row_length = next((len(row[column]) for row in first_rows if row[column]), None) if tokenized else None
     return TextSource(
         name, config, split, column, tokenized, lambda: (row[column] for row in dataset), row_length=row_length
     )

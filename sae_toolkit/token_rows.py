@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,8 @@ from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.text import Document, HeldOutSplit, TextSource
 
 _DOCUMENTS_AT_ONCE = 64
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,39 +43,50 @@ def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase
 
 
 def token_rows(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    context: ContextFormat,
-    *,
-    tokenized: bool,
-    flag: str,
-) -> Iterator[np.ndarray]:
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, context: ContextFormat, *, tokenized: bool
+) -> Iterator[tuple[int, np.ndarray]]:
     """Packs documents into rows of `context.context_size` token ids.
 
     Each row starts with exactly one BOS, also where the tokenizer adds its own. Documents follow one another
     with a separator between them; the incomplete last row is dropped. Rows that are token ids already are
-    used as they are, cut to the context.
+    used as they are, cut to the context; shorter ones are left out, and how many is said.
 
-    Raises:
-        UserError: a tokenized row is shorter than the context.
+    Returns:
+        The number of the document that a row ends in, and the row.
     """
     if tokenized:
-        for row in documents:
-            if len(row) < context.context_size:
-                raise UserError(
-                    f"--context_size {context.context_size}: {flag} holds tokenized rows of {len(row)} tokens"
-                )
-            yield np.asarray(row[: context.context_size], dtype=np.int64)
+        n_short = 0
+        for i, row in enumerate(documents):
+            if len(row) >= context.context_size:
+                yield i, np.asarray(row[: context.context_size], dtype=np.int64)
+            else:
+                n_short += 1
+        if n_short:
+            log.warning("left out %d tokenized rows of fewer than %d tokens", n_short, context.context_size)
         return
-    for row in concat_and_batch_sequences(
-        tokens_iterator=_token_ids(documents, tokenizer),
+    counter = _Counter(_token_ids(documents, tokenizer))
+    for tokens in concat_and_batch_sequences(
+        tokens_iterator=counter,
         context_size=context.context_size,
         begin_batch_token_id=tokenizer.bos_token_id if context.prepend_bos else None,
         begin_sequence_token_id=None,
         sequence_separator_token_id=get_special_token_from_cfg(context.sequence_separator_token, tokenizer),
         disable_concat_sequences=context.disable_concat_sequences,
     ):
-        yield row.numpy()
+        yield counter.n - 1, tokens.numpy()
+
+
+class _Counter(Iterator[torch.Tensor]):
+    """Counts the documents that were taken, so that a row knows which one it ends in."""
+
+    def __init__(self, documents: Iterator[torch.Tensor]) -> None:
+        self.documents = documents
+        self.n = 0
+
+    def __next__(self) -> torch.Tensor:
+        document = next(self.documents)
+        self.n += 1
+        return document
 
 
 def _token_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
@@ -106,7 +120,7 @@ def collect_training_rows(
     rows: list[np.ndarray] = []
     n_positions = 0
     with tqdm(total=training_tokens, desc="Tokenizing", unit="tok", unit_scale=True, leave=False) as progress:
-        for row in token_rows(documents, tokenizer, context, tokenized=source.tokenized, flag=flag):
+        for _, row in token_rows(documents, tokenizer, context, tokenized=source.tokenized):
             rows.append(row.astype(np.uint32))
             kept = int(positions.keeps_tokens(row[None]).sum())
             n_positions += kept
@@ -132,7 +146,7 @@ def collect_evaluation_rows(
     n_more_rows: int = 0,
     seed: int,
     flag: str = "--dataset",
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes documents that the SAE did not train on and draws rows from them.
 
     Rows that are token ids already are taken as they come, in their order.
@@ -144,7 +158,8 @@ def collect_evaluation_rows(
         seed: of the draw, which is from the first 4 x `n_rows` rows of text.
 
     Returns:
-        [at most n_rows + n_more_rows, context_size] token ids.
+        [N, context_size] token ids, N at most n_rows + n_more_rows, and [N] the number of the document that each
+        row ends in.
 
     Raises:
         UserError: there is not one row.
@@ -152,12 +167,13 @@ def collect_evaluation_rows(
     documents = (d for d in source.documents() if held_out is None or held_out.holds_out(d))
     n_drawn_from = n_rows if source.tokenized else 4 * n_rows
     n_candidates = max(n_drawn_from, n_rows + n_more_rows)
-    rows = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized, flag=flag), n_candidates))
-    if not rows:
+    found = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized), n_candidates))
+    if not found:
         which = "its held-out documents hold" if held_out else "it holds"
         raise UserError(f"{flag} {source.name}: {which} no context of {context.context_size} tokens")
-    order = np.arange(len(rows))
+    document_N, rows_NT = np.array([n for n, _ in found]), np.stack([row for _, row in found]).astype(np.uint32)
+    order = np.arange(len(rows_NT))
     if not source.tokenized:
         np.random.default_rng(seed).shuffle(order[:n_drawn_from])
     order = order[: n_rows + n_more_rows]
-    return np.stack([rows[i] for i in order]).astype(np.uint32)
+    return rows_NT[order], document_N[order]

@@ -77,7 +77,7 @@ def test_saelens_own_evaluation_agrees(finished, language_model, tokenizer):
     sae = SAE.load_from_disk(sae_path, device="cpu")
     assert sae.cfg.metadata.hook_name == "blocks.12.hook_resid_post"
 
-    rows = collect_evaluation_rows(
+    rows, _ = collect_evaluation_rows(
         open_text(EMBEDDED_TEXT, flag="--dataset"),
         tokenizer,
         ContextFormat(CONTEXT),

@@ -20,7 +20,8 @@ from sae_toolkit.metrics import (
 @pytest.fixture(params=[2**27, 200])
 def chunk_values(request, monkeypatch):
     """Once with everything in one chunk, once with many small ones."""
-    monkeypatch.setattr(metrics, "_CHUNK_VALUES", request.param)
+    for name in ("_CHUNK_VALUES", "_CACHED_VALUES"):
+        monkeypatch.setattr(metrics, name, request.param)
 
 
 def generator(seed):
@@ -37,7 +38,7 @@ def test_losses_are_cross_entropies_and_kl_of_the_logits(chunk_values, dtype):
     for b in ([0, 1], [2]):
         ce, (of_sae, of_zero) = compare_predictions(tokens[b], clean[b], [sae[b], list(zero[b])])
         statistics.add(scored[b], ce, of_sae, of_zero)
-    found, _ = point_and_interval(LossStatistics, statistics.sums_SK(), seed=0)
+    found, _ = point_and_interval(LossStatistics, statistics.sums_SK(), torch.arange(3), seed=0)
 
     log = {name: torch.log_softmax(x.double(), -1) for name, x in (("clean", clean), ("sae", sae), ("zero", zero))}
     positions = [(b, t) for b in range(3) for t in range(11) if scored[b, t]]
@@ -72,7 +73,7 @@ def test_reconstruction_metrics_are_pooled_over_all_tokens():
     statistics = ReconstructionStatistics(6)
     for chunk in torch.arange(300).split([1, 0, 150, 149]):
         statistics.add(sequence[chunk], x[chunk], recons[chunk], (features[chunk] != 0).sum(1))
-    found, _ = point_and_interval(ReconstructionStatistics, statistics.sums_SK(), seed=0)
+    found, _ = point_and_interval(ReconstructionStatistics, statistics.sums_SK(), torch.arange(6), seed=0)
 
     x, recons = x.double(), recons.double()
     assert found == pytest.approx(
@@ -89,18 +90,31 @@ def test_reconstruction_metrics_are_pooled_over_all_tokens():
     assert sum(n * count for n, count in enumerate(counts)) == (features > 0).sum().item()
 
 
-def test_the_bootstrap_draws_whole_sequences():
+def test_the_bootstrap_draws_whole_units():
     """Tokens of a sequence are alike; the interval of their mean is that of the sequences' means."""
     means = torch.randn(40, generator=generator(0), dtype=torch.double) * 10 + 100
     l0 = means.round().long().repeat_interleave(25)
     statistics = ReconstructionStatistics(40)
     x = torch.randn(1000, 4, generator=generator(1))
     statistics.add(torch.arange(40).repeat_interleave(25), x, x, l0)
-    found, intervals = point_and_interval(ReconstructionStatistics, statistics.sums_SK(), seed=0)
+    sums_SK = statistics.sums_SK()
+    found, intervals = point_and_interval(ReconstructionStatistics, sums_SK, torch.arange(40), seed=0)
     low, high = intervals["l0"]
     standard_error = means.round().std(correction=0).item() / 40**0.5
     assert low < found["l0"] < high
     assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.1)
+    # Sequences of one document are alike, too: with each document there twice, the interval is the same.
+    doubled = point_and_interval(ReconstructionStatistics, sums_SK.repeat(2, 1), torch.arange(40).repeat(2), seed=0)
+    assert doubled[1]["l0"] == pytest.approx(intervals["l0"])
+    assert point_and_interval(ReconstructionStatistics, sums_SK, torch.zeros(40).long(), seed=0)[1] == {}
+
+
+def test_what_is_no_number_has_no_interval():
+    sums_SK = torch.ones(20, len(LossStatistics.COLUMNS), dtype=torch.double)  # zeros at the hook cost nothing
+    found, intervals = point_and_interval(LossStatistics, sums_SK, torch.arange(20), seed=0)
+    assert math.isnan(found["loss_recovered"])
+    assert "loss_recovered" not in intervals
+    assert intervals["ce_sae"] == [1, 1]
 
 
 def test_a_bootstrap_interval_holds_the_truth_95_times_in_100():
@@ -109,7 +123,7 @@ def test_a_bootstrap_interval_holds_the_truth_95_times_in_100():
         draws = torch.empty(60, dtype=torch.double).exponential_(1 / 20, generator=generator(seed))
         sums_SK = torch.zeros(60, len(ReconstructionStatistics.COLUMNS) + 1, dtype=torch.double)
         sums_SK[:, 0], sums_SK[:, 1] = 1, draws
-        low, high = point_and_interval(ReconstructionStatistics, sums_SK, seed=seed)[1]["l0"]
+        low, high = point_and_interval(ReconstructionStatistics, sums_SK, torch.arange(60), seed=seed)[1]["l0"]
         held += low <= 20 <= high
     assert 0.89 <= held / 200 <= 0.98  # a percentile bootstrap of 60 skewed values covers a little less
 
@@ -224,6 +238,9 @@ def test_a_metric_whose_status_the_sample_cannot_tell_is_unsettled():
     assert verdict({"dead_features": 0.3}, long_run=0.15)["dead_features"] == "unsettled"
     assert verdict({"dead_features": 0.05}, long_run=0.0)["dead_features"] == "healthy"
     assert verdict({"loss_recovered": math.nan})["loss_recovered"] == "unsettled"
+    # An interval that holds all of the healthy range, between two borderline ends.
+    assert verdict({"l0": 30}, {"l0": [25, 125]})["l0"] == "unsettled"
+    assert verdict({"dead_features": 0.3}, sequences=9)["dead_features"] == "unsettled"
     few = verdict(sequences=9)
     assert [few[s.metric] for s in STANDARDS] == ["unsettled", "unsettled", "healthy", "healthy"]
     assert few["healthy"] == 2

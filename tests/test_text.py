@@ -114,7 +114,7 @@ def test_no_held_out_text_is_trained_on(wikipedia, tokenizer):
     training = collect_training_rows(
         source, tokenizer, context, PositionFilter((BOS,), 1), split, training_tokens=40_000
     )
-    held_out = collect_evaluation_rows(source, tokenizer, context, split, n_rows=200, seed=0)
+    held_out, _ = collect_evaluation_rows(source, tokenizer, context, split, n_rows=200, seed=0)
     sides = {
         True: "\n\n".join(d for d in wikipedia if split.holds_out(d)),
         False: "\n\n".join(d for d in wikipedia if not split.holds_out(d)),
@@ -139,7 +139,7 @@ def test_a_context_starts_with_exactly_one_bos(tokenizer, adds_its_own):
             single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)]
         )
         assert tokenizer("rivers")["input_ids"][0] == BOS
-    rows = list(token_rows(TEXTS * 10, tokenizer, ContextFormat(48), tokenized=False, flag="--dataset_path"))
+    rows = [row for _, row in token_rows(TEXTS * 10, tokenizer, ContextFormat(48), tokenized=False)]
     assert len(rows) > 20
     for row in rows:
         assert row[0] == BOS
@@ -159,8 +159,22 @@ def test_tokenized_rows_are_used_as_they_are(tmp_path, tokenizer):
     )
     expected = [row[:16] for row in rows if not split.holds_out(row)]
     assert collected.tolist() == expected[: len(collected)]
-    with pytest.raises(UserError, match="--context_size 32: .* holds tokenized rows of 20 tokens"):
-        list(token_rows(rows, tokenizer, ContextFormat(32), tokenized=True, flag="--dataset_path"))
+
+
+def test_tokenized_rows_that_are_too_short_are_left_out(tokenizer):
+    rows = [[5] * n for n in (20, 10, 30, 19)]
+    found = [(i, row.tolist()) for i, row in token_rows(rows, tokenizer, ContextFormat(20), tokenized=True)]
+    assert found == [(0, [5] * 20), (2, [5] * 20)]
+
+
+def test_a_row_knows_the_document_that_it_ends_in(tokenizer):
+    texts = [f"word{i} " * 40 for i in range(5)]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ends = np.cumsum([n + 1 for n in lengths])  # each document is followed by a separator
+    found = list(token_rows(texts, tokenizer, ContextFormat(16), tokenized=False))
+    for r, (document, _) in enumerate(found):
+        n_taken = (r + 1) * 15  # a row is a BOS and 15 tokens
+        assert abs(document - np.searchsorted(ends, n_taken)) <= (min(abs(ends - n_taken)) <= 2)
 
 
 def test_too_little_text_is_said_with_both_numbers(tmp_path, tokenizer):
