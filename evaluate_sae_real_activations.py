@@ -105,36 +105,36 @@ def main() -> int:
     from sae_toolkit.evaluation_setup import prepare_evaluations
     from sae_toolkit.models import LanguageModels, choose_lm_dtype
     from sae_toolkit.report import render, render_several
-    from sae_toolkit.results import choose_outputs, record_results, summarize, write_results
-    from sae_toolkit.saebench import parse_evals, refuse_what_cannot_run, run_saebench
+    from sae_toolkit.results import Result, choose_outputs, write_results
+    from sae_toolkit.saebench import check_evals, parse_evals, run_saebench
 
     evals = parse_evals(flags.saebench) if flags.saebench else ()
     groups = prepare_evaluations(flags)
-    outputs = iter(choose_outputs(flags.output_json, [evaluated.file for group in groups for evaluated in group.saes]))
-    for group in groups if evals else ():
-        n_parameters = group.model.n_parameters
-        refuse_what_cannot_run(evals, model_name=group.model.name, n_parameters=n_parameters, hook_name=group.hook_name)
-    models = LanguageModels(groups[0].device, choose_lm_dtype(flags.lm_dtype, groups[0].device))
-    summaries = []
-    for group in groups:
-        evaluations = evaluate_saes(group, models.load(group.model, group.hook_name), batch_size=flags.batch_size)
-        of_group = [summarize(group, *pair) for pair in zip(group.saes, evaluations, strict=True)]
-        for evaluated, evaluation, summary, output in zip(group.saes, evaluations, of_group, outputs, strict=False):
-            write_results(output, summary, evaluation, of_group)
-            if evals:
-                summary["saebench"] = run_saebench(
+    outputs = choose_outputs(flags.output_json, groups)
+    check_evals(evals, groups)
+    lm_dtype = choose_lm_dtype(flags.lm_dtype, groups[0].device)
+    models = LanguageModels(groups[0].device, lm_dtype)
+    results: list[Result] = []
+    for group, paths in zip(groups, outputs, strict=True):
+        model = models.load(group.model, group.hook_name)
+        results += write_results(group, evaluate_saes(group, model, batch_size=flags.batch_size), paths)
+    del models, model  # sae-bench loads its own
+    for result in results:
+        if evals:
+            result.add_saebench(
+                run_saebench(
                     evals,
-                    sae=evaluated.sae,
-                    model=group.model.name,
-                    hook_name=group.hook_name,
-                    rows_NT=group.rows_NT[: group.n_loss_rows],
+                    sae=result.evaluated.sae,
+                    model=result.group.model.name,
+                    hook_name=result.group.hook_name,
+                    rows_NT=result.group.rows_NT[: result.group.n_loss_rows],
                     batch_size=flags.batch_size,
-                    device=group.device,
-                    dtype=dtype_to_str(models.dtype),
+                    device=result.group.device,
+                    dtype=dtype_to_str(lm_dtype),
                 )
-                write_results(output, summary, evaluation, of_group)
-            record_results(summary)
-        summaries += of_group
+            )
+        result.record()
+    summaries = [result.summary for result in results]
     Console(width=None if sys.stdout.isatty() else 100).print(
         render(summaries[0]) if len(summaries) == 1 else render_several(summaries)
     )

@@ -68,27 +68,21 @@ def run_this(flags: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds, "l0": evaluations[0].metrics["l0"], **model.sequences_run}
 
 
-def run_run_evals(flags: argparse.Namespace) -> dict[str, float]:
-    """sae-lens's `run_evals` with all metrics on, its two passes over the same rows."""
+def run_evals_inputs(flags: argparse.Namespace, prepared: Any, model: Any) -> tuple[Any, Any, Any, Any]:
+    """What sae-lens's `run_evals` takes: model, store, scaler and configuration, its two passes over the same rows."""
     import datasets
-    from sae_lens import ActivationsStore, run_evals
+    from sae_lens import ActivationsStore
     from sae_lens.evals import EvalConfig
     from sae_lens.training.activation_scaler import ActivationScaler
     from transformer_lens.model_bridge import TransformerBridge
 
-    from sae_toolkit.models import choose_lm_dtype, load_language_model
-
-    prepared = prepare(flags)
-    dtype = choose_lm_dtype(flags.lm_dtype, prepared.device)
-    model = load_language_model(prepared.model, prepared.hook_name, prepared.device, dtype)
     bridge = TransformerBridge.boot_transformers(
-        "benchmark", hf_model=model.model, tokenizer=prepared.tokenizer, dtype=dtype
+        "benchmark", hf_model=model.model, tokenizer=prepared.tokenizer, dtype=model.dtype
     )
-    sae = prepared.saes[0].sae
     rows = prepared.rows_NT.tolist()
     store = ActivationsStore.from_sae(
         bridge,
-        sae,
+        prepared.saes[0].sae,
         datasets.Dataset.from_dict({"input_ids": [*rows, *rows]}),
         context_size=prepared.context.context_size,
         store_batch_size_prompts=flags.batch_size,
@@ -107,9 +101,23 @@ def run_run_evals(flags: argparse.Namespace) -> dict[str, float]:
         compute_featurewise_density_statistics=True,
         compute_featurewise_weight_based_metrics=True,
     )
+    return bridge, store, ActivationScaler(), config
+
+
+def run_run_evals(flags: argparse.Namespace) -> dict[str, float]:
+    """sae-lens's `run_evals` with all metrics on."""
+    from sae_lens import run_evals
+
+    from sae_toolkit.models import choose_lm_dtype, load_language_model
+
+    prepared = prepare(flags)
+    dtype = choose_lm_dtype(flags.lm_dtype, prepared.device)
+    model = load_language_model(prepared.model, prepared.hook_name, prepared.device, dtype)
+    bridge, store, scaler, config = run_evals_inputs(flags, prepared, model)
+    sae = prepared.saes[0].sae
     start = time.perf_counter()
     special = list(prepared.saes[0].positions.special_token_ids)
-    metrics, _ = run_evals(sae, store, bridge, ActivationScaler(), config, exclude_special_tokens=special)
+    metrics, _ = run_evals(sae, store, bridge, scaler, config, exclude_special_tokens=special)
     return {"seconds": time.perf_counter() - start, "l0": metrics["sparsity"]["l0"]}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sae_toolkit.dead_features import DeadFeatureEstimates, FiringStatistics
 from sae_toolkit.decoder_cosines import DirectionCosines, measure_cosines
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.feature_browser import Feature, FeatureRecorder
 from sae_toolkit.language_model import HookState, LanguageModel
@@ -28,6 +29,8 @@ from sae_toolkit.saebench_core import SAEBenchStatistics, token_stats
 
 # Where not one position counted in so many batches, none will.
 _BATCHES_WITHOUT_A_POSITION = 4
+# Hooks whose activations are added to the residual stream as they are, or are it: what the output head reads.
+_WRITES_TO_RESIDUAL = re.compile(r"\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)$")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class Evaluation:
     Args:
         metrics: by name; shares as fractions, losses in nats. NaN where there is no number.
         intervals: 95% bootstrap intervals of those that are averages over the sample.
-        tokens: on which L0 and reconstruction are measured.
-        loss_tokens: whose next-token losses were averaged.
+        tokens: on which L0 and reconstruction are measured, in `sequences`.
+        loss_tokens: whose next-token losses were averaged, in `loss_sequences`.
         dead: what the sample says of silent features, over tokens of their own number.
         cosines: of the decoder.
         saebench_core: SAEBench's categories, under its protocol.
         plots: histograms, as edges and counts.
         features: for the feature browser.
+        firing_rates_F: firings a token.
     """
 
     metrics: dict[str, float]
@@ -60,7 +64,6 @@ class Evaluation:
     firing_rates_F: torch.Tensor
 
 
-@torch.no_grad()
 def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
     """Measures SAEs on the same rows of tokens.
 
@@ -76,10 +79,24 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
         One evaluation for each SAE, in their order.
 
     Raises:
-        UserError: not one position counts for one of the SAEs.
+        UserError: not one position counts for one of the SAEs, or the GPU's memory does not suffice.
     """
+    try:
+        return _evaluate_saes(prepared, model, batch_size)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--batch_size {batch_size}: the memory of {prepared.device} does not suffice for {len(prepared.saes)} SAEs"
+            f" and the model ({one_line(error)}); lower it, or name fewer SAEs"
+        ) from error
+
+
+@torch.no_grad()
+def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_size: int) -> list[Evaluation]:
     rows_NT = prepared.rows_NT
-    measurements = [_Measurement(evaluated, prepared) for evaluated in prepared.saes]
+    measurements = []
+    for evaluated in prepared.saes:
+        evaluated.sae.to(prepared.device)
+        measurements.append(_Measurement(evaluated, prepared))
     zero_ablation = _ZeroAblation(model)
     ends = sorted({prepared.n_loss_rows, prepared.n_sae_rows, len(rows_NT)})
     n_batches = start = 0
@@ -94,12 +111,12 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
                 tokens_BT = tokens_BT.to(clean_BTV.device)
                 zero = None
                 for measurement in measurements:
-                    replaced_BTD = measurement.add(batch, state.acts_BTD, with_reconstruction=True)
+                    replaced_BTD, scored_BT = measurement.add(batch, state.acts_BTD, with_reconstruction=True)
                     sae_BTV = model.logits_from_hook(tokens_BT, state, replaced_BTD)
                     others: list[Sequence[torch.Tensor]] = [list(sae_BTV)] if zero else [list(sae_BTV), zero_logits]
                     ce_clean_BT, compared = compare_predictions(tokens_BT, clean_BTV, others)
                     zero = zero or compared[1]
-                    measurement.losses.add(measurement.scored_BT, ce_clean_BT, compared[0], zero)
+                    measurement.losses.add(scored_BT, ce_clean_BT, compared[0], zero)
                     del sae_BTV
                 del clean_BTV, zero_logits, state
             else:
@@ -112,29 +129,37 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
                     measurement.check()
             progress.update(batch.tokens_BT.size)
             start = stop
-    return [measurement.finish(model) for measurement in measurements]
+    evaluations = [measurement.finish(model) for measurement in measurements]
+    for evaluated in prepared.saes:
+        evaluated.sae.to("cpu")
+    return evaluations
 
 
 class _ZeroAblation:
     """The model's predictions with zeros at the hook, at every position.
 
     Where nothing but the hook carries the text onwards (the residual stream), they are the same for every
-    sequence; once a batch has shown that, they are not computed again.
+    sequence, and computed for one.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
+        self._is_shared = model.ablation_is_shared
         self._shared_TV: torch.Tensor | None = None
 
     def logits(self, tokens_BT: torch.Tensor, state: HookState) -> Sequence[torch.Tensor]:
         """Logits [T, V] of each sequence."""
-        if self._shared_TV is not None:
-            return [self._shared_TV] * len(tokens_BT)
-        logits_BTV = self.model.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD))
-        if len(logits_BTV) > 1 and all(torch.equal(logits_TV, logits_BTV[0]) for logits_TV in logits_BTV[1:]):
-            self._shared_TV = logits_BTV[0].clone()
-            return [self._shared_TV] * len(tokens_BT)
-        return list(logits_BTV)
+        if not self._is_shared:
+            return list(self.model.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD)))
+        if self._shared_TV is None:
+            layer_input = state.layer_input_BTD
+            one = replace(
+                state,
+                acts_BTD=state.acts_BTD[:1],
+                layer_input_BTD=None if layer_input is None else layer_input[:1],
+            )
+            self._shared_TV = self.model.logits_from_hook(tokens_BT[:1], one, torch.zeros_like(one.acts_BTD))[0]
+        return [self._shared_TV] * len(tokens_BT)
 
 
 @dataclass(frozen=True)
@@ -158,17 +183,19 @@ class _Measurement:
             sae.cfg.d_sae, asked_for=prepared.features, n_sampled=prepared.n_features, seed=prepared.seed
         )
         self.n_not_special = self.n_replaced = 0
-        self.scored_BT = torch.zeros(0)
 
-    def add(self, batch: _Batch, acts_BTD: torch.Tensor, *, with_reconstruction: bool) -> torch.Tensor:
-        """Adds a batch to the sums; sets `scored_BT`.
+    def add(
+        self, batch: _Batch, acts_BTD: torch.Tensor, *, with_reconstruction: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds a batch to the sums.
 
         Returns:
-            The activations, with the SAE's reconstructions where it stands in for them.
+            The activations [B, T, D], with the SAE's reconstructions where it stands in for them, and which
+            positions are averaged [B, T].
         """
-        replaced_BT, self.scored_BT = self._positions(batch.tokens_BT, acts_BTD)
+        replaced_BT, scored_BT = self._positions(batch.tokens_BT, acts_BTD)
         if not with_reconstruction:
-            replaced_BT = self.scored_BT
+            replaced_BT = scored_BT
         else:
             not_special_BT = torch.from_numpy(~np.isin(batch.tokens_BT, self.prepared.special_token_ids))
             self.n_not_special += int(not_special_BT.sum())
@@ -177,22 +204,22 @@ class _Measurement:
         at_N2 = replaced_BT.nonzero()
         acts_ND = acts_BTD[replaced_BT]
         recons_ND = torch.empty_like(acts_ND, dtype=torch.float32, device=sae.device)
-        n = chunk_length(sae.cfg.d_sae)
+        n = chunk_length(4 * sae.cfg.d_sae)  # a few tensors of tokens x features at a time
         for at in range(0, len(acts_ND), n):
             chunk_ND = acts_ND[at : at + n].to(sae.device, torch.float32)
             features_NF = sae.encode(chunk_ND)
             recons = sae.decode(features_NF) if with_reconstruction else None
             if recons is not None:
                 recons_ND[at : at + n] = recons
-            self._score(batch, at_N2[at : at + n], chunk_ND, features_NF, recons)
+            self._score(batch, scored_BT, at_N2[at : at + n], chunk_ND, features_NF, recons)
         if not with_reconstruction:
-            return acts_BTD
+            return acts_BTD, scored_BT
         if self.saebench is not None:
-            scored_N = self.scored_BT[replaced_BT]
+            scored_N = scored_BT[replaced_BT]
             self.saebench.add_batch(acts_ND[scored_N].to(sae.device), recons_ND[scored_N.to(sae.device)])
         replaced_BTD = acts_BTD.clone()
         replaced_BTD[replaced_BT] = recons_ND.to(acts_BTD)
-        return replaced_BTD
+        return replaced_BTD, scored_BT
 
     def _positions(self, tokens_BT: np.ndarray, acts_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the SAE stands in, and which of these positions are averaged: two [B, T] of booleans."""
@@ -207,13 +234,14 @@ class _Measurement:
     def _score(
         self,
         batch: _Batch,
+        scored_BT: torch.Tensor,
         at_N2: torch.Tensor,
         acts_ND: torch.Tensor,
         features_NF: torch.Tensor,
         recons_ND: torch.Tensor | None,
     ) -> None:
         """Adds a part of a batch's tokens, at (sequence, position), to the sums, but for those not scored."""
-        scored_N = self.scored_BT[at_N2[:, 0], at_N2[:, 1]].to(acts_ND.device)
+        scored_N = scored_BT[at_N2[:, 0], at_N2[:, 1]].to(acts_ND.device)
         at_N2 = at_N2.to(acts_ND.device)
         if not scored_N.all():
             at_N2, acts_ND, features_NF = at_N2[scored_N], acts_ND[scored_N], features_NF[scored_N]
@@ -221,26 +249,31 @@ class _Measurement:
         sequence_N = at_N2[:, 0] + batch.first_row
         active_NF = features_NF != 0
         self.firings.add(sequence_N, active_NF)
-        self.recorder.add(sequence_N, at_N2[:, 1], features_NF)
         if recons_ND is not None:
+            self.recorder.add(sequence_N, at_N2[:, 1], features_NF)
             self.reconstruction.add(sequence_N, acts_ND, recons_ND, active_NF.sum(1))
             if self.saebench is not None:
                 self.saebench.add_features(features_NF)
 
     def check(self) -> None:
         if self.firings.n_tokens == 0 or self.losses.sums_SK()[:, 0].sum() == 0:
+            limit = self.evaluated.positions.max_activation_norm
             raise UserError(
-                f"--sae_path {self.evaluated.file.name}: not one of the tokens has an activation within the SAE's norm"
-                f" limit of {self.evaluated.positions.max_activation_norm}; is this the model and layer that it was"
-                " trained on?"
+                f"--sae_path {self.evaluated.file.name}: not one of the tokens counts: all are special, at positions"
+                " that the SAE was not trained for"
+                + (f", or of a norm above its limit of {limit:.4g}" if limit else "")
+                + "; is this the model and layer that it was trained on?"
             )
 
     def finish(self, model: LanguageModel) -> Evaluation:
         prepared, sae = self.prepared, self.evaluated.sae
         loss_sums_SK, reconstruction_sums_SK = self.losses.sums_SK(), self.reconstruction.sums_SK()
-        losses, loss_intervals = point_and_interval(LossStatistics, loss_sums_SK, seed=prepared.seed)
+        units = torch.from_numpy(prepared.unit_N)
+        losses, loss_intervals = point_and_interval(
+            LossStatistics, loss_sums_SK, units[: len(loss_sums_SK)], seed=prepared.seed
+        )
         reconstruction, intervals = point_and_interval(
-            ReconstructionStatistics, reconstruction_sums_SK, seed=prepared.seed
+            ReconstructionStatistics, reconstruction_sums_SK, units[: len(reconstruction_sums_SK)], seed=prepared.seed
         )
         alive_F = self.firings.firings_F > 0
         cosines = measure_cosines(sae.W_dec, alive_F, seed=prepared.seed)
@@ -251,8 +284,7 @@ class _Measurement:
             saebench_core["token_stats"] = token_stats(
                 prepared.context.context_size, len(loss_sums_SK), len(reconstruction_sums_SK)
             )
-        kl_zero = losses.pop("kl_zero")
-        del kl_zero
+        losses.pop("kl_zero")
         loss_intervals.pop("kl_zero", None)
         metrics = losses | reconstruction
         metrics["dead_features"] = self.firings.dead
@@ -278,7 +310,12 @@ class _Measurement:
                 "l0": _l0_histogram(self.reconstruction.l0_counts),
                 "decoder_cosine": cosines.histogram,
             },
-            features=self.recorder.features(prepared.rows_NT, prepared.tokenizer, sae.W_dec, *model.unembedding()),
+            features=self.recorder.features(
+                prepared.rows_NT,
+                prepared.tokenizer,
+                sae.W_dec,
+                *(model.unembedding() if _WRITES_TO_RESIDUAL.search(prepared.hook_name) else ()),
+            ),
             firing_rates_F=rates_F.cpu(),
         )
 

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, speci
 # What needs only the SAE is measured on more tokens than losses, which need the model's upper layers and logits.
 TOKENS = 50_000
 LOSS_TOKENS = 20_000
+# Sequences of one document are alike; with fewer documents than this there is no telling how much.
+LEAST_DOCUMENTS = 10
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class PreparedEvaluation:
     held_out: HeldOutSplit | None
     context: ContextFormat
     rows_NT: np.ndarray
+    unit_N: np.ndarray  # which independent unit of text a row belongs to
+    units: str  # what these are: documents, or sequences
     n_loss_rows: int
     n_sae_rows: int
     special_token_ids: tuple[int, ...]
@@ -91,12 +96,14 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     device = choose_device(flags.device)
     files = find_saes(flags.sae_path, layer=flags.layer)
     models: dict[str, ModelSource] = {}
+    widths: dict[tuple[str, str], int] = {}
     texts: dict[tuple[Any, ...], _Text] = {}
     groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
     for file in files:
         log.info("%s: %s, %s", file.name, file.library, file.form)
-        sae = load_sae_file(file, device)
+        sae = load_sae_file(file, "cpu")  # moved to the device while it is measured
         _check_features(flags.features, sae, file)
+        _check_training(sae, file)
         model_name = flags.model_name or sae.cfg.metadata.model_name
         if model_name is None:
             raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
@@ -104,7 +111,9 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
             models[model_name] = find_model(model_name)
         model = models[model_name]
         hook_name = _hook_name(sae, flags.layer)
-        d_in = hook_width(model.config, hook_name)
+        if (model_name, hook_name) not in widths:
+            widths[model_name, hook_name] = hook_width(model.config, hook_name)
+        d_in = widths[model_name, hook_name]
         if sae.cfg.d_in != d_in:
             raise UserError(
                 f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
@@ -127,6 +136,23 @@ def _check_features(features: Sequence[int], sae: SAE[Any], file: SAEFile) -> No
             raise UserError(f"--features {feature}: {file.name} has the features 0 to {sae.cfg.d_sae - 1}")
 
 
+def _check_training(sae: SAE[Any], file: SAEFile) -> None:
+    """Refuses SAEs for activations that are not the model's own, or for positions that cannot be told here."""
+    metadata = sae.cfg.metadata
+    processing = [name for name, on in (metadata.get("model_from_pretrained_kwargs") or {}).items() if on is True]
+    if "center_writing_weights" in processing:
+        raise UserError(
+            f"--sae_path {file.name}: trained on a model with center_writing_weights, whose activations are not those"
+            " of the model itself; it can only be measured with TransformerLens, for instance by sae-lens's run_evals"
+        )
+    _, stop, step = (*(metadata.seqpos_slice or ()), None, None, None)[:3]
+    if stop is not None or step not in (None, 1):
+        raise UserError(
+            f"--sae_path {file.name}: trained at the positions seqpos_slice {metadata.seqpos_slice} alone;"
+            " only a first position is known here"
+        )
+
+
 def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
     """What keeps the SAEs from one evaluation, in a line."""
     differing = [
@@ -145,14 +171,14 @@ def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
 def _choose_text(sae: SAE[Any], flags: argparse.Namespace, model: ModelSource) -> _Text:
     metadata = sae.cfg.metadata
     source, held_out = _open_text(sae, flags)
-    context_size = flags.context_length or metadata.get("context_size", source.row_length or 128)
-    if source.row_length is not None and source.name != metadata.dataset_path and not flags.context_length:
+    context_size = flags.context_length or metadata.context_size or source.row_length or 128
+    if source.row_length and not _same_data(source.name, metadata.dataset_path) and not flags.context_length:
         context_size = source.row_length  # given tokens are used as they are
     context = ContextFormat(
         context_size=context_size,
-        prepend_bos=metadata.get("prepend_bos", True),
+        prepend_bos=metadata.prepend_bos is not False,
         sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
-        disable_concat_sequences=metadata.get("disable_concat_sequences", False),
+        disable_concat_sequences=bool(metadata.disable_concat_sequences),
     )
     if model.max_context is not None and context.context_size > model.max_context:
         raise UserError(
@@ -160,8 +186,11 @@ def _choose_text(sae: SAE[Any], flags: argparse.Namespace, model: ModelSource) -
             f" {model.max_context}"
         )
     skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
-    if skip_positions >= context.context_size:
-        raise UserError(f"--context_length {context.context_size}: the SAE skips {skip_positions} positions")
+    if skip_positions + 1 >= context.context_size:
+        raise UserError(
+            f"--context_length {context.context_size}: leaves no next token to predict after the {skip_positions}"
+            f" positions that the SAE skips; give at least {skip_positions + 2}"
+        )
     return _Text(source, held_out, context, skip_positions)
 
 
@@ -189,7 +218,7 @@ def _prepare_group(
     n_loss_rows = flags.num_samples or math.ceil(LOSS_TOKENS / usable)
     n_sae_rows = flags.num_samples or math.ceil(1.05 * TOKENS / usable)
     n_dead_rows = math.ceil(flags.dead_tokens / usable) if flags.dead_tokens else n_sae_rows
-    rows_NT = collect_evaluation_rows(
+    rows_NT, document_N = collect_evaluation_rows(
         text.source,
         tokenizer,
         text.context,
@@ -200,6 +229,13 @@ def _prepare_group(
     )
     if len(rows_NT) < max(n_sae_rows, n_dead_rows):
         log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
+    embeddings = model.config.get_text_config().vocab_size
+    if rows_NT.max() >= embeddings:
+        raise UserError(
+            f"--dataset {text.source.name}: holds the token id {rows_NT.max()}, and {model.name} has {embeddings};"
+            " it was tokenized for another model"
+        )
+    by_document = len(np.unique(document_N[:n_loss_rows])) >= LEAST_DOCUMENTS
     if flags.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of its passes read the same rows
     log.debug("%d contexts of %d tokens", *rows_NT.shape)
@@ -214,6 +250,8 @@ def _prepare_group(
         held_out=text.held_out,
         context=text.context,
         rows_NT=rows_NT,
+        unit_N=document_N if by_document else np.arange(len(rows_NT)),
+        units="documents" if by_document else "sequences",
         n_loss_rows=min(n_loss_rows, len(rows_NT)),
         n_sae_rows=min(n_sae_rows, len(rows_NT)),
         special_token_ids=special_tokens(True, tokenizer),
@@ -251,7 +289,7 @@ def _open_text(sae: SAE[Any], flags: argparse.Namespace) -> tuple[TextSource, He
     name = flags.dataset or metadata.dataset_path
     if not name:
         raise UserError("--dataset: the SAE's cfg.json does not say what it was trained on; name a data set")
-    is_own = name == metadata.dataset_path
+    is_own = _same_data(name, metadata.dataset_path)
     source = open_text(
         name,
         flag="--dataset",
@@ -266,9 +304,19 @@ def _open_text(sae: SAE[Any], flags: argparse.Namespace) -> tuple[TextSource, He
     if is_own and metadata.dataset_split is None:
         log.warning("the SAE's cfg.json does not say which documents it trained on: these may be among them")
         return source, None
-    trained_on = (metadata.dataset_path, metadata.dataset_config, metadata.dataset_split)
-    if (source.name, source.config, source.split) != trained_on:
+    trained_on = (metadata.dataset_config, metadata.dataset_split)
+    if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
         return source, None
     if not metadata.held_out_fraction:
         raise UserError(f"--dataset {name}: nothing of it was held out of the SAE's training; name another data set")
     return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed)
+
+
+def _same_data(name: str, other: str | None) -> bool:
+    """Whether two names mean the same data set: the same path, or an id with its owner or without."""
+    if other is None:
+        return False
+    if Path(name).exists() or Path(other).exists():
+        return Path(name).resolve() == Path(other).resolve()
+    (owner, _, ending), (other_owner, _, other_ending) = name.rpartition("/"), other.rpartition("/")
+    return ending == other_ending and (owner == other_owner or "" in (owner, other_owner))

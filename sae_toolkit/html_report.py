@@ -18,11 +18,10 @@ from plotly.offline import get_plotlyjs
 
 from sae_toolkit.feature_browser import Feature
 from sae_toolkit.health import STANDARDS, Standard
-from sae_toolkit.report import BESIDE, format_interval, format_range, format_value, verdict
+from sae_toolkit.report import MARKS, beside_rows, format_interval, format_range, format_value, verdict
 from sae_toolkit.report_figures import make_figures
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")
-_MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
 # How far the scale of a standard is drawn, where the value lies on it.
 _SCALE_ENDS = {"loss_recovered": 1.0, "l0": 240.0, "dead_features": 0.4, "decoder_absorption": 0.6}
 
@@ -53,7 +52,7 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
         "verdict_status": _overall_status(health),
         "cards": "".join(_card(standard, summary) for standard in STANDARDS),
         "measured_on": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _measured_on(summary)),
-        "beside": "".join(_table_row(row) for row in _beside(summary)),
+        "beside": "".join(_table_row(row) for row in beside_rows(summary)),
         "saebench": "".join(
             f"<details><summary>{escape(title)}</summary><table>{''.join(map(_table_row, rows))}</table></details>"
             for title, rows in _saebench(summary)
@@ -80,7 +79,7 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
             format_interval(standard.metric, summary),
             format_range(standard, standard.healthy),
             format_range(standard, standard.borderline),
-            f"{_MARKS[health[standard.metric]]} {health[standard.metric]}",
+            f"{MARKS[health[standard.metric]]} {health[standard.metric]}",
         )
         for standard in STANDARDS
     ]
@@ -92,7 +91,7 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
             "",
             *_markdown_table(("Metric", "Value", "95% interval", "Healthy", "Borderline", "Status"), standards),
             "",
-            *_markdown_table(("Beside them", "Value", "95% interval"), _beside(summary)),
+            *_markdown_table(("Beside them", "Value", "95% interval"), beside_rows(summary)),
             "",
             *(f"- {title}: {_in_markdown(text)}" for title, text in _measured_on(summary)),
             "",
@@ -159,7 +158,7 @@ def _card(standard: Standard, summary: Mapping[str, Any]) -> str:
     return (
         f'<article class="card {status}"><h3>{standard.title}</h3>'
         f'<p class="value">{format_value(metric, value)}</p>'
-        f'<p class="status">{_MARKS[status]} {status}</p><p class="interval">{shown}</p>'
+        f'<p class="status">{MARKS[status]} {status}</p><p class="interval">{shown}</p>'
         f"{_scale(standard, value, summary['intervals'].get(metric))}"
         f'<p class="ranges">healthy {escape(format_range(standard, standard.healthy))}<br>'
         f"borderline {escape(format_range(standard, standard.borderline))}</p></article>"
@@ -201,42 +200,15 @@ def _measured_on(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         where = "the SAE stands in at every position (SAEBench's protocol)"
     else:
         skipped, limit = positions["skip_positions"], positions["max_activation_norm"]
+        n_special = len(positions["special_token_ids"])
         without = [
-            f"{len(positions['special_token_ids'])} special tokens",
+            f"{n_special} special tokens" if n_special else "",
             f"the first {'position' if skipped == 1 else f'{skipped} positions'} of a context" if skipped else "",
             f"activations of a norm above {limit:,.0f}" if limit else "",
         ]
-        where = f"without {', '.join(filter(None, without))}"
+        where = f"without {', '.join(filter(None, without))}" if any(without) else "all"
+    rows.append(("Intervals", f"95%, bootstrap over {summary['interval_units']}"))
     return [*rows, ("Positions", where), ("SAELens", summary["sae_lens_version"])]
-
-
-def _beside(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What was measured beside the four: title, value, 95% interval or a word on it."""
-    metrics, dead, cosines = summary["metrics"], summary["dead_feature_estimates"], summary["decoder_cosines"]
-    rows = [
-        (title, format_value(metric, metrics[metric]), format_interval(metric, summary))
-        for metric, title in BESIDE.items()
-    ]
-    rows += [
-        ("Dead features, expected after as many tokens again", f"{dead['expected_at_twice_the_tokens']:.2%}", ""),
-        ("Dead features, expected in the long run", f"{dead['expected_in_the_long_run']:.2%}", "at most"),
-        ("Firing rate that would have been seen", f"1 in {1 / dead['largest_missed_rate']:,.0f}", "95% confidence"),
-        ("Firings that belong to features not seen yet", f"{dead['unseen_firing_share']:.2%}", "estimate"),
-    ]
-    if training := dead["training_run"]:
-        rows += [
-            ("Dead in the training run's last window", f"{training['dead']:.2%}", ""),
-            ("Silent here, alive there", f"{training['dead_here_alive_there']:.2%}", ""),
-        ]
-    sampled = "exact" if cosines["exact"] else f"from {cosines['rows']:,} features"
-    rows += [
-        ("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}", "theory"),
-        ("Decoder absorption, 95th percentile", f"{cosines['p95']:.3f}", sampled),
-        ("Decoder pairs with a cosine above 0.9", f"{cosines['near_duplicate_pairs']:,.0f}", sampled),
-    ]
-    if cosines["alive_mean"] is not None:
-        rows.append(("Decoder absorption among features that fire", f"{cosines['alive_mean']:.3f}", sampled))
-    return rows
 
 
 def _table_row(cells: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from sae_lens.util import dtype_to_str
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -86,7 +87,15 @@ def _locate(name: str) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path), "gguf_file": gguf_files[0].name}
     if path.exists():
         raise UserError(f"--model_name {name}: this file is not a model; give a directory or a .gguf file")
-    return {"pretrained_model_name_or_path": check_repository(name, "model", "--model_name")}
+    return {"pretrained_model_name_or_path": check_repository(_hub_name(name), "model", "--model_name")}
+
+
+def _hub_name(name: str) -> str:
+    """The Hub's name of a model that goes by TransformerLens's (`gpt2-small`, `gemma-2-2b`), as many SAEs say it."""
+    try:
+        return name if "/" in name else get_official_model_name(name)
+    except ValueError:
+        return name
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

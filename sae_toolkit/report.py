@@ -12,14 +12,10 @@ from rich.text import Text
 
 from sae_toolkit.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
 
-_MARKS = {
-    "healthy": Text("✔ healthy", "green"),
-    "borderline": Text("~ borderline", "yellow"),
-    "unhealthy": Text("✘ unhealthy", "red"),
-    "unsettled": Text("? unsettled", "yellow"),
-}
+MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
+_STYLES = {"healthy": "green", "borderline": "yellow", "unhealthy": "red", "unsettled": "yellow"}
 _PERCENTAGES = {"loss_recovered", "dead_features", "replaced_share"}
-BESIDE = {
+_BESIDE = {
     "explained_variance": "Explained variance",
     "cosine_similarity": "Cosine similarity",
     "l2_ratio": "L2 norm, reconstruction / activation",
@@ -97,20 +93,53 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
             format_interval(standard.metric, summary),
             format_range(standard, standard.healthy),
             format_range(standard, standard.borderline),
-            _MARKS[health[standard.metric]],
+            _status(health[standard.metric]),
         )
     beside = Table(show_header=False, box=None)
     beside.add_column()
     beside.add_column(justify="right")
     beside.add_column()
-    for metric, title in BESIDE.items():
-        beside.add_row(title, format_value(metric, metrics[metric]), format_interval(metric, summary))
-    beside.add_row("Tokens for the cross-entropies and KL", f"{summary['loss_tokens']:,}")
-    dead, cosines = summary["dead_feature_estimates"], summary["decoder_cosines"]
-    beside.add_row("Dead features, expected in the long run", f"{dead['expected_in_the_long_run']:.2%}", "at most")
-    beside.add_row("Largest firing rate that could be missed", f"{dead['largest_missed_rate']:.2g}", "a token")
-    beside.add_row("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}")
+    for row in beside_rows(summary):
+        beside.add_row(*row)
     return Group(Text(heading(summary)), table, Text(verdict(health), "bold"), Text(), beside)
+
+
+def _status(status: str) -> Text:
+    return Text(f"{MARKS[status]} {status}", _STYLES[status])
+
+
+def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured beside the four: title, value, and its 95% interval or a word on it."""
+    metrics, dead, cosines = summary["metrics"], summary["dead_feature_estimates"], summary["decoder_cosines"]
+    rows = [
+        (title, format_value(metric, metrics[metric]), format_interval(metric, summary))
+        for metric, title in _BESIDE.items()
+    ]
+    rows += [
+        ("Tokens for the cross-entropies and KL", f"{summary['loss_tokens']:,}", ""),
+        ("Dead features, expected after as many tokens again", f"{dead['expected_at_twice_the_tokens']:.2%}", ""),
+        ("Dead features, expected in the long run", f"{dead['expected_in_the_long_run']:.2%}", "estimate"),
+        (
+            "Firing rate seen with 95% confidence",
+            f"1 in {1 / dead['largest_missed_rate']:,.0f}",
+            "tokens, each feature",
+        ),
+        ("Firings that belong to features not seen yet", f"{dead['unseen_firing_share']:.2%}", "estimate"),
+    ]
+    if training := dead["training_run"]:
+        rows += [
+            ("Dead in the training run's last window", f"{training['dead']:.2%}", ""),
+            ("Silent here, alive there", f"{training['dead_here_alive_there']:.2%}", ""),
+        ]
+    sampled = "exact" if cosines["exact"] else f"from {cosines['rows']:,} features"
+    rows += [
+        ("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}", "theory"),
+        ("Decoder absorption, 95th percentile", f"{cosines['p95']:.3f}", sampled),
+        ("Decoder pairs with a cosine above 0.9", f"{cosines['near_duplicate_pairs']:,.0f}", sampled),
+    ]
+    if cosines["alive_mean"] is not None:
+        rows.append(("Decoder absorption among features that fire", f"{cosines['alive_mean']:.3f}", sampled))
+    return rows
 
 
 def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -125,13 +154,10 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
         metrics, health = summary["metrics"], summary["health"]
         table.add_row(
             summary["sae"]["name"],
-            *(
-                Text(f"{format_value(s.metric, metrics[s.metric])} {_MARKS[health[s.metric]].plain[0]}")
-                for s in STANDARDS
-            ),
+            *(f"{format_value(s.metric, metrics[s.metric])} {MARKS[health[s.metric]]}" for s in STANDARDS),
             format_value("explained_variance", metrics["explained_variance"]),
             "?" if health["healthy"] is None else f"{health['healthy']}/{health['of']}",
         )
     headings = list(dict.fromkeys(heading(summary) for summary in summaries))
-    marks = ", ".join(mark.plain for mark in _MARKS.values())
+    marks = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
     return Group(Text("\n".join(headings)), table, Text(marks))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from sae_lens import __version__ as sae_lens_version
 
 from sae_toolkit.checkpoints import load_log_sparsity
@@ -20,33 +23,38 @@ from sae_toolkit.evaluation import Evaluation
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.health import judge
 from sae_toolkit.html_report import render_html, render_markdown
-from sae_toolkit.metrics import without_nan
 from sae_toolkit.sae_formats import SAEFile
 from sae_toolkit.wandb_run import training_wandb_run
 
 log = logging.getLogger(__name__)
 
 
-def choose_outputs(output_json: Path | None, files: Sequence[SAEFile]) -> list[Path]:
+def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation]) -> list[list[Path]]:
     """Where each SAE's evaluation.json goes: beside its weights, or under `evaluations` where these are not ours.
 
     Raises:
         UserError: one of them could not be written.
     """
+    files = [evaluated.file for group in groups for evaluated in group.saes]
     if output_json is not None:
         if len(files) > 1:
             raise UserError(f"--output_json {output_json}: one file for {len(files)} SAEs; leave it out")
         outputs = [output_json]
     else:
         outputs = [_directory(file) / "evaluation.json" for file in files]
+        for output, file in zip(outputs, files, strict=True):
+            if outputs.count(output) > 1:
+                raise UserError(f"--sae_path {file.name}: the results of two SAEs would go to {output}; evaluate one")
     for output in outputs:
         for path in (output, *_report_paths(output)):
             _check_writable(path)
-    return outputs
+    remaining = iter(outputs)
+    return [list(islice(remaining, len(group.saes))) for group in groups]
 
 
 def _directory(file: SAEFile) -> Path:
-    if "snapshots" not in file.path.parts and os.access(file.path, os.W_OK):  # not the Hugging Face cache
+    in_cache = file.release is not None or file.path.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())
+    if not in_cache and os.access(file.path, os.W_OK):
         return file.path
     directory = Path("evaluations") / re.sub(r"[^\w.-]+", "_", file.name)
     try:
@@ -74,37 +82,64 @@ def _check_writable(path: Path) -> None:
         ) from None
 
 
+@dataclass(frozen=True)
+class Result:
+    """The evaluation of one SAE, with those that were evaluated beside it, and where it is written."""
+
+    group: PreparedEvaluation
+    evaluated: EvaluatedSAE
+    evaluation: Evaluation
+    output_json: Path
+    summary: dict[str, Any]
+    summaries_of_group: Sequence[Mapping[str, Any]]
+
+    def write(self) -> None:
+        """Writes evaluation.json and the reports. Checkpoints of the same run are shown as curves."""
+        html, markdown = _report_paths(self.output_json)
+        plots = dict(self.evaluation.plots)
+        run = Path(self.summary["sae"]["path"]).parent
+        checkpoints = [
+            s for s in self.summaries_of_group if Path(s["sae"]["path"]).parent == run and _tokens_trained(s)
+        ]
+        if len(checkpoints) > 1:
+            plots["checkpoints"] = [{"tokens": _tokens_trained(s), "metrics": s["metrics"]} for s in checkpoints]
+        texts = {
+            self.output_json: json.dumps(self.summary, indent=2, allow_nan=False) + "\n",
+            markdown: render_markdown(self.summary),
+            html: render_html(self.summary, plots, self.evaluation.features),
+        }
+        for path, text in texts.items():
+            _write_whole(path, text)
+        log.info("written to %s and %s", self.output_json, html)
+
+    def add_saebench(self, results: Mapping[str, Any]) -> None:
+        """Folds sae-bench's own results in, and writes it all again."""
+        self.summary["saebench"] = _without_nan(results)
+        self.write()
+
+    def record(self) -> None:
+        """Records the summary in the wandb run of the SAE's training, if there was one.
+
+        That of the finished SAE is `evaluation/...`; a checkpoint's and another protocol's have its name in it.
+        """
+        wandb_run = training_wandb_run(Path(self.summary["sae"]["path"]))
+        protocol, name = self.summary["protocol"], Path(self.summary["sae"]["path"]).name
+        prefix = "evaluation" if protocol == "health" else f"evaluation_{protocol}"
+        wandb_run.summarize(_flatten(self.summary, prefix if name.startswith("final_") else f"{prefix}_{name}"))
+        wandb_run.finish()
+
+
 def write_results(
-    output_json: Path,
-    summary: Mapping[str, Any],
-    evaluation: Evaluation,
-    sibling_summaries: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes the results and the reports.
-
-    Args:
-        output_json: from `choose_outputs`.
-        summary: from `summarize`.
-        evaluation: what it summarizes.
-        sibling_summaries: those of all SAEs evaluated with it; checkpoints of the same run make curves.
-    """
-    html, markdown = _report_paths(output_json)
-    plots = dict(evaluation.plots)
-    run = Path(summary["sae"]["path"]).parent
-    checkpoints = [s for s in sibling_summaries if Path(s["sae"]["path"]).parent == run and _tokens_trained(s)]
-    if len(checkpoints) > 1:
-        plots["checkpoints"] = [{"tokens": _tokens_trained(s), "metrics": s["metrics"]} for s in checkpoints]
-    _write_whole(output_json, json.dumps(summary, indent=2) + "\n")
-    _write_whole(markdown, render_markdown(summary))
-    _write_whole(html, render_html(summary, plots, evaluation.features))
-    log.info("written to %s and %s", output_json, html)
-
-
-def record_results(summary: Mapping[str, Any]) -> None:
-    """Records results in the wandb run of the SAE's training, if there was one."""
-    wandb_run = training_wandb_run(Path(summary["sae"]["path"]))
-    wandb_run.summarize(_flatten(summary, "evaluation"))
-    wandb_run.finish()
+    group: PreparedEvaluation, evaluations: Sequence[Evaluation], outputs: Sequence[Path]
+) -> list[Result]:
+    """Writes the results of SAEs that were evaluated together, and returns them."""
+    summaries = [summarize(group, *pair) for pair in zip(group.saes, evaluations, strict=True)]
+    results = [
+        Result(group, *of_one, summaries) for of_one in zip(group.saes, evaluations, outputs, summaries, strict=True)
+    ]
+    for result in results:
+        result.write()
+    return results
 
 
 def _tokens_trained(summary: Mapping[str, Any]) -> int | None:
@@ -129,6 +164,15 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         else:
             flat[f"{prefix}/{name}"] = value
     return flat
+
+
+def _without_nan(values: Any) -> Any:
+    """Values as JSON can hold them: None where there is no number."""
+    if isinstance(values, Mapping):
+        return {name: _without_nan(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, Any]:
@@ -160,8 +204,9 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
         "sequences": evaluation.sequences,
         "loss_tokens": evaluation.loss_tokens,
         "loss_sequences": evaluation.loss_sequences,
-        "metrics": without_nan(evaluation.metrics),
+        "metrics": evaluation.metrics,
         "intervals": evaluation.intervals,
+        "interval_units": prepared.units,
         "dead_feature_estimates": asdict(evaluation.dead) | {"training_run": _training_run(evaluated, evaluation)},
         "decoder_cosines": cosines,
         "health": judge(
@@ -174,7 +219,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
     }
     if evaluation.saebench_core is not None:
         summary["saebench_core"] = evaluation.saebench_core
-    return summary
+    return _without_nan(summary)
 
 
 def _training_run(evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, float] | None:

@@ -98,6 +98,8 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
         sae = load_sae(file.path, device, flag)
     if hasattr(sae.cfg, "d_out"):
         raise UserError(f"{where}: a transcoder ({sae.cfg.architecture()}), no autoencoder of one activation")
+    if sae.cfg.architecture() == "temporal":
+        raise UserError(f"{where}: a temporal SAE, which needs whole sequences, no autoencoder of one activation")
     for name, tensor in sae.state_dict().items():
         if not torch.isfinite(tensor).all():
             n_bad = int((~torch.isfinite(tensor)).sum())

@@ -10,15 +10,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sae_lens import SAE
+from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation_setup import PreparedEvaluation
 from sae_toolkit.hub import check_repository
 
 log = logging.getLogger(__name__)
@@ -112,7 +114,28 @@ def parse_evals(text: str) -> tuple[str, ...]:
     return names
 
 
-def refuse_what_cannot_run(evals: Sequence[str], *, model_name: str, n_parameters: int, hook_name: str) -> None:
+def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> None:
+    """Refuses the evals that cannot run on the SAEs' models, and makes sae-bench's environment if there is one to run.
+
+    Raises:
+        UserError: one or more cannot run here.
+    """
+    if not evals:
+        return
+    for group in groups:
+        refuse_what_cannot_run(
+            evals,
+            model_name=group.model.name,
+            n_parameters=group.model.n_parameters,
+            hook_name=group.hook_name,
+            architectures=[evaluated.sae.cfg.architecture() for evaluated in group.saes],
+        )
+    saebench_python()
+
+
+def refuse_what_cannot_run(
+    evals: Sequence[str], *, model_name: str, n_parameters: int, hook_name: str, architectures: Iterable[str] = ()
+) -> None:
     """Says before anything starts which evals cannot run, and why; asks the Hugging Face Hub for what they read.
 
     Args:
@@ -120,10 +143,14 @@ def refuse_what_cannot_run(evals: Sequence[str], *, model_name: str, n_parameter
         model_name: Hugging Face id, directory, .gguf file or embedded model.
         n_parameters: the model's.
         hook_name: where the SAE is.
+        architectures: SAELens's names of the SAEs' kinds.
 
     Raises:
         UserError: one or more cannot run; the line lists each with all its reasons.
     """
+    unknown = sorted(set(architectures) - set(SAE_CLASS_REGISTRY))
+    if unknown:
+        raise UserError(f"--saebench: sae-bench reads SAELens's kinds of SAE, and {unknown[0]} is none; leave it out")
     missing_datasets: dict[str, str | None] = {}
     refusals = []
     for name in evals:

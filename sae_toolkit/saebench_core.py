@@ -5,6 +5,7 @@ Formulas: SAEBench 0.6.0, evals/core/main.py (`get_sparsity_and_variance_metrics
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ class SAEBenchStatistics:
         ablated, recovered = losses["kl_zero"], losses["kl_zero"] - losses["kl_sae"]
         return {
             "model_behavior_preservation": {
-                "kl_div_score": recovered / ablated,
+                "kl_div_score": recovered / ablated if ablated else math.nan,
                 "kl_div_with_ablation": ablated,
                 "kl_div_with_sae": losses["kl_sae"],
             },

@@ -1,17 +1,25 @@
 """Both protocols, several SAEs in one pass, and what is said of the sample; on a tiny model of random weights."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from huggingface_hub.constants import HF_HUB_CACHE
 from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.checkpoints import load_sae
-from sae_toolkit.sae_formats import find_saes
+from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation_setup import _same_data
+from sae_toolkit.results import choose_outputs
+from sae_toolkit.sae_formats import SAEFile, find_saes
 
 CONTEXT, N_ROWS, BATCH = 48, 20, 4
 BOS, EOS = 1, 2
@@ -159,7 +167,8 @@ def layer_calls(monkeypatch):
     compute = LlamaDecoderLayer.forward
 
     def counted(self, hidden_states, *args, **kwargs):
-        calls[self.self_attn.layer_idx] = calls.get(self.self_attn.layer_idx, 0) + len(hidden_states)
+        if hidden_states.shape[1] == CONTEXT:  # rows, and not what the model was asked about itself
+            calls[self.self_attn.layer_idx] = calls.get(self.self_attn.layer_idx, 0) + len(hidden_states)
         return compute(self, hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
@@ -178,8 +187,8 @@ def test_the_model_runs_once_for_what_several_saes_share(evaluate, tmp_path, lay
     for path, expected in zip(paths, alone, strict=True):
         assert result_of(path)["metrics"] == expected["metrics"]
         assert path.name in done.stdout
-    # Layers up to the hook: each row once. After it: clean once, each SAE once, zeros for one batch.
-    assert [layer_calls[i] for i in range(4)] == [N_ROWS, N_ROWS, N_ROWS, N_ROWS + 3 * N_ROWS + BATCH]
+    # Layers up to the hook: each row once. After it: clean once, each SAE once, zeros for one row.
+    assert [layer_calls[i] for i in range(4)] == [N_ROWS, N_ROWS, N_ROWS, N_ROWS + 3 * N_ROWS + 1]
 
 
 def test_saes_of_different_hooks_in_one_call_are_evaluated_apart_and_that_is_said(evaluate, tmp_path):
@@ -232,3 +241,88 @@ def test_an_sae_of_another_hook_than_its_own_is_measured_where_asked(evaluate, t
     done = evaluate("--sae_path", path, "--layer", 1)
     assert "evaluating it at blocks.1.hook_resid_post" in done.stderr
     assert isinstance(load_sae(path, "cpu"), SAE)
+
+
+def test_equal_rows_do_not_make_an_ablation_shared(evaluate, tmp_path, rows):
+    """Zeros at a part of a layer leave the text in the residual stream, however alike the first rows are."""
+    tokens = rows[1].tolist()
+    twice = tmp_path / "twice"
+    datasets.Dataset.from_dict({"tokens": [tokens[0], *tokens]}).save_to_disk(twice)
+    path = save_sae(tmp_path / "sae", hook="blocks.2.hook_mlp_out")
+    found = []
+    for batch_size in (1, 7):
+        evaluate("--sae_path", path, "--batch_size", batch_size, dataset=twice)
+        found.append(result_of(path)["metrics"]["ce_zero"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_tokens_raised_and_lowered_are_shown_where_the_feature_writes_to_the_residual_stream(evaluate, tmp_path):
+    for hook, shown in (("blocks.2.hook_mlp_out", True), ("blocks.2.attn.hook_z", False)):
+        path = save_sae(tmp_path / hook, hook=hook, k=8)
+        evaluate("--sae_path", path)
+        assert ('"raised":[[' in (path / "report.html").read_text()) is shown
+
+
+def test_results_hold_no_nan(evaluate, tmp_path):
+    """A model of random weights loses nothing by zeros at the hook: there may be no loss to recover."""
+    path = save_sae(tmp_path / "sae", hook="blocks.2.attn.hook_z", k=1)
+    evaluate("--sae_path", path, "--protocol", "saebench")
+    text = (path / "evaluation.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_results_of_saes_that_are_not_ours_go_to_a_directory_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = Path(HF_HUB_CACHE) / "models--owner--name"
+    files = [SAEFile(f"release:{i}", cache, "SAELens", "release", ("release", i)) for i in ("a/1", "a/2")]
+
+    def group(*files):
+        return SimpleNamespace(saes=[SimpleNamespace(file=file) for file in files])
+
+    outputs = choose_outputs(None, [group(*files)])
+    assert outputs == [[Path(f"evaluations/release_a_{i}/evaluation.json") for i in (1, 2)]]
+    with pytest.raises(UserError, match=r"one file for 2 SAEs"):
+        choose_outputs(tmp_path / "results.json", [group(*files)])
+    with pytest.raises(UserError, match=r"the results of two SAEs would go to evaluations/release_a_1"):
+        choose_outputs(None, [group(files[0]), group(replace(files[1], name="release_a 1"))])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "trained on a model with center_writing"),
+        ({"seqpos_slice": (5, 20)}, r"trained at the positions seqpos_slice [(\[]5, 20[)\]] alone"),
+        ({"seqpos_slice": (CONTEXT - 1, None)}, f"--context_length {CONTEXT}: leaves no next token"),
+    ],
+)
+def test_an_sae_that_cannot_be_measured_here_is_refused(script, tiny_model, tmp_path, rows, metadata, says):
+    path = save_sae(tmp_path / "sae", **metadata)
+    flags = ("--sae_path", path, "--model_name", tiny_model, "--dataset", rows[0])
+    done = script("evaluate_sae_real_activations.py", *flags)
+    assert done.status == 2
+    assert re.search(says, done.error_lines[0]), done.stderr
+
+
+def test_tokens_of_another_model_are_refused(script, tiny_model, tmp_path):
+    other = tmp_path / "other"
+    datasets.Dataset.from_dict({"tokens": [[60_000] * CONTEXT] * 4}).save_to_disk(other)
+    flags = ("--model_name", tiny_model, "--dataset", other)
+    done = script("evaluate_sae_real_activations.py", "--sae_path", save_sae(tmp_path / "sae"), *flags)
+    assert done.status == 2
+    assert "holds the token id 60000" in done.error_lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "same"),
+    [
+        ("wikitext", "Salesforce/wikitext", True),
+        ("Salesforce/wikitext", "Salesforce/wikitext", True),
+        ("someone/wikitext", "Salesforce/wikitext", False),
+        ("README.md", str(ROOT / "README.md"), True),
+        ("embedded:wikipedia", None, False),
+    ],
+)
+def test_a_data_set_is_known_by_any_of_its_names(monkeypatch, name, other, same):
+    monkeypatch.chdir(ROOT)
+    assert _same_data(name, other) is same

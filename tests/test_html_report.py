@@ -61,6 +61,7 @@ def summary(sae):
         "sae": {"name": "demo", "path": "checkpoints/demo", "library": "SAELens", "form": "inference"}
         | {"architecture": "jumprelu", "d_in": D, "d_sae": F},
         "protocol": "health",
+        "interval_units": "documents",
         "model": "embedded:smollm2-135m",
         "hook_name": "blocks.12.hook_resid_post",
         "dataset": "embedded:wikipedia",
