@@ -159,7 +159,7 @@ def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
         name
         for name, values in (
             ("models", {key[0] for key in groups}),
-            ("hooks", {key[:2] for key in groups}),
+            ("hooks", {key[1] for key in groups}),
             ("texts, held-out splits or contexts", {key[2] for key in groups}),
         )
         if len(values) > 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,15 @@ def test_saes_of_different_hooks_in_one_call_are_evaluated_apart_and_that_is_sai
     assert "SAEs of different hooks, evaluated in 2 passes" in done.stderr
     assert [result_of(path)["hook_name"] for path in paths] == ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
     assert done.stderr.count("loading ") == 1
+
+
+def test_saes_of_different_models_in_one_call_are_evaluated_each_on_its_own(script, tmp_path, tiny_model, rows):
+    models = [tiny_model, shutil.copytree(tiny_model, tmp_path / "other_model")]
+    paths = [save_sae(tmp_path / f"sae{i}", model_name=str(model)) for i, model in enumerate(models)]
+    done = script("evaluate_sae_real_activations.py", "--sae_path", *paths, "--dataset", rows[0], "--n_features", 0)
+    assert done.status == 0, done.stderr
+    assert "SAEs of different models, evaluated in 2 passes" in done.stderr
+    assert [result_of(path)["model"] for path in paths] == [str(model) for model in models]
 
 
 def test_a_run_directory_is_all_its_checkpoints_with_curves(evaluate, script, tiny_run):
