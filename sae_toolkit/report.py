@@ -60,7 +60,7 @@ def verdict(health: Mapping[str, Any]) -> str:
             " so the numbers say too little about it"
         )
     unsettled = list(health.values()).count("unsettled")
-    more = f", {unsettled} unsettled: the sample is too small to tell" if unsettled else ""
+    more = f", {unsettled} unsettled: the sample cannot tell" if unsettled else ""
     return f"{health['healthy']}/{health['of']} metrics healthy{more}"
 
 
