@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+_RARER_THAN_MEAN = 100
 
 
 class FiringStatistics:
@@ -59,12 +62,14 @@ class FiringStatistics:
         unseen = min((S - 1) / S * once * (once - 1) / (2 * (twice + 1)), silent)
         found_in_as_many = unseen * (1 - (1 - once / (S * unseen + once)) ** S) if unseen else 0.0
         incidences = int(self._sequences_F.sum())
+        mean_rate = int(self.firings_F.sum()) / self.n_tokens / d_sae
         return DeadFeatureEstimates(
             tokens=self.n_tokens,
             largest_missed_rate=3 / self.n_tokens,
             unseen_firing_share=once / incidences if incidences else 1.0,
             expected_at_twice_the_tokens=(silent - found_in_as_many) / d_sae,
             expected_in_the_long_run=(silent - unseen) / d_sae,
+            tokens_to_settle=math.ceil(3 / (mean_rate / _RARER_THAN_MEAN)) if mean_rate else 0,
             curve=self.silent_share(),
         )
 
@@ -83,6 +88,9 @@ class DeadFeatureEstimates:
             again (Chao et al. 2009, extrapolation from the features seen in one and in two sequences).
         expected_in_the_long_run: share that would be silent whatever the number of tokens, or less (from Chao's
             lower bound of the expected number of the unseen, bias-corrected: Chao 2005).
+        tokens_to_settle: how many tokens it takes to see, with 95% confidence, a feature that fires at a hundredth
+            of the mean rate. Chao's bound can miss many of the unseen: on fewer tokens, too many silent features
+            do not mean dead ones.
         curve: share of features still silent after the first so many tokens.
     """
 
@@ -91,4 +99,5 @@ class DeadFeatureEstimates:
     unseen_firing_share: float
     expected_at_twice_the_tokens: float
     expected_in_the_long_run: float
+    tokens_to_settle: int
     curve: list[tuple[int, float]]

@@ -126,6 +126,8 @@ def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         ("Firings that belong to features not seen yet", f"{dead['unseen_firing_share']:.2%}", "estimate"),
     ]
+    if summary["health"]["dead_features"] == "unsettled" and dead["tokens"] < dead["tokens_to_settle"]:
+        rows.append(("Tokens that would settle dead features", f"{dead['tokens_to_settle']:,}", "--dead_tokens"))
     if training := dead["training_run"]:
         rows += [
             ("Dead in the training run's last window", f"{training['dead']:.2%}", ""),

@@ -51,7 +51,7 @@ def summary(sae):
     cosines = asdict(measure_cosines(sae[0], torch.ones(F, dtype=torch.bool), seed=0))
     del cosines["histogram"], cosines["interval"]
     curve = [(1000, 0.5), (3000, 0.3), (52_517, 0.17)]
-    dead = DeadFeatureEstimates(52_517, 3 / 52_517, 0.001, 0.15, 0.12, curve)
+    dead = DeadFeatureEstimates(52_517, 3 / 52_517, 0.001, 0.15, 0.12, 300_000, curve)
     metrics = {"loss_recovered": 0.9728, "l0": 61.4, "dead_features": 0.17, "decoder_absorption": 0.41}
     metrics |= {"ce_clean": 3.022, "ce_sae": 3.233, "ce_zero": 10.803, "kl_sae": 0.281, "replaced_share": 0.9999}
     metrics |= {"explained_variance": 0.843, "cosine_similarity": 0.96, "l2_ratio": 0.958}
@@ -208,6 +208,7 @@ def test_markdown_has_the_verdict_and_each_metric_against_its_standard(summary):
     assert "| Dead features | 17.00% |  | <= 10% | 10% to 20% | ? unsettled |" in lines
     assert "| Decoder absorption | 0.410 | exact | <= 0.25 | 0.25 to 0.35 | ✘ unhealthy |" in lines
     assert "| Cross-entropy, hook zeroed | 10.803 |  |" in lines
+    assert "| Tokens that would settle dead features | 300,000 | --dead_tokens |" in lines
     assert "- Tokens: 52,517 in 206 sequences" in lines
 
 

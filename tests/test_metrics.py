@@ -162,6 +162,8 @@ def test_what_a_small_sample_expects_of_a_larger_one_comes_true():
     often = rates > estimates.largest_missed_rate
     assert (small.firings_F[often] == 0).double().mean() < 0.05
     assert [n for n, _ in estimates.curve] == [1000, 2000]
+    mean_rate = small.firings_F.sum().item() / 2000 / 5000
+    assert estimates.tokens_to_settle == math.ceil(3 / (mean_rate / 100))
 
 
 def test_cosines_are_the_largest_to_any_other_direction(chunk_values):
@@ -217,10 +219,10 @@ def test_the_standards_are_those_published(metric, values):
 SETTLED = {"loss_recovered": 0.97, "l0": 60, "dead_features": 0.0, "decoder_absorption": 0.2, "replaced_share": 1.0}
 
 
-def verdict(changes=None, intervals=None, long_run=None, sequences=100):
+def verdict(changes=None, intervals=None, long_run=None, sequences=100, to_settle=50_000):
     found = SETTLED | (changes or {})
     dead = found["dead_features"]
-    estimates = DeadFeatureEstimates(50_000, 6e-5, 0.0, dead, dead if long_run is None else long_run, [])
+    estimates = DeadFeatureEstimates(50_000, 6e-5, 0.0, dead, dead if long_run is None else long_run, to_settle, [])
     return judge(found, intervals or {}, estimates, loss_sequences=sequences, sequences=sequences)
 
 
@@ -236,7 +238,8 @@ def test_a_metric_whose_status_the_sample_cannot_tell_is_unsettled():
     assert verdict({"l0": 121}, {"l0": [115, 127]})["l0"] == "unsettled"
     assert verdict({"dead_features": 0.3})["dead_features"] == "unhealthy"
     assert verdict({"dead_features": 0.3}, long_run=0.15)["dead_features"] == "unsettled"
-    assert verdict({"dead_features": 0.05}, long_run=0.0)["dead_features"] == "healthy"
+    assert verdict({"dead_features": 0.3}, to_settle=50_001)["dead_features"] == "unsettled"
+    assert verdict({"dead_features": 0.05}, long_run=0.0, to_settle=10**6)["dead_features"] == "healthy"
     assert verdict({"loss_recovered": math.nan})["loss_recovered"] == "unsettled"
     # An interval that holds all of the healthy range, between two borderline ends.
     assert verdict({"l0": 30}, {"l0": [25, 125]})["l0"] == "unsettled"
