@@ -88,8 +88,9 @@ def parse_flags() -> argparse.Namespace:
     for name in ("num_samples", "context_length", "batch_size", "dead_tokens"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be 1 or more")
-    if flags.n_features < 0:
-        raise UserError(f"--n_features {flags.n_features}: must be 0 or more")
+    for name in ("layer", "n_features", "seed"):
+        if (value := getattr(flags, name)) is not None and value < 0:
+            raise UserError(f"--{name} {value}: must be 0 or more")
     return flags
 
 
@@ -108,7 +109,7 @@ def main() -> int:
     from sae_toolkit.results import Result, choose_outputs, write_results
     from sae_toolkit.saebench import check_evals, parse_evals, run_saebench
 
-    evals = parse_evals(flags.saebench) if flags.saebench else ()
+    evals = parse_evals(flags.saebench) if flags.saebench is not None else ()
     groups = prepare_evaluations(flags)
     outputs = choose_outputs(flags.output_json, groups)
     check_evals(evals, groups)

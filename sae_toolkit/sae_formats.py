@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from sae_lens import SAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -257,7 +257,10 @@ def _on_hub(repository: str, part: str | None, layer: int | None, flag: str) -> 
     """An SAE of a Hugging Face repository, from the local cache where it is there."""
     where = f"{flag} {repository}"
     likely = [part] if part else [".", *([] if layer is None else [f"layers.{layer}"])]
-    folder = next((folder for folder in likely if _cached(repository, folder)), None)
+    try:
+        folder = next((folder for folder in likely if _cached(repository, folder)), None)
+    except HFValidationError:
+        folder = None  # `check_repository` says so
     if folder is None:
         repository = check_repository(repository, "model", flag)
         try:

@@ -152,6 +152,8 @@ def _load(
     """Loads one split; returns it with the names of its configuration and split."""
     path = Path(name)
     if path.is_file():
+        if config is not None:
+            raise UserError(f"--dataset_config {config}: {name} is a file, which has no configurations; leave it out")
         loader = next((_FILE_LOADERS[s] for s in reversed(path.suffixes) if s in _FILE_LOADERS), None)
         if loader is None:
             raise UserError(f"{flag} {name}: cannot read this kind of file; use {', '.join(_FILE_LOADERS)}")
