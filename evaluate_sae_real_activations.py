@@ -28,6 +28,8 @@ from sae_toolkit.errors import UserError
 
 log = logging.getLogger("sae_toolkit")
 
+_LARGEST = 10**15  # far above any sensible count, far below what overflows
+
 
 def parse_flags() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -91,6 +93,9 @@ def parse_flags() -> argparse.Namespace:
     for name in ("layer", "n_features", "seed"):
         if (value := getattr(flags, name)) is not None and value < 0:
             raise UserError(f"--{name} {value}: must be 0 or more")
+    for name in ("num_samples", "context_length", "batch_size", "dead_tokens", "seed"):
+        if (getattr(flags, name) or 0) > _LARGEST:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at most {_LARGEST:,}")
     return flags
 
 

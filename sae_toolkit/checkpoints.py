@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 TOKENS_FILENAME = "tokens.npy"
 _MISSING_OR_WRONG = (KeyError, TypeError, ValueError, AttributeError)  # what SAELens meets in a wrong cfg.json
@@ -195,4 +198,5 @@ def load_log_sparsity(path: Path) -> torch.Tensor | None:
     try:
         return load_file(file).get("sparsity")
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged: {one_line(error)}; delete it or fetch the SAE anew") from error
+        log.warning("%s is damaged and left out: %s", file, one_line(error))
+        return None

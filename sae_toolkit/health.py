@@ -49,11 +49,11 @@ def judge(
     """Each metric's status, `healthy` (how many are) and `of` (how many there are).
 
     A metric is `unsettled` where the sample cannot tell its status: its 95% interval reaches into another
-    status, it rests on fewer than 10 sequences, it is no number, or dead features are too many on too few
-    tokens, where those that the sample was too small to see may make the difference. Dead features that are
-    few enough are so on any number of tokens: more only find more of them alive. Where the SAE stood in for
-    less than 98% of the tokens that are not special, the measurements say too little of it: every status is
-    `unsettled` and `healthy` is None.
+    status, or could not be had; it rests on fewer than 10 sequences; it is no number; or dead features are too
+    many on too few tokens, where those that the sample was too small to see may make the difference. Dead
+    features that are few enough are so on any number of tokens: more only find more of them alive. Where the
+    SAE stood in for less than 98% of the tokens that are not special, the measurements say too little of it:
+    every status is `unsettled` and `healthy` is None.
     """
     if not metrics["replaced_share"] >= LEAST_REPLACED_SHARE:
         return {**{s.metric: "unsettled" for s in STANDARDS}, "healthy": None, "of": len(STANDARDS)}
@@ -67,6 +67,8 @@ def judge(
         inside = [end for end in (*standard.healthy, *standard.borderline) if low < end < high]
         possible = {standard.status(v) for v in (low, value, high, *inside)}
         settled = len(possible) == 1 and n_sequences.get(metric, math.inf) >= LEAST_SEQUENCES
+        if metric in ("loss_recovered", "l0"):
+            settled &= metric in intervals
         if metric == "dead_features":
             settled &= dead.tokens >= dead.tokens_to_settle
             settled |= standard.status(value) == "healthy"

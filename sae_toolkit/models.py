@@ -6,10 +6,12 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from sae_lens.util import dtype_to_str
+from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     AutoConfig,
@@ -124,11 +126,21 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
     """
     log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source.location, config=source.config, dtype=dtype, device_map=device, **source.model_kwargs
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source.location,
+            config=source.config,
+            dtype=dtype,
+            device_map=device,
+            output_loading_info=True,
+            **source.model_kwargs,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {source.name}: {one_line(error)}") from None
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"--model_name {source.name}: its weights cannot be read: {one_line(error)}") from None
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
+        raise UserError(
+            f"--model_name {source.name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it anew"
+        )
     return LanguageModel(model, hook_name)
 
 

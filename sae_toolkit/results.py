@@ -28,6 +28,8 @@ from sae_toolkit.wandb_run import training_wandb_run
 
 log = logging.getLogger(__name__)
 
+_NOT_RESULTS = {"cfg.json", "runner_cfg.json", "config.json", "activation_scaler.json", "training_flags.json"}
+
 
 def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation]) -> list[list[Path]]:
     """Where each SAE's evaluation.json goes: beside its weights, or under `evaluations` where these are not ours.
@@ -39,6 +41,8 @@ def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation
     if output_json is not None:
         if len(files) > 1:
             raise UserError(f"--output_json {output_json}: one file for {len(files)} SAEs; leave it out")
+        if output_json.suffix != ".json" or output_json.name in _NOT_RESULTS:
+            raise UserError(f"--output_json {output_json}: must be a .json file, and none that belongs to an SAE")
         outputs = [output_json]
     else:
         outputs = [_directory(file) / "evaluation.json" for file in files]
@@ -65,15 +69,15 @@ def _directory(file: SAEFile) -> Path:
 
 
 def _report_paths(output_json: Path) -> tuple[Path, Path]:
-    """The HTML and the Markdown report: report.* beside evaluation.json, else of the same name."""
-    stem = "report" if output_json.name == "evaluation.json" else output_json.stem
+    """The HTML and the Markdown report: report.* beside evaluation.json, NAME.report.* beside NAME.json."""
+    stem = "report" if output_json.name == "evaluation.json" else f"{output_json.stem}.report"
     return output_json.with_name(f"{stem}.html"), output_json.with_name(f"{stem}.md")
 
 
 def _check_writable(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise UserError(f"--output_json {path}: is no file that can be replaced; name another path")
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--output_json {path}: is no file that can be replaced; name another path")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:

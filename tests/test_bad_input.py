@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import threading
 
 import huggingface_hub
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import run_process
 from sae_lens import StandardSAE, StandardSAEConfig
+from safetensors.torch import load_file, save_file
 
 from sae_toolkit.hub import check_repository
 
@@ -105,6 +107,12 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
     incomplete = tmp_path / "incomplete"
     incomplete.mkdir()
     (incomplete / "cfg.json").write_text(json.dumps({"architecture": "standard"}))
+    directory = tmp_path / "directory.json"
+    directory.mkdir()
+    holes = shutil.copytree(tiny_model, tmp_path / "holes")
+    weights = load_file(holes / "model.safetensors")
+    del weights["model.layers.2.mlp.down_proj.weight"]
+    save_file(weights, holes / "model.safetensors", metadata={"format": "pt"})
     not_finite = tmp_path / "not_finite"
     sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
     sae.b_dec.data[3] = torch.nan
@@ -142,8 +150,13 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
         ({"saebench": "core,absorption"}, "says nothing about a model of"),
         ({"device": "cuda:7"}, "--device cuda:7: torch "),
         ({"output_json": "/proc/nothing/results.json"}, "--output_json /proc/nothing/results.json: cannot be written"),
-        ({"output_json": "/dev/full"}, "--output_json /dev/full: is no file that can be replaced"),
-        ({"output_json": tmp_path}, "is no file that can be replaced"),
+        ({"output_json": "/dev/full"}, "--output_json /dev/full: must be a .json file"),
+        ({"output_json": sae_path / "cfg.json"}, "none that belongs to an SAE"),
+        ({"output_json": directory}, "is no file that can be replaced"),
+        ({"output_json": tmp_path / f"{'x' * 300}.json"}, "cannot be written there (File name too long)"),
+        ({"num_samples": 10**20}, "must be at most"),
+        ({"seed": 10**30}, "must be at most"),
+        ({"model_name": holes}, "1 weights are missing, model.layers.2.mlp.down_proj.weight among them"),
     ]
     for changes, says in mistakes:
         flags = [p for name, value in (right | changes).items() if value is not None for p in (f"--{name}", value)]

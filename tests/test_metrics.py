@@ -223,7 +223,8 @@ def verdict(changes=None, intervals=None, long_run=None, sequences=100, to_settl
     found = SETTLED | (changes or {})
     dead = found["dead_features"]
     estimates = DeadFeatureEstimates(50_000, 6e-5, 0.0, dead, dead if long_run is None else long_run, to_settle, [])
-    return judge(found, intervals or {}, estimates, loss_sequences=sequences, sequences=sequences)
+    intervals = {m: [found[m], found[m]] for m in ("loss_recovered", "l0")} if intervals is None else intervals
+    return judge(found, intervals, estimates, loss_sequences=sequences, sequences=sequences)
 
 
 def test_no_verdict_is_given_where_the_sae_hardly_stood_in():
@@ -236,6 +237,7 @@ def test_no_verdict_is_given_where_the_sae_hardly_stood_in():
 def test_a_metric_whose_status_the_sample_cannot_tell_is_unsettled():
     assert verdict({"l0": 130}, {"l0": [125, 135]})["l0"] == "borderline"
     assert verdict({"l0": 121}, {"l0": [115, 127]})["l0"] == "unsettled"
+    assert verdict({"loss_recovered": 72.5}, {})["loss_recovered"] == "unsettled"  # no interval could be had
     assert verdict({"dead_features": 0.3})["dead_features"] == "unhealthy"
     assert verdict({"dead_features": 0.3}, long_run=0.15)["dead_features"] == "unsettled"
     assert verdict({"dead_features": 0.3}, to_settle=50_001)["dead_features"] == "unsettled"
