@@ -66,7 +66,7 @@ def parse_flags() -> argparse.Namespace:
     add(
         "--dead_tokens",
         type=int,
-        help="tokens on which dead features are counted (default: those of the other metrics)",
+        help="count dead features on at least so many tokens (default: those of the other metrics)",
     )
     add("--context_length", type=int, help="tokens in a sequence (default: as in training)")
     add("--batch_size", type=int, default=8, help="sequences in one forward pass (default: 8)")

@@ -72,7 +72,7 @@ def run_evals_inputs(flags: argparse.Namespace, prepared: Any, model: Any) -> tu
     """What sae-lens's `run_evals` takes: model, store, scaler and configuration, its two passes over the same rows."""
     import datasets
     from sae_lens import ActivationsStore
-    from sae_lens.evals import EvalConfig
+    from sae_lens.evals import get_eval_everything_config
     from sae_lens.training.activation_scaler import ActivationScaler
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -89,18 +89,7 @@ def run_evals_inputs(flags: argparse.Namespace, prepared: Any, model: Any) -> tu
         device=prepared.device,
     )
     n_batches = len(rows) // flags.batch_size
-    config = EvalConfig(
-        batch_size_prompts=flags.batch_size,
-        n_eval_reconstruction_batches=n_batches,
-        n_eval_sparsity_variance_batches=n_batches,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-        compute_featurewise_density_statistics=True,
-        compute_featurewise_weight_based_metrics=True,
-    )
+    config = get_eval_everything_config(flags.batch_size, n_batches, n_batches)
     return bridge, store, ActivationScaler(), config
 
 

@@ -32,7 +32,6 @@ from sae_toolkit.errors import UserError, one_line
 log = logging.getLogger(__name__)
 
 TOKENS_FILENAME = "tokens.npy"
-_MISSING_OR_WRONG = (KeyError, TypeError, ValueError, AttributeError)  # what SAELens meets in a wrong cfg.json
 _STREAM_FILENAME = "activation_stream.pt"
 
 
@@ -165,7 +164,7 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
             scaler = ActivationScaler()
             scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
             _fold_normalization(sae, scaler)
-    except (SafetensorError, json.JSONDecodeError, RuntimeError, *_MISSING_OR_WRONG) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{flag} {path}: damaged or incomplete: {one_line(error)}") from error
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads come flat here
     return sae.eval()

@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags = super().parse_args(args, namespace)
+        for name, value in vars(flags).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"argument --{name}: is empty; give a value or leave it out")
+        return flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

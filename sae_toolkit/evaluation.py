@@ -264,6 +264,16 @@ class _Measurement:
                 + (f", or of a norm above its limit of {limit:.4g}" if limit else "")
                 + "; is this the model and layer that it was trained on?"
             )
+        statistics = LossStatistics.metrics(self.losses.sums_SK().sum(0))
+        if not statistics["ce_clean"].isfinite():
+            raise UserError(
+                f"--model_name {self.prepared.model.name}: its own losses are not finite; are its weights whole, and"
+                " does it compute in --lm_dtype?"
+            )
+        if not self.reconstruction.sums_SK().sum(0).isfinite().all():
+            raise UserError(
+                f"--sae_path {self.evaluated.file.name}: its reconstructions are not finite; are its weights damaged?"
+            )
 
     def finish(self, model: LanguageModel) -> Evaluation:
         prepared, sae = self.prepared, self.evaluated.sae

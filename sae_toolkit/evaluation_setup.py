@@ -6,7 +6,8 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import hook_width
-from sae_toolkit.models import ModelSource, choose_device, find_model, load_tokenizer
+from sae_toolkit.models import ModelSource, check_token_ids, choose_device, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.sae_formats import SAEFile, find_saes, load_sae_file
+from sae_toolkit.sae_metadata import check_metadata
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, special_tokens
 
@@ -103,23 +105,26 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
         log.info("%s: %s, %s", file.name, file.library, file.form)
         sae = load_sae_file(file, "cpu")  # moved to the device while it is measured
         _check_features(flags.features, sae, file)
-        _check_training(sae, file)
+        check_metadata(sae, f"--sae_path {file.name}")
         model_name = flags.model_name or sae.cfg.metadata.model_name
         if model_name is None:
             raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
-        if model_name not in models:
-            models[model_name] = find_model(model_name)
+        with _of_the_sae(file, unless=flags.model_name):
+            if model_name not in models:
+                models[model_name] = find_model(model_name)
         model = models[model_name]
         hook_name = _hook_name(sae, flags.layer)
-        if (model_name, hook_name) not in widths:
-            widths[model_name, hook_name] = hook_width(model.config, hook_name)
+        with _of_the_sae(file, unless=flags.layer):
+            if (model_name, hook_name) not in widths:
+                widths[model_name, hook_name] = hook_width(model.config, hook_name)
         d_in = widths[model_name, hook_name]
         if sae.cfg.d_in != d_in:
             raise UserError(
                 f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
                 " give the model that it was trained on"
             )
-        text = _choose_text(sae, flags, model)
+        with _of_the_sae(file, unless=flags.dataset or flags.context_length):
+            text = _choose_text(sae, flags, model)
         key = (model_name, hook_name, text.key)
         texts[key] = texts.get(key, text)
         groups.setdefault(key, []).append(EvaluatedSAE(file, sae, PositionFilter(skip_positions=text.skip_positions)))
@@ -130,27 +135,19 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     ]
 
 
+@contextmanager
+def _of_the_sae(file: SAEFile, *, unless: Any) -> Iterator[None]:
+    """Names the SAE in a mistake that is in its own record, and not in the flag, unless that was given."""
+    try:
+        yield
+    except UserError as error:
+        raise error if unless is not None else UserError(f"--sae_path {file.name}: {error}") from None
+
+
 def _check_features(features: Sequence[int], sae: SAE[Any], file: SAEFile) -> None:
     for feature in features:
         if not 0 <= feature < sae.cfg.d_sae:
             raise UserError(f"--features {feature}: {file.name} has the features 0 to {sae.cfg.d_sae - 1}")
-
-
-def _check_training(sae: SAE[Any], file: SAEFile) -> None:
-    """Refuses SAEs for activations that are not the model's own, or for positions that cannot be told here."""
-    metadata = sae.cfg.metadata
-    processing = [name for name, on in (metadata.get("model_from_pretrained_kwargs") or {}).items() if on is True]
-    if "center_writing_weights" in processing:
-        raise UserError(
-            f"--sae_path {file.name}: trained on a model with center_writing_weights, whose activations are not those"
-            " of the model itself; it can only be measured with TransformerLens, for instance by sae-lens's run_evals"
-        )
-    _, stop, step = (*(metadata.seqpos_slice or ()), None, None, None)[:3]
-    if stop is not None or step not in (None, 1):
-        raise UserError(
-            f"--sae_path {file.name}: trained at the positions seqpos_slice {metadata.seqpos_slice} alone;"
-            " only a first position is known here"
-        )
 
 
 def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
@@ -229,13 +226,9 @@ def _prepare_group(
     )
     if len(rows_NT) < max(n_sae_rows, n_dead_rows):
         log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
-    embeddings = model.config.get_text_config().vocab_size
-    if rows_NT.max() >= embeddings:
-        raise UserError(
-            f"--dataset {text.source.name}: holds the token id {rows_NT.max()}, and {model.name} has {embeddings};"
-            " it was tokenized for another model"
-        )
-    by_document = len(np.unique(document_N[:n_loss_rows])) >= LEAST_DOCUMENTS
+    check_token_ids(rows_NT, model, f"--dataset {text.source.name}")
+    n_documents = len(np.unique(document_N[:n_loss_rows]))
+    by_document = n_documents >= LEAST_DOCUMENTS and not text.source.tokenized
     if flags.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of its passes read the same rows
     log.debug("%d contexts of %d tokens", *rows_NT.shape)

@@ -190,7 +190,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {file.name} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{where}: {file.name} is no JSON object")

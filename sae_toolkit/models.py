@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens.util import dtype_to_str
 from safetensors import SafetensorError
@@ -160,6 +161,21 @@ class LanguageModels:
             model = load_language_model(source, hook_name, self.device, self.dtype)
         self._loaded = source.name, model
         return model
+
+
+def check_token_ids(rows_NT: np.ndarray, source: ModelSource, where: str) -> None:
+    """Holds token ids against a model's vocabulary.
+
+    Raises:
+        UserError: the model has no such token.
+    """
+    n_tokens = source.config.get_text_config().vocab_size
+    for token in (rows_NT.min(), rows_NT.max()):
+        if not 0 <= token < n_tokens:
+            raise UserError(
+                f"{where}: holds the token id {token}, and {source.name} has 0 to {n_tokens - 1}; it was tokenized for"
+                " another model"
+            )
 
 
 def choose_device(device: str) -> str:

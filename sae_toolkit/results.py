@@ -76,8 +76,9 @@ def _report_paths(output_json: Path) -> tuple[Path, Path]:
 
 def _check_writable(path: Path) -> None:
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"--output_json {path}: is no file that can be replaced; name another path")
+        for file in (path, _partial(path)):
+            if file.is_symlink() or (file.exists() and not file.is_file()):
+                raise UserError(f"--output_json {file}: is no file that can be replaced; name another path")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -152,9 +153,13 @@ def _tokens_trained(summary: Mapping[str, Any]) -> int | None:
     return int(name[1]) if name else None
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _write_whole(path: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

@@ -148,6 +148,8 @@ def _sae_file(directory: Path, name: str, where: str) -> SAEFile:
 
 def _saelens_form(directory: Path, where: str) -> str:
     cfg = read_json(directory / SAE_CFG_FILENAME, where)
+    if not isinstance(cfg.get("metadata", {}), dict):
+        raise UserError(f"{where}: metadata in {SAE_CFG_FILENAME} is no JSON object")
     architecture = cfg.get("architecture", "standard")
     inference, training = (
         {field.name for field in fields(registry[architecture][1])} if architecture in registry else set()

@@ -20,7 +20,7 @@ from sae_lens.util import dtype_to_str
 from sae_toolkit.checkpoints import TOKENS_FILENAME, newest_training_checkpoint
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import hook_width
-from sae_toolkit.models import ModelSource, choose_device, choose_lm_dtype, find_model, load_tokenizer
+from sae_toolkit.models import ModelSource, check_token_ids, choose_device, choose_lm_dtype, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
@@ -130,6 +130,7 @@ def prepare_run(flags: argparse.Namespace) -> PreparedRun:
             HeldOutSplit(flags.held_out_fraction, flags.seed),
             training_tokens=cfg.training_tokens,
         )
+        check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
     return PreparedRun(
         flags, cfg, model, choose_lm_dtype(flags.lm_dtype, device), text, rows_NT, positions, resume_from
     )

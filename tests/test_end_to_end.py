@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run_process
 from sae_lens import SAE, ActivationsStore, run_evals
-from sae_lens.evals import EvalConfig
+from sae_lens.evals import get_eval_everything_config
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
@@ -97,16 +97,7 @@ def test_saelens_own_evaluation_agrees(finished, language_model, tokenizer):
         store,
         bridge,
         ActivationScaler(),
-        EvalConfig(
-            batch_size_prompts=4,
-            n_eval_reconstruction_batches=n_batches,
-            n_eval_sparsity_variance_batches=n_batches,
-            compute_kl=True,
-            compute_ce_loss=True,
-            compute_l2_norms=True,
-            compute_sparsity_metrics=True,
-            compute_variance_metrics=True,
-        ),
+        get_eval_everything_config(4, n_batches, n_batches),
         exclude_special_tokens=result["positions"]["special_token_ids"],
     )
     losses = theirs["model_performance_preservation"]

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from huggingface_hub.constants import HF_HUB_CACHE
 from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.checkpoints import load_sae
@@ -43,7 +44,7 @@ def save_sae(path, *, hook="blocks.2.hook_resid_post", seed=0, k=None, **metadat
     sae = StandardSAE(StandardSAEConfig(**shape)) if k is None else TopKSAE(TopKSAEConfig(**shape, k=k))
     for name, parameter in sae.named_parameters():
         parameter.data = torch.randn_like(parameter) * (0.05 if name.startswith("b_") else 0.2)
-    for name, value in (metadata | {"hook_name": hook}).items():
+    for name, value in ({"hook_name": hook} | metadata).items():
         setattr(sae.cfg.metadata, name, value)
     sae.save_model(path)
     return path
@@ -304,6 +305,18 @@ def test_results_of_saes_that_are_not_ours_go_to_a_directory_of_their_own(tmp_pa
         ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "trained on a model with center_writing"),
         ({"seqpos_slice": (5, 20)}, r"trained at the positions seqpos_slice [(\[]5, 20[)\]] alone"),
         ({"seqpos_slice": (CONTEXT - 1, None)}, f"--context_length {CONTEXT}: leaves no next token"),
+        ({"seqpos_slice": (-5, None)}, r"trained at the positions seqpos_slice [(\[]-5, None[)\]] alone"),
+        ({"context_size": "64"}, "metadata.context_size in cfg.json is '64', and must be int"),
+        ({"context_size": True}, "metadata.context_size in cfg.json is True, and must be int"),
+        ({"hook_name": 7}, "metadata.hook_name in cfg.json is 7, and must be str"),
+        ({"hook_name": "blocks.9.hook_resid_post"}, "--sae_path sae: --layer 9: the model has 4 layers"),
+        (
+            {"max_activation_norm": "much"},
+            "metadata.max_activation_norm in cfg.json is 'much', and must be int or float",
+        ),
+        ({"max_activation_norm": 0}, "metadata.max_activation_norm in cfg.json is 0, and must be above 0"),
+        ({"exclude_special_tokens": "yes"}, "metadata.exclude_special_tokens in cfg.json is 'yes', and must be bool"),
+        ({"exclude_special_tokens": [-3]}, r"is \[-3\], and must be token ids"),
     ],
 )
 def test_an_sae_that_cannot_be_measured_here_is_refused(script, tiny_model, tmp_path, rows, metadata, says):
@@ -314,13 +327,55 @@ def test_an_sae_that_cannot_be_measured_here_is_refused(script, tiny_model, tmp_
     assert re.search(says, done.error_lines[0]), done.stderr
 
 
-def test_tokens_of_another_model_are_refused(script, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (60_000, "other: holds the token id 60000, and"),
+        (2**40, "tokenized row 0 holds 1099511627776, which is no token id"),
+        (-1, "tokenized row 0 holds -1, which is no token id"),
+    ],
+)
+def test_token_ids_that_the_model_has_not_are_refused(script, tiny_model, tiny_run, tmp_path, token, says):
     other = tmp_path / "other"
-    datasets.Dataset.from_dict({"tokens": [[60_000] * CONTEXT] * 4}).save_to_disk(other)
+    datasets.Dataset.from_dict({"tokens": [[token] * 63 + [i] for i in range(400)]}).save_to_disk(other)
     flags = ("--model_name", tiny_model, "--dataset", other)
-    done = script("evaluate_sae_real_activations.py", "--sae_path", save_sae(tmp_path / "sae"), *flags)
-    assert done.status == 2
-    assert "holds the token id 60000" in done.error_lines[0]
+    sae_path = save_sae(tmp_path / "sae")
+    for done in (
+        script("evaluate_sae_real_activations.py", "--sae_path", sae_path, *flags),
+        script("sae_lens_train.py", *tiny_run, "--dataset_path", other),
+    ):
+        assert done.status == 2
+        assert says in done.error_lines[0]
+
+
+def test_numbers_that_are_not_finite_are_said_to_be_the_saes_or_the_models(script, tiny_model, tmp_path, rows):
+    huge = save_sae(tmp_path / "huge")
+    weights = load_file(huge / "sae_weights.safetensors")
+    save_file({name: tensor * 1e30 for name, tensor in weights.items()}, huge / "sae_weights.safetensors")
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for sae_path, model, says in (
+        (huge, tiny_model, "--sae_path huge: its reconstructions are not finite"),
+        (save_sae(tmp_path / "sae"), broken, f"--model_name {broken}: its own losses are not finite"),
+    ):
+        flags = ("--sae_path", sae_path, "--model_name", model, "--dataset", rows[0])
+        done = script("evaluate_sae_real_activations.py", *flags)
+        assert done.status == 2
+        assert says in done.error_lines[0]
+        assert not (sae_path / "evaluation.json").exists()
+
+
+def test_a_link_or_directory_in_the_place_of_a_result_is_not_written_through(script, tiny_model, tmp_path, rows):
+    for name in (".report.html.partial", "report.md"):
+        path = save_sae(tmp_path / name.strip("."))
+        (path / name).symlink_to(tmp_path / "elsewhere")
+        flags = ("--sae_path", path, "--model_name", tiny_model, "--dataset", rows[0])
+        done = script("evaluate_sae_real_activations.py", *flags)
+        assert done.status == 2
+        assert f"{name}: is no file that can be replaced" in done.error_lines[0]
+        assert not (path / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(
