@@ -78,6 +78,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     return path
 
 
+@pytest.fixture(scope="session")
+def sparsify():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # triton without a GPU fails
+        import sparsify
+
+    return sparsify
+
+
 @pytest.fixture
 def script(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Runs a script's main program in this process (importing SAELens anew takes seconds)."""
