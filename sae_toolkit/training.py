@@ -12,7 +12,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, TrainingSAE
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from tqdm.auto import tqdm
 
@@ -24,6 +26,8 @@ from sae_toolkit.checkpoints import (
 )
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.sparse_topk import sparse_class
+from sae_toolkit.trainer import Trainer
 from sae_toolkit.training_setup import PreparedRun
 from sae_toolkit.wandb_run import WandbRun
 
@@ -70,7 +74,7 @@ class Training:
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
-        self.trainer: SAETrainer[Any, Any] = SAETrainer(trainer_cfg, self.sae, self.stream)
+        self.trainer = Trainer(trainer_cfg, self.sae, self.stream)
         if run.resume_from is not None:
             load_training_checkpoint(run.resume_from, self.trainer, self.stream)
             log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
@@ -102,6 +106,8 @@ class Training:
                 f"{stream.n_massive + stream.n_kept:,}",
                 stream.positions.max_activation_norm,
             )
+        if n := int(self.trainer.n_not_finite):
+            log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
         final = save_final_checkpoint(self.trainer, self.cfg)
         if self.cfg.logger.log_weights_to_wandb:
             wandb_run.save_sae(final)
@@ -122,21 +128,30 @@ def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[An
 
 def _create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
     torch.manual_seed(cfg.seed)
+    sae_class, _ = get_sae_training_class(cfg.sae.architecture())
+    if not cfg.compile_sae:  # a compiled step is SAELens's own
+        sae_class = sparse_class(
+            sae_class, cfg.sae.d_sae, getattr(cfg.sae, "k", cfg.sae.d_sae), str_to_dtype(cfg.dtype)
+        )
     if cfg.from_pretrained_path is None:
-        return TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
-    sae = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
+        return sae_class(TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict()))
+    found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
     for field in ("d_in", "d_sae", "normalize_activations"):
-        found, wanted = getattr(sae.cfg, field), getattr(cfg.sae, field)
-        if found != wanted:
+        if getattr(found.cfg, field) != getattr(cfg.sae, field):
             raise UserError(
-                f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {found}, the run's {wanted}"
+                f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {getattr(found.cfg, field)},"
+                f" the run's {getattr(cfg.sae, field)}"
             )
+    if not issubclass(sae_class, type(found)):
+        return found
+    sae = sae_class(found.cfg)
+    sae.load_state_dict(found.state_dict())
     return sae
 
 
 def _calibrate(
     cfg: LanguageModelSAERunnerConfig[Any],
-    trainer: SAETrainer[Any, Any],
+    trainer: Trainer,
     stream: ActivationStream,
     max_norm_multiple: float | None,
 ) -> None:
@@ -156,7 +171,7 @@ def _calibrate(
 
 def _fit(
     cfg: LanguageModelSAERunnerConfig[Any],
-    trainer: SAETrainer[Any, Any],
+    trainer: Trainer,
     stream: ActivationStream,
     wandb_run: WandbRun,
     received: list[int],
@@ -200,7 +215,7 @@ def _fit(
             wandb_run.log(sparsity_log, step=trainer.n_training_steps)
 
 
-def _postfix(reading: dict[str, Any], trainer: SAETrainer[Any, Any]) -> str:
+def _postfix(reading: dict[str, Any], trainer: Trainer) -> str:
     l0, variance = reading["metrics/l0"], reading["metrics/explained_variance"]
     dead = reading["sparsity/dead_features"] / trainer.sae.cfg.d_sae
     return f"L0 {l0:.1f}, explained variance {variance:.3f}, dead {dead:.1%}"

@@ -1,0 +1,117 @@
+"""SAELens's trainer with a step that does not wait for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+
+from sae_toolkit.sparse_topk import SparseTopKTrainingSAE
+
+# How many steps old the count of dead features may be that a step goes by.
+_STEPS_BEHIND = 4
+
+
+class Trainer(SAETrainer[Any, Any]):
+    """SAELens's trainer: schedules, statistics, logs and checkpoints are its own.
+
+    Its step is written anew, to the same result: Adam is fused, firings are counted where the activations are
+    sparse, dead features are counted some steps ahead, and a step whose loss or gradient is not finite is not
+    applied. None of it asks the device for a number.
+
+    `n_not_finite` counts the steps that were not applied, on the device.
+    """
+
+    def __init__(self, cfg: SAETrainerConfig, sae: TrainingSAE[Any], data_provider: Iterator[torch.Tensor]) -> None:
+        super().__init__(cfg, sae, data_provider)
+        self._fuse_optimizer()
+        self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
+        self._counts_of_dead: deque[_Reading] = deque()
+
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's."""
+        sae_in = self.activation_scaler(batch.to(self.sae.device))
+        self.n_training_samples += len(batch)
+        self.sae.train()
+        if isinstance(self.sae, SparseTopKTrainingSAE):
+            self.sae.dead_bound = self._dead_bound()
+        with self.autocast_if_enabled:
+            output = self.sae.training_forward_pass(
+                TrainStepInput(
+                    sae_in=sae_in,
+                    dead_neuron_mask=self.dead_neurons,
+                    coefficients=self.get_coefficients(),
+                    n_training_steps=self.n_training_steps,
+                    is_logging_step=self._is_logging_step(),
+                )
+            )
+        self._count_firings(output.feature_acts)
+
+        output.loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        not_finite = ~(output.loss.detach() + grad_norm).isfinite()
+        self.n_not_finite += not_finite
+        self.optimizer.found_inf = not_finite.float()  # the fused kernel skips the step, as under torch's GradScaler
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for scheduler in self.coefficient_schedulers.values():
+            scheduler.step()
+        return output
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        super().load_trainer_state(checkpoint_path)
+        self._fuse_optimizer()
+
+    def _fuse_optimizer(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["fused"] = True
+        for parameter, state in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel reads all as one piece of memory
+                state[name] = torch.empty_like(parameter).copy_(state[name])
+
+    @torch.no_grad()
+    def _count_firings(self, feature_acts: torch.Tensor) -> None:
+        if feature_acts.is_sparse:
+            fired_N = (feature_acts._values() > 0).to(self.act_freq_scores.dtype)
+            firings_F = torch.zeros_like(self.act_freq_scores).index_add_(0, feature_acts._indices()[1], fired_N)
+        else:
+            firings_F = (feature_acts != 0).sum(0)
+        self.act_freq_scores += firings_F
+        self.n_forward_passes_since_fired += 1
+        self.n_forward_passes_since_fired.masked_fill_(firings_F > 0, 0)
+        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+    def _dead_bound(self) -> int:
+        """At most how many features are dead now.
+
+        A feature that is dead in n steps has by now been silent for all but n steps of the window. Counting those
+        gives a number that can be read n steps later, when the device has long computed it.
+        """
+        if self.act_freq_scores.device.type == "cpu":
+            return int(self.dead_neurons.sum())
+        soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
+        self._counts_of_dead.append(_Reading(soon.sum()))
+        if len(self._counts_of_dead) <= _STEPS_BEHIND:
+            return int(self.dead_neurons.sum())
+        return self._counts_of_dead.popleft().value()
+
+
+class _Reading:
+    """A number that is on its way from a CUDA device."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
+        self._host.copy_(number, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def value(self) -> int:
+        self._arrived.synchronize()
+        return int(self._host)
