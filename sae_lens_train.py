@@ -23,17 +23,14 @@ def main() -> int:
     set_up_logging()
 
     # SAELens takes seconds to import: not for --help or a mistyped flag.
-    from sae_toolkit.models import load_language_model
-    from sae_toolkit.training import Interrupted, Training
+    from sae_toolkit.training import Interrupted, Training, open_activations
     from sae_toolkit.training_setup import create_run_directory, prepare_run, start_wandb_run
 
     run = prepare_run(flags)
     log.info(run.describe())
     if flags.dry_run:
         return 0
-    model = load_language_model(run.model, run.cfg.hook_name, run.cfg.device, run.lm_dtype)
-    model.keep_only_up_to_hook()
-    training = Training(run, model)
+    training = Training(run, open_activations(run))
     create_run_directory(run)
     wandb_run = start_wandb_run(run)
     try:

@@ -6,16 +6,26 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.position_filter import PositionFilter
 
 log = logging.getLogger(__name__)
+
+
+class ActivationSource(Protocol):
+    """What gives the activations [B, T, D] of tokens [B, T]."""
+
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor: ...
 
 
 class ShuffleBuffer:
@@ -113,7 +123,7 @@ class ActivationStream(Iterator[torch.Tensor]):
     one is used up.
 
     Args:
-        model: the language model.
+        source: the language model, or a cache before it.
         rows_NT: token ids.
         positions: which positions are kept.
         total: how many activations will be asked for; the last ones are not held back for mixing.
@@ -124,7 +134,7 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def __init__(
         self,
-        model: LanguageModel,
+        source: ActivationSource,
         rows_NT: np.ndarray,
         positions: PositionFilter,
         *,
@@ -136,7 +146,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         seed: int,
         dtype: torch.dtype,
     ) -> None:
-        self.model = model
+        self.source = source
         self.rows_NT = rows_NT
         self.positions = positions
         self.total = total
@@ -165,7 +175,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         picked = self._order[self.next_row : self.next_row + self.rows_per_forward]
         self.next_row += len(picked)
         tokens_BT = self.rows_NT[picked].astype(np.int64)
-        acts_BTD = self.model.activations(torch.from_numpy(tokens_BT))
+        acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
         kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
         return acts_BTD.flatten(0, 1)[kept.to(acts_BTD.device)]
 
@@ -200,7 +210,9 @@ class ActivationStream(Iterator[torch.Tensor]):
         if max_norm_multiple is not None:
             median = acts_ND.float().norm(dim=-1).median().item()
             if not math.isfinite(median):
-                raise UserError(f"--lm_dtype {self.model.dtype}: the activations' median norm is {median}; use another")
+                raise UserError(
+                    f"--lm_dtype {self.source.dtype}: the activations' median norm is {median}; use another"
+                )
             self.positions = replace(self.positions, max_activation_norm=max_norm_multiple * median)
         return self._add(acts_ND).to(self.dtype)
 
@@ -221,7 +233,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.buffer.load_state_dict(state["buffer"], self.model.device)
+        self.buffer.load_state_dict(state["buffer"], self.source.device)
         for name in self._COUNTS:
             setattr(self, name, state["counts"][name])
         self.positions = replace(self.positions, max_activation_norm=state["max_activation_norm"])

@@ -44,6 +44,14 @@ class ModelSource:
         """The longest context that the model was made for, in tokens, if its configuration says."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    def files(self) -> str | list[list[Any]]:
+        """What tells one version of the weights from another: the Hub's commit, or names and sizes of local files."""
+        if commit := getattr(self.config, "_commit_hash", None):
+            return commit
+        path = Path(self.location["pretrained_model_name_or_path"])
+        pattern = self.location.get("gguf_file", "*.safetensors")
+        return [[file.name, file.stat().st_size] for file in sorted(path.glob(pattern))]
+
     @property
     def n_parameters(self) -> int:
         """From the shapes alone."""

@@ -18,6 +18,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from tqdm.auto import tqdm
 
+from sae_toolkit.activation_cache import ActivationCache, CachedActivations
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.checkpoints import (
     load_training_checkpoint,
@@ -26,6 +27,7 @@ from sae_toolkit.checkpoints import (
 )
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.models import load_language_model
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.trainer import Trainer
 from sae_toolkit.training_setup import PreparedRun
@@ -45,23 +47,42 @@ class Interrupted(Exception):
         self.checkpoint = checkpoint
 
 
+def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
+    """Where activations come from: the language model up to its hook, or the cache before it.
+
+    Raises:
+        UserError: the model cannot be loaded, or the cache is not for this run.
+    """
+
+    def load() -> LanguageModel:
+        model = load_language_model(run.model, run.cfg.hook_name, run.cfg.device, run.lm_dtype)
+        model.keep_only_up_to_hook()
+        return model
+
+    if run.flags.cache_activations is None:
+        return load()
+    directory = Path(run.flags.cache_activations)
+    cache = ActivationCache(directory, run.cache_parameters(), run.rows_NT, run.cfg.sae.d_in)
+    return CachedActivations(cache, load, run.cfg.device)
+
+
 class Training:
     """A run at its first step: SAE, trainer and activation stream are made, norms measured, or a checkpoint loaded.
 
     Args:
         run: what to train on what.
-        model: the language model, hooked where the SAE goes.
+        activations: from `open_activations`.
 
     Raises:
         UserError: the activations leave nothing to train on, or a checkpoint does not fit.
     """
 
-    def __init__(self, run: PreparedRun, model: LanguageModel) -> None:
+    def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
         self.cfg = cfg = run.cfg
         self.sae = _create_sae(cfg)
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         self.stream = ActivationStream(
-            model,
+            activations,
             run.rows_NT,
             run.positions,
             batch_size=cfg.train_batch_size_tokens,
@@ -108,6 +129,8 @@ class Training:
             )
         if n := int(self.trainer.n_not_finite):
             log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
+        if isinstance(stream.source, CachedActivations):
+            log.info(stream.source.describe())
         final = save_final_checkpoint(self.trainer, self.cfg)
         if self.cfg.logger.log_weights_to_wandb:
             wandb_run.save_sae(final)

@@ -49,6 +49,10 @@ examples:
   # your own text and model
   python sae_lens_train.py @presets/demo.args --model_name ./my_model --dataset_path ./my_text.jsonl --layer 8
 
+  # many runs on the same activations: the first computes them, the others read them
+  python sae_lens_train.py @presets/demo.args --cache_activations ./activations --k 32
+  python sae_lens_train.py @presets/demo.args --cache_activations ./activations --k 128
+
   # what would run, without running it
   python sae_lens_train.py @presets/demo.args --dry_run
 
@@ -126,6 +130,13 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         "auto",
         "the language model's dtype; auto: bfloat16 where the hardware computes in it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    flag(
+        model,
+        "cache_activations",
+        None,
+        "keep the activations in this directory, in bfloat16, and take those that lie there",
+        metavar="DIRECTORY",
     )
     flag(model, "store_batch_size_prompts", 8, "contexts in one forward pass of the language model", type=_positive)
 

@@ -61,6 +61,18 @@ class PreparedRun:
             "max_activation_norm_multiple": self.flags.max_activation_norm_multiple,
         }
 
+    def cache_parameters(self) -> dict[str, Any]:
+        """What the activations of a row of tokens depend on."""
+        return {
+            "model_name": self.model.name,
+            "model_from_pretrained_kwargs": self.model.model_kwargs,
+            "model_files": self.model.files(),
+            "hook_name": self.cfg.hook_name,
+            "lm_dtype": dtype_to_str(self.lm_dtype),
+            "context_size": self.cfg.context_size,
+            "d_in": self.cfg.sae.d_in,
+        }
+
     def describe(self) -> str:
         """What will run, in a few lines."""
         cfg, sae = self.cfg, self.cfg.sae

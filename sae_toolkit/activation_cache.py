@@ -1,0 +1,188 @@
+"""The activations of a run on disk, for the runs that follow on the same model, hook and text.
+
+SAELens's own cache holds shuffled batches of one run, in the dtype of the SAE; here whole contexts lie in bfloat16,
+found by their tokens, so that a run with another seed, order or filter of positions reads them too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.language_model import LanguageModel
+
+log = logging.getLogger(__name__)
+
+_PARAMETERS, _INDEX, _ACTIVATIONS = "parameters.json", "index.bin", "activations.bin"
+_INDEX_ROW = np.dtype([("tokens", "<u8"), ("checksum", "<u8")])
+
+
+class ActivationCache:
+    """A directory of activations, [T, D] in bfloat16 for each row of T tokens.
+
+    A row is found by the hash of its tokens, and its own checksum says that it is there and whole: it is written
+    last, and a row that it does not fit is computed again. The files are memory-mapped.
+
+    Args:
+        directory: made if it is not there.
+        parameters: what the activations depend on beside the tokens, as JSON; held against those recorded.
+        rows_NT: the rows of tokens that will be asked for.
+        d_in: D.
+
+    Raises:
+        UserError: the directory holds the activations of something else, is no cache, or has no room.
+    """
+
+    def __init__(self, directory: Path, parameters: dict[str, Any], rows_NT: np.ndarray, d_in: int) -> None:
+        self.directory = directory
+        self.shape = (rows_NT.shape[1], d_in)
+        self.n_read = self.n_computed = self.n_damaged = 0
+        wanted = dict.fromkeys(map(_hash_of_tokens, rows_NT))  # in order, each once
+        with _named_in_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            with _locked(directory):
+                _check_parameters(directory, parameters)
+                index_path, acts_path = directory / _INDEX, directory / _ACTIVATIONS
+                known = np.fromfile(index_path, _INDEX_ROW) if index_path.exists() else np.empty(0, _INDEX_ROW)
+                new = [tokens for tokens in wanted if tokens not in set(known["tokens"].tolist())]
+                n_slots = len(known) + len(new)
+                row_bytes = 2 * self.shape[0] * self.shape[1]
+                _check_room(directory, row_bytes * (n_slots - int((known["checksum"] > 0).sum())))
+                acts_path.touch()
+                os.truncate(acts_path, row_bytes * n_slots)
+                index_path.touch()
+                os.truncate(index_path, known.nbytes)  # whole records only, whatever stopped the run before
+                with index_path.open("ab") as file:
+                    np.array([(tokens, 0) for tokens in new], _INDEX_ROW).tofile(file)
+            self._index = np.memmap(index_path, _INDEX_ROW, "r+", shape=(n_slots,))
+            self._acts = np.memmap(acts_path, np.uint16, "r+", shape=(n_slots, *self.shape))
+        self._slots = {tokens: slot for slot, tokens in enumerate(self._index["tokens"].tolist())}
+
+    def slots(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """Where rows of tokens lie: [B]."""
+        return np.array([self._slots[_hash_of_tokens(tokens_T)] for tokens_T in tokens_BT])
+
+    def holds(self, slot: int) -> bool:
+        """Whether a row is there and whole."""
+        checksum = int(self._index[slot]["checksum"])
+        if checksum == 0:
+            return False
+        whole = checksum == _checksum(self._acts[slot])
+        self.n_damaged += not whole
+        return whole
+
+    def read(self, slots_B: np.ndarray) -> torch.Tensor:
+        """Activations [B, T, D] in bfloat16, on the CPU."""
+        return torch.from_numpy(self._acts[slots_B]).view(torch.bfloat16)
+
+    def write(self, slots_B: np.ndarray, acts_BTD: torch.Tensor) -> None:
+        rows = acts_BTD.to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
+        for slot, row in zip(slots_B, rows, strict=True):
+            self._index[slot]["checksum"] = 0
+            self._acts[slot] = row
+            self._index[slot]["checksum"] = _checksum(row)
+
+
+class CachedActivations:
+    """A language model up to its hook, behind a cache: what lies there is not computed again.
+
+    Offers what `ActivationStream` asks of a `LanguageModel`. The model is loaded when a row is missing.
+
+    Args:
+        cache: made for all rows that will be asked for.
+        load_model: loads the model.
+        device: where activations go.
+    """
+
+    dtype = torch.bfloat16
+
+    def __init__(self, cache: ActivationCache, load_model: Callable[[], LanguageModel], device: str) -> None:
+        self.cache = cache
+        self.device = torch.device(device)
+        self._load_model = load_model
+        self._model: LanguageModel | None = None
+
+    def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Activations at the hook, [B, T, D] in bfloat16, whether or not they were there."""
+        slots_B = self.cache.slots(tokens_BT.numpy())
+        missing_B = np.array([not self.cache.holds(slot) for slot in slots_B])
+        if missing_B.any():
+            self._model = self._model or self._load_model()
+            acts = self._model.activations(tokens_BT[torch.from_numpy(missing_B)])
+            self.cache.write(slots_B[missing_B], acts)
+        self.cache.n_computed += int(missing_B.sum())
+        self.cache.n_read += int((~missing_B).sum())
+        return self.cache.read(slots_B).to(self.device)
+
+    def describe(self) -> str:
+        cache = self.cache
+        damaged = f", {cache.n_damaged} of them found damaged" if cache.n_damaged else ""
+        return f"{cache.directory}: {cache.n_read:,} contexts read, {cache.n_computed:,} computed{damaged}"
+
+
+def _hash_of_tokens(tokens_T: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens_T, dtype="<u4").data)
+
+
+def _checksum(acts: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(acts.data) or 1  # 0 says that nothing is there
+
+
+def _check_parameters(directory: Path, parameters: dict[str, Any]) -> None:
+    path = directory / _PARAMETERS
+    if not path.exists():
+        if any(file.name != _LOCK for file in directory.iterdir()):
+            raise UserError(f"--cache_activations {directory}: not empty, and no cache; name a new directory")
+        path.write_text(json.dumps(parameters, indent=1) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--cache_activations {directory}: {_PARAMETERS} is damaged; delete the directory")
+    for name, value in parameters.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"--cache_activations {directory}: holds activations with {name} {found.get(name)}, and this run's is"
+                f" {value}; name another directory"
+            )
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"--cache_activations {directory}: needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there"
+        )
+
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Two runs that start at once give out slots one after the other."""
+    with (directory / _LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _named_in_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"--cache_activations {directory}: {one_line(error)}") from None
