@@ -28,7 +28,10 @@ def main() -> int:
 
     run = prepare_run(flags)
     log.info(run.describe())
+    if warning := run.memory_warning():
+        log.warning(warning)
     if flags.dry_run:
+        log.info(run.plan_memory().describe())
         return 0
     training = Training(run, open_activations(run))
     create_run_directory(run)

@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-LAYER, K = 12, 64
+JOBS: dict[str, dict[str, Any]] = {
+    "embedded": {"layer": 12, "k": 64, "d_in": 576, "d_sae": 4608, "context": 256, "batch": 1024},
+    "llama3-8b": {
+        **{"layer": 12, "k": 64, "d_in": 4096, "d_sae": 131_072, "context": 2048, "batch": 4096},
+        "model": {"intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab": 128_256},
+    },
+    # To try the benchmark itself: its figures mean nothing.
+    "tiny": {
+        **{"layer": 1, "k": 4, "d_in": 32, "d_sae": 128, "context": 64, "batch": 128},
+        "model": {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab": 49_152},
+    },
+}
+ROWS_PER_FORWARD = 8
 CONTENDERS = {
     "this": "this project",
     "this_cached": "this project, cached activations",
@@ -56,6 +67,7 @@ class _Finished(Exception):
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--job", choices=list(JOBS), help="default: embedded on a CPU, llama3-8b on a GPU")
     parser.add_argument("--steps", type=int, default=104, help="timed steps (default: 104, 13 mixing buffers)")
     parser.add_argument("--warm_up", type=int, default=16, help="steps before them (default: 16)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each contender (default: 5)")
@@ -63,13 +75,13 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="only show where this project's time goes")
     parser.add_argument("--work_dir", default=None, help="where model, tokens and runs go (default: a new folder)")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    flags = parser.parse_args()
+    flags.job = flags.job or ("embedded" if flags.device == "cpu" else "llama3-8b")
+    return flags
 
 
-def job(flags: argparse.Namespace) -> dict[str, int]:
-    if flags.device == "cpu":
-        return {"d_in": 576, "d_sae": 4608, "context": 256, "batch": 1024, "rows_per_forward": 8}
-    return {"d_in": 4096, "d_sae": 131_072, "context": 2048, "batch": 4096, "rows_per_forward": 8}
+def job(flags: argparse.Namespace) -> dict[str, Any]:
+    return JOBS[flags.job]
 
 
 def n_rows(flags: argparse.Namespace) -> int:
@@ -93,8 +105,8 @@ def prepare(flags: argparse.Namespace, work_dir: Path) -> None:
 
     size, source = job(flags), find_model(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(source)
-    if flags.device == "cpu":
-        model: Any = load_language_model(source, f"model.layers.{LAYER}", "cpu", torch.float32).model
+    if flags.job == "embedded":
+        model: Any = load_language_model(source, f"model.layers.{size['layer']}", "cpu", torch.float32).model
         fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "quantization_config")}
         unquantized = LlamaForCausalLM(AutoConfig.for_model("llama", **fields))
         unquantized.load_state_dict(model.state_dict())
@@ -106,21 +118,19 @@ def prepare(flags: argparse.Namespace, work_dir: Path) -> None:
         config = AutoConfig.for_model(
             "llama",
             hidden_size=size["d_in"],
-            intermediate_size=14_336,
-            num_hidden_layers=LAYER + 1,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128_256,
+            num_hidden_layers=size["layer"] + 1,
+            vocab_size=size["model"]["vocab"],
+            **{name: value for name, value in size["model"].items() if name != "vocab"},
             max_position_embeddings=8192,
             rope_theta=500_000.0,
             tie_word_embeddings=True,
             bos_token_id=1,
             eos_token_id=2,
         )
+        torch.manual_seed(0)
         with torch.device(flags.device):
-            torch.set_default_dtype(torch.bfloat16)
-            LlamaForCausalLM(config).save_pretrained(work_dir / "model")
-            torch.set_default_dtype(torch.float32)
+            weights = LlamaForCausalLM(config)
+        weights.to(torch.bfloat16 if flags.device != "cpu" else torch.float32).save_pretrained(work_dir / "model")
         rows_NT = np.random.default_rng(0).integers(3, 49_000, (n_rows(flags), size["context"]))
         rows_NT[:, 0] = tokenizer.bos_token_id
     tokenizer.save_pretrained(work_dir / "model")
@@ -136,17 +146,17 @@ def run_this(flags: argparse.Namespace, work_dir: Path, cache: bool = False) -> 
     values = {
         "model_name": work_dir / "model",
         "dataset_path": work_dir / "tokens" / "train.parquet",
-        "layer": LAYER,
+        "layer": size["layer"],
         "device": flags.device,
         "held_out_fraction": 0,
         "context_size": size["context"],
-        "store_batch_size_prompts": size["rows_per_forward"],
+        "store_batch_size_prompts": ROWS_PER_FORWARD,
         "exclude_special_tokens": "false",
         "skip_positions": 0,
         "max_activation_norm_multiple": 0,
         "architecture": "topk",
         "expansion_factor": size["d_sae"] // size["d_in"],
-        "k": K,
+        "k": size["k"],
         "lr": 3e-4,
         "train_batch_size_tokens": size["batch"],
         "training_tokens": (flags.warm_up + flags.steps + 8) * size["batch"],
@@ -159,8 +169,7 @@ def run_this(flags: argparse.Namespace, work_dir: Path, cache: bool = False) -> 
     runpy.run_path(str(ROOT / "sae_lens_train.py"), run_name="__main__")
 
 
-# SAELens's flags that make it faster at the same job. compile_sae and compile_llm were slower or failed on the
-# CPU (BENCHMARKS.md); its sparse activations fail in the backward pass of torch 2.13 on a CPU.
+# SAELens's flags that make it faster at the same job; what else was tried is in BENCHMARKS.md.
 SAELENS_FAST = {
     "cpu": ["--store_batch_size_prompts", "8"],
     "cpu_bfloat16": [
@@ -183,12 +192,12 @@ def run_saelens(flags: argparse.Namespace, work_dir: Path, more: list[str]) -> N
         "architecture": "topk",
         "model_name": work_dir / "model",
         "model_class_name": "AutoModelForCausalLM",
-        "hook_name": f"model.layers.{LAYER}",
+        "hook_name": f"model.layers.{size['layer']}",
         "dataset_path": "tokens",
         "context_size": size["context"],
         "d_in": size["d_in"],
         "d_sae": size["d_sae"],
-        "k": K,
+        "k": size["k"],
         "training_tokens": (flags.warm_up + flags.steps + 8) * size["batch"],
         "train_batch_size_tokens": size["batch"],
         "device": flags.device,
@@ -210,11 +219,11 @@ def run_sparsify(flags: argparse.Namespace, work_dir: Path) -> None:
 
     size = job(flags)
     config = TrainConfig(
-        SaeConfig(num_latents=size["d_sae"], k=K),
+        SaeConfig(num_latents=size["d_sae"], k=size["k"]),
         batch_size=size["batch"] // size["context"],
         optimizer="adam",
         lr=3e-4,
-        layers=[LAYER],
+        layers=[size["layer"]],
         save_dir=str(work_dir / "runs"),
         run_name="sparsify",
     )
@@ -246,10 +255,11 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
         return statistics.median(times[1:])
 
     dtype = choose_lm_dtype("auto", flags.device)
-    model = load_language_model(find_model(str(work_dir / "model")), f"model.layers.{LAYER}", flags.device, dtype)
+    hook = f"model.layers.{size['layer']}"
+    model = load_language_model(find_model(str(work_dir / "model")), hook, flags.device, dtype)
     model.keep_only_up_to_hook()
-    tokens_BT = torch.randint(3, 40_000, (size["rows_per_forward"], size["context"]))
-    lm = seconds(lambda: model.activations(tokens_BT)) / tokens_BT.numel()
+    tokens_BT = torch.randint(3, 40_000, (ROWS_PER_FORWARD, size["context"]))
+    lm = seconds(lambda: model.activations(tokens_BT), n=15) / tokens_BT.numel()
 
     if flags.device != "cpu":
         torch.set_float32_matmul_precision("high")
@@ -260,7 +270,7 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source))
     # Encoder; decoder, gradients of values and of both weights on k features. Weights and gradients once through
     # the forward and backward pass, clipping and Adam (read 4, write 3); pre-activations written and read.
-    arithmetic = 2 * batch * d_in * (d_sae + 4 * K)
+    arithmetic = 2 * batch * d_in * (d_sae + 4 * size["k"])
     moved = 4 * (2 * d_in * d_sae * (2 + 1 + 1 + 7) + 2 * batch * d_sae)
     return {
         "lm": lm,
@@ -324,7 +334,9 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
 
 def _peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """In bytes, of this program alone: ru_maxrss also counts what the process held before it became this one."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def _profile() -> dict[str, float]:
@@ -365,7 +377,7 @@ def _profile() -> dict[str, float]:
 def measure(flags: argparse.Namespace, contender: str, work_dir: Path) -> dict[str, Any]:
     """Runs a contender in a process of its own."""
     command = [sys.executable, __file__, "--contender", contender, "--work_dir", str(work_dir)]
-    for name in ("device", "steps", "warm_up"):
+    for name in ("device", "job", "steps", "warm_up"):
         command += [f"--{name}", str(getattr(flags, name))]
     command += ["--profile"] if flags.profile else []
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(work_dir), "WANDB_SILENT": "true"}
@@ -420,9 +432,9 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
     where = torch.cuda.get_device_name() if flags.device != "cpu" else f"{os.cpu_count()} cores, {_processor()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sae-lens", "transformers", "eai-sparsify"))
     print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {where}; {versions}; layer {LAYER}, {size['d_sae']:,}"
-        f" features, TopK k {K}, context {size['context']}, batch {size['batch']:,}, {flags.steps} steps after"
-        f" {flags.warm_up}, medians of {flags.repeats}\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {where}; {versions}; {flags.job} job: layer"
+        f" {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']}, context {size['context']}, batch"
+        f" {size['batch']:,}; {flags.steps} steps after {flags.warm_up}, medians of {flags.repeats}\n"
     )
     floors = {name: statistics.median(run[name] for run in results["floors"]) for name in ("lm", "sae")}
     floor = 1 / (floors["lm"] + floors["sae"])

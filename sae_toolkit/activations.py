@@ -81,18 +81,18 @@ class ShuffleBuffer:
     def _serve(self, keep: int) -> None:
         shuffled = self.mix_fraction > 0
         order = torch.randperm(self._size, generator=self.generator) if shuffled else torch.arange(self._size)
-        self._order = order
+        assert self._storage is not None
+        self._order = _on_device(order, self._storage.device)  # once: a copy in each step would wait for the device
         self._next = 0
         self._end = max(1, (self._size - keep) // self.batch_size) * self.batch_size
 
     def take(self) -> torch.Tensor:
         """The next batch, [batch_size, D]. Only while not filling."""
         assert self._order is not None and self._storage is not None
-        picked = self._order[self._next : self._next + self.batch_size].to(self._storage.device)
-        batch = self._storage[picked]
+        batch = self._storage[self._order[self._next : self._next + self.batch_size]]
         self._next += self.batch_size
         if self._next >= self._end:
-            rest = self._order[self._next :].to(self._storage.device)
+            rest = self._order[self._next :]
             self._storage[: len(rest)] = self._storage[rest]
             self._size, self._next, self._order = len(rest), 0, None
         return batch
@@ -100,7 +100,7 @@ class ShuffleBuffer:
     def state_dict(self) -> dict[str, Any]:
         return {
             "acts": None if self._storage is None else self._storage[: self._size].cpu(),
-            "order": self._order,
+            "order": None if self._order is None else self._order.cpu(),
             "next": self._next,
             "end": self._end,
             "generator": self.generator.get_state(),
@@ -110,7 +110,8 @@ class ShuffleBuffer:
         acts = state["acts"]
         self._storage = None if acts is None else acts.to(device)
         self._size = 0 if acts is None else len(acts)
-        self._order, self._next, self._end = state["order"], state["next"], state["end"]
+        self._order = None if state["order"] is None else state["order"].to(device)
+        self._next, self._end = state["next"], state["end"]
         self.generator.set_state(state["generator"].cpu())
 
 
@@ -130,7 +131,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         rows_per_forward: how many rows go through the language model at a time.
     """
 
-    _COUNTS = ("epoch", "next_row", "n_kept", "n_massive")
+    _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_per_forward")
 
     def __init__(
         self,
@@ -172,12 +173,30 @@ class ActivationStream(Iterator[torch.Tensor]):
             self.epoch, self.next_row = self.epoch + 1, 0
             self._order = self._row_order()
             log.warning("the training text is used up; pass %d over it begins", self.epoch + 1)
-        picked = self._order[self.next_row : self.next_row + self.rows_per_forward]
-        self.next_row += len(picked)
-        tokens_BT = self.rows_NT[picked].astype(np.int64)
-        acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
+        tokens_BT, acts_BTD = self._run(self._order[self.next_row : self.next_row + self.rows_per_forward])
+        self.next_row += len(tokens_BT)
         kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
-        return acts_BTD.flatten(0, 1)[kept.to(acts_BTD.device)]
+        return acts_BTD.flatten(0, 1)[_on_device(kept, acts_BTD.device)]
+
+    def _run(self, picked: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        """Tokens and activations of rows: of fewer than were asked for where more do not fit in memory."""
+        while True:
+            tokens_BT = self.rows_NT[picked].astype(np.int64)
+            try:
+                return tokens_BT, self.source.activations(torch.from_numpy(tokens_BT))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(picked) == 1:
+                    raise UserError(
+                        "--store_batch_size_prompts 1: one context does not fit in memory beside the rest; lower"
+                        " --context_size, --expansion_factor or --n_batches_in_buffer"
+                    ) from None
+            picked = picked[: len(picked) // 2]
+            self.rows_per_forward = len(picked)
+            log.warning("out of memory: going on with --store_batch_size_prompts %d", self.rows_per_forward)
+            if self.source.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _add(self, acts_ND: torch.Tensor) -> torch.Tensor:
         """Adds activations to the buffer without the massive ones; returns those added."""
@@ -234,7 +253,17 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state["buffer"], self.source.device)
-        for name in self._COUNTS:
-            setattr(self, name, state["counts"][name])
+        for name, count in state["counts"].items():
+            setattr(self, name, count)
         self.positions = replace(self.positions, max_activation_norm=state["max_activation_norm"])
         self._order = self._row_order()
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a CPU tensor without waiting for what a CUDA device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: torch's, on whichever device, or numpy's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

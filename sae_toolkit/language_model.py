@@ -113,6 +113,14 @@ def hook_width(config: PreTrainedConfig, hook_name: str) -> int:
     return config.get_text_config().hidden_size
 
 
+def parameters_up_to_hook(config: PreTrainedConfig, hook_name: str) -> int:
+    """Number of parameters that `LanguageModel.keep_only_up_to_hook` leaves, from the model's shapes alone."""
+    with torch.device("meta"):
+        model = LanguageModel(AutoModelForCausalLM.from_config(config), hook_name)
+    model.keep_only_up_to_hook()
+    return sum(parameter.numel() for parameter in model.model.parameters())
+
+
 @dataclass
 class HookState:
     """What a full forward pass leaves for the passes that start at the hook."""

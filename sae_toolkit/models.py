@@ -45,12 +45,15 @@ class ModelSource:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def files(self) -> str | list[list[Any]]:
-        """What tells one version of the weights from another: the Hub's commit, or names and sizes of local files."""
+        """What tells one version of a model from another: the Hub's commit, or its files' names, sizes and times."""
         if commit := getattr(self.config, "_commit_hash", None):
             return commit
-        path = Path(self.location["pretrained_model_name_or_path"])
-        pattern = self.location.get("gguf_file", "*.safetensors")
-        return [[file.name, file.stat().st_size] for file in sorted(path.glob(pattern))]
+        path = Path(self.location["pretrained_model_name_or_path"], self.location.get("subfolder", ""))
+        patterns = (
+            [self.location["gguf_file"]] if "gguf_file" in self.location else ["*.safetensors", "*.bin", "*.json"]
+        )
+        files = sorted(file for pattern in patterns for file in path.glob(pattern))
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
     @property
     def n_parameters(self) -> int:

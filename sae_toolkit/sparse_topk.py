@@ -4,7 +4,7 @@ SAELens multiplies dense [B, F] activations with the decoder, and its gradients 
 k of F activations are not zero. Here one dense product is left, the encoder's, which the selection needs. The
 classes are SAELens's own by inheritance: configuration, weights and checkpoints do not differ.
 
-Shapes: B tokens, D = d_in, F = d_sae, N active features of all tokens together (k x B).
+Shapes: B tokens, D = d_in, F = d_sae, K = k, N active features of all tokens together (k x B), C dead features.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Below this many features for each active one, SAELens's dense products are as fast (BENCHMARKS.md, crossover).
-CROSSOVER = 16
+# Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured
+# (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.
+CROSSOVER = {"cpu": 16, "cuda": 256}
 
 
 class ActiveFeatures:
@@ -48,13 +49,13 @@ class ActiveFeatures:
         """The order [N] that sorts the places by feature, and where each feature starts in it [F]."""
         return self.features_N.int().argsort(stable=True), _starts(self.features_N, self.n_features)
 
-    def times(self, values_N: Tensor, W_FD: Tensor) -> Tensor:
+    def matmul(self, values_N: Tensor, W_FD: Tensor) -> Tensor:
         """The matrix, with these values, times W: [B, D]."""
         return F.embedding_bag(
             self.features_N, W_FD, self.row_starts_B, mode="sum", per_sample_weights=values_N.to(W_FD.dtype)
         )
 
-    def transposed_times(self, values_N: Tensor, X_BD: Tensor) -> Tensor:
+    def t_matmul(self, values_N: Tensor, X_BD: Tensor) -> Tensor:
         """The matrix's transpose, with these values, times X: [F, D]."""
         order_N, feature_starts_F = self.by_feature
         values_N = values_N[order_N].to(X_BD.dtype)
@@ -87,7 +88,7 @@ class _PreActivations(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> Any:
         sae_in_BD, W_enc_DF = ctx.saved_tensors
-        grad_W_enc_FD = ctx.active.transposed_times(grad_N, sae_in_BD)
+        grad_W_enc_FD = ctx.active.t_matmul(grad_N, sae_in_BD)
         grad_b_enc_F = ctx.active.sum_by_feature(grad_N)
         grad_b_dec_D = -(W_enc_DF @ grad_b_enc_F) if ctx.needs_input_grad[4] else None
         return None, None, grad_W_enc_FD.t(), grad_b_enc_F, grad_b_dec_D, None
@@ -102,7 +103,7 @@ class _Decode(torch.autograd.Function):
         ctx.active = active
         with torch.enable_grad():  # torch's own backward gives the gradient of the values, not that of W_dec
             ctx.values_N = values_N.detach().requires_grad_()
-            ctx.out_BD = active.times(ctx.values_N, W_dec_FD.detach())
+            ctx.out_BD = active.matmul(ctx.values_N, W_dec_FD.detach())
         return ctx.out_BD.detach()
 
     @staticmethod
@@ -110,7 +111,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad_BD: Tensor) -> Any:
         (grad_values_N,) = torch.autograd.grad(ctx.out_BD, ctx.values_N, grad_BD)
         (values_N,) = ctx.saved_tensors
-        return grad_values_N, ctx.active.transposed_times(values_N, grad_BD), None
+        return grad_values_N, ctx.active.t_matmul(values_N, grad_BD), None
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
@@ -139,7 +140,10 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             sae_in_BD = self.process_sae_in(step_input.sae_in)
             pre_BF = F.linear(sae_in_BD, self.W_enc.t(), self.b_enc)
             norm_F = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
-            scaled_BF = pre_BF if norm_F is None else pre_BF.mul_(norm_F)
+            if norm_F is None:
+                scaled_BF = pre_BF
+            else:  # in place, but where autocast made the product bfloat16
+                scaled_BF = pre_BF.mul_(norm_F) if pre_BF.dtype == norm_F.dtype else pre_BF * norm_F
             active, scaled_N = self._select(scaled_BF)
             scaled_N = scaled_N.to(sae_in_BD.dtype)  # under autocast the product is in bfloat16
             pre_N = scaled_N if norm_F is None else scaled_N / norm_F[active.features_N]
@@ -148,7 +152,6 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
                 torch.stack((active.rows_N, active.features_N)),
                 scaled_N.relu(),
                 (active.n_rows, active.n_features),
-                is_coalesced=True,
                 check_invariants=False,
             )
 
@@ -158,13 +161,13 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         sae_out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": self._dead_features_loss(step_input, sae_out)}
+        losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": self._auxiliary_loss(step_input, sae_out)}
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
             feature_acts=feature_acts,
             hidden_pre=sae_in_BD.new_empty(0),
-            loss=sum(losses.values(), start=sae_out.new_tensor(0.0)),
+            loss=sum(losses.values(), start=sae_out.new_zeros(())),
             losses=losses,
         )
 
@@ -175,7 +178,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         rows_BK = torch.arange(n_rows, device=scaled_BF.device)[:, None].expand_as(features_BK)
         return ActiveFeatures(features_BK.flatten(), rows_BK.flatten(), (n_rows, n_features)), values_BK.flatten()
 
-    def _dead_features_loss(self, step_input: TrainStepInput, sae_out: Tensor) -> Tensor:
+    def _auxiliary_loss(self, step_input: TrainStepInput, sae_out: Tensor) -> Tensor:
         """SAELens's `calculate_topk_aux_loss`, computed on the dead features' rows alone.
 
         On a device the number of dead features stays there: as many rows as `dead_bound` allows are taken, and
@@ -183,17 +186,19 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         """
         dead_F = step_input.dead_neuron_mask
         if dead_F is None:
-            return sae_out.new_tensor(0.0)
+            return sae_out.new_zeros(())
         bound = int(dead_F.sum()) if self.dead_bound is None else min(self.dead_bound, len(dead_F))
         if bound == 0:
-            return sae_out.new_tensor(0.0)
+            return sae_out.new_zeros(())
         n_dead = dead_F.sum()
         dead_C = torch.nonzero_static(dead_F, size=bound, fill_value=0).squeeze(1)
         is_dead_C = torch.arange(bound, device=dead_C.device) < n_dead
 
         W_dec_CD = self.W_dec.index_select(0, dead_C)
         pre_BC = F.linear(
-            self.process_sae_in(step_input.sae_in), self.W_enc.t().index_select(0, dead_C), self.b_enc[dead_C]
+            self.process_sae_in(step_input.sae_in),
+            self.W_enc.t().index_select(0, dead_C),
+            self.b_enc.index_select(0, dead_C),
         )
         keep_BC = is_dead_C
         half = step_input.sae_in.shape[-1] // 2  # Gao et al. 2024, appendix B.1
@@ -205,7 +210,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         pre_BC = torch.where(keep_BC, pre_BC, 0.0)
         recons_BD = self.reshape_fn_out(pre_BC @ W_dec_CD, self.d_head)
         residual_BD = (step_input.sae_in - sae_out).detach()
-        scale = (n_dead / half).clamp(max=1.0)
+        scale = (n_dead.to(sae_out.dtype) / half).clamp(max=1.0)
         return self.cfg.aux_loss_coefficient * scale * (recons_BD - residual_BD).pow(2).sum(dim=-1).mean()
 
 
@@ -238,17 +243,28 @@ def _largest(flat: Tensor, n: int) -> Tensor:
         return flat.topk(n, sorted=False).indices.sort().values
     # On a CPU numpy's vectorized partition takes a tenth of the time of torch's topk of a flat tensor.
     values = flat.float().numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
-    threshold = np.partition(values, -n)[-n]
-    chosen = np.flatnonzero(values >= threshold)
+    threshold = np.partition(values, -n)[-n]  # nan counts as the largest, as for torch
+    only_nan = np.isnan(threshold)
+    chosen = np.flatnonzero(np.isnan(values) if only_nan else ~(values < threshold))
     if len(chosen) > n:
-        ties = np.flatnonzero(values[chosen] == threshold)
+        ties = np.arange(len(chosen)) if only_nan else np.flatnonzero(values[chosen] == threshold)
         chosen = np.delete(chosen, ties[n - len(chosen) :])
     return torch.from_numpy(chosen)
 
 
-def sparse_class(sae_class: type[TrainingSAE[Any]], d_sae: int, k: float, dtype: torch.dtype) -> type[TrainingSAE[Any]]:
-    """The class to train with: the one here that computes what `sae_class` does where that is faster."""
-    if dtype not in (torch.float32, torch.float64) or d_sae < CROSSOVER * k:
+def sparse_class(
+    sae_class: type[TrainingSAE[Any]], cfg: TrainingSAEConfig, *, compiled: bool = False
+) -> type[TrainingSAE[Any]]:
+    """The class to train with: the one here that computes what `sae_class` does, where that is faster.
+
+    Args:
+        sae_class: SAELens's class.
+        cfg: the SAE's configuration.
+        compiled: whether the step will go through torch.compile, which is for SAELens's own.
+    """
+    crossover = CROSSOVER.get(torch.device(cfg.device).type, max(CROSSOVER.values()))
+    few = isinstance(cfg, TopKTrainingSAEConfig) and cfg.d_sae >= crossover * cfg.k
+    if compiled or not few or cfg.dtype not in ("float32", "float64"):
         return sae_class
     return {
         TopKTrainingSAE: SparseTopKTrainingSAE,

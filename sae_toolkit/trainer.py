@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Trainer(SAETrainer[Any, Any]):
 
     Its step is written anew, to the same result: Adam is fused, firings are counted where the activations are
     sparse, dead features are counted some steps ahead, and a step whose loss or gradient is not finite is not
-    applied. None of it asks the device for a number.
+    applied. With the SAEs of `sparse_topk` none of it waits for the device. On a CUDA device the SAE's products are
+    in TF32.
 
     `n_not_finite` counts the steps that were not applied, on the device.
     """
@@ -36,6 +38,10 @@ class Trainer(SAETrainer[Any, Any]):
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's."""
+        with _tf32(batch.device):
+            return self._step(batch)
+
+    def _step(self, batch: torch.Tensor) -> TrainStepOutput:
         sae_in = self.activation_scaler(batch.to(self.sae.device))
         self.n_training_samples += len(batch)
         self.sae.train()
@@ -67,6 +73,7 @@ class Trainer(SAETrainer[Any, Any]):
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
+        self._counts_of_dead.clear()
         self._fuse_optimizer()
 
     def _fuse_optimizer(self) -> None:
@@ -88,19 +95,32 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired.masked_fill_(firings_F > 0, 0)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
-    def _dead_bound(self) -> int:
-        """At most how many features are dead now.
+    def _dead_bound(self) -> int | None:
+        """At most how many features are dead now; None on a CPU, where counting costs nothing.
 
         A feature that is dead in n steps has by now been silent for all but n steps of the window. Counting those
         gives a number that can be read n steps later, when the device has long computed it.
         """
         if self.act_freq_scores.device.type == "cpu":
-            return int(self.dead_neurons.sum())
+            return None
         soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
         self._counts_of_dead.append(_Reading(soon.sum()))
         if len(self._counts_of_dead) <= _STEPS_BEHIND:
-            return int(self.dead_neurons.sum())
-        return self._counts_of_dead.popleft().value()
+            return None
+        n_dead = self._counts_of_dead.popleft().value()
+        return -(-n_dead // 256) * 256  # few sizes, for the allocator
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    """Lets products of float32 matrices on a CUDA device take TF32, and nothing else after it."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Reading:
@@ -108,9 +128,10 @@ class _Reading:
 
     def __init__(self, number: torch.Tensor) -> None:
         self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
-        self._host.copy_(number, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        with torch.cuda.device(number.device):
+            self._host.copy_(number, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def value(self) -> int:
         self._arrived.synchronize()

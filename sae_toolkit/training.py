@@ -151,13 +151,10 @@ def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[An
 
 def _create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
     torch.manual_seed(cfg.seed)
-    sae_class, _ = get_sae_training_class(cfg.sae.architecture())
-    if not cfg.compile_sae:  # a compiled step is SAELens's own
-        sae_class = sparse_class(
-            sae_class, cfg.sae.d_sae, getattr(cfg.sae, "k", cfg.sae.d_sae), str_to_dtype(cfg.dtype)
-        )
     if cfg.from_pretrained_path is None:
-        return sae_class(TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict()))
+        sae_class, _ = get_sae_training_class(cfg.sae.architecture())
+        sae_cfg = TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict())
+        return sparse_class(sae_class, sae_cfg, compiled=cfg.compile_sae)(sae_cfg)
     found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
     for field in ("d_in", "d_sae", "normalize_activations"):
         if getattr(found.cfg, field) != getattr(cfg.sae, field):
@@ -165,9 +162,7 @@ def _create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
                 f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {getattr(found.cfg, field)},"
                 f" the run's {getattr(cfg.sae, field)}"
             )
-    if not issubclass(sae_class, type(found)):
-        return found
-    sae = sae_class(found.cfg)
+    sae = sparse_class(type(found), found.cfg, compiled=cfg.compile_sae)(found.cfg)
     sae.load_state_dict(found.state_dict())
     return sae
 

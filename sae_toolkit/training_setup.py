@@ -9,6 +9,7 @@ import secrets
 import string
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.util import dtype_to_str
 
+from sae_toolkit.activation_cache import check_cache_directory
 from sae_toolkit.checkpoints import TOKENS_FILENAME, newest_training_checkpoint
 from sae_toolkit.errors import UserError
-from sae_toolkit.language_model import hook_width
+from sae_toolkit.language_model import hook_width, parameters_up_to_hook
+from sae_toolkit.memory import MemoryPlan, free_memory, plan_memory, suggest_flags
 from sae_toolkit.models import ModelSource, check_token_ids, choose_device, choose_lm_dtype, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
@@ -72,6 +75,37 @@ class PreparedRun:
             "context_size": self.cfg.context_size,
             "d_in": self.cfg.sae.d_in,
         }
+
+    def plan_memory(self) -> MemoryPlan:
+        return self._plan_memory(self.cfg)
+
+    def _plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any]) -> MemoryPlan:
+        return plan_memory(cfg, self.model, self.lm_dtype, n_parameters=self._n_parameters, cached=self.is_cached)
+
+    @cached_property
+    def _n_parameters(self) -> tuple[int, int]:
+        return self.model.n_parameters, parameters_up_to_hook(self.model.config, self.cfg.hook_name)
+
+    @cached_property
+    def is_cached(self) -> bool:
+        """Whether an earlier run left activations in --cache_activations.
+
+        Raises:
+            UserError: the directory holds something else.
+        """
+        directory = self.flags.cache_activations
+        return directory is not None and check_cache_directory(Path(directory), self.cache_parameters())
+
+    def memory_warning(self) -> str | None:
+        """Where the run will not fit: what to lower so that it does."""
+        peak, free = self.plan_memory().peak, free_memory(self.cfg.device)
+        if peak <= free:
+            return None
+        flags = suggest_flags(self.cfg, self._plan_memory, free)
+        return (
+            f"this run takes about {peak / 2**30:.1f} GiB, and {self.cfg.device} has {free / 2**30:.1f} GiB free; "
+            + (f"it would fit with {flags}" if flags else "a smaller model is needed")
+        )
 
     def describe(self) -> str:
         """What will run, in a few lines."""

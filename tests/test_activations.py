@@ -1,10 +1,13 @@
 """The stream serves every activation it should, once a pass, shuffled as SAELens shuffles, and can be resumed."""
 
+import re
+import sys
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_process
 from sae_lens.training.mixing_buffer import mixing_buffer
 
 from sae_toolkit.activations import ActivationStream, ShuffleBuffer
@@ -109,3 +112,35 @@ def test_activations_that_are_not_finite_are_said(tiny_model, rows_NT):
     overflowing.layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match="--lm_dtype .*: the activations' median norm is nan; use another"):
         stream(overflowing, rows_NT).calibrate(3, max_norm_multiple=10)
+
+
+_UNDER_A_LIMIT = """
+import logging, resource, sys
+import numpy as np, torch
+from sae_toolkit.activations import ActivationStream
+from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.position_filter import PositionFilter
+
+logging.basicConfig(stream=sys.stdout)
+model = load_language_model(find_model(sys.argv[1]), "blocks.2.hook_resid_post", "cpu", torch.float32)
+rows_NT = np.random.default_rng(0).integers(3, 40_000, (2048, 128)).astype(np.uint32)
+stream = ActivationStream(
+    model, rows_NT, PositionFilter(), batch_size=64, buffer_size=256, mix_fraction=0.5,
+    rows_per_forward=int(sys.argv[2]), total=10_000, seed=0, dtype=torch.float32,
+)
+model.activations(torch.from_numpy(rows_NT[:1].astype(np.int64)))
+used = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]) * 2**20, resource.RLIM_INFINITY))
+assert next(stream).isfinite().all()
+print("rows", stream.rows_per_forward, stream.next_row)
+"""
+
+
+def test_a_forward_pass_that_does_not_fit_is_halved_until_it_does(tiny_model):
+    """The process may really take no more than 100 MiB on top of what it has."""
+    done = run_process(sys.executable, "-c", _UNDER_A_LIMIT, tiny_model, 2048, 100, PYTHONPATH=str(ROOT))
+    assert done.status == 0, done.stderr
+    halved = [int(n) for n in re.findall(r"out of memory: going on with --store_batch_size_prompts (\d+)", done.stdout)]
+    assert halved
+    assert halved == [2048 // 2 ** (i + 1) for i in range(len(halved))]
+    assert f"rows {halved[-1]} {halved[-1]}" in done.stdout

@@ -48,7 +48,7 @@ def trainers(architecture, dtype, dead_feature_window, **more):
     )
     torch.manual_seed(0)
     theirs = TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict())
-    ours = sparse_class(sae_class, D_SAE, SETTINGS[architecture].get("k", D_SAE), dtype)(copy.deepcopy(theirs.cfg))
+    ours = sparse_class(sae_class, theirs.cfg)(copy.deepcopy(theirs.cfg))
     ours.load_state_dict(theirs.state_dict())
     assert isinstance(ours, SparseTopKTrainingSAE) == (architecture in ("topk", "batchtopk"))
     nothing = iter(())
@@ -130,3 +130,7 @@ def test_the_largest_are_found_whatever_is_equal(values):
         assert len(found) == n
         assert torch.equal(values[found].sort(descending=True).values, values.topk(n).values)
         assert (found.diff() > 0).all()
+    values[3::4] = torch.nan
+    for n in (1, 64, 999):  # fewer than there are, and more
+        assert len(_largest(values, n)) == n
+        assert values[_largest(values, n)].isnan().sum() == min(n, 250)

@@ -1,0 +1,194 @@
+"""How much memory a run will take, item by item, and what to lower where that is too much."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.util import str_to_dtype
+
+from sae_toolkit.models import ModelSource
+from sae_toolkit.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
+
+# How many [B, F] tensors a step of SAELens's own classes adds to the peak, forward and backward; fitted to runs on a
+# CPU (BENCHMARKS.md, memory).
+_DENSE_STEP = {
+    "standard": 9.5,
+    "topk": 11.0,
+    "batchtopk": 10.5,
+    "jumprelu": 8.6,
+    "gated": 12.7,
+    "matryoshka_batchtopk": 13.3,
+}
+_OTHER_DENSE_STEP = 12.0
+_LOWEST = {"store_batch_size_prompts": 1, "n_batches_in_buffer": 8, "train_batch_size_tokens": 512, "d_sae": 1}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a training run takes on its device, by item.
+
+    On a CPU they are of resident memory, and `process` is what the interpreter and its libraries hold now; on a
+    CUDA device of what torch allocates there.
+    """
+
+    process: int
+    model: int  # the layers up to the hook
+    loading: int  # the model while it loads
+    forward_pass: int
+    buffer: int
+    norm_estimate: int  # until the first step
+    sae: int
+    gradients: int
+    adam: int
+    step: int  # beside the gradients
+    evaluation_model: int  # all layers
+    evaluation_logits: int
+    on_cpu: bool
+
+    @property
+    def peak(self) -> int:
+        held = self.model + self.sae + self.buffer
+        calibrating = held + self.norm_estimate + self.forward_pass
+        filling = held + self.adam + self.forward_pass
+        stepping = held + self.adam + self.gradients + self.step
+        if self.on_cpu:  # what was freed after the norm estimate stays with the process, in pieces
+            stepping += self.norm_estimate
+        return self.process + max(self.loading, calibrating, filling, stepping)
+
+    @property
+    def evaluation_peak(self) -> int:
+        """Of the evaluation's own process: the whole model, the SAE and the logits of a batch."""
+        return self.process + max(self.loading, self.evaluation_model + self.sae + self.evaluation_logits)
+
+    def describe(self) -> str:
+        items = {
+            "process": self.process,
+            "language model": self.model,
+            "its forward pass": self.forward_pass,
+            "buffer": self.buffer,
+            "norm estimate": self.norm_estimate,
+            "SAE": self.sae,
+            "gradients": self.gradients,
+            "Adam": self.adam,
+            "step": self.step,
+        }
+        return (
+            f"memory  {_gib(self.peak)} GiB at the peak, {_gib(self.process + self.loading)} while the model loads\n"
+            f"        {', '.join(f'{name} {_gib(size)}' for name, size in items.items() if size)}\n"
+            f"        evaluation {_gib(self.evaluation_peak)}, of it the logits {_gib(self.evaluation_logits)}"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def plan_memory(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    model: ModelSource,
+    lm_dtype: torch.dtype,
+    *,
+    n_parameters: tuple[int, int],
+    cached: bool,
+) -> MemoryPlan:
+    """Adds up shapes; nothing is loaded. The loss of dead features is not counted.
+
+    Args:
+        cfg: the run's configuration.
+        model: the language model's source.
+        lm_dtype: its dtype in the run.
+        n_parameters: of the whole model, and of it up to the hook.
+        cached: whether activations come from a cache, in which case no model is counted.
+    """
+    config = model.config.get_text_config()
+    on_cpu = torch.device(cfg.device).type == "cpu"
+    lm_bytes, sae_bytes = lm_dtype.itemsize, str_to_dtype(cfg.dtype).itemsize
+    acts_bytes = 2 if cached else lm_bytes
+    d_in, batch = cfg.sae.d_in, cfg.train_batch_size_tokens
+
+    whole, up_to_hook = (n * lm_bytes for n in n_parameters)
+    loading = whole
+    if on_cpu and "gguf_file" in model.location:  # read in float32, the largest matrix with two copies
+        loading = 4 * (n_parameters[0] + 2 * config.vocab_size * config.hidden_size) + (whole if lm_bytes < 4 else 0)
+    elif on_cpu:  # safetensors are mapped: what is not used is not read
+        loading = up_to_hook
+    tokens = cfg.store_batch_size_prompts * cfg.context_size
+    width = 6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    mixed = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    parameters = _n_parameters(cfg) * sae_bytes
+    return MemoryPlan(
+        process=psutil.Process().memory_info().rss if on_cpu else 0,
+        model=0 if cached else up_to_hook,
+        loading=0 if cached else loading,
+        forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
+        buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
+        norm_estimate=cfg.n_batches_for_norm_estimate * batch * d_in * (2 * acts_bytes + max(4, sae_bytes)),
+        sae=parameters,
+        gradients=parameters,
+        adam=2 * parameters,
+        step=_step_bytes(cfg),
+        evaluation_model=whole,
+        evaluation_logits=8 * cfg.context_size * config.vocab_size * (2 * lm_bytes + 4),
+        on_cpu=on_cpu,
+    )
+
+
+def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    sae_class, _ = get_sae_training_class(cfg.sae.architecture())
+    sae_cfg = copy.copy(cfg.sae)
+    sae_cfg.device = "meta"
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in sae_class(sae_cfg).parameters())
+
+
+def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    dtype, architecture = str_to_dtype(cfg.dtype), cfg.sae.architecture()
+    pre_activations = cfg.train_batch_size_tokens * cfg.sae.d_sae * dtype.itemsize
+    sae_class = sparse_class(get_sae_training_class(architecture)[0], cfg.sae, compiled=cfg.compile_sae)
+    if not issubclass(sae_class, SparseTopKTrainingSAE):
+        return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
+    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # its selection makes one
+    return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
+
+
+def suggest_flags(
+    cfg: LanguageModelSAERunnerConfig[Any],
+    plan: Callable[[LanguageModelSAERunnerConfig[Any]], MemoryPlan],
+    capacity: int,
+) -> str | None:
+    """The flags that bring a run's peak under a device's memory, by halving what weighs most; None where none do."""
+    changed: dict[str, int] = {}
+    while plan(cfg).peak > capacity:
+        smaller = [(plan(halved).peak, name, halved) for name in _LOWEST if (halved := _halved(cfg, name))]
+        if not smaller or min(smaller, key=lambda s: s[0])[0] >= plan(cfg).peak:
+            return None
+        _, name, cfg = min(smaller, key=lambda s: s[0])
+        changed[name] = cfg.sae.d_sae // cfg.sae.d_in if name == "d_sae" else getattr(cfg, name)
+    names = {"d_sae": "expansion_factor"}
+    return " ".join(f"--{names.get(name, name)} {value}" for name, value in changed.items())
+
+
+def _halved(cfg: LanguageModelSAERunnerConfig[Any], name: str) -> LanguageModelSAERunnerConfig[Any] | None:
+    halved = copy.copy(cfg)
+    if name == "d_sae":
+        if hasattr(cfg.sae, "matryoshka_widths"):  # the widths would have to change with it
+            return None
+        halved.sae = copy.copy(cfg.sae)
+        halved.sae.d_sae = cfg.sae.d_sae // (2 * cfg.sae.d_in) * cfg.sae.d_in
+        return halved if halved.sae.d_sae >= getattr(cfg.sae, "k", 1) and halved.sae.d_sae > 0 else None
+    setattr(halved, name, getattr(cfg, name) // 2)
+    return halved if getattr(halved, name) >= _LOWEST[name] else None
+
+
+def free_memory(device: str) -> int:
+    """Bytes that a run on a device can take."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss

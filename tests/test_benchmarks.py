@@ -1,0 +1,20 @@
+"""Benchmarks run on real contenders and print whole tables. Nothing here looks at a time."""
+
+import re
+import sys
+
+from conftest import run_process
+
+
+def test_the_training_benchmark_prints_contenders_floors_and_ratios():
+    done = run_process(
+        *(sys.executable, "benchmarks/train_speed.py", "--job", "tiny", "--repeats", 1, "--steps", 4, "--warm_up", 2),
+        *("--contenders", "this", "saelens"),
+    )
+    assert done.status == 0, done.stderr
+    rows = dict(re.findall(r"^\| (\w.*?) \| (.*) \|$", done.stdout, re.MULTILINE))
+    assert {"this project", "SAELens, its defaults", "floor: both parts", "floor: SAE step alone"} <= rows.keys()
+    for name in ("this project", "SAELens, its defaults"):
+        assert re.fullmatch(r"[\d,]+ \| [\d,]+ to [\d,]+ \| \d+\.\d\d \| \d+%", rows[name])
+    assert re.search(r"^[\d.]+ x SAELens, its defaults \([\d.]+ to [\d.]+\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^Measured peaks: \d+ GFLOP/s .* \d+ GB/s$", done.stdout, re.MULTILINE)

@@ -1,0 +1,67 @@
+"""A dry run says what memory a run will take, and what to lower where that is too much."""
+
+import re
+
+import pytest
+import torch
+
+from sae_toolkit.language_model import parameters_up_to_hook
+from sae_toolkit.memory import plan_memory, suggest_flags
+from sae_toolkit.models import find_model
+from sae_toolkit.runner_config import build_runner_config
+from sae_toolkit.training_flags import parse_training_flags
+
+
+def configuration(model, d_in, *flags, device="cpu"):
+    return build_runner_config(
+        parse_training_flags(["--model_name", str(model), *map(str, flags)]), d_in=d_in, device=device, run_id="run"
+    )
+
+
+def planned(cfg, source, cached=False):
+    n_parameters = source.n_parameters, parameters_up_to_hook(source.config, cfg.hook_name)
+    return plan_memory(cfg, source, torch.float32, n_parameters=n_parameters, cached=cached)
+
+
+def test_a_dry_run_names_every_item(script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run, "--dry_run")
+    assert done.status == 0
+    said = done.stderr[done.stderr.index("memory ") :]
+    for item in ("language model", "its forward pass", "buffer", "SAE", "gradients", "Adam", "step", "logits"):
+        assert re.search(rf"{item} \d+\.\d\d", said), item
+
+
+def test_shapes_are_counted_exactly(tiny_model):
+    """Llama of width 32: embeddings, and two layers of attention, MLP and norms up to layer 1; the SAE of 4 x 32."""
+    source = find_model(str(tiny_model))
+    cfg = configuration(tiny_model, 32, "--layer", 1, "--expansion_factor", 4, "--context_size", 64)
+    plan = planned(cfg, source)
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
+    assert plan.model == 4 * (source.config.vocab_size * 32 + 2 * layer + 32)
+    assert plan.sae == 4 * (2 * 32 * 128 + 128 + 32)
+    assert plan.adam == 2 * plan.gradients == 2 * plan.sae
+    assert planned(cfg, source, cached=True).model == 0
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+def test_what_is_suggested_fits(tiny_model, share):
+    source = find_model(str(tiny_model))
+    flags = ("--layer", 1, "--expansion_factor", 1024, "--context_size", 64, "--train_batch_size_tokens", 4096)
+
+    def plan(cfg):
+        return planned(cfg, source)
+
+    cfg = configuration(tiny_model, 32, *flags)
+    fixed = plan(cfg).process
+    capacity = fixed + int(share * (plan(cfg).peak - fixed))
+    suggested = suggest_flags(cfg, plan, capacity)
+    assert suggested
+    followed = configuration(tiny_model, 32, *flags, *suggested.split())
+    assert plan(followed).peak <= capacity + 2**20
+    assert suggest_flags(cfg, plan, plan(cfg).peak + 2**20) == ""
+    assert suggest_flags(cfg, plan, fixed // 2) is None
+
+
+def test_a_run_that_cannot_fit_is_warned_of(script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run, "--expansion_factor", 10_000_000, "--dry_run")
+    assert re.search(r"takes about [\d.]+ GiB, and cpu has [\d.]+ GiB free; it would fit with --", done.stderr)
