@@ -219,7 +219,7 @@ def _fit(
                         reading | {"details/tokens_per_second": progress.format_dict["rate"] or 0},
                         step=trainer.n_training_steps,
                     )
-                progress.set_postfix_str(_postfix(reading, trainer), refresh=False)
+                progress.set_postfix_str(_postfix(reading, trainer))
                 last_reading = time.monotonic()
             trainer.n_training_steps += 1
             progress.update(cfg.train_batch_size_tokens)
