@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 # Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured
 # (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.
-CROSSOVER = {"cpu": 16, "cuda": 256}
+CROSSOVER = {"cpu": 8, "cuda": 256}
 
 
 class ActiveFeatures:
