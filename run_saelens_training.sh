@@ -35,10 +35,24 @@ else
     echo "Preset $preset, the embedded model and text: torch sees no CUDA device"
 fi
 
-# Stage 1: train. Its only line on standard output is the directory of the finished SAE.
-sae_path=$("$PYTHON" sae_lens_train.py "@presets/$preset.args" "$@")
-if [[ -z "$sae_path" ]]; then # --dry_run
-    exit
+# Stage 1: train. Its only line on standard output is the directory of the finished SAE. It hears of a termination
+# that reaches this script alone, saves a checkpoint and says how to go on; Ctrl-C reaches it by itself.
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+"$PYTHON" sae_lens_train.py "@presets/$preset.args" "$@" >"$output" <&0 &
+training=$!
+trap 'kill -TERM "$training" 2>/dev/null || true' TERM
+trap 'kill -HUP "$training" 2>/dev/null || true' HUP
+trap : INT
+status=0
+while kill -0 "$training" 2>/dev/null; do
+    status=0
+    wait "$training" || status=$?
+done
+trap - TERM HUP INT
+sae_path=$(<"$output")
+if [[ $status -ne 0 || -z "$sae_path" ]]; then # failed, stopped, or --dry_run
+    exit "$status"
 fi
 
 # Stage 2: evaluate on text that the training held out, on the same device.

@@ -3,14 +3,15 @@
 #
 #   ./run_tests.sh            all that need no other environment
 #   ./run_tests.sh --parity   the comparisons with SAEBench and dictionary_learning, in environments of their own
+#   ./run_tests.sh --faults   kills, full disks, broken networks, damaged files: about half an hour
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
 source ./setup_environment.sh
 
 set_up_environment requirements.txt requirements-embedded.txt requirements-dev.txt
-if [[ "${1:-}" == "--parity" ]]; then
-    shift
-    set -- -m parity "$@"
-fi
+case "${1:-}" in
+--parity) set -- -m parity "${@:2}" ;;
+--faults) set -- -m "not parity" tests/faults tests/test_resume.py "${@:2}" ;;
+esac
 exec "$PYTHON" -m pytest "$@"

@@ -13,36 +13,47 @@ from __future__ import annotations
 import logging
 
 from sae_toolkit.console import run_script, set_up_logging
+from sae_toolkit.stop_signals import Stopped, StopSignals, hear_stop_signals
 from sae_toolkit.training_flags import parse_training_flags
 
 log = logging.getLogger("sae_toolkit")
 
 
 def main() -> int:
+    with hear_stop_signals() as signals:
+        try:
+            return train(signals)
+        except Stopped as stopped:
+            log.warning("%s before the first step: nothing is lost, and nothing is saved", stopped)
+            return stopped.exit_status
+
+
+def train(signals: StopSignals) -> int:
     flags = parse_training_flags()
     set_up_logging()
 
     # SAELens takes seconds to import: not for --help or a mistyped flag.
-    from sae_toolkit.training import Interrupted, Training, open_activations
-    from sae_toolkit.training_setup import create_run_directory, prepare_run, start_wandb_run
+    from sae_toolkit.training import Training, open_activations
+    from sae_toolkit.training_setup import prepare_run, start_wandb_run
 
     run = prepare_run(flags)
-    log.info(run.describe())
-    if warning := run.memory_warning():
-        log.warning(warning)
-    if flags.dry_run:
-        log.info(run.plan_memory().describe())
-        return 0
-    training = Training(run, open_activations(run))
-    create_run_directory(run)
-    wandb_run = start_wandb_run(run)
-    try:
-        final = training.fit(wandb_run)
-    except Interrupted as interrupted:
-        log.warning("%s; to go on: python sae_lens_train.py --resume %s", interrupted, interrupted.checkpoint)
-        return 128 + interrupted.signal_number
-    finally:
-        wandb_run.finish()
+    with run.run_directory:
+        log.info(run.describe())
+        if warning := run.memory_warning():
+            log.warning(warning)
+        if flags.dry_run:
+            log.info(run.plan_memory().describe())
+            return 0
+        training = Training(run, open_activations(run))
+        run.create_directory()
+        wandb_run = start_wandb_run(run)
+        try:
+            final = training.fit(wandb_run, signals)
+        except Stopped as stopped:
+            log.warning("%s; %s", stopped, training.checkpoints.how_to_go_on())
+            return stopped.exit_status
+        finally:
+            wandb_run.finish()
     print(final)
     return 0
 

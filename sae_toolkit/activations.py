@@ -58,6 +58,11 @@ class ShuffleBuffer:
         return self._size - self._next
 
     @property
+    def nbytes(self) -> int:
+        """What its state takes."""
+        return 0 if self._storage is None else self._storage[: self._size].nbytes + 8 * self._size
+
+    @property
     def filling(self) -> bool:
         return self._order is None
 
@@ -185,7 +190,7 @@ class ActivationStream(Iterator[torch.Tensor]):
             try:
                 return tokens_BT, self.source.activations(torch.from_numpy(tokens_BT))
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(picked) == 1:
                     raise UserError(
@@ -264,6 +269,6 @@ def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: torch's, on whichever device, or numpy's."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

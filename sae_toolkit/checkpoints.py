@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, LanguageModelSAERunnerConfig, SAETrainer, TrainingSAE
+from sae_lens import SAE, LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
-    SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
@@ -28,66 +25,90 @@ from safetensors.torch import load_file, save_file
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.trainer import Trainer
+from sae_toolkit.whole_directory import NotSaved, check_manifest, whole_directory
 
 log = logging.getLogger(__name__)
 
-TOKENS_FILENAME = "tokens.npy"
-_STREAM_FILENAME = "activation_stream.pt"
+_RESUME_FILENAME = "resume.pt"
 
 
 def save_training_checkpoint(
-    trainer: SAETrainer[Any, Any],
+    trainer: Trainer,
     stream: ActivationStream,
     cfg: LanguageModelSAERunnerConfig[Any],
+    *,
+    run: str,
+    milestone: bool = False,
 ) -> Path:
-    """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form and what a resume needs."""
-    assert cfg.checkpoint_path is not None
-    with _whole_or_absent(Path(cfg.checkpoint_path) / str(trainer.n_training_samples)) as directory:
-        trainer.save_checkpoint(directory.name, base_path=directory.parent)
-        torch.save(stream.state_dict(), directory / _STREAM_FILENAME)
-        _save_runner_config(cfg, directory)
-    return Path(cfg.checkpoint_path) / str(trainer.n_training_samples)
+    """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form and what a resume needs.
 
-
-def load_training_checkpoint(directory: Path, trainer: SAETrainer[Any, Any], stream: ActivationStream) -> None:
-    """Puts a trainer and its stream where `save_training_checkpoint` left them.
+    Args:
+        run: the run's key, which its manifest records.
+        milestone: whether it stays when newer ones come.
 
     Raises:
-        UserError: the directory is not a whole training checkpoint.
+        NotSaved: there is no room for it, or the disk fails; nothing else is touched.
     """
-    for name in (SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME, _STREAM_FILENAME, ACTIVATION_SCALER_CFG_FILENAME):
-        if not (directory / name).is_file():
-            raise UserError(
-                f"--resume {directory}: no {name} in it; a finished or incomplete checkpoint cannot be resumed"
-            )
+    assert cfg.checkpoint_path is not None
+    target = Path(cfg.checkpoint_path) / str(trainer.n_training_samples)
+    needed, free = _training_checkpoint_bytes(trainer, stream), shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise NotSaved(f"it takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free")
+    with whole_directory(target, run=run, milestone=milestone) as directory:
+        trainer.save_checkpoint(directory.name, base_path=directory.parent)
+        state = {"stream": stream.state_dict(), "trainer": trainer.state_beside_saelens(), "random": _random_state()}
+        torch.save(state, directory / _RESUME_FILENAME)
+        _save_runner_config(cfg, directory)
+    return target
+
+
+def load_training_checkpoint(directory: Path, trainer: Trainer, stream: ActivationStream) -> None:
+    """Puts a trainer and its stream where `save_training_checkpoint` left them."""
     trainer.load_trainer_state(directory)
     trainer.sae.load_weights_from_checkpoint(directory)
-    stream.load_state_dict(torch.load(directory / _STREAM_FILENAME, weights_only=True))
-    trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n > trainer.n_training_samples]
+    state = torch.load(directory / _RESUME_FILENAME, map_location="cpu", weights_only=True)
+    stream.load_state_dict(state["stream"])
+    trainer.load_state_beside_saelens(state["trainer"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if state["random"]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"][0])
+    trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
 
 
-def newest_training_checkpoint(output_directory: Path) -> Path | None:
-    """The checkpoint with the most tokens among the unfinished runs of an output directory."""
-    runs = [run for run in output_directory.glob("*") if run.is_dir() and not any(run.glob("final_*"))]
-    checkpoints = [c for run in runs for c in run.iterdir() if c.name.isdigit() and (c / _STREAM_FILENAME).is_file()]
-    return max(checkpoints, key=lambda c: (int(c.name), c.stat().st_mtime), default=None)
+def _random_state() -> dict[str, Any]:
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+    }
 
 
-def save_final_checkpoint(trainer: SAETrainer[Any, Any], cfg: LanguageModelSAERunnerConfig[Any]) -> Path:
-    """Saves a finished SAE as {run directory}/final_{tokens}, in the inference form that `SAE.load_from_disk` reads.
+def _training_checkpoint_bytes(trainer: Trainer, stream: ActivationStream) -> int:
+    """Of the weights, Adam's two moments, the counters of each feature and the buffer's activations."""
+    weights = sum(tensor.nbytes for tensor in trainer.sae.state_dict().values())
+    return 3 * weights + 5 * 4 * trainer.sae.cfg.d_sae + stream.buffer.nbytes + 2**17
 
-    The normalization is folded into the weights, in place: the saved SAE takes raw activations in and gives
-    raw activations out.
+
+def finish_sae(trainer: Trainer, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Folds the normalization into the weights, in place: the SAE takes raw activations in and gives raw ones out."""
+    if cfg.from_pretrained_path is None:
+        _correct_threshold_bias(trainer.sae, trainer.n_training_steps)
+    _fold_normalization(trainer.sae, trainer.activation_scaler)
+    trainer.set_final_sae_metadata()
+
+
+def save_final_checkpoint(trainer: Trainer, cfg: LanguageModelSAERunnerConfig[Any], *, run: str) -> Path:
+    """Saves an SAE that `finish_sae` has finished as {run directory}/final_{tokens}.
+
+    It is in the inference form that `SAE.load_from_disk` reads.
+
+    Raises:
+        NotSaved: there is no room for it, or the disk fails.
     """
     assert cfg.checkpoint_path is not None
     final = Path(cfg.checkpoint_path) / f"final_{trainer.n_training_samples}"
-    sae = trainer.sae
-    if cfg.from_pretrained_path is None:
-        _correct_threshold_bias(sae, trainer.n_training_steps)
-    _fold_normalization(sae, trainer.activation_scaler)
-    trainer.set_final_sae_metadata()
-    with _whole_or_absent(final) as directory:
-        sae.save_inference_model(directory)
+    with whole_directory(final, run=run) as directory:
+        trainer.sae.save_inference_model(directory)
         save_file({"sparsity": trainer.log_feature_sparsity}, directory / SPARSITY_FILENAME)
         _save_runner_config(cfg, directory)
     return final
@@ -120,21 +141,6 @@ def _save_runner_config(cfg: LanguageModelSAERunnerConfig[Any], directory: Path)
     (directory / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
 
 
-@contextmanager
-def _whole_or_absent(target: Path) -> Iterator[Path]:
-    """A directory to write into, which takes the target's name once it is complete."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():  # an interrupted run that was resumed comes by the same place again
-            shutil.rmtree(target)
-        partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any]:
     """Loads an SAE for inference from a SAELens directory, in inference or in training form.
 
@@ -149,9 +155,10 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
         The SAE, for activations of shape [..., d_in].
 
     Raises:
-        UserError: the weights are damaged, or of an unknown kind.
+        UserError: a file is not what its manifest says, the weights are damaged, or of an unknown kind.
     """
     path = Path(path)
+    check_manifest(path, f"{flag} {path}")
     try:
         architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
         if architecture in SAE_CLASS_REGISTRY:

@@ -7,8 +7,11 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -37,15 +40,49 @@ class _AboveProgressBars(logging.Handler):
     """Writes log lines to standard error without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):  # a terminal that is gone costs no run
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _RunLog(logging.Handler):
+    """Keeps log lines until there is a file for them, and then writes them there; a full disk costs lines, no run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.lines: list[str] = []
+        self.path: Path | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+        self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            with suppress(OSError):
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in self.lines)
+                self.lines.clear()
+
+
+_run_log = _RunLog()
+
+
+def open_run_log(path: Path) -> None:
+    """What was logged since the start, and what will be, goes into this file too."""
+    _run_log.path = path
+    _run_log.write()
 
 
 def set_up_logging(verbose: bool = False) -> None:
     """Log lines of this project go to standard error; libraries speak when something is wrong."""
     logger = logging.getLogger("sae_toolkit")
-    logger.handlers = [_AboveProgressBars()]
+    terminal = _AboveProgressBars()
+    terminal.setLevel(logging.DEBUG if verbose else logging.INFO)
+    _run_log.lines, _run_log.path = [], None
+    logger.handlers = [terminal, _run_log]
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.DEBUG)
     if not verbose:
         warnings.filterwarnings("ignore")
         for library in ("transformers", "datasets", "huggingface_hub"):
@@ -53,13 +90,22 @@ def set_up_logging(verbose: bool = False) -> None:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's main function and ends the process with its exit status; 2 for a `UserError`."""
+    """Runs a script's main function and ends the process with its exit status; that of a `UserError` in a line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         status = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
+        _log_to_file_alone(f"error: {error}")
+        status = error.exit_status
     except KeyboardInterrupt:
         status = 130
+    except Exception:
+        _log_to_file_alone(traceback.format_exc())
+        raise
     sys.exit(status)
+
+
+def _log_to_file_alone(message: str) -> None:
+    _run_log.handle(logging.LogRecord("sae_toolkit", logging.ERROR, __file__, 0, message, None, None))

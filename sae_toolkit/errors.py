@@ -11,6 +11,14 @@ class UserError(Exception):
     traceback.
     """
 
+    exit_status = 2
+
+
+class RunFailed(UserError):
+    """A run that cannot go on, through no mistake in its flags: in one line as well, with exit status 1."""
+
+    exit_status = 1
+
 
 def one_line(error: Exception) -> str:
     """The beginning of another library's message, for a line of ours."""

@@ -27,26 +27,37 @@ class Trainer(SAETrainer[Any, Any]):
     applied. With the SAEs of `sparse_topk` none of it waits for the device. On a CUDA device the SAE's products are
     in TF32.
 
-    `n_not_finite` counts the steps that were not applied, on the device.
+    `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last that was;
+    both are on the device.
     """
 
     def __init__(self, cfg: SAETrainerConfig, sae: TrainingSAE[Any], data_provider: Iterator[torch.Tensor]) -> None:
         super().__init__(cfg, sae, data_provider)
         self._fuse_optimizer()
         self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
+        self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self._counts_of_dead: deque[_Reading] = deque()
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
-        """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's."""
+        """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's.
+
+        Where memory is short it is tried once more with all that the allocator can free.
+        """
+        if isinstance(self.sae, SparseTopKTrainingSAE):
+            self.sae.dead_bound = self._dead_bound()
         with _tf32(batch.device):
+            try:
+                return self._step(batch)
+            except torch.OutOfMemoryError:
+                pass  # let go of the traceback, which holds the step's tensors
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
             return self._step(batch)
 
     def _step(self, batch: torch.Tensor) -> TrainStepOutput:
         sae_in = self.activation_scaler(batch.to(self.sae.device))
-        self.n_training_samples += len(batch)
         self.sae.train()
-        if isinstance(self.sae, SparseTopKTrainingSAE):
-            self.sae.dead_bound = self._dead_bound()
+        buffers = [buffer.clone() for buffer in self.sae.buffers()]  # such as BatchTopK's threshold
         with self.autocast_if_enabled:
             output = self.sae.training_forward_pass(
                 TrainStepInput(
@@ -57,15 +68,19 @@ class Trainer(SAETrainer[Any, Any]):
                     is_logging_step=self._is_logging_step(),
                 )
             )
-        self._count_firings(output.feature_acts)
 
         output.loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
         not_finite = ~(output.loss.detach() + grad_norm).isfinite()
         self.n_not_finite += not_finite
+        self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
         self.optimizer.found_inf = not_finite.float()  # the fused kernel skips the step, as under torch's GradScaler
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
+            buffer.copy_(torch.where(not_finite, before, buffer))
+        self.n_training_samples += len(batch)
+        self._count_firings(output.feature_acts)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -75,6 +90,14 @@ class Trainer(SAETrainer[Any, Any]):
         super().load_trainer_state(checkpoint_path)
         self._counts_of_dead.clear()
         self._fuse_optimizer()
+
+    def state_beside_saelens(self) -> dict[str, Any]:
+        """What `save_trainer_state` does not know of."""
+        return {"n_not_finite": self.n_not_finite, "n_not_finite_in_a_row": self.n_not_finite_in_a_row}
+
+    def load_state_beside_saelens(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value.to(self.cfg.device))
 
     def _fuse_optimizer(self) -> None:
         for group in self.optimizer.param_groups:

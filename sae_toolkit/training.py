@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import logging
-import signal
+import shlex
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAEConfig, TrainStepOutput
 from sae_lens.util import str_to_dtype
 from tqdm.auto import tqdm
 
 from sae_toolkit.activation_cache import ActivationCache, CachedActivations
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.checkpoints import (
+    finish_sae,
     load_training_checkpoint,
     save_final_checkpoint,
     save_training_checkpoint,
 )
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import RunFailed, UserError
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
 from sae_toolkit.sparse_topk import sparse_class
+from sae_toolkit.stop_signals import StopSignals
 from sae_toolkit.trainer import Trainer
+from sae_toolkit.training_flags import Interval
 from sae_toolkit.training_setup import PreparedRun
 from sae_toolkit.wandb_run import WandbRun
+from sae_toolkit.whole_directory import NotSaved
 
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_READINGS = 1.0
-
-
-class Interrupted(Exception):
-    """A signal ended the run, after a checkpoint."""
-
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name}; progress is saved in {checkpoint}")
-        self.signal_number = signal_number
-        self.checkpoint = checkpoint
+_SECONDS_BETWEEN_LOG_LINES = 30.0  # in run.log, where there is no progress bar
+_NOT_FINITE_AT_MOST = 10  # steps in a row
 
 
 def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
@@ -79,6 +75,7 @@ class Training:
 
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
         self.cfg = cfg = run.cfg
+        self.checkpoints = _Checkpoints(self, run)
         self.sae = _create_sae(cfg)
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         self.stream = ActivationStream(
@@ -108,17 +105,25 @@ class Training:
                 self.sae.training_forward_pass, mode=cfg.sae_compilation_mode
             )
 
-    def fit(self, wandb_run: WandbRun) -> Path:
+    def fit(self, wandb_run: WandbRun, signals: StopSignals) -> Path:
         """Trains the SAE to the end and saves it.
 
         Returns:
             Directory of the finished SAE.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; a checkpoint is saved.
+            Stopped: a signal came; a checkpoint is saved, if there was room for it.
+            RunFailed: the losses are not finite any more, or the finished SAE cannot be written.
         """
-        with _signals() as received:
-            _fit(self.cfg, self.trainer, self.stream, wandb_run, received)
+        with signals.deferred():
+            _fit(self, wandb_run, signals)
+            self._describe_what_was_left_out()
+            final = self.checkpoints.save_final()
+        if self.cfg.logger.log_weights_to_wandb:
+            wandb_run.save_sae(final)
+        return final
+
+    def _describe_what_was_left_out(self) -> None:
         stream = self.stream
         if stream.positions.max_activation_norm is not None:
             log.info(
@@ -131,10 +136,6 @@ class Training:
             log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
         if isinstance(stream.source, CachedActivations):
             log.info(stream.source.describe())
-        final = save_final_checkpoint(self.trainer, self.cfg)
-        if self.cfg.logger.log_weights_to_wandb:
-            wandb_run.save_sae(final)
-        return final
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:
@@ -187,26 +188,84 @@ def _calibrate(
         trainer.activation_scaler.estimate_whitening(trainer.sae.cfg.d_in, iter(batches), len(batches))
 
 
-def _fit(
-    cfg: LanguageModelSAERunnerConfig[Any],
-    trainer: Trainer,
-    stream: ActivationStream,
-    wandb_run: WandbRun,
-    received: list[int],
-) -> None:
+class _Checkpoints:
+    """When a run is saved, and what is kept."""
+
+    def __init__(self, training: Training, run: PreparedRun) -> None:
+        self.training = training
+        self.run = run
+        self.every = Interval.parse(run.flags.checkpoint_every)
+        self.newest = run.resume_from
+        self._saved_at = time.monotonic()
+        self._saved_tokens = int(run.resume_from.name) if run.resume_from else 0
+
+    @property
+    def is_due(self) -> bool:
+        n_tokens = self.training.trainer.n_training_samples - self._saved_tokens
+        return self.every.is_over(time.monotonic() - self._saved_at, n_tokens)
+
+    def save(self, milestone: bool = False) -> None:
+        """Saves a checkpoint, unless there is no room for it; then the last one stays and the run goes on."""
+        n_tokens, key = self.training.trainer.n_training_samples, self.run.run_directory.key
+        if milestone or self._saved_tokens != n_tokens:
+            try:
+                self.newest = self._with_room(
+                    lambda: save_training_checkpoint(
+                        self.training.trainer, self.training.stream, self.run.cfg, run=key, milestone=milestone
+                    )
+                )
+                self.run.run_directory.keep_newest(self.run.flags.keep)
+            except NotSaved as error:
+                kept = f"the last is {self.newest}" if self.newest else "there is none yet"
+                log.warning("the checkpoint at %s tokens is not saved: %s; %s", f"{n_tokens:,}", error, kept)
+        self._saved_at, self._saved_tokens = time.monotonic(), n_tokens
+
+    def save_final(self) -> Path:
+        """Saves the finished SAE, and deletes the checkpoints that were there to resume from."""
+        trainer, cfg, directory = self.training.trainer, self.run.cfg, self.run.run_directory
+        finish_sae(trainer, cfg)
+        try:
+            final = self._with_room(lambda: save_final_checkpoint(trainer, cfg, run=directory.key))
+        except NotSaved as error:
+            raise RunFailed(
+                f"{directory.path}: the finished SAE cannot be saved: {error}; make room, and {self.how_to_go_on()}"
+            ) from None
+        directory.keep_newest(0)
+        return final
+
+    def _with_room(self, save: Callable[[], Path]) -> Path:
+        try:
+            return save()
+        except NotSaved:
+            self.run.run_directory.keep_newest(1)
+            return save()
+
+    def how_to_go_on(self) -> str:
+        return f"to go on: {resume_command(self.newest or self.run.directory)}"
+
+
+def resume_command(path: Path) -> str:
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), "sae_lens_train.py", "--resume", str(path)])
+
+
+def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
     """SAELens's `fit`, with a progress bar that moves, checkpoints that resume, and signals that are heard."""
-    total = stream.total
+    cfg, trainer, stream, checkpoints = training.cfg, training.trainer, training.stream, training.checkpoints
+    waits_for_no_device = torch.device(cfg.device).type == "cpu"
     progress = tqdm(
-        total=total,
+        total=stream.total,
         initial=trainer.n_training_samples,
         desc="Training SAE",
         unit="tok",
         unit_scale=True,
         smoothing=0.05,
     )
-    last_reading = 0.0
+    last_reading = last_line = 0.0
     with progress:
-        while trainer.n_training_samples < total:
+        while trainer.n_training_samples < stream.total:
             if sparsity_log := trainer.maybe_reset_sparsity():
                 wandb_run.log(sparsity_log, step=trainer.n_training_steps)
             output = trainer.step(next(stream))
@@ -221,38 +280,41 @@ def _fit(
                     )
                 progress.set_postfix_str(_postfix(reading, trainer))
                 last_reading = time.monotonic()
+            if record or show or waits_for_no_device:
+                _check_losses(training, output)
             trainer.n_training_steps += 1
             progress.update(cfg.train_batch_size_tokens)
+            if show and time.monotonic() - last_line >= _SECONDS_BETWEEN_LOG_LINES:
+                log.debug("%s", progress)  # for run.log alone
+                last_line = time.monotonic()
 
-            if received:
-                raise Interrupted(received[0], save_training_checkpoint(trainer, stream, cfg))
             if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:
                 trainer.checkpoint_thresholds.pop(0)
-                save_training_checkpoint(trainer, stream, cfg)
+                checkpoints.save(milestone=True)
+            elif (checkpoints.is_due or signals.received) and not trainer.n_not_finite_in_a_row:  # else the last stays
+                checkpoints.save()
+            signals.check()
+        log.debug("%s", progress)
         if sparsity_log := trainer.full_sparsity_window_log():
             wandb_run.log(sparsity_log, step=trainer.n_training_steps)
+
+
+def _check_losses(training: Training, output: TrainStepOutput) -> None:
+    """Stops a run whose losses are not finite any more."""
+    trainer, checkpoints = training.trainer, training.checkpoints
+    if (n := int(trainer.n_not_finite_in_a_row)) < _NOT_FINITE_AT_MOST:
+        return
+    if checkpoints.newest is None:
+        checkpoints.save()  # none of those steps was applied
+    raise RunFailed(
+        f"{n} steps in a row had a loss or gradient that is not finite (loss {output.loss.item():g},"
+        f" learning rate {trainer.optimizer.param_groups[0]['lr']:g}, after {trainer.n_training_samples:,} tokens) and"
+        f" were not applied; lower --lr, or look at the activations (--lm_dtype, --max_activation_norm_multiple);"
+        f" the last good checkpoint is {checkpoints.newest}"
+    )
 
 
 def _postfix(reading: dict[str, Any], trainer: Trainer) -> str:
     l0, variance = reading["metrics/l0"], reading["metrics/explained_variance"]
     dead = reading["sparsity/dead_features"] / trainer.sae.cfg.d_sae
     return f"L0 {l0:.1f}, explained variance {variance:.3f}, dead {dead:.1%}"
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that collects SIGINT and SIGTERM while it is open; a second signal ends the process at once."""
-    received: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        log.warning("%s: saving a checkpoint after this step", signal.Signals(number).name)
-        received.append(number)
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

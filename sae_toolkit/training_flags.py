@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ FLAGS_FILENAME = "training_flags.json"
 _MAY_CHANGE = {
     "device",
     "n_checkpoints",
+    "checkpoint_every",
+    "keep",
     "wandb_mode",
     "wandb_project",
     "wandb_entity",
@@ -59,8 +63,9 @@ examples:
   # any other field of SAELens's configuration
   python sae_lens_train.py @presets/demo.args --set sae.aux_loss_coefficient=0.5 --set adam_beta1=0
 
-  # an interrupted run, from its newest checkpoint or from one you name
+  # an interrupted run: with the same flags, or by its directory, or from one of its checkpoints
   python sae_lens_train.py @presets/demo.args --resume
+  python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
 
 models: a Hugging Face id, a directory, a .gguf file, or {EMBEDDED_MODEL}
@@ -85,11 +90,19 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
     return flags
 
 
-def _flags_of_run(checkpoint: Path, given: dict[str, Any]) -> argparse.Namespace:
-    path = checkpoint.parent / FLAGS_FILENAME
-    if not checkpoint.is_dir() or not path.is_file():
-        raise UserError(f"--resume {checkpoint}: not a checkpoint of a training run (there is no {path})")
-    saved = vars(_build_parser().parse_args([])) | json.loads(path.read_text())
+def run_directory_of(path: Path) -> Path:
+    """The run's directory, given it or one of its checkpoints."""
+    return path if (path / FLAGS_FILENAME).is_file() else path.parent
+
+
+def _flags_of_run(resume: Path, given: dict[str, Any]) -> argparse.Namespace:
+    path = run_directory_of(resume) / FLAGS_FILENAME
+    if not resume.is_dir() or not path.is_file():
+        raise UserError(f"--resume {resume}: neither a training run nor a checkpoint of one (there is no {path})")
+    try:
+        saved = vars(_build_parser().parse_args([])) | json.loads(path.read_text())
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"--resume {resume}: damaged: {FLAGS_FILENAME} cannot be read") from None
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != saved.get(name):
             raise UserError(f"--{name} {value}: the run being resumed has {saved.get(name)}; leave it out")
@@ -222,12 +235,22 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     flag(output, "output_name", "llama_layer12_sae_saelens_500k", "name of the run's directory")
     flag(output, "checkpoint_path", "checkpoints", "directory of all runs")
-    flag(output, "n_checkpoints", 0, "checkpoints along the way, evenly spaced", type=_non_negative)
+    flag(output, "n_checkpoints", 0, "checkpoints along the way, evenly spaced, which stay", type=_non_negative)
+    flag(
+        output,
+        "checkpoint_every",
+        "30min",
+        "how often to save what a resume needs: 90s, 30min, 2h, a number of tokens, or 0 for never",
+        type=Interval.checked,
+        metavar="MINUTES|TOKENS",
+    )
+    flag(output, "keep", 2, "how many of those to keep; none is left once the run is finished", type=_positive)
     flag(
         output,
         "resume",
         None,
-        "go on from a checkpoint directory, or (no value) from the newest one of a run with these flags",
+        "go on from a checkpoint, from the newest one of a run's directory, or (no value, or auto) from the newest one"
+        " of a run with these flags, if there is any",
         nargs="?",
         const="auto",
         metavar="DIRECTORY",
@@ -269,6 +292,42 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError(
             f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
             f" together more than the run's {n_steps} steps"
+        )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A length of time or a number of tokens; never over where neither is given."""
+
+    seconds: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """From `90s`, `30min`, `2h`, a number of tokens, or 0.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        found = re.fullmatch(r"(\d{1,15})(s|min|h)?", text, re.ASCII)
+        if found is None:
+            raise ValueError(text)
+        number, unit = int(found[1]), found[2]
+        if number == 0:
+            return cls()
+        return cls(tokens=number) if unit is None else cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit])
+
+    @classmethod
+    def checked(cls, text: str) -> str:
+        try:
+            cls.parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be such as 90s, 30min, 2h, 1000000 (tokens) or 0") from None
+        return text
+
+    def is_over(self, seconds: float, tokens: int) -> bool:
+        return (self.seconds is not None and seconds >= self.seconds) or (
+            self.tokens is not None and tokens >= self.tokens
         )
 
 

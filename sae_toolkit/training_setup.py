@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.util import dtype_to_str
+from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.activation_cache import check_cache_directory
-from sae_toolkit.checkpoints import TOKENS_FILENAME, newest_training_checkpoint
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import hook_width, parameters_up_to_hook
 from sae_toolkit.memory import MemoryPlan, free_memory, plan_memory, suggest_flags
 from sae_toolkit.models import ModelSource, check_token_ids, choose_device, choose_lm_dtype, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.run_directory import RunDirectory, find_resumption
 from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
-from sae_toolkit.training_flags import save_flags
 from sae_toolkit.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,17 @@ class PreparedRun:
     text: TextSource
     rows_NT: np.ndarray
     positions: PositionFilter
-    resume_from: Path | None
+    run_directory: RunDirectory
+    resume_from: Path | None  # a checkpoint; None at the first step
 
     @property
     def directory(self) -> Path:
-        assert self.cfg.checkpoint_path is not None
-        return Path(self.cfg.checkpoint_path)
+        return self.run_directory.path
+
+    def create_directory(self) -> None:
+        """Makes the run's directory, unless it is there to be resumed."""
+        if not self.directory.exists():
+            self.run_directory.create(self.flags, self.text, self.rows_NT)
 
     def metadata(self) -> dict[str, Any]:
         """What the saved SAE records of its training, beside what SAELens knows of."""
@@ -145,12 +150,42 @@ def prepare_run(flags: argparse.Namespace) -> PreparedRun:
         raise UserError(
             f"--context_size {flags.context_size}: {model.name} was made for contexts of at most {model.max_context}"
         )
-    resume_from = _checkpoint_to_resume(flags)
-    run_id = resume_from.parent.name if resume_from else _new_run_id()
-    cfg = build_runner_config(flags, d_in=d_in, device=device, run_id=run_id)
-    if resume_from:
-        cfg.checkpoint_path = str(resume_from.parent)  # wherever the run has been moved to
     _check_writable(Path(flags.checkpoint_path))
+    resumption = find_resumption(flags)
+    directory = resumption.directory if resumption else RunDirectory(output_directory(flags) / _new_run_id())
+    try:
+        cfg = build_runner_config(flags, d_in=d_in, device=device, run_id=directory.path.name)
+        cfg.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
+        tokenizer = load_tokenizer(model)
+        positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
+        if resumption:
+            text, rows_NT = directory.text(), directory.rows()
+        else:
+            text, rows_NT = _read_text(flags, cfg, model, tokenizer, positions)
+        cfg.dataset_path = text.name
+    except BaseException:
+        directory.release()
+        raise
+    return PreparedRun(
+        flags,
+        cfg,
+        model,
+        choose_lm_dtype(flags.lm_dtype, device),
+        text,
+        rows_NT,
+        positions,
+        directory,
+        resumption.checkpoint if resumption else None,
+    )
+
+
+def _read_text(
+    flags: argparse.Namespace,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    model: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: PositionFilter,
+) -> tuple[TextSource, np.ndarray]:
     text = open_text(
         flags.dataset_path,
         flag="--dataset_path",
@@ -160,34 +195,16 @@ def prepare_run(flags: argparse.Namespace) -> PreparedRun:
         streaming=flags.streaming,
         fallback=flags.fallback_dataset,
     )
-    cfg.dataset_path = text.name
-    tokenizer = load_tokenizer(model)
-    positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
-    if resume_from:
-        rows_NT = np.load(resume_from.parent / TOKENS_FILENAME, mmap_mode="r")
-    else:
-        rows_NT = collect_training_rows(
-            text,
-            tokenizer,
-            ContextFormat(
-                cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
-            ),
-            positions,
-            HeldOutSplit(flags.held_out_fraction, flags.seed),
-            training_tokens=cfg.training_tokens,
-        )
-        check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
-    return PreparedRun(
-        flags, cfg, model, choose_lm_dtype(flags.lm_dtype, device), text, rows_NT, positions, resume_from
+    rows_NT = collect_training_rows(
+        text,
+        tokenizer,
+        ContextFormat(cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences),
+        positions,
+        HeldOutSplit(flags.held_out_fraction, flags.seed),
+        training_tokens=cfg.training_tokens,
     )
-
-
-def create_run_directory(run: PreparedRun) -> None:
-    """Makes the run's directory, with its flags and tokens: what a resume needs beside a checkpoint."""
-    run.directory.mkdir(parents=True, exist_ok=True)
-    if run.resume_from is None:
-        save_flags(run.flags, run.directory)
-        np.save(run.directory / TOKENS_FILENAME, run.rows_NT)
+    check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
+    return text, rows_NT
 
 
 def start_wandb_run(run: PreparedRun) -> WandbRun:
@@ -216,19 +233,6 @@ def _model_kwargs(flags: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(f'--set {assignment}: must be a JSON object, such as {{"revision": "main"}}')
             return kwargs
     return {}
-
-
-def _checkpoint_to_resume(flags: argparse.Namespace) -> Path | None:
-    if flags.resume is None:
-        return None
-    if flags.resume != "auto":
-        return Path(flags.resume)
-    newest = newest_training_checkpoint(output_directory(flags))
-    if newest is None:
-        raise UserError(
-            f"--resume: no unfinished run with these flags in {output_directory(flags)}; give its checkpoint directory"
-        )
-    return newest
 
 
 def _new_run_id() -> str:

@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,13 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
 
 import torch
+from trainings import ROOT, Trainings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sae_toolkit.embedded import EMBEDDED_MODEL
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import ModelSource, find_model, load_language_model, load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 HOOK = "blocks.12.hook_resid_post"
 
 
@@ -129,6 +129,31 @@ def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[object]:
         "set": "n_batches_for_norm_estimate=1",
     }
     return [part for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    trainings = Trainings(tmp_path_factory.mktemp("trainings"))
+    yield trainings
+    trainings.close()
+
+
+_faults: list[tuple[str, int, str, str]] = []
+
+
+@pytest.fixture
+def record_fault() -> Callable[[str, int, str, str], None]:
+    """Adds a row to the table of docs/reliability.md: the fault, how often injected, what happened, what was lost."""
+    return lambda *row: _faults.append(row)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _faults:
+        terminalreporter.section("faults")
+        terminalreporter.line("| fault | injected | what happened | lost |")
+        terminalreporter.line("| --- | --- | --- | --- |")
+        for row in _faults:
+            terminalreporter.line(f"| {' | '.join(map(str, row))} |")
 
 
 def run_process(*command: object, timeout: float = 300, **environment: str) -> Outcome:

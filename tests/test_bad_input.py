@@ -56,7 +56,7 @@ TRAINING_MISTAKES = {
         "argument --max_activation_norm_multiple: 0.5: must be 0 or more than 1",
     ),
     "an unknown flag": ({"learning_rate": 1}, "unrecognized arguments: --learning_rate 1 (see --help)"),
-    "a run that is not there": ({"resume": "nowhere/1024"}, "--resume nowhere/1024: not a checkpoint"),
+    "a run that is not there": ({"resume": "nowhere/1024"}, "--resume nowhere/1024: neither a training run"),
     "no run to resume": ({"resume": ""}, "--resume"),
     "--set without a value": ({"set": "adam_beta1"}, "--set adam_beta1: must be KEY=VALUE"),
     "--set of no field": ({"set": "sae.nonsense=1"}, "--set sae.nonsense: StandardTrainingSAEConfig has no such field"),

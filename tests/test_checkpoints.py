@@ -32,7 +32,7 @@ def test_a_run_leaves_what_saelens_loads(script, tiny_run, architecture, normali
     )
     assert done.status == 0, done.stderr
     final = Path(done.stdout.strip())
-    assert {file.name for file in final.iterdir()} == SAELENS_FILES
+    assert {file.name for file in final.iterdir()} == SAELENS_FILES | {"manifest.json"}
     assert (final.name, final.parent.parent.name.rsplit("_", 1)[0]) == ("final_2048", "llama_layer12_sae_saelens_500k")
 
     plain = SAE.load_from_disk(final, device="cpu")
@@ -113,5 +113,8 @@ def test_damaged_weights_are_refused(script, tiny_run):
     final = Path(done.stdout.strip())
     weights = final / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged: sae_weights.safetensors is not what was written"):
+        load_sae(final, "cpu")
+    (final / "manifest.json").unlink()
     with pytest.raises(UserError, match="damaged or incomplete"):
         load_sae(final, "cpu")

@@ -2,21 +2,17 @@
 
 import copy
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from conftest import ROOT, run_process
+from conftest import run_process
 from sae_lens import SAE, ActivationsStore, run_evals
 from sae_lens.evals import get_eval_everything_config
 from sae_lens.training.activation_scaler import ActivationScaler
-from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
 from wandb_reader import read_offline_runs
 
@@ -128,36 +124,6 @@ def test_training_and_evaluation_are_recorded_in_one_wandb_run(finished):
     assert {"metrics/l0", "metrics/explained_variance", "sparsity/dead_features"} <= training.history[0].keys()
     result = json.loads((sae_path / "evaluation.json").read_text())
     assert float(evaluation.summary["evaluation/metrics/l0"]) == result["metrics"]["l0"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_run, tmp_path, number):
-    flags = [str(part) for part in tiny_run]
-    flags[flags.index("--checkpoint_path") + 1] = str(tmp_path)
-    flags += ["--training_tokens", "40960", "--architecture", "batchtopk", "--k", "8", "--lr", "1e-3"]
-    flags += ["--normalize_activations", "expected_average_only_in", "--dead_feature_window", "5"]
-    command = [sys.executable, "sae_lens_train.py", *flags]
-    whole = run_process(*command)
-    assert whole.status == 0, whole.stderr
-
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    shown = ""
-    while not re.search(r"Training SAE: +[1-9]", shown):
-        shown += process.stderr.read(1)
-    process.send_signal(number)
-    shown += process.stderr.read()
-    assert process.wait() == 128 + number
-    found = re.search(r"to go on: python (\S+) --resume (\S+)", shown)
-    assert found, shown
-    checkpoint = Path(found[2])
-    assert 1024 <= int(checkpoint.name) < 40960
-
-    resumed = run_process(sys.executable, found[1], "--resume", checkpoint)
-    assert resumed.status == 0, resumed.stderr
-    one, other = (load_file(f"{done.stdout.strip()}/sae_weights.safetensors") for done in (whole, resumed))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_progress_is_shown_from_the_first_step(finished):

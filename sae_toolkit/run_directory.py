@@ -1,0 +1,206 @@
+"""A run's directory: made whole, claimed by one process, and found again to go on from."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from sae_toolkit.console import open_run_log
+from sae_toolkit.errors import UserError
+from sae_toolkit.runner_config import output_directory
+from sae_toolkit.text import TextSource
+from sae_toolkit.training_flags import FLAGS_FILENAME, run_directory_of, save_flags
+from sae_toolkit.whole_directory import (
+    MANIFEST_FILENAME,
+    NotSaved,
+    check_manifest,
+    remove_partial_directories,
+    whole_directory,
+)
+
+log = logging.getLogger(__name__)
+
+LOG_FILENAME = "run.log"
+_TEXT, _TOKENS, _LOCK = "text.json", "tokens.npy", ".lock"
+_OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "row_length")
+
+
+class RunDirectory:
+    """Directory of one run: its flags, text and tokens, run.log, its checkpoints and the finished SAE.
+
+    Args:
+        path: `create` makes it; `claim` takes one that is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.key = ""  # drawn for each run; its checkpoints have it too
+        self._lock: IO[str] | None = None
+
+    def create(self, flags: argparse.Namespace, text: TextSource, rows_NT: np.ndarray) -> None:
+        """Makes the directory with all that a resumption needs beside a checkpoint, and claims it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with whole_directory(self.path, run=secrets.token_hex(8)) as directory:
+                save_flags(flags, directory)
+                (directory / _TEXT).write_text(json.dumps({name: getattr(text, name) for name in _OF_TEXT}) + "\n")
+                np.save(directory / _TOKENS, rows_NT)
+        except NotSaved as error:
+            raise UserError(f"--checkpoint_path {self.path.parent.parent}: cannot be written to ({error})") from None
+        self.claim()
+
+    def claim(self) -> None:
+        """Makes this process the only one that writes there, until `release` or its end.
+
+        Raises:
+            UserError: another process writes there, or what `create` wrote is damaged.
+        """
+        lock = (self.path / _LOCK).open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise UserError(f"--resume {self.path}: {owner} is writing to this run; wait for it, or stop it") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        self._lock = lock
+        where = f"--resume {self.path}"
+        manifest = check_manifest(self.path, where)
+        if not manifest:
+            raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing")
+        self.key = str(manifest.get("run"))
+        remove_partial_directories(self.path)
+        open_run_log(self.path / LOG_FILENAME)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def text(self) -> TextSource:
+        """The text as it was found at the start; it is tokenized, and not opened again."""
+        return TextSource(**json.loads((self.path / _TEXT).read_text()), read=lambda: ())
+
+    def rows(self) -> np.ndarray:
+        """[n_rows, context_size] token ids, memory-mapped."""
+        return np.load(self.path / _TOKENS, mmap_mode="r")
+
+    @property
+    def is_finished(self) -> bool:
+        return any(self.path.glob("final_*"))
+
+    def checkpoints(self) -> list[Path]:
+        """Unfinished checkpoints, the one with the most tokens first."""
+        found = [path for path in self.path.iterdir() if path.name.isdigit() and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+    def check_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
+        """Checks every byte of a checkpoint, and that it is this run's; returns its manifest.
+
+        Raises:
+            UserError: it is neither.
+        """
+        where = f"--resume {checkpoint}"
+        manifest = check_manifest(checkpoint, where)
+        if not manifest:
+            raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing; --resume {self.path} takes another")
+        if manifest.get("run") != self.key:
+            raise UserError(f"{where}: belongs to another run; --resume {self.path} takes one of this run's own")
+        return manifest
+
+    def newest_checkpoint(self) -> Path | None:
+        """The whole checkpoint with the most tokens; those that are damaged are said and passed over."""
+        for checkpoint in self.checkpoints():
+            try:
+                self.check_checkpoint(checkpoint)
+            except UserError as error:
+                log.warning("%s; taking the one before it", error)
+            else:
+                return checkpoint
+        return None
+
+    def keep_newest(self, n: int) -> None:
+        """Deletes all but the newest n checkpoints; those that `--n_checkpoints` asked for stay and do not count."""
+        for_resuming = [c for c in self.checkpoints() if not _is_milestone(c)]
+        for checkpoint in for_resuming[n:]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on: from a checkpoint, or with its tokens from the first step where it has none."""
+
+    directory: RunDirectory
+    checkpoint: Path | None
+
+
+def find_resumption(flags: argparse.Namespace) -> Resumption | None:
+    """What `--resume` asks for, claimed for this process.
+
+    Raises:
+        UserError: there is nothing to resume, it is damaged, or another process writes there.
+    """
+    if flags.resume is None:
+        return None
+    if flags.resume == "auto":
+        unfinished = sorted(_unfinished_runs(output_directory(flags)), key=_progress, reverse=True)
+        if not unfinished:
+            log.info("no unfinished run with these flags in %s; beginning a new one", output_directory(flags))
+            return None
+        directory = unfinished[0]
+    else:
+        directory = RunDirectory(run_directory_of(Path(flags.resume)))
+    if directory.is_finished:
+        raise UserError(
+            f"--resume {flags.resume}: this run is finished; its SAE is {next(directory.path.glob('final_*'))}"
+        )
+    directory.claim()
+    try:
+        if flags.resume == "auto" or directory.path == Path(flags.resume):
+            return Resumption(directory, directory.newest_checkpoint())
+        directory.check_checkpoint(Path(flags.resume))
+        return Resumption(directory, Path(flags.resume))
+    except BaseException:
+        directory.release()
+        raise
+
+
+def _unfinished_runs(directory: Path) -> Iterator[RunDirectory]:
+    for path in directory.glob("*"):
+        if (path / FLAGS_FILENAME).is_file() and not RunDirectory(path).is_finished:
+            yield RunDirectory(path)
+
+
+def _progress(run: RunDirectory) -> tuple[int, float]:
+    newest = next(iter(run.checkpoints()), None)
+    return int(newest.name) if newest else 0, run.path.stat().st_mtime
+
+
+def _is_milestone(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / MANIFEST_FILENAME).read_text())["milestone"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # whatever it is, it is not ours to delete

@@ -1,0 +1,299 @@
+"""A run that is stopped, damaged or short of room loses nothing: it goes on, and ends as if nothing had been."""
+
+import fcntl
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from conftest import run_process
+from sae_lens import TrainingSAE
+from trainings import ROOT, assert_same, run_flags
+
+from sae_toolkit.training_flags import Interval
+
+
+@pytest.fixture(scope="module")
+def whole(trainings, tiny_model, text_file, tmp_path_factory):
+    """The SAE of a run that was left alone."""
+    status, _ = trainings.run(run_flags(tiny_model, text_file, tmp_path_factory.mktemp("whole")))
+    assert status == 0, trainings.shown()
+    return trainings.finished_sae()
+
+
+@pytest.fixture
+def flags(tiny_model, text_file, tmp_path):
+    return run_flags(tiny_model, text_file, tmp_path)
+
+
+@pytest.fixture
+def stopped_run(trainings, flags, tmp_path):
+    """Directory of a run that was killed with two checkpoints."""
+
+    def kill(pid):
+        while len(list(tmp_path.glob("*/*/[1-9]*"))) < 2:
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+
+    status, _ = trainings.run(flags, kill)
+    assert status == -signal.SIGKILL
+    (run,) = tmp_path.glob("*/*")
+    return run
+
+
+def checkpoints(run):
+    return sorted((path for path in run.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(trainings, flags, whole, number, record_fault):
+    flags = [*flags, "--checkpoint_every", "0"]
+
+    def stop(pid):
+        while not re.search(r"Training SAE: +[1-9]", trainings.shown()):
+            time.sleep(0.005)
+        os.kill(pid, number)
+
+    status, _ = trainings.run(flags, stop)
+    assert status == 128 + number
+    shown = trainings.shown()
+    assert "Traceback" not in shown
+    checkpoint = Path(re.search(r"to go on: \S+ sae_lens_train.py --resume (\S+)", shown)[1])
+    assert 1024 <= int(checkpoint.name) < 40960
+    status, _ = trainings.run(["--resume", str(checkpoint)])
+    assert status == 0, trainings.shown()
+    assert_same(whole, trainings.finished_sae())
+    assert checkpoints(checkpoint.parent) == []  # they were there to resume from
+    record_fault(f"{number.name} while training", 1, "saved, then resumed; every tensor equal", "nothing")
+
+
+def test_a_signal_before_the_first_step_ends_the_script_with_its_status(flags):
+    process = subprocess.Popen(
+        [sys.executable, "sae_lens_train.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(2)  # importing SAELens takes longer
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM before the first step" in process.stderr.read()
+
+
+def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, record_fault):
+    """As when an ssh session drops: SIGHUP, and a standard error that cannot be written to any more."""
+    flags = run_flags(tiny_model, text_file, tmp_path)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    process = subprocess.Popen(
+        [sys.executable, "sae_lens_train.py", *flags, "--train_batch_size_tokens", "64", "--checkpoint_every", "0"],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    shown = b""
+    while not re.search(rb"Training SAE: +[1-9]", shown):
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    (run,) = tmp_path.glob("*/*")
+    assert len(checkpoints(run)) == 1
+    assert "stopped by SIGHUP; to go on: " in (run / "run.log").read_text()
+    record_fault(
+        "the terminal closes (a dropped ssh session)", 1, "saved; exit status 129; run.log says how to go on", "nothing"
+    )
+
+
+def test_the_launcher_passes_a_termination_on(flags, tmp_path, record_fault):
+    """Only the script itself gets the signal, as from a scheduler."""
+    flags = [*flags, "--train_batch_size_tokens", "64", "--checkpoint_every", "0"]
+    process = subprocess.Popen(
+        ["./run_saelens_training.sh", "demo", *flags],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.glob("*/*/run.log")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "to go on: " in stderr
+    assert "healthy" not in stdout  # no evaluation of what is not finished
+    record_fault("SIGTERM to the launcher alone", 1, "passed on, saved; exit status 143", "nothing")
+
+
+def test_a_run_with_the_same_flags_is_found_and_one_without_a_checkpoint_begins_anew(trainings, flags, whole, tmp_path):
+    def kill(pid):
+        while not list(tmp_path.glob("*/*/run.log")):
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+
+    status, _ = trainings.run([*flags, "--checkpoint_every", "0", "--resume", "auto"], kill)
+    assert status == -signal.SIGKILL
+    (run,) = tmp_path.glob("*/*")
+    status, _ = trainings.run([*flags, "--checkpoint_every", "0", "--resume", "auto"])
+    assert status == 0, trainings.shown()
+    assert trainings.finished_sae().parent == run
+    assert_same(whole, trainings.finished_sae())
+    status, _ = trainings.run(["--resume", str(run)])
+    assert status == 2
+    assert "this run is finished" in trainings.shown()
+
+
+def test_what_the_terminal_showed_is_in_run_log(stopped_run, trainings):
+    status, _ = trainings.run(["--resume", str(stopped_run)])
+    assert status == 0
+    log = (stopped_run / "run.log").read_text()
+    lines = [line.strip() for line in trainings.shown().split("\n") if line.startswith(("model ", "resuming after"))]
+    assert len(lines) == 2
+    assert all(line in log for line in lines)
+    assert re.search(r"Training SAE: 100%.*explained variance", log)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(stopped_run, trainings, whole):
+    newest = checkpoints(stopped_run)[-1]
+    weights = newest / "sae_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    status, _ = trainings.run(["--resume", str(newest)])
+    assert status == 2
+    assert "damaged: sae_weights.safetensors is not what was written there" in trainings.shown()
+    status, _ = trainings.run(["--resume", str(stopped_run)])
+    assert status == 0, trainings.shown()
+    assert f"--resume {newest}: damaged" in trainings.shown()
+    assert_same(whole, trainings.finished_sae())
+
+
+def test_a_checkpoint_of_another_run_is_refused(stopped_run, trainings, flags, tmp_path, record_fault):
+    other = tmp_path.parent / f"{tmp_path.name}_other"
+    other_flags = [*flags, "--seed", "1", "--n_checkpoints", "1", "--checkpoint_path", str(other)]
+    assert trainings.run(other_flags)[0] == 0
+    (foreign,) = other.glob("*/*/[1-9]*")
+    moved = shutil.copytree(foreign, stopped_run / "39000")
+    status, _ = trainings.run(["--resume", str(moved)])
+    assert status == 2
+    assert f"--resume {moved}: belongs to another run" in trainings.shown()
+    record_fault("a checkpoint swapped between runs", 1, "refused in one line", "nothing")
+
+
+def test_a_run_that_another_process_is_writing_to_is_refused(trainings, flags, tmp_path, record_fault):
+    refused = []
+
+    def resume_as_well(pid):
+        while not list(tmp_path.glob("*/*/[1-9]*")):
+            time.sleep(0.001)
+        (run,) = tmp_path.glob("*/*")
+        os.kill(pid, signal.SIGSTOP)
+        refused.append(run_process(sys.executable, "sae_lens_train.py", "--resume", run))
+        refused.append(pid)
+        os.kill(pid, signal.SIGCONT)
+
+    assert trainings.run(flags, resume_as_well)[0] == 0
+    outcome, pid = refused
+    assert outcome.status == 2
+    assert f"process {pid} on {os.uname().nodename} is writing to this run" in outcome.error_lines[0]
+    record_fault("two processes on one run", 1, "the second is refused in one line", "nothing")
+
+
+def test_checkpoints_are_kept_as_asked(trainings, flags, tmp_path):
+    seen = set()
+
+    def watch(pid):
+        while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+            seen.add(tuple(int(path.name) for run in tmp_path.glob("*/*") for path in checkpoints(run)))
+            time.sleep(0.001)
+
+    assert trainings.run([*flags, "--keep", "1", "--n_checkpoints", "1"], watch)[0] == 0
+    (milestone,) = checkpoints(trainings.finished_sae().parent)
+    assert int(milestone.name) > 20000
+    assert (
+        max(len([n for n in names if n != int(milestone.name)]) for names in seen) <= 2
+    )  # the last, until the next is whole
+    TrainingSAE.load_from_disk(milestone)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_costs_the_new_checkpoint_and_not_the_old_one_or_the_run(
+    trainings, tiny_model, text_file, small_disk, whole, record_fault
+):
+    """A checkpoint takes 2.2 MB, the finished SAE 0.5 MB."""
+    assert trainings.run(run_flags(tiny_model, text_file, small_disk))[0] == 0, trainings.shown()
+    assert re.search(
+        r"the checkpoint at 8,192 tokens is not saved: it takes .*; the last is \S+/4096", trainings.shown()
+    )
+    assert_same(whole, trainings.finished_sae())
+    record_fault(
+        "a disk with room for one checkpoint",
+        trainings.shown().count("is not saved"),
+        "each is announced and left out; the run ends in the same SAE",
+        "those checkpoints",
+    )
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_checkpoint_costs_that_checkpoint_alone(
+    trainings, flags, whole, tmp_path, record_fault
+):
+    """A limit on the size of files stands for a quota: there is room, and then there is none."""
+
+    def limit(pid):
+        while not list(tmp_path.glob("*/*/[1-9]*")):
+            time.sleep(0.001)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+        while "not saved" not in trainings.shown():
+            time.sleep(0.001)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    assert trainings.run(flags, limit)[0] == 0, trainings.shown()
+    assert re.search(r"is not saved: .*; the last is", trainings.shown())
+    assert not list(tmp_path.glob("*/*/.*.partial"))
+    assert_same(whole, trainings.finished_sae())
+    record_fault(
+        "no room in the middle of a checkpoint (a limit on file size)",
+        trainings.shown().count("is not saved"),
+        "announced; the last one stays; the run ends in the same SAE",
+        "that checkpoint",
+    )
+
+
+def test_losses_that_are_not_finite_stop_the_run_at_its_last_good_checkpoint(trainings, flags, record_fault):
+    status, _ = trainings.run([*flags, "--lr", "1e37", "--architecture", "standard", "--checkpoint_every", "0"])
+    assert status == 1
+    (line,) = [line for line in trainings.shown().splitlines() if line.startswith("error:")]
+    assert "10 steps in a row had a loss or gradient that is not finite" in line
+    checkpoint = Path(line.rsplit(" ", 1)[1])
+    assert (checkpoint / "manifest.json").is_file()
+    record_fault(
+        "losses that are not finite, 10 in a row",
+        1,
+        "not applied; stopped with exit status 1 and the last good checkpoint",
+        "nothing",
+    )
+
+
+def test_intervals_are_read_as_they_are_written():
+    assert Interval.parse("90s") == Interval(seconds=90)
+    assert Interval.parse("30min") == Interval(seconds=1800)
+    assert Interval.parse("2h") == Interval(seconds=7200)
+    assert Interval.parse("1000000") == Interval(tokens=1_000_000)
+    assert not Interval.parse("0").is_over(1e9, 10**9)

@@ -1,0 +1,97 @@
+"""Runs of sae_lens_train.py in processes of their own, which start in no time and can be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Trainings:
+    """Starts runs, one after the other, from a process that has imported what they need (`fork_server.py`)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.output = directory / "output.txt"
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+    def run(self, flags: list[str], disturb: Callable[[int], None] | None = None) -> tuple[int, float]:
+        """Exit status and wall time of a run; `disturb` is called beside it, in a thread, with its process's id."""
+        assert self._server.stdin is not None
+        self.output.write_text("")
+        print(json.dumps({"flags": flags, "output": str(self.output)}), file=self._server.stdin, flush=True)
+        pid, start = int(self._answer()), time.monotonic()
+        beside = threading.Thread(target=disturb, args=(pid,)) if disturb else None
+        if beside:
+            beside.start()
+        status, seconds = int(self._answer()), time.monotonic() - start
+        if beside:
+            beside.join()
+        return status, seconds
+
+    def shown(self) -> str:
+        """All that the last run wrote, on standard output and standard error."""
+        return self.output.read_text()
+
+    def finished_sae(self) -> Path:
+        return Path(self.shown().strip().splitlines()[-1])
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: str = "batchtopk") -> list[str]:
+    """Of a run of a second or two that is saved every 4,096 tokens; a checkpoint takes a few hundredths of one."""
+    flags = {
+        "model_name": tiny_model,
+        "layer": 1,
+        "dataset_path": text_file,
+        "context_size": 64,
+        "architecture": architecture,
+        "k": 8,
+        "expansion_factor": 64,
+        "normalize_activations": "expected_average_only_in",
+        "training_tokens": 40960,
+        "n_batches_in_buffer": 64,
+        "lr": 1e-3,
+        "dead_feature_window": 5,
+        "checkpoint_every": 4096,
+        "checkpoint_path": directory,
+        "wandb_mode": "disabled",
+        "device": "cpu",
+        "lm_dtype": "float32",
+        "set": "n_batches_for_norm_estimate=1",
+    }
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two finished SAEs are equal, bit for bit."""
+    for name in ("sae_weights.safetensors", "sparsity.safetensors"):
+        ours, theirs = load_file(one / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), (one, other)
+    assert json.loads((one / "cfg.json").read_text()) == json.loads((other / "cfg.json").read_text())
