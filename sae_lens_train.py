@@ -33,18 +33,19 @@ def train(signals: StopSignals) -> int:
     set_up_logging()
 
     # SAELens takes seconds to import: not for --help or a mistyped flag.
+    from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
     from sae_toolkit.training import Training, open_activations
     from sae_toolkit.training_setup import prepare_run, start_wandb_run
 
     run = prepare_run(flags)
     with run.run_directory:
-        log.info(run.describe())
-        if warning := run.memory_warning():
-            log.warning(warning)
+        check_before_loading(run)
         if flags.dry_run:
-            log.info(run.plan_memory().describe())
+            dry_run(run)
             return 0
-        training = Training(run, open_activations(run))
+        activations = open_activations(run)
+        check_activations(run, activations)
+        training = Training(run, activations)
         run.create_directory()
         wandb_run = start_wandb_run(run)
         try:

@@ -13,6 +13,10 @@ class UserError(Exception):
 
     exit_status = 2
 
+    def __str__(self) -> str:
+        """The message with line breaks and control characters, which values may hold, written out."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 class RunFailed(UserError):
     """A run that cannot go on, through no mistake in its flags: in one line as well, with exit status 1."""

@@ -172,6 +172,8 @@ class LanguageModel:
         self.sequences_run["up_to_hook"] += len(tokens_BT)
         with self._at_hook(stop), suppress(_HookReached):
             self.model(tokens_BT.to(self.device), use_cache=False)
+        if not reached or not isinstance(reached[0], torch.Tensor) or reached[0].shape[:2] != tokens_BT.shape:
+            raise UserError(f"--hook_name {self.hook.name}: no activations [batch, position, width] come by there")
         return _flat_heads(reached[0])
 
     @torch.no_grad()

@@ -67,6 +67,25 @@ class MemoryPlan:
         """Of the evaluation's own process: the whole model, the SAE and the logits of a batch."""
         return self.process + max(self.loading, self.evaluation_model + self.sae + self.evaluation_logits)
 
+    def surely_above(self, free: int) -> bool:
+        """Whether the run cannot fit, whatever the prediction is off by: up to 12% where it was held to runs on a
+        CPU; on a CUDA device, where it was not, by the SAE, its gradients and Adam's state alone.
+        """
+        return self.peak > 1.25 * free if self.on_cpu else self.sae + self.gradients + self.adam > free
+
+    @property
+    def largest_flag(self) -> str:
+        """The flag that decides on the largest item."""
+        sizes = {
+            "--model_name": max(self.model, self.loading),
+            "--store_batch_size_prompts": self.forward_pass,
+            "--n_batches_in_buffer": self.buffer,
+            "--set n_batches_for_norm_estimate": self.norm_estimate,
+            "--expansion_factor": self.sae + self.gradients + self.adam,
+            "--train_batch_size_tokens": self.step,
+        }
+        return max(sizes, key=lambda flag: sizes[flag])
+
     def describe(self) -> str:
         items = {
             "process": self.process,
@@ -185,6 +204,11 @@ def _halved(cfg: LanguageModelSAERunnerConfig[Any], name: str) -> LanguageModelS
         return halved if halved.sae.d_sae >= getattr(cfg.sae, "k", 1) and halved.sae.d_sae > 0 else None
     setattr(halved, name, getattr(cfg, name) // 2)
     return halved if getattr(halved, name) >= _LOWEST[name] else None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: torch's, on whichever device, or numpy's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def free_memory(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from sae_lens.util import dtype_to_str
 from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from sae_toolkit.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.errors import UserError, one_line
@@ -54,6 +57,22 @@ class ModelSource:
         )
         files = sorted(file for pattern in patterns for file in path.glob(pattern))
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def is_here(self) -> bool:
+        """Whether its weights can be loaded without downloading anything."""
+        name = self.location["pretrained_model_name_or_path"]
+        if Path(name).is_dir():
+            return True
+
+        def cached(file: str) -> Path | None:
+            subfolder, revision = self.location.get("subfolder", ""), self.location.get("revision")
+            found = try_to_load_from_cache(name, str(Path(subfolder, file)), revision=revision)
+            return Path(found) if isinstance(found, str) else None
+
+        for index_file in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+            if index := cached(index_file):
+                return all(map(cached, set(json.loads(index.read_text())["weight_map"].values())))
+        return any(map(cached, (SAFE_WEIGHTS_NAME, WEIGHTS_NAME)))
 
     @property
     def n_parameters(self) -> int:

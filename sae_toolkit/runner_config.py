@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,38 @@ _HONOURED = set(
     " logger.wandb_log_frequency logger.log_weights_to_wandb".split()
 )
 _NOT_HONOURED_IN_SAE = {"metadata", "reshape_activations"}
+_LARGEST = 1e15  # far above any sensible value, far below what overflows in float32
+
+# What SAELens takes without a word, to fail or to write NaN weights once the run is under way.
+_MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), ("0 or more and below 1", lambda v: 0 <= v < 1)),
+    **dict.fromkeys(
+        "feature_sampling_window n_batches_for_norm_estimate n_restart_cycles max_iterations"
+        " wandb_log_frequency".split(),
+        ("1 or more", lambda v: v >= 1),
+    ),
+    **dict.fromkeys(
+        "lp_norm decoder_init_norm jumprelu_bandwidth jumprelu_init_threshold jumprelu_tanh_scale".split(),
+        ("above 0", lambda v: v > 0),
+    ),
+    **dict.fromkeys(
+        "l1_warm_up_steps l0_warm_up_steps aux_loss_coefficient pre_act_loss_coefficient lr_end"
+        " residual_threshold".split(),
+        ("0 or more", lambda v: v >= 0),
+    ),
+    "topk_threshold_lr": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "activations_mixing_fraction": ("in [0, 1]", lambda v: 0 <= v <= 1),
+    "sae_compilation_mode": (
+        "default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
+        lambda v: v in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    ),
+}
 
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
 # Flags that do not change what is trained: two runs that differ in these alone share a directory.
 _NOT_IN_HASH = set(
-    "device n_checkpoints checkpoint_path output_name resume dry_run wandb_mode wandb_project wandb_entity"
+    "device n_checkpoints checkpoint_path output_name resume dry_run strict wandb_mode wandb_project wandb_entity"
     " run_name cache_activations checkpoint_every keep".split()
 )
 
@@ -127,7 +154,7 @@ def build_runner_config(
         "output_path": None,
         "verbose": False,
         "exclude_special_tokens": flags.exclude_special_tokens,
-        "n_batches_for_norm_estimate": 20,
+        "n_batches_for_norm_estimate": min(20, flags.training_tokens // flags.train_batch_size_tokens),
         "model_from_pretrained_kwargs": {},
     }
     logger: dict[str, Any] = {
@@ -152,12 +179,15 @@ def build_runner_config(
         with torch.device("meta"):  # the SAE checks its own settings; on meta it costs no memory
             sae_class(dataclasses.replace(cfg.sae, device="meta"))
     except ValueError as error:
-        raise UserError(f"SAELens refuses this configuration: {one_line(error)}") from None
+        given = " ".join((f"--architecture {flags.architecture}", *(f"--set {assignment}" for assignment in flags.set)))
+        raise UserError(f"{given}: SAELens refuses this configuration: {one_line(error)}") from None
     return cfg
 
 
 def _sae_fields(flags: argparse.Namespace, d_in: int, device: str) -> dict[str, Any]:
     d_sae = flags.expansion_factor * d_in
+    if d_sae * d_in > _LARGEST:
+        raise UserError(f"--expansion_factor {flags.expansion_factor}: {d_sae:,} features fit in no memory; lower it")
     fields: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "dtype": flags.dtype, "device": device}
 
     fields["normalize_activations"] = flags.normalize_activations
@@ -216,20 +246,24 @@ def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> 
         value = text
     hint = typing.get_type_hints(config_class)[name]
     try:
-        values[name] = pydantic.TypeAdapter(hint).validate_python(value)
+        value = pydantic.TypeAdapter(hint).validate_python(value)
     except pydantic.ValidationError as error:
         raise UserError(f"--set {assignment}: {error.errors()[0]['msg']}") from None
+    if isinstance(value, int | float) and not abs(value) <= _LARGEST:
+        raise UserError(f"--set {assignment}: must be a number of at most {_LARGEST:g}")
+    wanted, holds = _MUST_BE.get(name, ("", lambda _: True))
+    if value is not None and not holds(value):
+        raise UserError(f"--set {assignment}: must be {wanted}")
+    values[name] = value
 
 
 def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
     """Raises what SAELens would raise only once the model is loaded and the run has begun."""
-    for name in ("feature_sampling_window", "n_batches_for_norm_estimate", "n_restart_cycles"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--set {name}={getattr(cfg, name)}: must be 1 or more")
-    if cfg.logger.wandb_log_frequency < 1:
-        raise UserError(f"--set logger.wandb_log_frequency={cfg.logger.wandb_log_frequency}: must be 1 or more")
-    if not 0 <= cfg.activations_mixing_fraction <= 1:
-        raise UserError(f"--set activations_mixing_fraction={cfg.activations_mixing_fraction}: must be in [0, 1]")
+    if cfg.n_batches_for_norm_estimate > cfg.total_training_steps:
+        raise UserError(
+            f"--set n_batches_for_norm_estimate={cfg.n_batches_for_norm_estimate}: more than the run's"
+            f" {cfg.total_training_steps} steps"
+        )
     if cfg.from_pretrained_path is not None and not Path(cfg.from_pretrained_path, "cfg.json").is_file():
         raise UserError(f"--set from_pretrained_path={cfg.from_pretrained_path}: holds no SAE (no cfg.json)")
     betas = (cfg.adam_beta1, cfg.adam_beta2)

@@ -76,7 +76,7 @@ class Training:
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
         self.cfg = cfg = run.cfg
         self.checkpoints = _Checkpoints(self, run)
-        self.sae = _create_sae(cfg)
+        self.sae = create_sae(cfg)
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         self.stream = ActivationStream(
             activations,
@@ -150,7 +150,12 @@ def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[An
         sae.cfg.metadata[name] = value
 
 
-def _create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
+def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
+    """The SAE as a run starts with it: of weights that the seed fixes, or those of `from_pretrained_path`.
+
+    Raises:
+        UserError: the pretrained SAE is of another shape or normalization.
+    """
     torch.manual_seed(cfg.seed)
     if cfg.from_pretrained_path is None:
         sae_class, _ = get_sae_training_class(cfg.sae.architecture())

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from sae_toolkit.console import Parser
 from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
 
 # SAELens's registry of training classes; written out because importing SAELens takes seconds, and --help should not.
 ARCHITECTURES = (
@@ -39,6 +40,7 @@ _MAY_CHANGE = {
     "wandb_entity",
     "run_name",
     "dry_run",
+    "strict",
     "resume",
 }
 
@@ -82,7 +84,11 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
     Raises:
         UserError: a flag is unknown, or its value cannot be right by itself or beside the others.
     """
-    flags = _build_parser().parse_args(argv)
+    try:
+        flags = _build_parser().parse_args(argv)
+    except (ValueError, RecursionError) as error:  # of a flag file: its quotes, its bytes, or one that names itself
+        files = " ".join(word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@"))
+        raise UserError(f"{files}: cannot be read as flags: {one_line(error)}") from None
     if flags.resume not in (None, "auto"):
         given = vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
         flags = _flags_of_run(Path(flags.resume), given)
@@ -258,6 +264,13 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(output, "dry_run", False, "check everything, say what would run, and stop", action="store_true")
     flag(
         output,
+        "strict",
+        False,
+        "refuse to train where the result is likely to be unhealthy, rather than warn",
+        action="store_true",
+    )
+    flag(
+        output,
         "wandb_mode",
         "online",
         "offline is used where there is no login",
@@ -337,7 +350,7 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and holds(value)):
+        if not (holds(value) and math.isfinite(value)):  # in this order: a long integer is no float
             raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
         return value
 
@@ -348,9 +361,9 @@ _LARGEST = 10**15  # far above any sensible count, far below what overflows in a
 
 _positive = _number(int, "a whole number of 1 or more", lambda v: 1 <= v <= _LARGEST)
 _non_negative = _number(int, "a whole number of 0 or more", lambda v: 0 <= v <= _LARGEST)
-_positive_float = _number(float, "a number above 0", lambda v: v > 0)
-_non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
-_norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
+_positive_float = _number(float, "a number above 0", lambda v: 0 < v <= _LARGEST)
+_non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v <= _LARGEST)
+_norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or 1 < v <= _LARGEST)
 _fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
 
 
@@ -364,6 +377,6 @@ def _boolean_or_ids(text: str) -> bool | list[int]:
     if text.lower() in ("true", "false"):
         return _boolean(text)
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
+        return [_non_negative(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import secrets
+import shutil
 import string
 import tempfile
 from dataclasses import dataclass
@@ -101,19 +102,57 @@ class PreparedRun:
         directory = self.flags.cache_activations
         return directory is not None and check_cache_directory(Path(directory), self.cache_parameters())
 
-    def memory_warning(self) -> str | None:
-        """Where the run will not fit: what to lower so that it does."""
-        peak, free = self.plan_memory().peak, free_memory(self.cfg.device)
-        if peak <= free:
-            return None
+    def check_memory(self) -> None:
+        """Warns where the run is not predicted to fit, with what to lower so that it does.
+
+        Raises:
+            UserError: it surely does not fit: on a CPU the kernel would end the process without a word.
+        """
+        plan, free = self.plan_memory(), free_memory(self.cfg.device)
+        if plan.peak <= free:
+            return
         flags = suggest_flags(self.cfg, self._plan_memory, free)
-        return (
-            f"this run takes about {peak / 2**30:.1f} GiB, and {self.cfg.device} has {free / 2**30:.1f} GiB free; "
-            + (f"it would fit with {flags}" if flags else "a smaller model is needed")
+        message = (
+            f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
+            f" {free / 2**30:.1f} GiB free; " + (f"it would fit with {flags}" if flags else "a smaller model is needed")
         )
+        if plan.surely_above(free):
+            raise UserError(message)
+        log.warning(message)
+
+    def disk_plan(self) -> dict[str, int]:
+        """Bytes that the run leaves on disk, by item."""
+        memory = self.plan_memory()
+        checkpoint = memory.sae + memory.adam + memory.buffer
+        n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
+        plan = {"final SAE": memory.sae, "checkpoints": n_checkpoints * checkpoint}
+        if self.resume_from is None:
+            plan["tokens"] = self.rows_NT.nbytes
+        return {item: size for item, size in plan.items() if size}
+
+    def check_disk(self) -> None:
+        """Warns where the disk has no room for all checkpoints.
+
+        Raises:
+            UserError: it has none even for the final SAE.
+        """
+        plan, free = self.disk_plan(), free_disk(Path(self.flags.checkpoint_path))
+        least = sum(size for item, size in plan.items() if item != "checkpoints")
+        if least > free:
+            raise UserError(
+                f"--checkpoint_path {self.flags.checkpoint_path}: the final SAE and the run's tokens take"
+                f" {_size(least)}, and {_size(free)} are free there; make room or name another disk"
+            )
+        if sum(plan.values()) > free:
+            log.warning(
+                "--n_checkpoints %d: the checkpoints take %s, and %s are free on the disk",
+                self.cfg.n_checkpoints,
+                _size(plan["checkpoints"]),
+                _size(free),
+            )
 
     def describe(self) -> str:
-        """What will run, in a few lines."""
+        """What will run and what it takes, in about ten lines."""
         cfg, sae = self.cfg, self.cfg.sae
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         left_out = [
@@ -121,6 +160,9 @@ class PreparedRun:
             *([f"the first {n} positions"] if (n := self.positions.skip_positions) else []),
             *([f"norms above {m:g} x the median"] if (m := self.flags.max_activation_norm_multiple) else []),
         ]
+        memory, disk = self.plan_memory(), self.disk_plan()
+        disk_items = ", ".join(f"{item} {_size(size)}" for item, size in disk.items())
+        n_there = int(self.positions.keeps_tokens(self.rows_NT).sum())
         return "\n".join(
             (
                 f"model   {self.model.name}, {cfg.hook_name}, {dtype_to_str(self.lm_dtype)} on {cfg.device}",
@@ -133,6 +175,13 @@ class PreparedRun:
                 f" lr {cfg.lr:g}",
                 f"without {', '.join(left_out) or 'leaving anything out'}",
                 f"into    {self.directory}",
+                f"tokens  {cfg.training_tokens:,} needed, {n_there:,} there;"
+                f" {cfg.training_tokens / sae.d_sae:,.3g} for each feature",
+                memory.describe()
+                if self.flags.dry_run
+                else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {free_memory(cfg.device) / 2**30:.1f} free",
+                f"disk    {_size(sum(disk.values()))} ({disk_items}),"
+                f" {_size(free_disk(Path(self.flags.checkpoint_path)))} free",
             )
         )
 
@@ -240,10 +289,23 @@ def _new_run_id() -> str:
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
+def _existing(directory: Path) -> Path:
+    """The directory, or the nearest one above it that is there."""
+    return next(path for path in (directory, *directory.absolute().parents) if path.exists())
+
+
+def free_disk(directory: Path) -> int:
+    """Bytes that can be written into a directory, which need not be there yet."""
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
 def _check_writable(directory: Path) -> None:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=_existing(directory)):
             pass
     except OSError as error:
         raise UserError(f"--checkpoint_path {directory}: cannot be written to ({error.strerror})") from None

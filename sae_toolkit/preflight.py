@@ -1,0 +1,214 @@
+"""Before a run starts: what it will cost, whether it fits, and what is likely to come out unhealthy."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from sae_lens import LoggingConfig
+from sae_lens.util import str_to_dtype
+
+from sae_toolkit.activation_cache import CachedActivations
+from sae_toolkit.activations import ActivationStream
+from sae_toolkit.errors import UserError
+from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.memory import is_out_of_memory
+from sae_toolkit.models import load_language_model
+from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
+from sae_toolkit.trainer import Trainer
+from sae_toolkit.training import create_sae
+from sae_toolkit.training_setup import PreparedRun
+
+log = logging.getLogger(__name__)
+
+_MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by default
+_MOST_STEPS, _SECONDS_OF_STEPS = 5, 2.0
+
+
+def check_before_loading(run: PreparedRun) -> None:
+    """Says what will run, what it takes, and what its flags are likely to end in, with nothing large loaded yet.
+
+    Raises:
+        UserError: it does not fit on the disk or in memory; or --strict was given and there is a warning.
+    """
+    log.info(run.describe())
+    run.check_disk()
+    run.check_memory()
+    if run.resume_from is None:
+        _warn(recipe_warnings(run.flags, run.cfg), run.flags.strict)
+
+
+def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations | None) -> None:
+    """Measures one batch of activations and a few training steps, and says how long the run will take and what does
+    not fit the activations. Nothing that the run trains on or draws at random is changed.
+
+    Args:
+        run: what will run.
+        source: the activations of the run, or None where they cannot be had yet.
+
+    Raises:
+        UserError: a step does not fit in memory; or --strict was given and there is a warning.
+    """
+    if run.resume_from is not None:
+        return
+    measured = None
+    if source is None:
+        log.info("time    not measured, the model is not downloaded yet")
+    else:
+        measured, speed = measure(run, source)
+        log.info(speed.describe(run))
+    _warn(activation_warnings(run.flags, run.cfg, measured), run.flags.strict)
+
+
+def dry_run(run: PreparedRun) -> None:
+    """What a run checks before its first step, without leaving anything behind; the model is not downloaded."""
+    source = None
+    if run.resume_from is None and run.model.is_here():
+        source = load_language_model(run.model, run.cfg.hook_name, run.cfg.device, run.lm_dtype)
+        source.keep_only_up_to_hook()
+    check_activations(run, source)
+
+
+def _warn(warnings: list[str], strict: bool) -> None:
+    if strict and warnings:
+        others = f"; and {n} more" if (n := len(warnings) - 1) else ""
+        raise UserError(f"{warnings[0]} (--strict{others})")
+    for warning in warnings:
+        log.warning("warning %s", warning)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the parts of a run were, on a batch."""
+
+    tokens_a_second: float  # of the language model or of the cache
+    seconds_a_step: float
+
+    def describe(self, run: PreparedRun) -> str:
+        n_steps = math.ceil(run.cfg.training_tokens / run.cfg.train_batch_size_tokens)
+        rate = math.inf if run.flags.dry_run and run.is_cached else self.tokens_a_second
+        seconds = run.cfg.training_tokens / rate + n_steps * self.seconds_a_step
+        parts = [f"activations {rate:,.0f} tokens/s" if math.isfinite(rate) else "activations read from the cache"]
+        return f"time    about {_duration(seconds)}: {parts[0]}, {1000 * self.seconds_a_step:,.3g} ms a step"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{max(seconds, 1):.0f} seconds"
+
+
+def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tuple[MeasuredActivations, Speed]:
+    """Measures the first batch of a run's activations, and steps on it of an SAE that is thrown away.
+
+    Raises:
+        UserError: the activations are not finite, or a step does not fit in memory.
+    """
+    cfg = run.cfg
+    multiple = run.flags.max_activation_norm_multiple or None
+    with _without_trace(source):
+        _stream(run, source, batch_size=1, rows_per_forward=1).calibrate(1, None)  # the first pass is slower
+        stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts)
+        started = _now(cfg.device)
+        acts_ND = stream.calibrate(1, multiple)
+        n_run = stream.n_kept + stream.n_massive
+        rate = n_run / (_now(cfg.device) - started)
+        if acts_ND.shape[1] != cfg.sae.d_in:
+            raise UserError(
+                f"--hook_name {cfg.hook_name}: activations there have a width of {acts_ND.shape[1]}, where its module"
+                f" has {cfg.sae.d_in}; name another"
+            )
+        norms_N = acts_ND.double().norm(dim=-1)
+        if not norms_N.isfinite().all():
+            raise UserError(f"--lm_dtype {source.dtype}: there are activations that are not finite; use another")
+        scale = math.sqrt(cfg.sae.d_in) / norms_N.mean().item()
+        seconds_a_step = _time_steps(run, acts_ND, scale)
+    median_norm = norms_N.median().item()
+    massive_N = norms_N > _MASSIVE * median_norm
+    variance_N = (acts_ND.double() - acts_ND.double().mean(0)).square().sum(-1)
+    median_as_scaled = {"none": median_norm, "expected_average_only_in": scale * median_norm}
+    measured = MeasuredActivations(
+        median_norm=median_as_scaled.get(cfg.sae.normalize_activations, math.sqrt(cfg.sae.d_in)),
+        massive_share=(variance_N[massive_N].sum() / variance_N.sum()).nan_to_num().item(),
+        kept_share=_share_of_positions(run) * stream.n_kept / n_run,
+    )
+    return measured, Speed(rate, seconds_a_step)
+
+
+def _stream(
+    run: PreparedRun, source: LanguageModel | CachedActivations, batch_size: int, rows_per_forward: int
+) -> ActivationStream:
+    """What the run's own stream begins with."""
+    return ActivationStream(
+        source,
+        run.rows_NT,
+        run.positions,
+        batch_size=batch_size,
+        buffer_size=batch_size,
+        mix_fraction=run.cfg.activations_mixing_fraction,
+        rows_per_forward=rows_per_forward,
+        total=batch_size,
+        seed=run.cfg.seed,
+        dtype=str_to_dtype(run.cfg.dtype),
+    )
+
+
+def _share_of_positions(run: PreparedRun) -> float:
+    """Share of the tokens that are not special which the filter of positions keeps."""
+    rows_NT = run.rows_NT[:1000]
+    not_special = replace(run.positions, skip_positions=0).keeps_tokens(rows_NT).sum()
+    return float(run.positions.keeps_tokens(rows_NT).sum() / not_special)
+
+
+def _time_steps(run: PreparedRun, acts_ND: torch.Tensor, scale: float) -> float:
+    """Seconds that a training step takes."""
+    cfg = run.cfg
+    trainer_cfg = cfg.to_sae_trainer_config()
+    trainer_cfg.logger = LoggingConfig(log_to_wandb=False)
+    batch_BD = acts_ND[torch.arange(cfg.train_batch_size_tokens) % len(acts_ND)]
+    seconds: list[float] = []
+    try:
+        trainer = Trainer(trainer_cfg, create_sae(cfg), iter(()))
+        if cfg.sae.normalize_activations == "expected_average_only_in":
+            trainer.activation_scaler.scaling_factor = scale
+        while len(seconds) < _MOST_STEPS and sum(seconds) < _SECONDS_OF_STEPS:
+            started = _now(cfg.device)
+            trainer.step(batch_BD)
+            trainer.n_training_steps += 1
+            seconds.append(_now(cfg.device) - started)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step does not fit in the memory of"
+            f" {cfg.device}; lower it, --expansion_factor or --n_batches_in_buffer"
+        ) from None
+    return median(seconds[1:] or seconds)  # the first is slower
+
+
+def _now(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _without_trace(source: LanguageModel | CachedActivations) -> Iterator[None]:
+    """Leaves random states, a cache's counts of contexts, and memory as they were."""
+    cache = source.cache if isinstance(source, CachedActivations) else None
+    before = cache.n_read + cache.n_computed if cache else 0
+    with torch.random.fork_rng():
+        yield
+    if cache:
+        cache.n_read -= cache.n_read + cache.n_computed - before  # the run will read these again
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,233 @@
+"""What of a run's settings is likely to end in an unhealthy SAE, why, and what to set instead.
+
+Each warning is one line that starts with its flag. The bounds come from published recipes or from runs on the
+embedded model; each says which. "Here" below is the demo's preset (2,304 features, 488 steps) with that one flag
+changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens import LanguageModelSAERunnerConfig
+
+from sae_toolkit.health import LEAST_REPLACED_SHARE, STANDARDS
+
+# 3.8 tokens a feature ended with 88.8% dead in the document that this project started from, 108 with 0.0% and 217
+# with 0.2% here.
+LEAST_TOKENS_A_FEATURE = 100
+
+# Adam moves a weight by at most about lr in a step, and a feature is a direction of length 1 over d_in weights, so
+# it can turn by lr x steps x sqrt(d_in) of its own length.
+LEAST_TURN = 7.0
+MOST_TURN_A_STEP = 0.5
+
+# Of 488 steps: a window of 20 left 0.4% dead, one of 200 37%.
+LARGEST_WINDOW_SHARE = 1 / 8
+# A feature that fires at a hundredth of the mean rate would, in a shorter window, be silent with a probability of
+# more than 5% (the rule of three: Hanley & Lippman-Hand 1983).
+_FIRINGS_TO_BE_SEEN, _RARER_THAN_MEAN = 3, 100
+
+# How far a feature must stand out of the activations' projections on random directions (in their standard
+# deviations, |x| / sqrt(d_in)) before the sparsity term lets it be active.
+THRESHOLD_RANGE = (1.2, 6.0)
+# Anthropic's weight for activations scaled to |x| = sqrt(d_in): 5 (Circuits Updates, April 2024).
+_L1_FOR_NORMALIZED = 5.0
+_L0_FOR_NORMALIZED = 5.0
+
+MOST_MASSIVE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class MeasuredActivations:
+    """One batch of what a run will train on.
+
+    Args:
+        median_norm: their median L2 norm, as the SAE is given them: scaled as the run scales them.
+        massive_share: share of their variance, in [0, 1], that is due to the massive among them: those of more than
+            10 times the median norm.
+        kept_share: share of the tokens that are not special at which they are trained on.
+    """
+
+    median_norm: float
+    massive_share: float
+    kept_share: float
+
+
+def recipe_warnings(flags: argparse.Namespace, cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
+    """What the flags and shapes alone say."""
+    n_steps = cfg.total_training_steps
+    found = [
+        _too_few_tokens(cfg),
+        _too_many_or_few_active(cfg),
+        *_learning_rate(cfg, n_steps),
+        _dead_feature_window(cfg, n_steps),
+        _nothing_held_out(flags),
+    ]
+    return [warning for warning in found if warning]
+
+
+def activation_warnings(
+    flags: argparse.Namespace, cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None
+) -> list[str]:
+    """What takes the activations' scale to say; where they were not measured, what may be wrong."""
+    found = [_sparsity_weight(cfg, measured), _massive(flags, measured), _too_little_kept(flags, measured)]
+    return [warning for warning in found if warning]
+
+
+def _too_few_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
+    tokens, d_sae = cfg.training_tokens, cfg.sae.d_sae
+    if tokens >= LEAST_TOKENS_A_FEATURE * d_sae:
+        return None
+    fewer = tokens // (LEAST_TOKENS_A_FEATURE * cfg.sae.d_in)
+    return (
+        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and with few most features end dead (88.8%"
+        f" at 3.8, 0.2% at 217); ask for {LEAST_TOKENS_A_FEATURE * d_sae} or more"
+        + (f", or lower --expansion_factor to {fewer}" if fewer else "")
+    )
+
+
+def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
+    k = getattr(cfg.sae, "k", None)
+    low, high = next(standard.borderline for standard in STANDARDS if standard.metric == "l0")
+    if k is None or low <= k <= high:
+        return None
+    return f"--k {k}: is the L0 that the SAE ends with, and a healthy one is in {low} to {high}; 64 is usual"
+
+
+def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> list[str]:
+    full_steps = n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2  # as many at the full rate
+    root = math.sqrt(cfg.sae.d_in)
+    turn = cfg.lr * full_steps * root
+    found = []
+    if turn < LEAST_TURN:
+        enough, most = _round(1.5 * LEAST_TURN / (full_steps * root)), MOST_TURN_A_STEP / root / 2
+        found.append(
+            f"--lr {cfg.lr:g}: {n_steps} steps can turn a feature by {turn:.2g} times its length, and at 4.1 22% ended"
+            " dead; " + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
+        )
+    if cfg.lr * root > MOST_TURN_A_STEP:
+        found.append(
+            f"--lr {cfg.lr:g}: one step can turn a feature by {cfg.lr * root:.2g} times its length, and training"
+            f" becomes unstable; lower it to {_round(MOST_TURN_A_STEP / root / 5):g}"
+        )
+    if cfg.lr_scheduler_name == "constant" and cfg.lr_decay_steps == 0:
+        found.append(
+            "--lr_decay_steps 0: the SAE is saved with the noise of its last full steps in it; let the last fifth decay"
+            f" ({max(n_steps // 5, 1)})"
+        )
+    return found
+
+
+def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> str | None:
+    window, most = cfg.dead_feature_window, int(LARGEST_WINDOW_SHARE * n_steps)
+    revives = hasattr(cfg.sae, "aux_loss_coefficient")
+    sensible = max(n_steps // 25, 1)
+    if window >= n_steps:
+        return (
+            f"--dead_feature_window {window}: longer than the run's {n_steps} steps, so no feature will "
+            + ("be noticed dead and revived" if revives else "be counted dead, and the progress bar says nothing")
+            + f"; use about {sensible}"
+        )
+    if revives and window > most:
+        return (
+            f"--dead_feature_window {window}: of {n_steps} steps, which leaves dead features little time to be revived"
+            f" (200 of 488 left 37% dead, 20 0.2%); use about {sensible}"
+        )
+    if revives and (k := getattr(cfg.sae, "k", None)):
+        needed = math.ceil(_FIRINGS_TO_BE_SEEN * _RARER_THAN_MEAN * cfg.sae.d_sae / k / cfg.train_batch_size_tokens)
+        if window < needed <= most:
+            return (
+                f"--dead_feature_window {window}: {window * cfg.train_batch_size_tokens} tokens, in which a feature"
+                f" that fires a hundredth as often as the mean is taken for dead; use {needed} or more"
+            )
+    return None
+
+
+def _nothing_held_out(flags: argparse.Namespace) -> str | None:
+    if flags.held_out_fraction > 0:
+        return None
+    return "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name another; use 0.1"
+
+
+def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None) -> str | None:
+    """The L1 term l1 x sum f against the squared error: for one feature, (f - p)^2 + l1 x f is least at f = 0 where
+    its projection p is below l1 / 2. The L0 term: where p^2 is below the weight. Both count for how sparse the SAE
+    becomes only beside the projection on a random direction, |x| / sqrt(d_in).
+    """
+    sae = cfg.sae
+    architecture = sae.architecture()
+    if architecture in ("standard", "gated"):
+        flag, weight, usual = "--l1_coefficient", sae.l1_coefficient, _L1_FOR_NORMALIZED
+    elif architecture == "jumprelu" and sae.jumprelu_sparsity_loss_mode == "step":
+        flag, weight, usual = "--l0_coefficient", sae.l0_coefficient, _L0_FOR_NORMALIZED
+    else:
+        return None
+    normalizes = sae.normalize_activations != "none"
+    normalize = "" if normalizes else "--normalize_activations expected_average_only_in, then "
+    if measured is None:
+        if normalizes:
+            return None
+        return (
+            f"{flag} {weight:g}: means nothing without the scale of the activations, which --normalize_activations none"
+            f" leaves as the model has it; use {normalize}about {usual:g}"
+        )
+    scale = measured.median_norm / math.sqrt(sae.d_in)
+    threshold = (weight / 2 if flag == "--l1_coefficient" else math.sqrt(weight)) / scale
+    low, high = THRESHOLD_RANGE
+    if low <= threshold <= high:
+        return None
+    what = "weak: a large share of all features will be active" if threshold < low else "strong: features will die"
+    fitting = _round(usual * (scale if flag == "--l1_coefficient" else scale**2))
+    return (
+        f"{flag} {weight:g}: too {what}, since activations have a norm of {measured.median_norm:.3g}, and features are"
+        f" cut off at {threshold:.2g} times their spread; use "
+        + (f"about {fitting:g}" if normalizes else f"{normalize}about {usual:g} (or {fitting:g} as it is)")
+    )
+
+
+def _massive(flags: argparse.Namespace, measured: MeasuredActivations | None) -> str | None:
+    given = " and ".join(
+        part
+        for part, off in (
+            ("--max_activation_norm_multiple 0", not flags.max_activation_norm_multiple),
+            ("--skip_positions 0", not flags.skip_positions),
+        )
+        if off
+    )
+    if measured is None:
+        if flags.max_activation_norm_multiple:
+            return None
+        return (
+            f"{given}: massive activations stay in, which in Llama-like models are most of the variance; use"
+            " --max_activation_norm_multiple 10"
+        )
+    if measured.massive_share <= MOST_MASSIVE_SHARE:
+        return None
+    flag = given or f"--max_activation_norm_multiple {flags.max_activation_norm_multiple:g}"
+    return (
+        f"{flag}: massive activations stay in and are {measured.massive_share:.1%} of the variance, which the SAE will"
+        " learn instead of the rest; use --max_activation_norm_multiple 10 --skip_positions 1"
+    )
+
+
+def _too_little_kept(flags: argparse.Namespace, measured: MeasuredActivations | None) -> str | None:
+    if measured is None or measured.kept_share >= LEAST_REPLACED_SHARE:
+        return None
+    flag = (
+        f"--skip_positions {flags.skip_positions}"
+        if flags.skip_positions > (1 - LEAST_REPLACED_SHARE) * flags.context_size
+        else f"--max_activation_norm_multiple {flags.max_activation_norm_multiple:g}"
+    )
+    return (
+        f"{flag}: leaves {1 - measured.kept_share:.1%} of the tokens out, and the evaluation gives no verdict above"
+        f" {1 - LEAST_REPLACED_SHARE:.0%}"
+    )
+
+
+def _round(number: float) -> float:
+    """To one digit that counts: a flag's value, not a measurement."""
+    return float(f"{number:.1g}")

@@ -1,0 +1,204 @@
+"""A run says before it starts what it costs, whether it fits, and what is likely to come out unhealthy."""
+
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from sae_toolkit.models import ModelSource, find_model
+from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
+from sae_toolkit.runner_config import build_runner_config
+from sae_toolkit.training import Training, open_activations
+from sae_toolkit.training_flags import parse_training_flags
+from sae_toolkit.training_setup import create_run_directory, prepare_run, start_wandb_run
+
+# What the activations at layer 12 of the embedded model are like (README, What the numbers mean).
+UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share=1.0)
+FILTERED = MeasuredActivations(median_norm=math.sqrt(576), massive_share=0.0, kept_share=1.0)
+
+
+def warnings(*words, d_in=576, measured=FILTERED):
+    """The flags that are warned of, with the lines."""
+    flags = parse_training_flags([str(word) for word in words])
+    cfg = build_runner_config(flags, d_in=d_in, device="cpu", run_id="run")
+    lines = recipe_warnings(flags, cfg) + activation_warnings(flags, cfg, measured)
+    assert all("\n" not in line for line in lines)
+    return {line.split()[0].removeprefix("--"): line for line in lines}
+
+
+def preset(name):
+    return f"@{ROOT}/presets/{name}.args"
+
+
+@pytest.mark.parametrize(("name", "d_in"), [("demo", 576), ("llama3-8b", 4096)])
+@pytest.mark.parametrize("measured", [FILTERED, None])
+def test_the_presets_that_we_recommend_draw_no_warning(name, d_in, measured):
+    assert warnings(preset(name), d_in=d_in, measured=measured) == {}
+
+
+def test_the_seeds_recipe_draws_what_its_own_analysis_found():
+    """Too few tokens for 131,072 features, no normalization under an L1 weight of 5, and with it what we found: the
+    learning rate, and massive activations."""
+    found = warnings(preset("seed"), d_in=4096, measured=None)
+    assert found.keys() == {
+        *("training_tokens", "lr", "lr_decay_steps", "dead_feature_window", "l1_coefficient"),
+        "max_activation_norm_multiple",
+    }
+    assert "3.8 tokens a feature" in found["training_tokens"]
+    assert "--expansion_factor to 1" in found["training_tokens"]
+    assert "--normalize_activations expected_average_only_in" in found["l1_coefficient"]
+
+
+def test_the_seeds_recipe_on_the_embedded_model_draws_what_its_evaluation_found():
+    """It ends with 1,931 of 4,608 features active, and an explained variance of massive activations alone."""
+    found = warnings(preset("seed-recipe-demo"), measured=UNFILTERED)
+    assert found.keys() == {
+        *("lr", "lr_decay_steps", "dead_feature_window", "l1_coefficient", "max_activation_norm_multiple")
+    }
+    assert "too weak" in found["l1_coefficient"]
+    assert "99.0% of the variance" in found["max_activation_norm_multiple"]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "says"),
+    [
+        (("--expansion_factor", 16, "--dead_feature_window", 50), "training_tokens", "54 tokens a feature"),
+        (("--k", 300), "k", "20 to 200"),
+        (("--k", 8), "k", "20 to 200"),
+        (("--lr", 4e-4), "lr", "raise it to about 0.001"),
+        (("--lr", 0.1), "lr", "one step can turn a feature by 2.4 times its length"),
+        (("--lr_decay_steps", 0), "lr_decay_steps", "(97)"),
+        (("--dead_feature_window", 488), "dead_feature_window", "longer than the run's 488 steps"),
+        (("--dead_feature_window", 200), "dead_feature_window", "use about 19"),
+        (("--dead_feature_window", 2), "dead_feature_window", "use 11 or more"),
+        (("--held_out_fraction", 0), "held_out_fraction", "no text will be left"),
+    ],
+)
+def test_a_change_for_the_worse_is_warned_of_by_its_flag(words, flag, says):
+    found = warnings(preset("demo"), *words)
+    assert says in found[flag]
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
+def test_a_sparsity_weight_is_held_to_the_scale_of_the_activations(architecture):
+    flag = "l0_coefficient" if architecture == "jumprelu" else "l1_coefficient"
+    power = 2 if architecture == "jumprelu" else 1
+    for norm in (1.0, 24.0, 500.0):
+        measured = MeasuredActivations(median_norm=norm, massive_share=0, kept_share=1)
+        scale = norm / math.sqrt(576)
+
+        def found(weight, measured=measured, scale=scale):
+            words = ("--architecture", architecture, f"--{flag}", weight * scale**power)
+            return warnings(preset("demo"), *words, measured=measured).get(flag, "")
+
+        assert found(5) == ""
+        assert "too weak" in found(0.1)
+        assert "too strong" in found(500)
+
+
+def test_what_the_evaluation_would_not_judge_is_said():
+    measured = MeasuredActivations(median_norm=24, massive_share=0, kept_share=0.9)
+    assert "leaves 10.0%" in warnings(preset("demo"), "--skip_positions", 30, measured=measured)["skip_positions"]
+
+
+# Sane for the tiny model: 50 steps, 128 features.
+SANE = (
+    *("--architecture", "batchtopk", "--k", 20, "--lr", 0.05, "--lr_decay_steps", 10, "--dead_feature_window", 5),
+    *("--normalize_activations", "expected_average_only_in", "--training_tokens", 13_000),
+    *("--train_batch_size_tokens", 256),
+)
+
+
+def test_a_run_says_what_it_costs(script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run, *SANE)
+    assert done.status == 0, done.stderr
+    for line in (
+        r"tokens  13,000 needed, 13,\d{3} there; 102 for each feature",
+        r"memory  [\d.]+ GiB at the peak, [\d.]+ free",
+        r"disk    [\d.]+ MB \(final SAE [\d.]+ MB, tokens [\d.]+ MB\), [\d,.]+ [GM]B free",
+        r"time    about [\d.]+ seconds: activations [\d,]+ tokens/s, [\d.]+ ms a step",
+    ):
+        assert re.search(line, done.stderr), line
+
+
+def test_measuring_changes_nothing_that_is_trained(script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run, *SANE)
+    run = prepare_run(parse_training_flags([str(word) for word in (*tiny_run, *SANE)]))
+    create_run_directory(run)
+    unmeasured = Training(run, open_activations(run)).fit(start_wandb_run(run))
+    one, other = (load_file(Path(path) / "sae_weights.safetensors") for path in (done.stdout.strip(), unmeasured))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_dry_run_measures_and_leaves_nothing(script, tiny_run, tmp_path):
+    done = script("sae_lens_train.py", *tiny_run, "--dry_run", "--cache_activations", tmp_path / "cache")
+    assert done.status == 0, done.stderr
+    assert re.search(r"time    about \d+ seconds", done.stderr)
+    assert "warning --lr 0.0001: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strict_refuses_before_anything_is_loaded(script, tiny_run, tmp_path):
+    done = script("sae_lens_train.py", *tiny_run, "--strict")
+    assert done.status == 2
+    assert re.fullmatch(r"error: --\w+ .* \(--strict; and \d more\)", done.error_lines[0])
+    assert "loading" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strict_lets_a_sane_run_through(script, tiny_run):
+    assert script("sae_lens_train.py", *tiny_run, *SANE, "--strict").status == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("this machine allows no mount")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_disk_without_room_for_the_sae_is_refused_before_anything_is_loaded(script, tiny_run, small_disk):
+    done = script("sae_lens_train.py", *tiny_run, "--expansion_factor", 64, "--checkpoint_path", small_disk / "runs")
+    assert done.status == 2
+    assert re.search(r"--checkpoint_path \S+: the final SAE and the run's tokens take [\d.]+ ", done.error_lines[0])
+    assert "loading" not in done.stderr
+    assert list(small_disk.iterdir()) == []
+
+
+def test_checkpoints_without_room_are_warned_of(script, tiny_run, small_disk):
+    flags = ("--n_checkpoints", 4, "--checkpoint_path", small_disk, "--dry_run")
+    assert "--n_checkpoints 4: the checkpoints take " in script("sae_lens_train.py", *tiny_run, *flags).stderr
+
+
+def test_a_model_is_here_once_all_of_its_weights_are(tiny_model, tmp_path, monkeypatch):
+    local = find_model(str(tiny_model))
+    assert local.is_here()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--model" / "refs").mkdir()
+    (tmp_path / "models--owner--model" / "refs" / "main").write_text("abc")
+    source = ModelSource("owner/model", local.config, {"pretrained_model_name_or_path": "owner/model"})
+    assert not source.is_here()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "model-1.safetensors").touch()
+    assert not source.is_here()
+    (snapshot / "model-2.safetensors").touch()
+    assert source.is_here()
