@@ -350,7 +350,9 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (holds(value) and math.isfinite(value)):  # in this order: a long integer is no float
+        if value > _LARGEST:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {_LARGEST:,}")
+        if not (math.isfinite(value) and holds(value)):
             raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
         return value
 
@@ -359,11 +361,11 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
 
 _LARGEST = 10**15  # far above any sensible count, far below what overflows in a tensor's size
 
-_positive = _number(int, "a whole number of 1 or more", lambda v: 1 <= v <= _LARGEST)
-_non_negative = _number(int, "a whole number of 0 or more", lambda v: 0 <= v <= _LARGEST)
-_positive_float = _number(float, "a number above 0", lambda v: 0 < v <= _LARGEST)
-_non_negative_float = _number(float, "a number of 0 or more", lambda v: 0 <= v <= _LARGEST)
-_norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or 1 < v <= _LARGEST)
+_positive = _number(int, "a whole number of 1 or more", lambda v: v >= 1)
+_non_negative = _number(int, "a whole number of 0 or more", lambda v: v >= 0)
+_positive_float = _number(float, "a number above 0", lambda v: v > 0)
+_non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
+_norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
 _fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
 
 

@@ -21,34 +21,47 @@ _WORDS = (
 _NONSENSE = _TEXT | st.sampled_from([*_WORDS, "", " ", "a\nb", "a b", "'", '"', "1_000", "x" * 300, "9" * 400])
 
 
+def _mostly(usual, other, one_in):
+    """`usual`, but for one example in so many. (`one_of` takes a strategy that stands there twice as one.)"""
+    return st.sampled_from(range(one_in)).flatmap(lambda i: other if i == one_in // 2 else usual)
+
+
 def _integers(*sane):
-    return st.sampled_from(sane) | st.sampled_from([-1, 0, 1, 2**31, 2**63, 10**12, 10**15, 10**30]).map(str)
+    extreme = [-1, 0, 1, 2**31, 2**63, 10**12, 10**15, 10**30]
+    return _mostly(st.sampled_from(sane), st.sampled_from(extreme), 6).map(str)
 
 
 def _numbers(*sane):
-    return st.sampled_from(sane) | st.sampled_from("0 -1 1e-300 1e-9 1e9 1e38 1e300 nan inf 0x10 1,5".split())
+    extreme = "0 -1 1e-300 1e-9 1e9 1e38 1e300 nan inf 0x10 1,5".split()
+    return _mostly(st.sampled_from(sane), st.sampled_from(extreme), 6)
 
 
-_SETTABLE = sorted(
-    {name for name in _HONOURED if name != "compile_sae"}
-    | {
-        f"sae.{field.name}"
-        for architecture in ARCHITECTURES
-        for field in dataclasses.fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
-    }
-    | {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
-    | {"sae.nonsense", "nonsense", "logger.nonsense", "sae.", ".", "", "sae.sae.k"}
+_HONOURED_FIELDS = {name for name in _HONOURED if name != "compile_sae"}  # which takes minutes
+_SAE_FIELDS = {
+    f"sae.{field.name}"
+    for architecture in ARCHITECTURES
+    for field in dataclasses.fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
+}
+_OTHER_FIELDS = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)} - {"compile_sae"}
+_FIELD = _mostly(
+    st.sampled_from(sorted(_HONOURED_FIELDS | _SAE_FIELDS)),
+    st.sampled_from(
+        [*sorted(_OTHER_FIELDS), "sae.nonsense", "nonsense", "logger.nonsense", "sae.", ".", "", "sae.sae.k"]
+    ),
+    6,
 )
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 100) | st.floats() | _TEXT,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_TEXT, inner, max_size=2),
     max_leaves=4,
 )
-_SET_VALUE = st.sampled_from([0, 1, -1, 0.5, 2, 10, 1e-3, True, False, None]) | _JSON
-_SET = st.one_of(
-    st.builds(lambda key, value: f"{key}={json.dumps(value)}", st.sampled_from(_SETTABLE), _SET_VALUE),
-    st.builds(lambda key, value: f"{key}={value}", st.sampled_from(_SETTABLE), _NONSENSE),
-    _NONSENSE,
+_SET_VALUE = _mostly(
+    st.sampled_from([0, 1, -1, 0.5, 2, 10, 1e-3, True, False, None, "eos", "sep", "tanh", "quadratic"]), _JSON, 4
+)
+_SET = _mostly(
+    st.builds(lambda key, value: f"{key}={json.dumps(value)}", _FIELD, _SET_VALUE),
+    st.builds(lambda key, value: f"{key}={value}", _FIELD, _NONSENSE) | _NONSENSE,
+    8,
 )
 
 # Sane values are such that a run takes about a second.
@@ -108,24 +121,28 @@ FLAGS = {
     "run_name": _TEXT,
     "dry_run": st.just(None),
     "strict": st.just(None),
-    "learning_rate": st.just("1"),
-    "@flags.args": st.just(None),
-    **dict.fromkeys(("@nowhere.args", "@quotes.args", "@itself.args", "@bytes.args", "@empty"), st.just(None)),
+    "learning_rate": st.just("1"),  # no such flag
+    "@": st.sampled_from(["flags.args"] * 4 + ["nowhere.args", "quotes.args", "itself.args", "bytes.args", "empty"]),
 }
 
-# One value in eight is nonsense. Several flags, in any order, the same ones repeated.
+# One value in 25 is nonsense. Several flags in any order, half of the time with an architecture.
 _FLAG = st.sampled_from(sorted(FLAGS)).flatmap(
-    lambda name: st.tuples(st.just(name), st.one_of(*[FLAGS[name]] * 7, _NONSENSE))
+    lambda name: st.tuples(st.just(name), _mostly(FLAGS[name], _NONSENSE if name != "@" else FLAGS[name], 25))
 )
-COMBINATIONS = st.lists(_FLAG, min_size=1, max_size=6)
+COMBINATIONS = st.builds(
+    lambda architecture, flags, sets: [*architecture, *flags, *sets],
+    st.lists(st.tuples(st.just("architecture"), FLAGS["architecture"]), max_size=1),
+    st.lists(_FLAG, min_size=1, max_size=4, unique_by=lambda flag: flag[0]),
+    st.lists(st.tuples(st.just("set"), _SET), max_size=2),
+)
 
 
 def arguments(combination):
     """The combination as the words of a command line."""
     words = []
     for name, value in combination:
-        words.append(name if name.startswith("@") else f"--{name}")
-        if value is None or name.startswith("@"):
+        words.append(f"@{value}" if name == "@" else f"--{name}")
+        if value is None or name == "@":
             continue
         words += value.split() if name == "matryoshka_widths" and isinstance(value, str) else [str(value)]
     return words
