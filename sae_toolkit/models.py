@@ -167,6 +167,12 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
         )
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"--model_name {source.name}: its weights cannot be read: {one_line(error)}") from None
+    except Exception as error:
+        if not source.model_kwargs:
+            raise
+        raise UserError(
+            f"--set model_from_pretrained_kwargs={source.model_kwargs}: Transformers refuses it: {one_line(error)}"
+        ) from None
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
         raise UserError(

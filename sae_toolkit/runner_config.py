@@ -259,6 +259,10 @@ def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> 
 
 def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
     """Raises what SAELens would raise only once the model is loaded and the run has begun."""
+    if getattr(cfg.sae, "use_sparse_activations", False) and cfg.device == "cpu":
+        raise UserError(
+            "--set sae.use_sparse_activations=true: its backward pass does not exist on a CPU; leave it out"
+        )
     if cfg.n_batches_for_norm_estimate > cfg.total_training_steps:
         raise UserError(
             f"--set n_batches_for_norm_estimate={cfg.n_batches_for_norm_estimate}: more than the run's"

@@ -15,6 +15,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig, TrainStepOutput
 from sae_lens.util import str_to_dtype
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sae_toolkit.activation_cache import ActivationCache, CachedActivations
@@ -25,7 +26,7 @@ from sae_toolkit.checkpoints import (
     save_final_checkpoint,
     save_training_checkpoint,
 )
-from sae_toolkit.errors import RunFailed, UserError
+from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
 from sae_toolkit.sparse_topk import sparse_class
@@ -161,7 +162,12 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         sae_class, _ = get_sae_training_class(cfg.sae.architecture())
         sae_cfg = TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict())
         return sparse_class(sae_class, sae_cfg, compiled=cfg.compile_sae)(sae_cfg)
-    found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
+    try:
+        found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"--set from_pretrained_path={cfg.from_pretrained_path}: no SAE can be read there: {one_line(error)}"
+        ) from None
     for field in ("d_in", "d_sae", "normalize_activations"):
         if getattr(found.cfg, field) != getattr(cfg.sae, field):
             raise UserError(

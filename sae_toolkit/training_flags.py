@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -89,6 +90,7 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
     except (ValueError, RecursionError) as error:  # of a flag file: its quotes, its bytes, or one that names itself
         files = " ".join(word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@"))
         raise UserError(f"{files}: cannot be read as flags: {one_line(error)}") from None
+    _check_paths(flags)
     if flags.resume not in (None, "auto"):
         given = vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
         flags = _flags_of_run(Path(flags.resume), given)
@@ -280,6 +282,15 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(output, "wandb_entity", None, "wandb user or team (default: your own)")
     flag(output, "run_name", None, "name of the wandb run (default: the output name and the run's id)")
     return parser
+
+
+def _check_paths(flags: argparse.Namespace) -> None:
+    """No file system takes these, and to ask one raises."""
+    for name in "model_name dataset_path fallback_dataset cache_activations checkpoint_path output_name resume".split():
+        value = getattr(flags, name)
+        longest = 255 - len("_12345678") if name == "output_name" else 255
+        if value is not None and any(len(os.fsencode(part)) > longest for part in value.split("/")):
+            raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes")
 
 
 def _check(flags: argparse.Namespace) -> None:
