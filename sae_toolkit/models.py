@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from sae_toolkit.connection import retrying
 from sae_toolkit.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.hub import check_repository
+from sae_toolkit.hub import check_repository, download_small_files
 from sae_toolkit.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,12 @@ def find_model(name: str, model_kwargs: dict[str, Any] | None = None) -> ModelSo
     """
     model_kwargs = model_kwargs or {}
     location = _locate(name) | {k: model_kwargs[k] for k in ("revision", "subfolder") if k in model_kwargs}
+    if not Path(repository := location["pretrained_model_name_or_path"]).exists():
+        wanted = location.get("revision"), location.get("subfolder", "")
+        if commit := download_small_files(repository, *wanted, "--model_name"):
+            location["revision"] = commit
     try:
-        config = AutoConfig.from_pretrained(**location)
+        config = retrying(f"--model_name {name}", lambda: AutoConfig.from_pretrained(**location))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model_name {name}: {one_line(error)}") from None
     return ModelSource(name, config, location, model_kwargs)
@@ -138,7 +143,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         UserError: it has none that Transformers can load, or one without a BOS and an EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**source.location)
+        tokenizer = retrying(f"--model_name {source.name}", lambda: AutoTokenizer.from_pretrained(**source.location))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model_name {source.name}: no tokenizer: {one_line(error)}") from None
     if tokenizer.bos_token_id is None:
@@ -156,15 +161,18 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
         UserError: the weights are missing or damaged, or the model has no such hook.
     """
     log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), device)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **source.location,
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            **(source.model_kwargs | source.location),
             config=source.config,
             dtype=dtype,
             device_map=device,
             output_loading_info=True,
-            **source.model_kwargs,
         )
+
+    try:
+        model, loading = retrying(f"--model_name {source.name}", load)
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"--model_name {source.name}: its weights cannot be read: {one_line(error)}") from None
     except Exception as error:
@@ -173,7 +181,6 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
         raise UserError(
             f"--set model_from_pretrained_kwargs={source.model_kwargs}: Transformers refuses it: {one_line(error)}"
         ) from None
-    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
         raise UserError(
             f"--model_name {source.name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it anew"

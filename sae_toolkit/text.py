@@ -6,22 +6,38 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 
+from sae_toolkit.connection import retrying
 from sae_toolkit.embedded import EMBEDDED_TEXT, embedded_wikipedia
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.hub import check_repository
+from sae_toolkit.text_records import (
+    Bad,
+    Document,
+    Records,
+    Row,
+    Skipped,
+    parse_json_line,
+    parse_text,
+    read_files,
+    text_document,
+    tokens_document,
+)
 
 log = logging.getLogger(__name__)
 
-Document = str | Sequence[int]  # text, or a row of a data set that is tokenized already
+T = TypeVar("T")
 
 _TOKEN_COLUMNS = ("tokens", "input_ids")
-_FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# A JSON Lines file is read as text: the JSON loader would end at the first line that is not JSON.
+_FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "text", ".csv": "csv", ".parquet": "parquet"}
+_ROWS_LOOKED_AT, _RECORDS_LOOKED_AT = 20, 1_000
 
 
 @dataclass(frozen=True)
@@ -33,31 +49,41 @@ class TextSource:
     split: str
     column: str
     tokenized: bool
-    read: Callable[[], Iterable[Document]]
+    read: Callable[[], Iterable[Document | Bad | None]]
     fallback_from: str | None = None
     row_length: int | None = None  # tokens in the first row, where the rows are token ids
+    unit: str = "record"  # what a record is in a message
 
     def documents(self) -> Iterator[Document]:
-        """The documents in their order, without the empty ones.
+        """The documents in their order, without the empty ones and the bad ones; how many were bad is said.
 
         Raises:
-            UserError: the data set cannot be read to its end.
+            UserError: the data set cannot be read to its end, or most of it is bad.
         """
-        documents = iter(self.read())
-        while True:
-            try:
-                document = next(documents)
-            except StopIteration:
-                return
-            except UserError:
-                raise
-            except Exception as error:  # whatever the readers of datasets raise: pyarrow's, pandas's, fsspec's
-                raise UserError(f"{self.name}: cannot be read: {one_line(error)}") from error
-            if isinstance(document, str):
-                if document and not document.isspace():
+        skipped = Skipped(self.name, self.unit)
+        try:
+            for place, document in enumerate(_readable(self.name, self.read()), 1):
+                if document is None:
+                    continue
+                if isinstance(document, Bad):
+                    skipped.count(place, document)
+                    continue
+                skipped.count(place, None)
+                if len(document) and not (isinstance(document, str) and document.isspace()):
                     yield document
-            elif document is not None and len(document):
-                yield document
+            skipped.judge()
+        finally:
+            skipped.warn()
+
+
+def _readable(name: str, records: Iterable[T]) -> Iterator[T]:
+    """The same records; whatever the readers of `datasets` raise (pyarrow's, pandas's, fsspec's) is a `UserError`."""
+    try:
+        yield from records
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -130,26 +156,49 @@ def _open(
     if name.startswith("embedded:"):
         raise UserError(f"{flag} {name}: the only embedded text is {EMBEDDED_TEXT}")
     try:
-        dataset, config, split = _load(name, flag, config, split, streaming, preferred_splits)
-        first_rows = list(dataset.take(20))
+        records, config, split = retrying(
+            f"{flag} {name}", lambda: _load(name, flag, config, split, streaming, preferred_splits)
+        )
     except UserError:
         raise
-    except Exception as error:  # datasets raises whatever its readers raise: pyarrow's, pandas's, fsspec's, OSError
+    except Exception as error:  # whatever the builders of datasets raise
         raise UserError(f"{flag} {name}: cannot be read: {one_line(error)}") from error
-    if not first_rows:
-        raise UserError(f"{flag} {name}: split {split} is empty (0 documents)")
+    first_rows = _first_rows(f"{flag} {name}", split, records)
     column = _choose_column(name, flag, column, first_rows)
-    tokenized = not any(isinstance(row[column], str) for row in first_rows)
-    row_length = next((len(row[column]) for row in first_rows if row[column]), None) if tokenized else None
-    return TextSource(
-        name, config, split, column, tokenized, lambda: (row[column] for row in dataset), row_length=row_length
-    )
+    values = [row.get(column) for row in first_rows]
+    tokenized = not any(isinstance(value, str) for value in values)
+    row_length = next((len(value) for value in values if value is not None and _is_tokens(value)), None)
+    as_document = tokens_document if tokenized else text_document
+
+    def read() -> Iterator[Document | Bad | None]:
+        for row in records:
+            yield as_document(row, column) if isinstance(row, dict) else row
+
+    return TextSource(name, config, split, column, tokenized, read, row_length=row_length, unit=records.unit)
+
+
+def _first_rows(what: str, split: str, records: Records) -> list[Row]:
+    """The first rows that are good, for their columns."""
+    rows: list[Row] = []
+    skipped = Skipped(what, records.unit)
+    for place, row in enumerate(islice(_readable(what, records), _RECORDS_LOOKED_AT), 1):
+        if row is not None:
+            skipped.count(place, row if isinstance(row, Bad) else None)
+        if isinstance(row, dict):
+            rows.append(row)
+        if len(rows) == _ROWS_LOOKED_AT:
+            break
+    if not rows:
+        skipped.judge()
+        raise UserError(f"{what}: split {split} is empty (0 documents)")
+    return rows
 
 
 def _load(
     name: str, flag: str, config: str | None, split: str | None, streaming: bool, preferred_splits: Sequence[str]
-) -> tuple[Any, str | None, str]:
+) -> tuple[Records, str | None, str]:
     """Loads one split; returns it with the names of its configuration and split."""
+    what = f"{flag} {name}"
     path = Path(name)
     if path.is_file():
         if config is not None:
@@ -158,20 +207,27 @@ def _load(
         if loader is None:
             raise UserError(f"{flag} {name}: cannot read this kind of file; use {', '.join(_FILE_LOADERS)}")
         split = _choose_split(name, ["train"], split, preferred_splits)
-        how = {"sample_by": "paragraph"} if loader == "text" else {}
-        return _load_files(loader, [path], split, streaming, **how), None, split
+        if ".jsonl" in path.suffixes:
+            return _read_json_lines([str(path)], what, streaming), None, split
+        if loader == "text":
+            return _read_text([str(path)], what, streaming, "paragraph"), None, split
+        # What looks like a missing value to pandas, such as NA and an empty field, is text.
+        how = {"keep_default_na": False} if loader == "csv" else {}
+        files = {split: str(path)}
+        data = datasets.load_dataset(loader, data_files=files, split=split, streaming=streaming, **how)
+        return Records(data, what), None, split
 
     if path.is_dir():
         if any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict):
                 split = _choose_split(name, list(saved), split, preferred_splits)
-                return saved[split], None, split
-            return saved, None, _choose_split(name, ["train"], split, preferred_splits)
-        files = sorted(file for file in path.rglob("*") if file.suffix in _FILE_LOADERS)
-        if files and all(file.suffix == ".txt" for file in files):
+                return Records(saved[split], what), None, split
+            return Records(saved, what), None, _choose_split(name, ["train"], split, preferred_splits)
+        found = sorted(file for file in path.rglob("*") if file.suffix in _FILE_LOADERS)
+        if found and all(file.suffix == ".txt" for file in found):
             split = _choose_split(name, ["train"], split, preferred_splits)
-            return _load_files("text", files, split, streaming, sample_by="document"), None, split
+            return _read_text([str(file) for file in found], what, streaming, "document"), None, split
     else:
         name = check_repository(name, "dataset", flag)
 
@@ -184,13 +240,21 @@ def _load(
         raise UserError(f"--dataset_config {config}: {name} has {', '.join(configs)}")
     splits = datasets.get_dataset_split_names(name, config)
     split = _choose_split(name, splits, split, preferred_splits)
-    return datasets.load_dataset(name, config, split=split, streaming=streaming), config, split
+    files_of_splits = datasets.load_dataset_builder(name, config).config.data_files or {}
+    split_files = [str(file) for file in files_of_splits.get(split, ())]
+    if split_files and all(".jsonl" in Path(file).suffixes for file in split_files):
+        return _read_json_lines(split_files, what, streaming), config, split
+    if split_files and all(".txt" in Path(file).suffixes for file in split_files):
+        return _read_text(split_files, what, streaming, "line"), config, split
+    return Records(datasets.load_dataset(name, config, split=split, streaming=streaming), what), config, split
 
 
-def _load_files(loader: str, files: list[Path], split: str, streaming: bool, **how: str) -> Any:
-    return datasets.load_dataset(
-        loader, data_files=[str(file) for file in files], split=split, streaming=streaming, **how
-    )
+def _read_json_lines(files: list[str], what: str, streaming: bool) -> Records:
+    return Records(read_files(files, "line", streaming), what, parse_json_line, is_lines=len(files) == 1)
+
+
+def _read_text(files: list[str], what: str, streaming: bool, by: str) -> Records:
+    return Records(read_files(files, by, streaming), what, parse_text, is_lines=by == "line" and len(files) == 1)
 
 
 def _choose_split(name: str, splits: list[str], split: str | None, preferred: Sequence[str]) -> str:
@@ -202,8 +266,8 @@ def _choose_split(name: str, splits: list[str], split: str | None, preferred: Se
 
 
 def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str, Any]]) -> str:
-    columns = list(rows[0])
-    first = {c: next((row[c] for row in rows if row[c] is not None), None) for c in columns}
+    columns = list({column: None for row in rows for column in row})  # of JSON Lines, a row may lack some
+    first = {c: _first_value([row[c] for row in rows if row.get(c) is not None]) for c in columns}
     if column is not None:
         if column not in columns:
             raise UserError(f"--text_column {column}: {name} has the columns {', '.join(columns)}")
@@ -214,7 +278,11 @@ def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str
     for candidate in _TOKEN_COLUMNS:
         if candidate in columns and _is_tokens(first[candidate]):
             return candidate
-    lengths = {c: sum(len(row[c] or "") for row in rows) for c in columns if isinstance(first[c], str)}
+    lengths = {
+        c: sum(len(text) for row in rows if isinstance(text := row.get(c), str))
+        for c in columns
+        if isinstance(first[c], str)
+    }
     if not lengths:
         raise UserError(f"{flag} {name}: no column of text or token ids among {', '.join(columns)}")
     if "text" in lengths:
@@ -223,6 +291,11 @@ def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str
     if len(lengths) > 1:
         log.info("%s has no column 'text'; taking the longest, %r (--text_column chooses)", name, longest)
     return longest
+
+
+def _first_value(values: list[Any]) -> Any:
+    """The first that could be a document, or else the first: a bad record at the beginning hides no column."""
+    return next((v for v in values if isinstance(v, str) or _is_tokens(v)), values[0] if values else None)
 
 
 def _is_tokens(value: Any) -> bool:

@@ -1,25 +1,32 @@
-"""A run's record in wandb: online, offline where there is no login, or none."""
+"""A run's record in wandb: online, offline where there is no login or no connection, or none."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import wandb
 
+from sae_toolkit.errors import one_line
 from sae_toolkit.training_flags import FLAGS_FILENAME
 
 log = logging.getLogger(__name__)
 
+# Seconds that wandb may keep a run waiting at its start and at its end (by default 90, and for ever). Between them its
+# own process retries in the background. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT choose others.
+_LIMITS = {"init_timeout": 20.0, "finish_timeout": 60.0}
+
 
 class WandbRun:
-    """One wandb run. With mode `disabled` every method does nothing.
+    """One wandb run. With mode `disabled` every method does nothing; nothing that wandb raises ends the caller's run.
 
     Args:
-        mode: `online`, `offline` or `disabled`; `online` becomes `offline` where there is no login.
+        mode: `online`, `offline` or `disabled`; `online` becomes `offline` where there is no login or no connection.
         run_id: the same id continues the same run.
     """
 
@@ -34,41 +41,81 @@ class WandbRun:
         config: dict[str, Any] | None = None,
     ) -> None:
         self.run: wandb.Run | None = None
+        self._has_warned = False
         if mode == "disabled":
             return
-        if mode == "online" and not wandb.login(prompt=False):
-            log.info("wandb: no login (`wandb login`), so the run is recorded offline, under ./wandb")
-            mode = "offline"
-        self.run = wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            project=project,
-            entity=entity,
-            name=name,
-            config=config,
-            settings=wandb.Settings(silent=True),
-        )
+        limits: dict[str, Any] = {
+            name: value for name, value in _LIMITS.items() if f"WANDB_{name.upper()}" not in os.environ
+        }
+        settings = wandb.Settings(silent=True, finish_timeout_raises=True, **limits)
+
+        def start(mode: str) -> wandb.Run:
+            return wandb.init(
+                mode=mode,  # type: ignore[arg-type]
+                id=run_id,
+                resume="allow" if mode == "online" else None,
+                project=project,
+                entity=entity,
+                name=name,
+                config=config,
+                settings=settings,
+            )
+
+        reason = None
+        if mode == "online":
+            try:
+                if wandb.login(prompt=False):
+                    self.run = start("online")
+                    return
+                log.info("wandb: no login (`wandb login`), so the run is recorded offline, under ./wandb")
+            except Exception as error:  # wandb's, and those of its process
+                reason = one_line(error)
+        self._safely(lambda: setattr(self, "run", start("offline")))
+        if reason and self.run is not None:
+            log.warning("wandb: %s; the run is recorded offline; `wandb sync %s` uploads it", reason, self._directory)
+
+    @property
+    def _directory(self) -> Path:
+        assert self.run is not None
+        return Path(self.run.dir).parent
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        if self.run is not None:
-            self.run.log(values, step=step)
+        self._safely(lambda: self.run and self.run.log(values, step=step))
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Sets values of the run's summary, which is what a table of runs shows."""
-        if self.run is not None:
-            self.run.summary.update(values)
+        self._safely(lambda: self.run and self.run.summary.update(values))
 
     def save_sae(self, directory: Path) -> None:
         """Records an SAE's directory as an artifact of type `model`."""
-        if self.run is not None:
-            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"sae_{self.run.name}"), type="model")
-            artifact.add_dir(str(directory))
-            self.run.log_artifact(artifact)
+
+        def save() -> None:
+            if self.run is not None:
+                artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"sae_{self.run.name}"), type="model")
+                artifact.add_dir(str(directory))
+                self.run.log_artifact(artifact)
+
+        self._safely(save)
 
     def finish(self) -> None:
-        if self.run is not None:
+        """Waits for the record to be uploaded; not for ever."""
+        if self.run is None:
+            return
+        try:
             self.run.finish()
+        except Exception as error:
+            directory = Path(self.run.dir).parent
+            log.warning(
+                "wandb: %s; the record is whole on disk: `wandb sync %s` uploads it", one_line(error), directory
+            )
+
+    def _safely(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if not self._has_warned:
+                log.warning("wandb: %s; the run goes on, and its record may be incomplete", one_line(error))
+            self._has_warned = True
 
 
 def training_wandb_run(sae_path: Path) -> WandbRun:

@@ -15,6 +15,7 @@ import pytest
 
 # No test reaches the network: a closed port stands where the hub would be.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["SAE_TOOLKIT_RETRY_WAIT"] = "0.01"
 os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
 
 import torch
