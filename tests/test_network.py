@@ -27,8 +27,7 @@ def disturbed(tiny_model, text_file, tmp_path_factory):
     data = served / "datasets" / "tests" / "text"
     data.mkdir(parents=True)
     shutil.copy(text_file, data / "train.txt")
-    hub, host = LoopbackHub(served), LoopbackWandb("works")
-    host.close()  # nobody listens any more
+    hub, host = LoopbackHub(served), LoopbackWandb("refuses")
     hub.inject("cut", "model.safetensors", method="GET")
     hub.inject(500, "train.txt", method="GET")
     flags = (

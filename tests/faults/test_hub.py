@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -22,12 +23,12 @@ pytestmark = pytest.mark.faults
 
 MODEL, DATA, BIG = "tests/tiny", "tests/text", "tests/big"
 TEXTS = [f"Document {i}: " + " ".join(str(i * j) for j in range(12)) for i in range(1500)]
-N_FILES = 5
+N_FILES = 12
 
 
 @pytest.fixture(scope="module")
 def served(tiny_model, tmp_path_factory):
-    """A directory for the hub: the tiny model, and its text as five JSON Lines files and as five of parquet."""
+    """A directory for the hub: the tiny model, and its text as twelve JSON Lines files and as twelve of parquet."""
     directory = tmp_path_factory.mktemp("served")
     shutil.copytree(tiny_model, directory / "models" / MODEL)
     per_file = len(TEXTS) // N_FILES
@@ -39,7 +40,7 @@ def served(tiny_model, tmp_path_factory):
         )
         for i in range(N_FILES):
             part = datasets.Dataset.from_dict({"text": TEXTS[i * per_file : (i + 1) * per_file]})
-            getattr(part, {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(data / f"part{i}.{kind}")
+            getattr(part, {"jsonl": "to_json", "parquet": "to_parquet"}[kind])(data / f"part{i:02}.{kind}")
     return directory
 
 
@@ -82,7 +83,7 @@ def trained(done: Outcome) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
 def undisturbed(served, tmp_path_factory):
     hub = LoopbackHub(served)
     tokens, weights = trained(train(hub, tmp_path_factory.mktemp("undisturbed")))
-    read = {match[1] for request in hub.requests if (match := re.search(r"GET .*/data/(part\d)", request))}
+    read = {match[1] for request in hub.requests if (match := re.search(r"GET .*/data/(part\d\d)", request))}
     assert len(read) >= 3  # the text is read from several files
     hub.close()
     return tokens, weights
@@ -97,36 +98,75 @@ TRANSIENT = {
     "falls silent in the middle of a body": ("stall in the middle", {}),
     "refuses connections for 3 s": ("outage", {"seconds": 3.0}),
 }
-PLACES = {
-    "the data (jsonl)": ("/data/part2", "GET", f"{DATA}-jsonl"),
-    "the data (parquet)": ("/data/part2", "GET", f"{DATA}-parquet"),
-    "the listing of the data": (r"/api/datasets/.*/tree/", "GET", f"{DATA}-jsonl"),
-    "the weights": ("model.safetensors", "GET", f"{DATA}-jsonl"),
-    "the tokenizer's configuration": ("tokenizer_config.json", "GET|HEAD", f"{DATA}-jsonl"),
-    "the model's page": (f"/api/models/{MODEL}$", "GET", f"{DATA}-jsonl"),
+
+READ_ALL = """
+import hashlib, sys
+from sae_toolkit.console import set_up_logging
+from sae_toolkit.text import open_text
+set_up_logging()
+digest, n = hashlib.sha256(), 0
+for document in open_text(sys.argv[1], flag="--dataset_path").documents():
+    digest.update(document.encode()); n += 1
+print(n, digest.hexdigest())
+"""
+
+
+def read_all(hub: LoopbackHub, home: Path, data: str) -> Outcome:
+    """A process that reads every document of a data set of the hub, and prints their number and hash."""
+    environment = {"SAE_TOOLKIT_RETRY_WAIT": "0.5", "PYTHONPATH": "."} | hub.environment(home)
+    return run_process(sys.executable, "-c", READ_ALL, data, **environment)
+
+
+DATA_PLACES = {
+    "the data (jsonl)": ("/data/part02", f"{DATA}-jsonl"),
+    "the data (parquet)": ("/data/part02", f"{DATA}-parquet"),
+    "the listing of the data": ("/api/datasets/.*/tree/", f"{DATA}-jsonl"),
+    "the data set's card": ("/README.md", f"{DATA}-parquet"),
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", DATA_PLACES)
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_passes_costs_nothing(hub, undisturbed, tmp_path, record_fault, fault, place):
+def test_no_document_is_lost_or_read_twice(hub, tmp_path, record_fault, fault, place):
     kind, how = TRANSIENT[fault]
-    path, method, data = PLACES[place]
+    path, data = DATA_PLACES[place]
+    hub.inject(kind, path, method="GET", **how)
+    done = read_all(hub, tmp_path, data)
+    assert done.stdout.split() == [str(len(TEXTS)), hashlib.sha256("".join(TEXTS).encode()).hexdigest()], done.stderr
+    injected = hub.injected[str(kind)]
+    assert injected == how.get("times", 1)
+    record_fault(f"hub {fault}: {place}", injected, "retried; every document came, each once", "nothing")
+
+
+RUN_PLACES = [
+    *(("the weights", "model.safetensors", "GET", "jsonl", fault) for fault in TRANSIENT),
+    ("the tokenizer's configuration", "tokenizer_config.json", "GET|HEAD", "jsonl", "answers 500 twice"),
+    ("the tokenizer's configuration", "tokenizer_config.json", "GET|HEAD", "jsonl", "never answers"),
+    ("the model's page", f"/api/models/{MODEL}$", "GET", "jsonl", "answers 500 twice"),
+    ("the model's page", f"/api/models/{MODEL}$", "GET", "jsonl", "refuses connections for 3 s"),
+    ("the data (jsonl)", "/data/part02", "GET", "jsonl", "cuts a body in half"),
+    ("the data (parquet)", "/data/part02", "GET", "parquet", "refuses connections for 3 s"),
+]
+
+
+@pytest.mark.parametrize(("place", "path", "method", "form", "fault"), RUN_PLACES)
+def test_a_whole_run_comes_out_the_same(hub, undisturbed, tmp_path, record_fault, place, path, method, form, fault):
+    kind, how = TRANSIENT[fault]
     hub.inject(kind, path, method=method, **how)
-    tokens, weights = trained(train(hub, tmp_path, data))
+    tokens, weights = trained(train(hub, tmp_path, f"{DATA}-{form}"))
     injected = hub.injected[str(kind)]
     assert injected == how.get("times", 1)
     assert np.array_equal(tokens, undisturbed[0])
     assert all(torch.equal(weights[name], undisturbed[1][name]) for name in undisturbed[1])
-    record_fault(f"hub {fault}: {place}", injected, "retried; the run finished with the same tokens and SAE", "nothing")
+    record_fault(
+        f"hub {fault}, in a run: {place}", injected, "retried; the run ended in the same tokens and SAE", "nothing"
+    )
 
 
 @pytest.mark.parametrize("kind", [500, "stall", "outage"])
 def test_a_hub_that_stays_away_is_given_up_in_one_line(hub, tmp_path, record_fault, kind):
     hub.inject(kind, "/api/models/", times=10**6, **({"seconds": 600.0} if kind == "outage" else {}))
-    start = time.monotonic()
     done = train(hub, tmp_path)
-    assert time.monotonic() - start < 60
     assert done.status == 2, done.stderr
     (line,) = done.error_lines
     assert re.search(rf"--model_name {MODEL}: the Hugging Face Hub cannot be reached \(.*; tried 6 times over", line)
@@ -136,7 +176,7 @@ def test_a_hub_that_stays_away_is_given_up_in_one_line(hub, tmp_path, record_fau
 
 
 def test_data_that_stay_away_are_given_up_in_one_line(hub, tmp_path, record_fault):
-    hub.inject(500, "/data/part2", times=10**6)
+    hub.inject(500, "/data/part02", times=10**6)
     start = time.monotonic()
     done = train(hub, tmp_path)
     seconds = time.monotonic() - start
@@ -180,18 +220,6 @@ def test_a_refusal_is_believed_at_once(hub, tmp_path, record_fault, refusal, kin
     record_fault(f"hub refuses {kind}: {refusal}", 1, "one line and exit status 2 at once, no retry", "nothing")
 
 
-READ_ALL = """
-import hashlib, logging, sys
-from sae_toolkit.console import set_up_logging
-from sae_toolkit.text import open_text
-set_up_logging()
-digest, n = hashlib.sha256(), 0
-for document in open_text(sys.argv[1], flag="--dataset_path").documents():
-    digest.update(document.encode()); n += 1
-print(n, digest.hexdigest())
-"""
-
-
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_stream_goes_on_at_the_document_where_it_stopped(hub, served, tmp_path, record_fault, form):
     """One file that takes many requests, and an outage longer than huggingface_hub's own patience in the middle."""
@@ -205,9 +233,7 @@ def test_a_stream_goes_on_at_the_document_where_it_stopped(hub, served, tmp_path
             big.to_json(data / "train.jsonl")
         else:
             big.to_parquet(data / "train.parquet", batch_size=100)
-    command = (sys.executable, "-c", READ_ALL, f"{BIG}-{form}")
-    environment = {"SAE_TOOLKIT_RETRY_WAIT": "1", "PYTHONPATH": "."}
-    whole = run_process(*command, **(environment | hub.environment(tmp_path / "a")))
+    whole = read_all(hub, tmp_path / "a", f"{BIG}-{form}")
     assert whole.status == 0, whole.stderr
     assert whole.stdout.startswith("3000 ")
     n_requests = sum("GET" in request and f"train.{form}" in request for request in hub.requests)
@@ -215,7 +241,7 @@ def test_a_stream_goes_on_at_the_document_where_it_stopped(hub, served, tmp_path
     hub.heal()
     hub.inject("outage", f"train.{form}", method="GET", after=n_requests - 1, seconds=30.0)
     hub.inject("cut", f"train.{form}", method="GET", after=n_requests // 2)
-    disturbed = run_process(*command, **(environment | hub.environment(tmp_path / "b")))
+    disturbed = read_all(hub, tmp_path / "b", f"{BIG}-{form}")
     assert disturbed.stdout == whole.stdout, disturbed.stderr
     assert hub.injected == {"outage": 1, "cut": 1}
     assert re.search(r"after \d[\d,]* records: .*; try 2 of 6", disturbed.stderr), disturbed.stderr
