@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.memory import is_out_of_memory
 from sae_toolkit.position_filter import PositionFilter
 
 log = logging.getLogger(__name__)
@@ -267,8 +268,3 @@ class ActivationStream(Iterator[torch.Tensor]):
 def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Moves a CPU tensor without waiting for what a CUDA device is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: torch's, on whichever device, or numpy's."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

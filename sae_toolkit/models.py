@@ -173,6 +173,8 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
 
     try:
         model, loading = retrying(f"--model_name {source.name}", load)
+    except UserError:
+        raise
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"--model_name {source.name}: its weights cannot be read: {one_line(error)}") from None
     except Exception as error:
