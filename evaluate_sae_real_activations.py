@@ -43,6 +43,7 @@ def parse_flags() -> argparse.Namespace:
     )
     add("--model_name", help="Hugging Face id, directory, .gguf file or embedded model (default: the SAE's)")
     add("--layer", type=int, help="layer of the hook (default: the SAE's)")
+    add("--trust_remote_code", action="store_true", help="let code that comes with the model run")
     add("--dataset", help="Hugging Face id, file, directory or embedded text (default: what the SAE did not train on)")
     add("--dataset_config", help="configuration of the data set (default: found)")
     add(

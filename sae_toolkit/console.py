@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.redaction import holds_secret, redact
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,10 +31,22 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(flags).items():
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"argument --{name}: is empty; give a value or leave it out")
+            if holds_secret(str(value)):
+                self.error(
+                    f"argument --{name}: holds a token or password, which would end up on record; set HF_TOKEN or"
+                    " WANDB_API_KEY, or log in by `hf auth login` or `wandb login`"
+                )
         return flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+class _Record(logging.LogRecord):
+    """A log line of any library, without the tokens in it."""
+
+    def getMessage(self) -> str:
+        return redact(super().getMessage())
 
 
 class _AboveProgressBars(logging.Handler):
@@ -76,6 +89,7 @@ def open_run_log(path: Path) -> None:
 
 def set_up_logging(verbose: bool = False) -> None:
     """Log lines of this project go to standard error; libraries speak when something is wrong."""
+    logging.setLogRecordFactory(_Record)
     logger = logging.getLogger("sae_toolkit")
     terminal = _AboveProgressBars()
     terminal.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -92,20 +106,23 @@ def set_up_logging(verbose: bool = False) -> None:
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's main function and ends the process with its exit status; that of a `UserError` in a line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch.load stays with tensors, in every library
     try:
         status = main() or 0
     except UserError as error:
         with suppress(OSError):
-            print(f"error: {error}", file=sys.stderr)
+            print(redact(f"error: {error}"), file=sys.stderr)
         _log_to_file_alone(f"error: {error}")
         status = error.exit_status
     except KeyboardInterrupt:
         status = 130
-    except Exception:
+    except Exception:  # a bug
+        with suppress(OSError):
+            print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _log_to_file_alone(traceback.format_exc())
-        raise
+        status = 1
     sys.exit(status)
 
 
 def _log_to_file_alone(message: str) -> None:
-    _run_log.handle(logging.LogRecord("sae_toolkit", logging.ERROR, __file__, 0, message, None, None))
+    _run_log.handle(logging.LogRecord("sae_toolkit", logging.ERROR, __file__, 0, redact(message), None, None))

@@ -21,9 +21,10 @@ from sae_toolkit.language_model import hook_width
 from sae_toolkit.models import ModelSource, check_token_ids, choose_device, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.sae_formats import SAEFile, find_saes, load_sae_file
-from sae_toolkit.sae_metadata import check_metadata
+from sae_toolkit.sae_metadata import check_metadata, check_names_of_download
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, special_tokens
+from sae_toolkit.trust import model_kwargs_of_sae
 
 # What needs only the SAE is measured on more tokens than losses, which need the model's upper layers and logits.
 TOKENS = 50_000
@@ -97,27 +98,29 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     """
     device = choose_device(flags.device)
     files = find_saes(flags.sae_path, layer=flags.layer)
-    models: dict[str, ModelSource] = {}
-    widths: dict[tuple[str, str], int] = {}
+    models: dict[tuple[Any, ...], ModelSource] = {}
+    widths: dict[tuple[Any, ...], int] = {}
     texts: dict[tuple[Any, ...], _Text] = {}
     groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
-    for file in files:
-        log.info("%s: %s, %s", file.name, file.library, file.form)
-        sae = load_sae_file(file, "cpu")  # moved to the device while it is measured
+    for file, sae in _load_saes(files):
         _check_features(flags.features, sae, file)
-        check_metadata(sae, f"--sae_path {file.name}")
+        if file.is_download:
+            where = f"--sae_path {file.name}"
+            check_names_of_download(sae, where, model_name=flags.model_name, dataset=flags.dataset)
         model_name = flags.model_name or sae.cfg.metadata.model_name
-        if model_name is None:
+        if not model_name:
             raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
+        model_kwargs = {} if flags.model_name else _model_kwargs(sae, file)
         with _of_the_sae(file, unless=flags.model_name):
-            if model_name not in models:
-                models[model_name] = find_model(model_name)
-        model = models[model_name]
+            model_key = model_name, tuple(sorted(model_kwargs.items()))
+            if model_key not in models:
+                models[model_key] = find_model(model_name, model_kwargs, trust_remote_code=flags.trust_remote_code)
+        model = models[model_key]
         hook_name = _hook_name(sae, flags.layer)
         with _of_the_sae(file, unless=flags.layer):
-            if (model_name, hook_name) not in widths:
-                widths[model_name, hook_name] = hook_width(model.config, hook_name)
-        d_in = widths[model_name, hook_name]
+            if (model_key, hook_name) not in widths:
+                widths[model_key, hook_name] = hook_width(model.config, hook_name, model.trust_remote_code)
+        d_in = widths[model_key, hook_name]
         if sae.cfg.d_in != d_in:
             raise UserError(
                 f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
@@ -125,7 +128,7 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
             )
         with _of_the_sae(file, unless=flags.dataset or flags.context_length):
             text = _choose_text(sae, flags, model)
-        key = (model_name, hook_name, text.key)
+        key = (model_key, hook_name, text.key)
         texts[key] = texts.get(key, text)
         groups.setdefault(key, []).append(EvaluatedSAE(file, sae, PositionFilter(skip_positions=text.skip_positions)))
     if len(groups) > 1:
@@ -133,6 +136,35 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     return [
         _prepare_group(flags, device, models[key[0]], key[1], texts[key], members) for key, members in groups.items()
     ]
+
+
+def _load_saes(files: Sequence[SAEFile]) -> Iterator[tuple[SAEFile, SAE[Any]]]:
+    """Loads SAEs, checked, on the CPU; one of a run or a pattern that is damaged is left out where others remain."""
+    n_loaded = 0
+    first_error: UserError | None = None
+    for file in files:
+        log.info("%s: %s, %s", file.name, file.library, file.form)
+        try:
+            sae = load_sae_file(file, "cpu")  # moved to the device while it is measured
+            check_metadata(sae, f"--sae_path {file.name}")
+        except UserError as error:
+            if not file.one_of_many:
+                raise
+            log.warning("%s; left out", error)
+            first_error = first_error or error
+        else:
+            n_loaded += 1
+            yield file, sae
+    if n_loaded == 0 and first_error is not None:
+        raise first_error
+
+
+def _model_kwargs(sae: SAE[Any], file: SAEFile) -> dict[str, str]:
+    """Which weights of its model an SAE was trained on; nothing else that a file says reaches `from_pretrained`."""
+    kwargs, left_out = model_kwargs_of_sae(sae.cfg.metadata.model_from_pretrained_kwargs or {})
+    if left_out:
+        log.info("%s: of its model_from_pretrained_kwargs, %s are not followed", file.name, ", ".join(left_out))
+    return kwargs
 
 
 @contextmanager
@@ -161,7 +193,7 @@ def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
         )
         if len(values) > 1
     ]
-    names = "; ".join(f"{key[0]} {key[1]}: {', '.join(m.file.name for m in ms)}" for key, ms in groups.items())
+    names = "; ".join(f"{key[0][0]} {key[1]}: {', '.join(m.file.name for m in ms)}" for key, ms in groups.items())
     return f"SAEs of different {' and '.join(differing)}, evaluated in {len(groups)} passes ({names})"
 
 
@@ -260,7 +292,7 @@ def _prepare_group(
 def _hook_name(sae: SAE[Any], layer: int | None) -> str:
     """The SAE's own hook, at the layer that was asked for."""
     hook_name = sae.cfg.metadata.hook_name
-    if hook_name is None:
+    if not hook_name:
         if layer is None:
             raise UserError("--layer: the SAE's cfg.json does not say which hook it is for; name the layer")
         return f"blocks.{layer}.hook_resid_post"

@@ -224,6 +224,9 @@ def _weights(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], wher
     missing = [name for name in names.values() if name not in tensors]
     if missing:
         raise UserError(f"{where}: damaged or of another kind: no {' and no '.join(missing)} among the weights")
+    integer = [name for name in names.values() if not tensors[name].is_floating_point()]
+    if integer:
+        raise UserError(f"{where}: damaged: {integer[0]} is of {tensors[integer[0]].dtype}, and must be of floats")
     is_linear = {theirs for theirs in names.values() if theirs.endswith(".weight") and tensors[theirs].ndim == 2}
     return {
         ours: (tensors[theirs].mT if theirs in is_linear else tensors[theirs]).float() for ours, theirs in names.items()

@@ -99,24 +99,28 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str) -> Hoo
     return Hook(hook_name, layers[layer].get_submodule(submodule), side, layer)
 
 
-def hook_width(config: PreTrainedConfig, hook_name: str) -> int:
+def model_without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model on the `meta` device, where it costs no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def hook_width(config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False) -> int:
     """Width d_in of the activations at a hook, from the model's shapes alone (no weights).
 
     Raises:
         UserError: the model has no such hook.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = model_without_weights(config, trust_remote_code)
     hook = find_hook(model, config, hook_name)
     if isinstance(hook.module, nn.Linear):
         return hook.module.in_features if hook.side == "input" else hook.module.out_features
     return config.get_text_config().hidden_size
 
 
-def parameters_up_to_hook(config: PreTrainedConfig, hook_name: str) -> int:
+def parameters_up_to_hook(config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False) -> int:
     """Number of parameters that `LanguageModel.keep_only_up_to_hook` leaves, from the model's shapes alone."""
-    with torch.device("meta"):
-        model = LanguageModel(AutoModelForCausalLM.from_config(config), hook_name)
+    model = LanguageModel(model_without_weights(config, trust_remote_code), hook_name)
     model.keep_only_up_to_hook()
     return sum(parameter.numel() for parameter in model.model.parameters())
 

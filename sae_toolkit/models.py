@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,9 +31,15 @@ from sae_toolkit.connection import retrying
 from sae_toolkit.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.hub import check_repository, download_small_files
-from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.language_model import LanguageModel, model_without_weights
+from sae_toolkit.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
 
 log = logging.getLogger(__name__)
+
+_FILE_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, RecursionError),
+    *(ImportError, SafetensorError),
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class ModelSource:
     config: PreTrainedConfig
     location: dict[str, Any]  # arguments of Transformers' from_pretrained
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False  # whether code that comes with the model may run
 
     @property
     def max_context(self) -> int | None:
@@ -78,31 +87,54 @@ class ModelSource:
     @property
     def n_parameters(self) -> int:
         """From the shapes alone."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config).num_parameters()
+        return model_without_weights(self.config, self.trust_remote_code).num_parameters()
 
 
-def find_model(name: str, model_kwargs: dict[str, Any] | None = None) -> ModelSource:
+def find_model(
+    name: str, model_kwargs: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> ModelSource:
     """Finds a model and reads its configuration.
 
     Args:
         name: a Hugging Face id, a directory that Transformers saved, a GGUF file, or `embedded:smollm2-135m`.
         model_kwargs: more arguments for `from_pretrained`, such as `revision`.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UserError: there is no such model, it may not be read, or Transformers does not know its architecture.
+        UserError: there is no such model, it may not be read, Transformers does not know its architecture, or it
+            needs code of its own that may not run.
     """
     model_kwargs = model_kwargs or {}
+    check_model_kwargs(model_kwargs, trust_remote_code=trust_remote_code)
     location = _locate(name) | {k: model_kwargs[k] for k in ("revision", "subfolder") if k in model_kwargs}
     if not Path(repository := location["pretrained_model_name_or_path"]).exists():
         wanted = location.get("revision"), location.get("subfolder", "")
         if commit := download_small_files(repository, *wanted, "--model_name"):
             location["revision"] = commit
-    try:
+    # Said either way: Transformers asks at the terminal where it is left open.
+    location["trust_remote_code"] = trust_remote_code
+    with _errors_of_files(f"--model_name {name}"):
         config = retrying(f"--model_name {name}", lambda: AutoConfig.from_pretrained(**location))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_name {name}: {one_line(error)}") from None
-    return ModelSource(name, config, location, model_kwargs)
+    if not trust_remote_code:
+        check_kernels(config, f"--model_name {name}")
+    return ModelSource(name, config, location, model_kwargs, trust_remote_code)
+
+
+@contextmanager
+def _errors_of_files(where: str) -> Iterator[None]:
+    """What Transformers raises over a model's files, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"{where}: holds a pickle of more than tensors, which could run any code if it were opened; use safetensors"
+        ) from error
+    except _FILE_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise needs_trust(where) from error
+        raise UserError(f"{where}: {one_line(error)}") from error
 
 
 def _locate(name: str) -> dict[str, Any]:
@@ -142,10 +174,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it has none that Transformers can load, or one without a BOS and an EOS token.
     """
-    try:
+    with _errors_of_files(f"--model_name {source.name}: no tokenizer"):
         tokenizer = retrying(f"--model_name {source.name}", lambda: AutoTokenizer.from_pretrained(**source.location))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_name {source.name}: no tokenizer: {one_line(error)}") from None
     if tokenizer.bos_token_id is None:
         # As TransformerLens does: models without a BOS token start their contexts with EOS.
         if tokenizer.eos_token_id is None:
@@ -161,6 +191,7 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
         UserError: the weights are missing or damaged, or the model has no such hook.
     """
     log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), device)
+    where = f"--model_name {source.name}"
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -171,18 +202,16 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
             output_loading_info=True,
         )
 
-    try:
-        model, loading = retrying(f"--model_name {source.name}", load)
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"--model_name {source.name}: its weights cannot be read: {one_line(error)}") from None
-    except Exception as error:
-        if not source.model_kwargs:
-            raise
-        raise UserError(
-            f"--set model_from_pretrained_kwargs={source.model_kwargs}: Transformers refuses it: {one_line(error)}"
-        ) from None
+    with _errors_of_files(f"{where}: its weights cannot be read"):
+        check_weight_index(source.location, source.model_kwargs.get("variant"), where)
+        try:
+            model, loading = retrying(where, load)
+        except (TypeError, AttributeError) as error:
+            if not source.model_kwargs:
+                raise
+            raise UserError(
+                f"--set model_from_pretrained_kwargs={source.model_kwargs}: Transformers refuses it: {one_line(error)}"
+            ) from None
     if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
         raise UserError(
             f"--model_name {source.name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it anew"
@@ -196,15 +225,15 @@ class LanguageModels:
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        self._loaded: tuple[str, LanguageModel] | None = None
+        self._loaded: tuple[dict[str, Any], LanguageModel] | None = None
 
     def load(self, source: ModelSource, hook_name: str) -> LanguageModel:
-        if self._loaded is not None and self._loaded[0] == source.name:
+        if self._loaded is not None and self._loaded[0] == source.location:
             model = LanguageModel(self._loaded[1].model, hook_name)
         else:
             self._loaded = None  # free the one before
             model = load_language_model(source, hook_name, self.device, self.dtype)
-        self._loaded = source.name, model
+        self._loaded = source.location, model
         return model
 
 

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HUB_CACHE
 from sae_lens import __version__ as sae_lens_version
 
 from sae_toolkit.checkpoints import load_log_sparsity
@@ -52,15 +51,16 @@ def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation
     for output in outputs:
         for path in (output, *_report_paths(output)):
             _check_writable(path)
+        if output.exists():
+            log.info("%s is there from an earlier evaluation, and will be replaced", output)
     remaining = iter(outputs)
     return [list(islice(remaining, len(group.saes))) for group in groups]
 
 
 def _directory(file: SAEFile) -> Path:
-    in_cache = file.release is not None or file.path.resolve().is_relative_to(Path(HF_HUB_CACHE).resolve())
-    if not in_cache and os.access(file.path, os.W_OK):
+    if not file.is_download and os.access(file.path, os.W_OK):
         return file.path
-    directory = Path("evaluations") / re.sub(r"[^\w.-]+", "_", file.name)
+    directory = Path("evaluations") / (re.sub(r"[^\w.-]+", "_", file.name).lstrip(".") or "sae")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,7 +160,9 @@ def _partial(path: Path) -> Path:
 def _write_whole(path: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
     partial = _partial(path)
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:  # through no link that somebody laid there
+        file.write(text)
     partial.replace(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -34,6 +35,8 @@ from sae_toolkit.foreign_saes import (
     sparsify_form,
 )
 from sae_toolkit.hub import check_repository
+from sae_toolkit.sae_metadata import check_are_floats, check_cfg
+from sae_toolkit.trust import leaves_its_directory
 
 # A directory that holds all files of a library is an SAE of it.
 _FILES = {
@@ -41,7 +44,11 @@ _FILES = {
     "sparsify": SPARSIFY_FILES,
     "dictionary_learning": DICTIONARY_LEARNING_FILES,
 }
+_LARGEST_WEIGHT = 1e10  # products of larger ones leave float32
 _WHAT_IS_AN_SAE = "; ".join(f"{' + '.join(files)} ({library})" for library, files in _FILES.items())
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,12 @@ class SAEFile:
     library: str  # "SAELens", "sparsify" or "dictionary_learning"
     form: str  # what was found there: "inference form, jumprelu", "SparseCoder, topk", "BatchTopKSAE", ...
     release: tuple[str, str] | None = None  # SAELens's release and SAE id
+    one_of_many: bool = False  # a checkpoint of a run that was named, or a match of a pattern
+
+    @property
+    def is_download(self) -> bool:
+        """Whether it lies in the Hub's cache."""
+        return self.release is not None or self.path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
 
 
 def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--sae_path") -> list[SAEFile]:
@@ -88,14 +101,29 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
         UserError: damaged, incomplete, not finite, or no autoencoder of one activation.
     """
     where = f"{flag} {':'.join(file.release) if file.release else file.path}"
+    try:
+        sae = _load(file, device, flag, where)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever SAELens raises over values that no SAE has
+        raise UserError(f"{where}: damaged or incomplete: {one_line(error)}") from error
+    _check_weights(sae, where)
+    return sae.to(dtype=torch.float32)
+
+
+def _load(file: SAEFile, device: str, flag: str, where: str) -> SAE[Any]:
     if file.release is not None:
-        sae = _load_release(*file.release, device, where)
-    elif file.library == "sparsify":
-        sae = load_sparsify(file.path, device, where)
-    elif file.library == "dictionary_learning":
-        sae = load_dictionary_learning(file.path, device, where)
-    else:
-        sae = load_sae(file.path, device, flag)
+        return _load_release(*file.release, device, where)
+    if file.library == "sparsify":
+        return load_sparsify(file.path, device, where)
+    if file.library == "dictionary_learning":
+        return load_dictionary_learning(file.path, device, where)
+    check_are_floats(file.path / SAE_WEIGHTS_FILENAME, where)
+    return load_sae(file.path, device, flag)
+
+
+def _check_weights(sae: SAE[Any], where: str) -> None:
+    """Refuses what is no autoencoder of one activation, and weights that cannot be those of a trained one."""
     if hasattr(sae.cfg, "d_out"):
         raise UserError(f"{where}: a transcoder ({sae.cfg.architecture()}), no autoencoder of one activation")
     if sae.cfg.architecture() == "temporal":
@@ -104,7 +132,8 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
         if not torch.isfinite(tensor).all():
             n_bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{where}: {n_bad} of the {tensor.numel()} numbers of {name} are NaN or infinite")
-    return sae.to(dtype=torch.float32)
+        if name != "threshold" and (largest := tensor.abs().max().item() if tensor.numel() else 0.0) > _LARGEST_WEIGHT:
+            raise UserError(f"{where}: {name} holds {largest:.3g}, which no trained SAE does; are its weights damaged?")
 
 
 def _find(name: str, layer: int | None, flag: str) -> list[SAEFile]:
@@ -115,6 +144,8 @@ def _find(name: str, layer: int | None, flag: str) -> list[SAEFile]:
     if glob.has_magic(name):
         return _of_pattern(str(path), f"{flag} {name}")
     head, _, part = name.partition(":")
+    if leaves_its_directory(part):
+        raise UserError(f"{flag} {name}: {part} is not within {head}")
     if part and Path(head).expanduser().is_dir():
         return _in_directory(Path(head).expanduser(), part, layer, f"{flag} {head}")
     releases = get_pretrained_saes_directory()
@@ -148,8 +179,7 @@ def _sae_file(directory: Path, name: str, where: str) -> SAEFile:
 
 def _saelens_form(directory: Path, where: str) -> str:
     cfg = read_json(directory / SAE_CFG_FILENAME, where)
-    if not isinstance(cfg.get("metadata", {}), dict):
-        raise UserError(f"{where}: metadata in {SAE_CFG_FILENAME} is no JSON object")
+    check_cfg(cfg, where)
     architecture = cfg.get("architecture", "standard")
     inference, training = (
         {field.name for field in fields(registry[architecture][1])} if architecture in registry else set()
@@ -165,7 +195,7 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
     if part is None and _library_of(directory) is not None:
         return [_sae_file(directory, "", where)]
     if part is None and (checkpoints := _checkpoints(directory)):
-        return [_sae_file(checkpoint, "", where) for checkpoint in checkpoints]
+        return _of_many(checkpoints, where)
     configs = [file for pattern in ("cfg.json", "ae.pt") for file in directory.rglob(pattern)]
     saes = {str(file.parent.relative_to(directory)) for file in configs if _library_of(file.parent) is not None}
     if not saes:
@@ -204,15 +234,31 @@ def _choose(folders: Collection[str], part: str | None, layer: int | None, where
 
 
 def _of_pattern(pattern: str, where: str) -> list[SAEFile]:
-    saes: list[SAEFile] = []
+    directories: list[Path] = []
     for match in sorted(glob.glob(pattern, recursive=True), key=_natural):  # noqa: PTH207  Path.glob: no absolute one
         directory = Path(match)
         if _library_of(directory) is not None:
-            saes.append(_sae_file(directory, "", where))
+            directories.append(directory)
         elif directory.is_dir():
-            saes += [_sae_file(checkpoint, "", where) for checkpoint in _checkpoints(directory)]
-    if not saes:
+            directories += _checkpoints(directory)
+    if not directories:
         raise UserError(f"{where}: the pattern fits no SAE; looked for {_WHAT_IS_AN_SAE}")
+    return _of_many(directories, where)
+
+
+def _of_many(directories: Sequence[Path], where: str) -> list[SAEFile]:
+    """The SAEs of directories that were not named one by one, without the damaged ones where others are left."""
+    saes: list[SAEFile] = []
+    errors: list[UserError] = []
+    for directory in directories:
+        try:
+            saes.append(replace(_sae_file(directory, "", f"{where}: {directory.name}"), one_of_many=True))
+        except UserError as error:
+            errors.append(error)
+    if not saes:
+        raise errors[0]
+    for left_out in errors:
+        log.warning("%s; left out", left_out)
     return saes
 
 

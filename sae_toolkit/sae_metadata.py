@@ -1,12 +1,31 @@
-"""What an SAE's cfg.json says of its training, held to what it must be before anything relies on it."""
+"""What an SAE's cfg.json says of it and of its training, held to what it must be before anything relies on it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sae_lens import SAE
+from safetensors import SafetensorError, safe_open
 
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.trust import is_hub_name
+
+# Of the SAE itself, in either form and in those of SAELens before 6.0.
+_CFG_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("architecture", "dtype"), (str,)),
+    **dict.fromkeys(("device", "reshape_activations", "activation_fn"), (str, NoneType)),
+    **dict.fromkeys(("d_in", "d_sae"), (int,)),
+    **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"), (bool,)),
+    "metadata": (dict,),
+    "activation_fn_kwargs": (dict, NoneType),
+    "k": (int, float),  # an average in the training form of BatchTopK
+    "normalize_activations": (str, bool, NoneType),
+}
+_LARGEST = 10**8  # of any size
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model_name", "hook_name", "dataset_path", "dataset_config", "dataset_split"), (str,)),
@@ -19,6 +38,61 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "seqpos_slice": (list, tuple),
     "model_from_pretrained_kwargs": (dict,),
 }
+
+
+def check_cfg(cfg: Mapping[str, Any], where: str) -> None:
+    """Refuses a cfg.json of SAELens that describes no SAE; what it does not say is fine.
+
+    Raises:
+        UserError: a field has another type than SAELens gives it, or a value that cannot be.
+    """
+    for name, types in _CFG_TYPES.items():
+        if name in cfg:
+            _check_type(cfg[name], types, f"{where}: {name} in cfg.json")
+    for name, largest in (("d_in", _LARGEST), ("d_sae", _LARGEST), ("k", cfg.get("d_sae", _LARGEST))):
+        if (size := cfg.get(name)) is not None and not 1 <= size <= largest:
+            raise UserError(f"{where}: {name} in cfg.json is {size}, and must be 1 to {largest:,}")
+    if cfg.get("architecture") == "topk" and not isinstance(k := cfg.get("k", 1), int):
+        raise UserError(f"{where}: k in cfg.json is {k}, and must be a whole number")
+    if (dtype := cfg.get("dtype")) is not None and dtype.removeprefix("torch.") not in _DTYPES:
+        raise UserError(f"{where}: dtype in cfg.json is {dtype!r:.60}, and must be {', '.join(_DTYPES)}")
+
+
+def check_are_floats(file: Path, where: str) -> None:
+    """Refuses weights of integers, which SAELens would convert, from the file's header alone.
+
+    Raises:
+        UserError: there are some, or the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            dtypes = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{where}: {file.name} is damaged or incomplete: {one_line(error)}") from error
+    for name, dtype in dtypes.items():
+        if name.startswith(("W_", "b_", "threshold", "log_threshold")) and not dtype.startswith(("F", "BF")):
+            raise UserError(f"{where}: damaged: {name} in {file.name} is of {dtype}, and must be of floats")
+
+
+def _check_type(value: Any, types: tuple[type, ...], where: str) -> None:
+    is_number_of_another_kind = isinstance(value, bool) and bool not in types
+    if not isinstance(value, types) or is_number_of_another_kind:
+        raise UserError(f"{where} is {value!r:.60}, and must be {' or '.join(t.__name__ for t in types)}")
+
+
+def check_names_of_download(sae: SAE[Any], where: str, *, model_name: str | None, dataset: str | None) -> None:
+    """Refuses an SAE that somebody else wrote and that names files of this machine, unless its reader named others.
+
+    Raises:
+        UserError: it does.
+    """
+    for flag, given, name in (("--model_name", model_name, "model_name"), ("--dataset", dataset, "dataset_path")):
+        value = sae.cfg.metadata.get(name)
+        if given is None and value and not is_hub_name(value):
+            raise UserError(
+                f"{where}: a downloaded SAE, whose {name} {value!r:.80} is no name on the Hub; where it is right, give"
+                f" it by {flag}"
+            )
 
 
 def check_metadata(sae: SAE[Any], where: str) -> None:
@@ -34,20 +108,24 @@ def check_metadata(sae: SAE[Any], where: str) -> None:
     """
     metadata = sae.cfg.metadata
     for name, types in _TYPES.items():
-        value = metadata.get(name)
-        is_number_of_another_kind = isinstance(value, bool) and bool not in types
-        if value is not None and (not isinstance(value, types) or is_number_of_another_kind):
-            kinds = " or ".join(t.__name__ for t in types)
-            raise UserError(f"{where}: metadata.{name} in cfg.json is {value!r:.60}, and must be {kinds}")
+        if (value := metadata.get(name)) is not None:
+            _check_type(value, types, f"{where}: metadata.{name} in cfg.json")
     if isinstance(excluded := metadata.exclude_special_tokens, list | tuple) and not _are_counts(excluded):
         raise UserError(
             f"{where}: metadata.exclude_special_tokens in cfg.json is {excluded!r:.60}, and must be token ids"
         )
-    if (size := metadata.context_size) is not None and size < 1:
-        raise UserError(f"{where}: metadata.context_size in cfg.json is {size}, and must be 1 or more")
+    if (size := metadata.context_size) is not None and not 1 <= size <= _LARGEST:
+        raise UserError(f"{where}: metadata.context_size in cfg.json is {size}, and must be 1 to {_LARGEST:,}")
     if (limit := metadata.max_activation_norm) is not None and not limit > 0:
         raise UserError(f"{where}: metadata.max_activation_norm in cfg.json is {limit}, and must be above 0")
+    if (fraction := metadata.held_out_fraction) is not None:
+        if not 0 <= fraction < 1:
+            raise UserError(f"{where}: metadata.held_out_fraction in cfg.json is {fraction}, and must be in [0, 1)")
+        if metadata.held_out_seed is None:
+            raise UserError(f"{where}: metadata in cfg.json has a held_out_fraction, and no held_out_seed")
     start, stop, step = (*(metadata.seqpos_slice or ()), None, None, None)[:3]
+    if len(metadata.seqpos_slice or ()) == 1:
+        start, stop = None, start  # as Python's slice(n)
     if not _are_counts([start or 0]) or stop is not None or step not in (None, 1):
         raise UserError(
             f"{where}: trained at the positions seqpos_slice {metadata.seqpos_slice} alone; only a first position is"

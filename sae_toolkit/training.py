@@ -34,6 +34,7 @@ from sae_toolkit.stop_signals import StopSignals
 from sae_toolkit.trainer import Trainer
 from sae_toolkit.training_flags import Interval
 from sae_toolkit.training_setup import PreparedRun
+from sae_toolkit.trust import tensors_only
 from sae_toolkit.wandb_run import WandbRun
 from sae_toolkit.whole_directory import NotSaved
 
@@ -95,7 +96,8 @@ class Training:
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
         self.trainer = Trainer(trainer_cfg, self.sae, self.stream)
         if run.resume_from is not None:
-            load_training_checkpoint(run.resume_from, self.trainer, self.stream)
+            with tensors_only(f"--resume {run.resume_from}"):
+                load_training_checkpoint(run.resume_from, self.trainer, self.stream)
             log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
         else:
             _calibrate(cfg, self.trainer, self.stream, run.flags.max_activation_norm_multiple or None)

@@ -43,6 +43,7 @@ _MAY_CHANGE = {
     "dry_run",
     "strict",
     "resume",
+    "trust_remote_code",
 }
 
 _EPILOG = f"""\
@@ -111,6 +112,7 @@ def _flags_of_run(resume: Path, given: dict[str, Any]) -> argparse.Namespace:
         saved = vars(_build_parser().parse_args([])) | json.loads(path.read_text())
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"--resume {resume}: damaged: {FLAGS_FILENAME} cannot be read") from None
+    saved["trust_remote_code"] = False  # a person's word for each time, never a file's
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != saved.get(name):
             raise UserError(f"--{name} {value}: the run being resumed has {saved.get(name)}; leave it out")
@@ -160,6 +162,8 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         metavar="DIRECTORY",
     )
     flag(model, "store_batch_size_prompts", 8, "contexts in one forward pass of the language model", type=_positive)
+
+    flag(model, "trust_remote_code", False, "let code that comes with the model run", action="store_true")
 
     data = parser.add_argument_group("text")
     flag(

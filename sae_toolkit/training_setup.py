@@ -90,7 +90,9 @@ class PreparedRun:
 
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
-        return self.model.n_parameters, parameters_up_to_hook(self.model.config, self.cfg.hook_name)
+        return self.model.n_parameters, parameters_up_to_hook(
+            self.model.config, self.cfg.hook_name, self.model.trust_remote_code
+        )
 
     @cached_property
     def is_cached(self) -> bool:
@@ -193,8 +195,8 @@ def prepare_run(flags: argparse.Namespace) -> PreparedRun:
         UserError: the run could not succeed.
     """
     device = choose_device(flags.device)
-    model = find_model(flags.model_name, _model_kwargs(flags))
-    d_in = hook_width(model.config, hook_name(flags))
+    model = find_model(flags.model_name, _model_kwargs(flags), trust_remote_code=flags.trust_remote_code)
+    d_in = hook_width(model.config, hook_name(flags), model.trust_remote_code)
     if model.max_context is not None and flags.context_size > model.max_context:
         raise UserError(
             f"--context_size {flags.context_size}: {model.name} was made for contexts of at most {model.max_context}"

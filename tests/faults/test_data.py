@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 import pytest
 from conftest import run_process
-
 from faults.loopback_hub import LoopbackHub
+
 from sae_toolkit.errors import UserError
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.text import HeldOutSplit, open_text

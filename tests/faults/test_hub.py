@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Outcome, run_process
-from safetensors.torch import load_file
-
 from faults.loopback_hub import LoopbackHub
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.faults
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_process
+from faults.loopback_wandb import KEY, LoopbackWandb
 from safetensors.torch import load_file
 from wandb_reader import read_offline_runs
-
-from faults.loopback_wandb import KEY, LoopbackWandb
 
 pytestmark = pytest.mark.faults
 
