@@ -44,6 +44,8 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
         yield partial
         files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST_FILENAME).write_text(json.dumps(about | {"files": files}, indent=1) + "\n")
+        for file in partial.iterdir():  # safetensors writes files that only their owner may read
+            file.chmod(partial.stat().st_mode & 0o666)  # as the person's umask says
         for path in (*partial.iterdir(), partial):
             _sync(path)
         if target.exists():
