@@ -282,8 +282,6 @@ def _model_kwargs(flags: argparse.Namespace) -> dict[str, Any]:
                 kwargs = None
             if not isinstance(kwargs, dict):
                 raise UserError(f'--set {assignment}: must be a JSON object, such as {{"revision": "main"}}')
-            if not all(isinstance(kwargs.get(name, ""), str) for name in ("revision", "subfolder")):
-                raise UserError(f"--set {assignment}: revision and subfolder must be strings")
             return kwargs
     return {}
 

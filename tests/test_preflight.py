@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from sae_toolkit.models import ModelSource, find_model
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.runner_config import build_runner_config
+from sae_toolkit.stop_signals import hear_stop_signals
 from sae_toolkit.training import Training, open_activations
 from sae_toolkit.training_flags import parse_training_flags
-from sae_toolkit.training_setup import create_run_directory, prepare_run, start_wandb_run
+from sae_toolkit.training_setup import prepare_run, start_wandb_run
 
 # What the activations at layer 12 of the embedded model are like (README, What the numbers mean).
 UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share=1.0)
@@ -132,8 +133,9 @@ def test_a_run_says_what_it_costs(script, tiny_run):
 def test_measuring_changes_nothing_that_is_trained(script, tiny_run):
     done = script("sae_lens_train.py", *tiny_run, *SANE)
     run = prepare_run(parse_training_flags([str(word) for word in (*tiny_run, *SANE)]))
-    create_run_directory(run)
-    unmeasured = Training(run, open_activations(run)).fit(start_wandb_run(run))
+    run.create_directory()
+    with run.run_directory, hear_stop_signals() as signals:
+        unmeasured = Training(run, open_activations(run)).fit(start_wandb_run(run), signals)
     one, other = (load_file(Path(path) / "sae_weights.safetensors") for path in (done.stdout.strip(), unmeasured))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+import xxhash
 from hostile_files import TouchesFile, edit_json, edit_metadata, edit_tensors, model_with_code
 from sae_files import random_dictionary, save_dictionary
 from sae_lens import StandardSAE, StandardSAEConfig
@@ -171,9 +172,13 @@ def test_a_pickle_in_an_sae_is_refused_and_not_opened(tmp_path, marker, monkeypa
     done = script("sae_lens_train.py", *tiny_run, "--n_checkpoints", 1, "--architecture", "batchtopk", "--k", 8)
     checkpoint = shutil.copytree(Path(done.stdout.strip()).parent, tmp_path / "run") / "2048"
     shutil.rmtree(checkpoint.with_name("final_2048"))
-    for name in ("trainer_state.pt", "activation_stream.pt"):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in ("trainer_state.pt", "resume.pt"):
         right = (checkpoint / name).read_bytes()
         torch.save(torch.load(checkpoint / name, weights_only=True) | {"extra": TouchesFile(marker)}, checkpoint / name)
+        content = (checkpoint / name).read_bytes()  # whoever means harm writes the checksum too
+        forged = {name: {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"files": manifest["files"] | forged}))
         refuses(script("sae_lens_train.py", "--resume", checkpoint), f"--resume {checkpoint}: ")
         if name == "trainer_state.pt":
             with pytest.raises(UserError, match="damaged or incomplete: Weights only load failed"):
