@@ -39,8 +39,8 @@ def check_before_loading(run: PreparedRun) -> None:
         UserError: it does not fit on the disk or in memory; or --strict was given and there is a warning.
     """
     log.info(run.describe())
-    run.check_disk()
     run.check_memory()
+    run.check_disk()
     if run.resume_from is None:
         _warn(recipe_warnings(run.flags, run.cfg), run.flags.strict)
 

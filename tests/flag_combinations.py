@@ -125,9 +125,9 @@ FLAGS = {
     "@": st.sampled_from(["flags.args"] * 4 + ["nowhere.args", "quotes.args", "itself.args", "bytes.args", "empty"]),
 }
 
-# One value in 25 is nonsense. Several flags in any order, half of the time with an architecture.
+# One value in ten is nonsense. Several flags in any order, half of the time with an architecture.
 _FLAG = st.sampled_from(sorted(FLAGS)).flatmap(
-    lambda name: st.tuples(st.just(name), _mostly(FLAGS[name], _NONSENSE if name != "@" else FLAGS[name], 25))
+    lambda name: st.tuples(st.just(name), _mostly(FLAGS[name], _NONSENSE if name != "@" else FLAGS[name], 10))
 )
 COMBINATIONS = st.builds(
     lambda architecture, flags, sets: [*architecture, *flags, *sets],

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.faults
 
 
 def test_any_flags_train_or_are_refused_in_one_line(script, tiny_run, text_file, tmp_path, monkeypatch, record_fault):
-    outcomes = run_combinations(700, script, tiny_run, text_file.read_text(), tmp_path, monkeypatch)
+    outcomes = run_combinations(800, script, tiny_run, text_file.read_text(), tmp_path, monkeypatch)
     n_ran = outcomes.count("ran")
     n_refused = len(outcomes) - n_ran
     record_fault(
