@@ -116,8 +116,8 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
             if model_key not in models:
                 models[model_key] = find_model(model_name, model_kwargs, trust_remote_code=flags.trust_remote_code)
         model = models[model_key]
-        hook_name = _hook_name(sae, flags.layer)
         with _of_the_sae(file, unless=flags.layer):
+            hook_name = _hook_name(sae, flags.layer)
             if (model_key, hook_name) not in widths:
                 widths[model_key, hook_name] = hook_width(model.config, hook_name, model.trust_remote_code)
         d_in = widths[model_key, hook_name]

@@ -81,6 +81,8 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str) -> Hoo
                 f" {type(model).__name__}"
             )
         module = modules[hook_name]
+        if any(child is layers for child in module.modules()):
+            raise UserError(f"--hook_name {hook_name}: holds all layers; name a layer, or a module within one")
         inside = (i for i, layer in enumerate(layers) if any(module is child for child in layer.modules()))
         return Hook(hook_name, module, "output", next(inside, None))
 
