@@ -19,7 +19,7 @@ _AFTER = re.compile(
     r"(?P<before>://)[^/\s@'\"]+(?=@)"
     r"|(?P<scheme>\bBearer )[^\s'\"]+"
     r"|(?P<parameter>[?&][\w-]*(?:token|signature|secret|password|api_?key)[\w-]*=)[^&\s'\"]+"
-    r"|(?P<key>api[_ -]?key['\"]?\s*[:=]\s*['\"]?)[^\s'\",}]{8,}",
+    r"|(?P<key>(?<![A-Za-z])api[_ -]?key['\"]?\s*[:=]\s*['\"]?)[^\s'\",}]{8,}",
     re.IGNORECASE,
 )
 
