@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"SPARSIFY_DISABLE_TRITON": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
 CONTEXT, ROWS_PER_STEP, NAN_TOKEN = 64, 4, 48_000
 SMALL = {"d_sae": 256, "steps": 600, "saves": 4}
-LARGE = {"d_sae": 131_072, "steps": 12, "saves": 3}  # checkpoints of 100 MB
+LARGE = {"d_sae": 131_072, "steps": 6, "saves": 2}  # checkpoints of 100 MB
 DEFAULTS = SMALL | {"model": "model", "data": "tokens.parquet", "layer": "1", "k": 8, "lr": 1e-3}
 DEFAULTS |= {"wandb": False, "seeded": True}
 
@@ -189,13 +189,13 @@ class Run:
 
     def said(self) -> str:
         """Its exit status, and its last line where that is an error's."""
-        status, text = self.process.returncode, self.log.read_text()
+        status, text = self.process.returncode, self.log.read_text().replace(f"{Path.cwd()}/", "")
         if self.stopped:
             return f"still waiting after {self.seconds:.0f} s"
         how = f"exit status {status}" if status >= 0 else f"dead by {signal.Signals(-status).name}"
         if "Traceback" in text and status:
             errors = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", text, re.MULTILINE)
-            how += f", traceback, `{errors[-1][:140] if errors else '?'}`"
+            how += f", traceback, `{errors[-1][:160] if errors else '?'}`"
         elif status > 0:
             how += f", `{text.splitlines()[-1][:140]}`"
         return how
@@ -225,7 +225,7 @@ def prepare() -> None:
     for name, bad in (("text", None), ("bad_text", 10)):
         Path(name).mkdir()
         for part in range(2):
-            lines = [json.dumps({"text": " ".join(str(i * j) for j in range(12))}) for i in range(3000)]
+            lines = [json.dumps({"text": " ".join(str(i * j) for j in range(12))}) for i in range(1000 + 2000 * part)]
             if bad and part:
                 lines[bad] = lines[bad][:-5]
             (Path(name) / f"train-{part}.jsonl").write_text("\n".join(lines) + "\n")
