@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from stock_tools import LARGE, TOOLS, Run, SAELens, prepare
+from stock_tools import LARGE, TOOLS, Run, SAELens, prepare, without_folders
 
 Rows = Iterator[tuple[str, str, str]]  # what was injected, what happened, what was lost
 
@@ -49,7 +49,7 @@ def attempt(work: Callable[[], Any]) -> str:
     try:
         work()
     except Exception as error:  # whatever a user would see
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        return without_folders(f"{type(error).__name__}: {error}").splitlines()[0][:80]
     return "loads without a word"
 
 
@@ -178,7 +178,12 @@ def full(tool: Any, repeats: int) -> Rows:
 
 
 def damage(tool: Any, repeats: int) -> Rows:
-    one, other = (tool.checkpoints(finished(tool, "sound", lr=lr)[1])[-1] for lr in (1e-3, 2e-3))
+    outs = [folder(tool, "sound") for _ in range(2)]
+    for out, lr in zip(outs, (1e-3, 2e-3), strict=True):
+        run = begun(tool, out, lr=lr)
+        time.sleep(0.1)
+        run.end(signal.SIGKILL)
+    one, other = (tool.checkpoints(out)[0] for out in outs)
 
     def outcome(injected: str, harm: Callable[[Path], Any]) -> tuple[str, str, str]:
         copy = shutil.copytree(one, folder(tool, "damaged") / "checkpoint")

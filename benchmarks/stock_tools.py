@@ -151,6 +151,11 @@ class Sparsify:
 TOOLS = {tool.name: tool for tool in (SAELens(), Sparsify())}
 
 
+def without_folders(text: str) -> str:
+    """Paths cut to their last names, so that equal errors read equal."""
+    return re.sub(r"(?<![:/\w])(?:/[\w.+-]+)+/", "", text)
+
+
 class Run:
     """A tool's process, what it printed kept beside its output."""
 
@@ -161,7 +166,7 @@ class Run:
         if command_line:
             command = [sys.executable, "-m", "sae_lens.llm_sae_training_runner", *tool.flags(settings)]
         self.log = Path(tempfile.mkstemp(prefix="log-", dir=Path.cwd())[1])
-        self.start = time.monotonic()
+        self.start, self.stopped = time.monotonic(), False
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | (env or {}))
 
@@ -177,7 +182,6 @@ class Run:
             if self.process.poll() is not None:
                 raise RuntimeError("ended before its signal")
             self.process.send_signal(signal_number)
-        self.stopped = False
         try:
             self.process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -189,7 +193,7 @@ class Run:
 
     def said(self) -> str:
         """Its exit status, and its last line where that is an error's."""
-        status, text = self.process.returncode, self.log.read_text().replace(f"{Path.cwd()}/", "")
+        status, text = self.process.returncode, without_folders(self.log.read_text())
         if self.stopped:
             return f"still waiting after {self.seconds:.0f} s"
         how = f"exit status {status}" if status >= 0 else f"dead by {signal.Signals(-status).name}"
