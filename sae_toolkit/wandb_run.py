@@ -103,11 +103,9 @@ class WandbRun:
             return
         try:
             self.run.finish()
-        except Exception as error:
-            directory = Path(self.run.dir).parent
-            log.warning(
-                "wandb: %s; the record is whole on disk: `wandb sync %s` uploads it", one_line(error), directory
-            )
+        except Exception as error:  # a host that is away ends in a TimeoutError; anything else may have come earlier
+            what = "record is whole" if isinstance(error, TimeoutError) else "record up to then is"
+            log.warning("wandb: %s; the %s on disk: `wandb sync %s` uploads it", one_line(error), what, self._directory)
 
     def _safely(self, action: Callable[[], Any]) -> None:
         try:

@@ -109,7 +109,9 @@ def test_the_training_comes_out_the_same(tiny_run, tmp_path, record_fault, fault
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         shown = ""
         while not re.search(r"Training SAE: +[1-9]", shown):
-            shown += process.stderr.read(1)
+            character = process.stderr.read(1)
+            assert character, shown
+            shown += character
         if fault != "the host hangs":
             (child,) = children(process.pid, "wandb-core")
             os.kill(child, signal.SIGKILL)
