@@ -237,7 +237,8 @@ def bad_line(tool: Any, repeats: int) -> Rows:
         more = ["--is_dataset_tokenized", "false"]
         run = Run(tool, out, command_line=isinstance(tool, SAELens), data=data, more=more).end()
         n = len(tool.checkpoints(out))
-        yield f"a line of .jsonl cut short, in the second of two files ({data})", run.said(), f"{n} checkpoints"
+        injected = "nothing: two files of text" if data == "text" else "a line of .jsonl cut short, in the second file"
+        yield injected, run.said(), f"{n} checkpoints were saved"
 
 
 def mistyped(tool: Any, repeats: int) -> Rows:
