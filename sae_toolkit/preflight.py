@@ -96,7 +96,7 @@ class Speed:
         rate = math.inf if run.flags.dry_run and run.is_cached else self.tokens_a_second
         seconds = run.cfg.training_tokens / rate + n_steps * self.seconds_a_step
         parts = [f"activations {rate:,.0f} tokens/s" if math.isfinite(rate) else "activations read from the cache"]
-        return f"time    about {_duration(seconds)}: {parts[0]}, {1000 * self.seconds_a_step:,.3g} ms a step"
+        return f"time    about {_duration(seconds)}: {parts[0]}, {1000 * self.seconds_a_step:,.1f} ms a step"
 
 
 def _duration(seconds: float) -> str:
