@@ -30,6 +30,7 @@ from sae_toolkit.run_directory import RunDirectory, find_resumption
 from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
+from sae_toolkit.training_flags import Interval
 from sae_toolkit.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,12 @@ class PreparedRun:
         log.warning(message)
 
     def disk_plan(self) -> dict[str, int]:
-        """Bytes that the run leaves on disk, by item."""
+        """Bytes that the run takes on disk at the most, by item."""
         memory = self.plan_memory()
         checkpoint = memory.sae + memory.adam + memory.buffer
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
+        if Interval.parse(self.flags.checkpoint_every) != Interval():
+            n_checkpoints += self.flags.keep + 1  # the last go when the next is whole
         plan = {"final SAE": memory.sae, "checkpoints": n_checkpoints * checkpoint}
         if self.resume_from is None:
             plan["tokens"] = self.rows_NT.nbytes
@@ -147,8 +150,9 @@ class PreparedRun:
             )
         if sum(plan.values()) > free:
             log.warning(
-                "--n_checkpoints %d: the checkpoints take %s, and %s are free on the disk",
+                "--n_checkpoints %d --keep %d: the checkpoints take up to %s, and %s are free on the disk",
                 self.cfg.n_checkpoints,
+                self.flags.keep,
                 _size(plan["checkpoints"]),
                 _size(free),
             )
@@ -182,7 +186,7 @@ class PreparedRun:
                 memory.describe()
                 if self.flags.dry_run
                 else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {free_memory(cfg.device) / 2**30:.1f} free",
-                f"disk    {_size(sum(disk.values()))} ({disk_items}),"
+                f"disk    up to {_size(sum(disk.values()))} ({disk_items}),"
                 f" {_size(free_disk(Path(self.flags.checkpoint_path)))} free",
             )
         )

@@ -124,7 +124,7 @@ def test_a_run_says_what_it_costs(script, tiny_run):
     for line in (
         r"tokens  13,000 needed, 13,\d{3} there; 102 for each feature",
         r"memory  [\d.]+ GiB at the peak, [\d.]+ free",
-        r"disk    [\d.]+ MB \(final SAE [\d.]+ MB, tokens [\d.]+ MB\), [\d,.]+ [GM]B free",
+        r"disk    up to [\d.]+ MB \(final SAE [\d.]+ MB, checkpoints [\d.]+ MB, tokens [\d.]+ MB\), [\d,.]+ [GM]B free",
         r"time    about [\d.]+ seconds: activations [\d,]+ tokens/s, [\d.]+ ms a step",
     ):
         assert re.search(line, done.stderr), line
@@ -185,7 +185,7 @@ def test_a_disk_without_room_for_the_sae_is_refused_before_anything_is_loaded(sc
 
 def test_checkpoints_without_room_are_warned_of(script, tiny_run, small_disk):
     flags = ("--n_checkpoints", 4, "--checkpoint_path", small_disk, "--dry_run")
-    assert "--n_checkpoints 4: the checkpoints take " in script("sae_lens_train.py", *tiny_run, *flags).stderr
+    assert "--n_checkpoints 4 --keep 2: the checkpoints take up to " in script("sae_lens_train.py", *tiny_run, *flags).stderr
 
 
 def test_a_model_is_here_once_all_of_its_weights_are(tiny_model, tmp_path, monkeypatch):
