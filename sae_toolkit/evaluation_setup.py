@@ -126,6 +126,8 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
                 f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
                 " give the model that it was trained on"
             )
+        with _of_the_sae(file, unless=None):
+            _check_separator(sae, model)
         with _of_the_sae(file, unless=flags.dataset or flags.context_length):
             text = _choose_text(sae, flags, model)
         key = (model_key, hook_name, text.key)
@@ -180,6 +182,15 @@ def _check_features(features: Sequence[int], sae: SAE[Any], file: SAEFile) -> No
     for feature in features:
         if not 0 <= feature < sae.cfg.d_sae:
             raise UserError(f"--features {feature}: {file.name} has the features 0 to {sae.cfg.d_sae - 1}")
+
+
+def _check_separator(sae: SAE[Any], model: ModelSource) -> None:
+    token, n_tokens = sae.cfg.metadata.get("sequence_separator_token"), model.config.get_text_config().vocab_size
+    if isinstance(token, int) and not 0 <= token < n_tokens:
+        raise UserError(
+            f"metadata.sequence_separator_token in cfg.json is {token}, and {model.name} has the tokens 0 to"
+            f" {n_tokens - 1}"
+        )
 
 
 def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:

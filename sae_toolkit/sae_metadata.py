@@ -116,6 +116,11 @@ def check_metadata(sae: SAE[Any], where: str) -> None:
         )
     if (size := metadata.context_size) is not None and not 1 <= size <= _LARGEST:
         raise UserError(f"{where}: metadata.context_size in cfg.json is {size}, and must be 1 to {_LARGEST:,}")
+    if isinstance(token := metadata.sequence_separator_token, str) and token not in ("bos", "eos", "sep"):
+        raise UserError(
+            f"{where}: metadata.sequence_separator_token in cfg.json is {token!r:.60}, and must be bos, eos, sep or a"
+            " token id"
+        )
     if (limit := metadata.max_activation_norm) is not None and not limit > 0:
         raise UserError(f"{where}: metadata.max_activation_norm in cfg.json is {limit}, and must be above 0")
     if (fraction := metadata.held_out_fraction) is not None:
