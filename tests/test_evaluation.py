@@ -331,11 +331,8 @@ def test_an_sae_that_cannot_be_measured_here_is_refused(script, tiny_model, tmp_
     ("token", "says"),
     [
         (60_000, "other: holds the token id 60000, and"),
-        (
-            2**40,
-            "400 of its first 400 records cannot be used; the first is record 1: its 'tokens' holds 1099511627776",
-        ),
-        (-1, "the first is record 1: its 'tokens' holds -1, which is no token id"),
+        (2**40, "tokenized row 0 holds 1099511627776, which is no token id"),
+        (-1, "tokenized row 0 holds -1, which is no token id"),
     ],
 )
 def test_token_ids_that_the_model_has_not_are_refused(script, tiny_model, tiny_run, tmp_path, token, says):
@@ -360,7 +357,7 @@ def test_numbers_that_are_not_finite_are_said_to_be_the_saes_or_the_models(scrip
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     for sae_path, model, says in (
-        (huge, tiny_model, "which no trained SAE"),
+        (huge, tiny_model, "which no trained SAE does; are its weights damaged?"),
         (save_sae(tmp_path / "sae"), broken, f"--model_name {broken}: its own losses are not finite"),
     ):
         flags = ("--sae_path", sae_path, "--model_name", model, "--dataset", rows[0])
