@@ -119,9 +119,12 @@ class WandbRun:
 def training_wandb_run(sae_path: Path) -> WandbRun:
     """The wandb run of the training that wrote an SAE, to go on recording into; disabled where it had none."""
     path = sae_path.absolute().parent / FLAGS_FILENAME
-    flags = json.loads(path.read_text()) if path.is_file() else {"wandb_mode": "disabled"}
+    try:
+        flags = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):  # not there, or not ours
+        flags = {}
     return WandbRun(
-        flags["wandb_mode"],
+        flags.get("wandb_mode", "disabled"),
         run_id=path.parent.name,
         project=flags.get("wandb_project", ""),
         entity=flags.get("wandb_entity"),

@@ -185,7 +185,10 @@ def test_a_disk_without_room_for_the_sae_is_refused_before_anything_is_loaded(sc
 
 def test_checkpoints_without_room_are_warned_of(script, tiny_run, small_disk):
     flags = ("--n_checkpoints", 4, "--checkpoint_path", small_disk, "--dry_run")
-    assert "--n_checkpoints 4 --keep 2: the checkpoints take up to " in script("sae_lens_train.py", *tiny_run, *flags).stderr
+    assert (
+        "--n_checkpoints 4 --keep 2: the checkpoints take up to "
+        in script("sae_lens_train.py", *tiny_run, *flags).stderr
+    )
 
 
 def test_a_model_is_here_once_all_of_its_weights_are(tiny_model, tmp_path, monkeypatch):
