@@ -8,6 +8,7 @@ import time
 import pytest
 from trainings import assert_same, run_flags
 
+from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError
 from sae_toolkit.run_directory import RunDirectory
 from sae_toolkit.whole_directory import MANIFEST_FILENAME, check_manifest
@@ -91,3 +92,19 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_the_same(stopped_run, tra
     assert trainings.run(["--resume", str(run)])[0] == 0, trainings.shown()
     assert_same(whole, trainings.finished_sae())
     record_fault("the newest checkpoint damaged", 1, "said; resumed from the one before; every tensor equal", "nothing")
+
+
+def test_every_byte_range_of_a_finished_sae_is_guarded(stopped_run, tmp_path, record_fault):
+    sae = shutil.copytree(stopped_run[1], tmp_path / "sae")
+    n_flipped = 0
+    for file in sorted(sae.iterdir()):
+        if file.name != MANIFEST_FILENAME:
+            for i in range(RANGES):
+                position = int((i + 0.5) * file.stat().st_size / RANGES)
+                flip(file, position)
+                with pytest.raises(UserError, match=f"damaged: {file.name} is not what was written there"):
+                    load_sae(sae, "cpu")
+                flip(file, position)
+                n_flipped += 1
+    load_sae(sae, "cpu")
+    record_fault("a byte of a finished SAE's files flipped", n_flipped, "refused, naming the file", "nothing")
