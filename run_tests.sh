@@ -11,11 +11,14 @@ source ./setup_environment.sh
 
 set_up_environment requirements.txt requirements-embedded.txt requirements-dev.txt
 case "${1:-}" in
---parity) set -- -m parity "${@:2}" ;;
---faults) set -- -m "not parity" tests/faults tests/test_resume.py "${@:2}" ;;
 "") # two at a time, each on one core: most of their time goes into starting Python
     export OMP_NUM_THREADS=1
     set -- -n 2 --dist loadfile
     ;;
+--faults) # most of their time goes into waiting
+    export OMP_NUM_THREADS=1
+    set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/test_resume.py "${@:2}"
+    ;;
+--parity) set -- -m parity "${@:2}" ;;
 esac
 exec "$PYTHON" -m pytest "$@"

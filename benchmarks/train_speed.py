@@ -60,8 +60,8 @@ CONTENDERS = {
 }
 
 
-class _Finished(Exception):
-    """The steps to be timed are done."""
+class _Finished(BaseException):
+    """The steps to be timed are done. No `Exception`, which a script would take for a bug."""
 
 
 def parse_flags() -> argparse.Namespace:
@@ -300,8 +300,12 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     times: list[float] = []
     spent = _profile() if flags.profile else {}
     at_start: dict[str, float] = {}
+    optimizers: list[Any] = []
 
-    def after_step(*_: Any) -> None:
+    def after_step(optimizer: Any, *_: Any) -> None:
+        if optimizer not in optimizers:  # what came before were steps that a run measures itself by
+            optimizers.append(optimizer)
+            times.clear()
         if len(times) in (flags.warm_up - 1, flags.warm_up + flags.steps - 1):
             _synchronize(flags)
         times.append(time.perf_counter())

@@ -139,21 +139,20 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
     trainings.close()
 
 
-_faults: list[tuple[str, int, str, str]] = []
-
-
 @pytest.fixture
-def record_fault() -> Callable[[str, int, str, str], None]:
+def record_fault(record_property: Callable[[str, object], None]) -> Callable[[str, int, str, str], None]:
     """Adds a row to the table of docs/reliability.md: the fault, how often injected, what happened, what was lost."""
-    return lambda *row: _faults.append(row)
+    return lambda *row: record_property("fault", row)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _faults:
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    called = (report for report in reports if getattr(report, "when", None) == "call")
+    if rows := [row for report in called for name, row in report.user_properties if name == "fault"]:
         terminalreporter.section("faults")
         terminalreporter.line("| fault | injected | what happened | lost |")
         terminalreporter.line("| --- | --- | --- | --- |")
-        for row in _faults:
+        for row in rows:
             terminalreporter.line(f"| {' | '.join(map(str, row))} |")
 
 
