@@ -7,6 +7,7 @@ with its exit status when it has ended.
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "sae_lens_train.py"
 
 def run(flags: list[str], output: str) -> None:
     """Becomes the script. Never returns."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is switched off where the tests run under nohup
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

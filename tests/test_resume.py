@@ -87,6 +87,11 @@ def test_a_signal_before_the_first_step_ends_the_script_with_its_status(flags):
 def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, record_fault):
     """As when an ssh session drops: SIGHUP, and a standard error that cannot be written to any more."""
     flags = run_flags(tiny_model, text_file, tmp_path)
+
+    def open_session():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is switched off where the tests run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     process = subprocess.Popen(
@@ -96,7 +101,7 @@ def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, r
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=open_session,
     )
     os.close(theirs)
     shown = b""
