@@ -72,11 +72,12 @@ def good_lines() -> list[bytes]:
 def with_bad_lines(kind: str, n: int, seed: int) -> tuple[bytes, int]:
     """The good documents with `n` bad ones among them; and the line of the first bad one."""
     rng = random.Random(seed)
-    lines = good_lines()
+    good = good_lines()
+    lines = list(good)
     for _ in range(n):
-        lines.insert(rng.randrange(len(lines)), BAD_LINES[kind](rng.choice(good_lines()), rng))
-    good = set(good_lines())
-    return b"\n".join(lines) + b"\n", next(i for i, line in enumerate(lines, 1) if line not in good)
+        lines.insert(rng.randrange(len(lines)), BAD_LINES[kind](rng.choice(good), rng))
+    first = next(i for i, line in enumerate(lines, 1) if line not in good)
+    return b"\n".join(lines) + b"\n", first
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
