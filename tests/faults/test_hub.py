@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import sys
@@ -273,10 +272,3 @@ def test_what_is_downloaded_is_kept_for_the_next_try(hub, undisturbed, tmp_path)
     tokens, _ = trained(train(hub, tmp_path))
     assert np.array_equal(tokens, undisturbed[0])
     assert not any("GET" in r and "tokenizer.json" in r for r in hub.requests[n_before:])
-
-
-def test_the_record_of_the_suite_is_json_lines(record_fault, tmp_path, monkeypatch):
-    monkeypatch.setenv("FAULTS_REPORT", str(tmp_path / "rows.jsonl"))
-    record_fault("a", 1, "b", "nothing")
-    row = json.loads((tmp_path / "rows.jsonl").read_text())
-    assert row == {"fault": "a", "injected": 1, "what_happened": "b", "lost": "nothing"}
