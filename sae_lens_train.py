@@ -21,40 +21,39 @@ log = logging.getLogger("sae_toolkit")
 
 def main() -> int:
     with hear_stop_signals() as signals:
-        try:
-            return train(signals)
-        except Stopped as stopped:
-            log.warning("%s before the first step: nothing is lost, and nothing is saved", stopped)
-            return stopped.exit_status
+        return train(signals)
 
 
 def train(signals: StopSignals) -> int:
-    flags = parse_training_flags()
-    set_up_logging()
+    training = None
+    try:
+        flags = parse_training_flags()
+        set_up_logging()
 
-    # SAELens takes seconds to import: not for --help or a mistyped flag.
-    from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
-    from sae_toolkit.training import Training, open_activations
-    from sae_toolkit.training_setup import prepare_run, start_wandb_run
+        # SAELens takes seconds to import: not for --help or a mistyped flag.
+        from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
+        from sae_toolkit.training import Training, open_activations
+        from sae_toolkit.training_setup import prepare_run, start_wandb_run
 
-    run = prepare_run(flags)
-    with run.run_directory:
-        check_before_loading(run)
-        if flags.dry_run:
-            dry_run(run)
-            return 0
-        activations = open_activations(run)
-        check_activations(run, activations)
-        training = Training(run, activations)
-        run.create_directory()
-        wandb_run = start_wandb_run(run)
-        try:
-            final = training.fit(wandb_run, signals)
-        except Stopped as stopped:
-            log.warning("%s; %s", stopped, training.checkpoints.how_to_go_on())
-            return stopped.exit_status
-        finally:
-            wandb_run.finish()
+        run = prepare_run(flags)
+        with run.run_directory:
+            check_before_loading(run)
+            if flags.dry_run:
+                dry_run(run)
+                return 0
+            activations = open_activations(run)
+            check_activations(run, activations)
+            training = Training(run, activations)
+            run.open_directory()
+            wandb_run = start_wandb_run(run)
+            try:
+                final = training.fit(wandb_run, signals)
+            finally:
+                wandb_run.finish()
+    except Stopped as stopped:
+        what_now = training.checkpoints.how_to_go_on() if training else "nothing was trained yet"
+        log.warning("%s; %s", stopped, what_now)
+        return stopped.exit_status
     print(final)
     return 0
 

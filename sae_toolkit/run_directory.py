@@ -31,8 +31,7 @@ from sae_toolkit.whole_directory import (
 
 log = logging.getLogger(__name__)
 
-LOG_FILENAME = "run.log"
-_TEXT, _TOKENS, _LOCK = "text.json", "tokens.npy", ".lock"
+_TEXT, _TOKENS, _LOG, _LOCK = "text.json", "tokens.npy", "run.log", ".lock"
 _OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "row_length")
 
 
@@ -69,25 +68,33 @@ class RunDirectory:
         Raises:
             UserError: another process writes there, or what `create` wrote is damaged.
         """
-        lock = (self.path / _LOCK).open("a+")
+        where = f"--resume {self.path}"
+        try:
+            self._lock = (self.path / _LOCK).open("a+")
+        except OSError as error:
+            raise UserError(f"{where}: cannot be written to ({error.strerror})") from None
+        try:
+            self._take_lock(self._lock, where)
+            manifest = check_manifest(self.path, where)
+            if not manifest:
+                raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing")
+        except BaseException:
+            self.release()
+            raise
+        self.key = str(manifest.get("run"))
+        remove_partial_directories(self.path)
+
+    @staticmethod
+    def _take_lock(lock: IO[str], where: str) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
-            lock.close()
-            raise UserError(f"--resume {self.path}: {owner} is writing to this run; wait for it, or stop it") from None
+            raise UserError(f"{where}: {owner} is writing to this run; wait for it, or stop it") from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
-        self._lock = lock
-        where = f"--resume {self.path}"
-        manifest = check_manifest(self.path, where)
-        if not manifest:
-            raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing")
-        self.key = str(manifest.get("run"))
-        remove_partial_directories(self.path)
-        open_run_log(self.path / LOG_FILENAME)
 
     def release(self) -> None:
         if self._lock is not None:
@@ -99,6 +106,10 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def open_log(self) -> None:
+        """What was logged since the script's start, and what will be, goes into run.log too."""
+        open_run_log(self.path / _LOG)
 
     def text(self) -> TextSource:
         """The text as it was found at the start; it is tokenized, and not opened again."""

@@ -27,12 +27,12 @@ from sae_toolkit.checkpoints import (
     save_training_checkpoint,
 )
 from sae_toolkit.errors import RunFailed, UserError, one_line
+from sae_toolkit.flag_values import Interval
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.stop_signals import StopSignals
 from sae_toolkit.trainer import Trainer
-from sae_toolkit.training_flags import Interval
 from sae_toolkit.training_setup import PreparedRun
 from sae_toolkit.trust import tensors_only
 from sae_toolkit.wandb_run import WandbRun
@@ -209,6 +209,7 @@ class _Checkpoints:
         self.run = run
         self.every = Interval.parse(run.flags.checkpoint_every)
         self.newest = run.resume_from
+        self.final: Path | None = None
         self._saved_at = time.monotonic()
         self._saved_tokens = int(run.resume_from.name) if run.resume_from else 0
 
@@ -238,13 +239,13 @@ class _Checkpoints:
         trainer, cfg, directory = self.training.trainer, self.run.cfg, self.run.run_directory
         finish_sae(trainer, cfg)
         try:
-            final = self._with_room(lambda: save_final_checkpoint(trainer, cfg, run=directory.key))
+            self.final = self._with_room(lambda: save_final_checkpoint(trainer, cfg, run=directory.key))
         except NotSaved as error:
             raise RunFailed(
                 f"{directory.path}: the finished SAE cannot be saved: {error}; make room, and {self.how_to_go_on()}"
             ) from None
         directory.keep_newest(0)
-        return final
+        return self.final
 
     def _with_room(self, save: Callable[[], Path]) -> Path:
         try:
@@ -254,14 +255,18 @@ class _Checkpoints:
             return save()
 
     def how_to_go_on(self) -> str:
-        return f"to go on: {resume_command(self.newest or self.run.directory)}"
-
-
-def resume_command(path: Path) -> str:
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    return shlex.join([str(python), "sae_lens_train.py", "--resume", str(path)])
+        """For somebody whose run was stopped, in a few words."""
+        if self.final is not None:
+            return f"the SAE is finished: {self.final}"
+        if not self.run.directory.exists():
+            return "nothing was trained yet; the same command begins again"
+        python = Path(sys.executable)
+        if python.is_relative_to(Path.cwd()):
+            python = python.relative_to(Path.cwd())
+        command = [str(python), "sae_lens_train.py", "--resume", str(self.newest or self.run.directory)]
+        if self.run.flags.trust_remote_code:
+            command.append("--trust_remote_code")
+        return f"to go on: {shlex.join(command)}"
 
 
 def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:

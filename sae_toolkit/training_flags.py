@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_toolkit.console import Parser
 from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.flag_values import (
+    Interval,
+    boolean,
+    boolean_or_ids,
+    fraction,
+    non_negative,
+    non_negative_float,
+    norm_multiple,
+    positive,
+    positive_float,
+)
 
 # SAELens's registry of training classes; written out because importing SAELens takes seconds, and --help should not.
 ARCHITECTURES = (
@@ -144,7 +152,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("language model")
     flag(model, "model_name", "meta-llama/Meta-Llama-3-8B", "Hugging Face id, directory, .gguf file or embedded model")
-    flag(model, "layer", 12, "the layer whose residual stream is hooked, from 0", type=_non_negative)
+    flag(model, "layer", 12, "the layer whose residual stream is hooked, from 0", type=non_negative)
     flag(model, "hook_name", None, "TransformerLens hook (default: blocks.LAYER.hook_resid_post)")
     flag(model, "device", "auto", "cpu, cuda, cuda:N, or auto: CUDA where torch sees it")
     flag(
@@ -161,8 +169,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         "keep the activations in this directory, in bfloat16, and take those that lie there",
         metavar="DIRECTORY",
     )
-    flag(model, "store_batch_size_prompts", 8, "contexts in one forward pass of the language model", type=_positive)
-
+    flag(model, "store_batch_size_prompts", 8, "contexts in one forward pass of the language model", type=positive)
     flag(model, "trust_remote_code", False, "let code that comes with the model run", action="store_true")
 
     data = parser.add_argument_group("text")
@@ -175,38 +182,38 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(data, "dataset_config", None, "configuration of the data set (default: found)")
     flag(data, "dataset_split", None, "split to train on (default: train)")
     flag(data, "text_column", None, "column of the text or of the token ids (default: found)")
-    flag(data, "streaming", True, "read the data set as needed rather than download it whole", type=_boolean)
+    flag(data, "streaming", True, "read the data set as needed rather than download it whole", type=boolean)
     flag(data, "fallback_dataset", None, "data set to take where --dataset_path cannot be opened")
-    flag(data, "held_out_fraction", 0.1, "share of documents kept for evaluation, never trained on", type=_fraction)
-    flag(data, "context_size", 2048, "tokens in one context of the language model", type=_positive)
+    flag(data, "held_out_fraction", 0.1, "share of documents kept for evaluation, never trained on", type=fraction)
+    flag(data, "context_size", 2048, "tokens in one context of the language model", type=positive)
     flag(
         data,
         "exclude_special_tokens",
         True,
         "leave special tokens out: true, false, or token ids joined by commas",
-        type=_boolean_or_ids,
+        type=boolean_or_ids,
     )
-    flag(data, "skip_positions", 1, "positions at the start of a context that are left out", type=_non_negative)
+    flag(data, "skip_positions", 1, "positions at the start of a context that are left out", type=non_negative)
     flag(
         data,
         "max_activation_norm_multiple",
         10.0,
         "leave out activations whose norm is more than this many times the median; 0 keeps all",
-        type=_norm_multiple,
+        type=norm_multiple,
     )
 
     sae = parser.add_argument_group("sparse autoencoder")
     flag(sae, "architecture", "standard", "kind of SAE", choices=ARCHITECTURES)
-    flag(sae, "expansion_factor", 32, "features per dimension of the activations", type=_positive)
-    flag(sae, "l1_coefficient", 5.0, "sparsity weight (standard, gated)", type=_non_negative_float)
-    flag(sae, "l0_coefficient", 1.0, "sparsity weight (jumprelu)", type=_non_negative_float)
-    flag(sae, "k", 100, "active features a token (topk; on average: batchtopk)", type=_positive)
+    flag(sae, "expansion_factor", 32, "features per dimension of the activations", type=positive)
+    flag(sae, "l1_coefficient", 5.0, "sparsity weight (standard, gated)", type=non_negative_float)
+    flag(sae, "l0_coefficient", 1.0, "sparsity weight (jumprelu)", type=non_negative_float)
+    flag(sae, "k", 100, "active features a token (topk; on average: batchtopk)", type=positive)
     flag(
         sae,
         "matryoshka_widths",
         None,
         "widths of the nested dictionaries, ascending (matryoshka_batchtopk; default: 1/16, 1/4 and all)",
-        type=_positive,
+        type=positive,
         nargs="+",
     )
     flag(
@@ -227,14 +234,14 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(sae, "dtype", "float32", "dtype of the SAE", choices=("float32", "bfloat16", "float16", "float64"))
 
     training = parser.add_argument_group("training")
-    flag(training, "training_tokens", 500_000, "activations to train on", type=_positive)
-    flag(training, "train_batch_size_tokens", 1024, "activations in a training step", type=_positive)
-    flag(training, "n_batches_in_buffer", 64, "contexts whose activations are mixed", type=_positive)
-    flag(training, "lr", 1e-4, "learning rate of Adam", type=_positive_float)
-    flag(training, "lr_warm_up_steps", 0, "steps of linear warm-up", type=_non_negative)
-    flag(training, "lr_decay_steps", 0, "steps of linear decay to zero, at the end", type=_non_negative)
-    flag(training, "dead_feature_window", 1000, "steps without firing after which a feature is dead", type=_positive)
-    flag(training, "seed", 42, "of the weights, the shuffling and the held-out split", type=_non_negative)
+    flag(training, "training_tokens", 500_000, "activations to train on", type=positive)
+    flag(training, "train_batch_size_tokens", 1024, "activations in a training step", type=positive)
+    flag(training, "n_batches_in_buffer", 64, "contexts whose activations are mixed", type=positive)
+    flag(training, "lr", 1e-4, "learning rate of Adam", type=positive_float)
+    flag(training, "lr_warm_up_steps", 0, "steps of linear warm-up", type=non_negative)
+    flag(training, "lr_decay_steps", 0, "steps of linear decay to zero, at the end", type=non_negative)
+    flag(training, "dead_feature_window", 1000, "steps without firing after which a feature is dead", type=positive)
+    flag(training, "seed", 42, "of the weights, the shuffling and the held-out split", type=non_negative)
     flag(
         training,
         "set",
@@ -247,7 +254,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     flag(output, "output_name", "llama_layer12_sae_saelens_500k", "name of the run's directory")
     flag(output, "checkpoint_path", "checkpoints", "directory of all runs")
-    flag(output, "n_checkpoints", 0, "checkpoints along the way, evenly spaced, which stay", type=_non_negative)
+    flag(output, "n_checkpoints", 0, "checkpoints along the way, evenly spaced, which stay", type=non_negative)
     flag(
         output,
         "checkpoint_every",
@@ -256,7 +263,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         type=Interval.checked,
         metavar="MINUTES|TOKENS",
     )
-    flag(output, "keep", 2, "how many of those to keep; none is left once the run is finished", type=_positive)
+    flag(output, "keep", 2, "how many of those to keep; none is left once the run is finished", type=positive)
     flag(
         output,
         "resume",
@@ -321,79 +328,3 @@ def _check(flags: argparse.Namespace) -> None:
             f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
             f" together more than the run's {n_steps} steps"
         )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A length of time or a number of tokens; never over where neither is given."""
-
-    seconds: float | None = None
-    tokens: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Interval:
-        """From `90s`, `30min`, `2h`, a number of tokens, or 0.
-
-        Raises:
-            ValueError: it is none of these.
-        """
-        found = re.fullmatch(r"(\d{1,15})(s|min|h)?", text, re.ASCII)
-        if found is None:
-            raise ValueError(text)
-        number, unit = int(found[1]), found[2]
-        if number == 0:
-            return cls()
-        return cls(tokens=number) if unit is None else cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit])
-
-    @classmethod
-    def checked(cls, text: str) -> str:
-        try:
-            cls.parse(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: must be such as 90s, 30min, 2h, 1000000 (tokens) or 0") from None
-        return text
-
-    def is_over(self, seconds: float, tokens: int) -> bool:
-        return (self.seconds is not None and seconds >= self.seconds) or (
-            self.tokens is not None and tokens >= self.tokens
-        )
-
-
-def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if value > _LARGEST:
-            raise argparse.ArgumentTypeError(f"{text}: must be at most {_LARGEST:,}")
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
-        return value
-
-    return parse
-
-
-_LARGEST = 10**15  # far above any sensible count, far below what overflows in a tensor's size
-
-_positive = _number(int, "a whole number of 1 or more", lambda v: v >= 1)
-_non_negative = _number(int, "a whole number of 0 or more", lambda v: v >= 0)
-_positive_float = _number(float, "a number above 0", lambda v: v > 0)
-_non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
-_norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
-_fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
-    return text.lower() == "true"
-
-
-def _boolean_or_ids(text: str) -> bool | list[int]:
-    if text.lower() in ("true", "false"):
-        return _boolean(text)
-    try:
-        return [_non_negative(part) for part in text.split(",")]
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None

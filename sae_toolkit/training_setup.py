@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.activation_cache import check_cache_directory
 from sae_toolkit.errors import UserError
+from sae_toolkit.flag_values import Interval
 from sae_toolkit.language_model import hook_width, parameters_up_to_hook
 from sae_toolkit.memory import MemoryPlan, free_memory, plan_memory, suggest_flags
 from sae_toolkit.models import ModelSource, check_token_ids, choose_device, choose_lm_dtype, find_model, load_tokenizer
@@ -30,7 +31,6 @@ from sae_toolkit.run_directory import RunDirectory, find_resumption
 from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
-from sae_toolkit.training_flags import Interval
 from sae_toolkit.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -54,10 +54,11 @@ class PreparedRun:
     def directory(self) -> Path:
         return self.run_directory.path
 
-    def create_directory(self) -> None:
-        """Makes the run's directory, unless it is there to be resumed."""
+    def open_directory(self) -> None:
+        """Makes the run's directory, unless it is there to be resumed; from now on the run's log is written there."""
         if not self.directory.exists():
             self.run_directory.create(self.flags, self.text, self.rows_NT)
+        self.run_directory.open_log()
 
     def metadata(self) -> dict[str, Any]:
         """What the saved SAE records of its training, beside what SAELens knows of."""

@@ -104,23 +104,8 @@ def remove_partial_directories(parent: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(_PARTIAL.format(path.name))
-    try:
-        partial.write_bytes(content)
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def checksum(data: Any) -> str:
-    """XXH3 of 128 bits, against damage and mix-ups; no protection against somebody who means harm."""
-    return xxhash.xxh3_128_hexdigest(data)
-
-
 def _size_and_checksum(file: Path) -> dict[str, Any]:
+    """XXH3 of 128 bits, against damage and mix-ups; no protection against somebody who means harm."""
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 24):

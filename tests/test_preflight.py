@@ -133,7 +133,7 @@ def test_a_run_says_what_it_costs(script, tiny_run):
 def test_measuring_changes_nothing_that_is_trained(script, tiny_run):
     done = script("sae_lens_train.py", *tiny_run, *SANE)
     run = prepare_run(parse_training_flags([str(word) for word in (*tiny_run, *SANE)]))
-    run.create_directory()
+    run.open_directory()
     with run.run_directory, hear_stop_signals() as signals:
         unmeasured = Training(run, open_activations(run)).fit(start_wandb_run(run), signals)
     one, other = (load_file(Path(path) / "sae_weights.safetensors") for path in (done.stdout.strip(), unmeasured))

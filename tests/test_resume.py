@@ -17,7 +17,7 @@ from conftest import run_process
 from sae_lens import TrainingSAE
 from trainings import ROOT, assert_same, run_flags
 
-from sae_toolkit.training_flags import Interval
+from sae_toolkit.flag_values import Interval
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_signal_before_the_first_step_ends_the_script_with_its_status(flags):
     time.sleep(2)  # importing SAELens takes longer
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM before the first step" in process.stderr.read()
+    assert "stopped by SIGTERM; nothing was trained yet" in process.stderr.read()
 
 
 def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, record_fault):

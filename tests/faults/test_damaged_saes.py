@@ -89,8 +89,12 @@ def load_or_refuse(directory: Path, outcomes: Counter[str]) -> str | None:
 
 
 def told(outcomes: Counter[str]) -> str:
-    loaded = f", {n} loaded as the valid SAEs that they then are" if (n := outcomes["loaded"]) else ""
-    return f"{outcomes['refused']} refused in one line{loaded}"
+    loaded = f", {n:,} loaded" if (n := outcomes["loaded"]) else ""
+    return f"{outcomes['refused']:,} refused in one line{loaded}"
+
+
+def lost(outcomes: Counter[str]) -> str:
+    return "of those that load nothing is noticed: the file has no checksum" if outcomes["loaded"] else "nothing"
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +121,7 @@ def test_any_byte_damaged(saes, record_fault):
                 load_or_refuse(directory, outcomes)
             file.write_bytes(whole)
     for kind, outcomes in of_kind.items():
-        record_fault(f"one byte changed in an SAE's {kind}", outcomes.total(), told(outcomes), "nothing")
+        record_fault(f"one byte changed in an SAE's {kind}", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 def test_any_file_cut_short_or_missing(saes, record_fault):
@@ -131,7 +135,7 @@ def test_any_file_cut_short_or_missing(saes, record_fault):
             file.unlink()
             assert load_or_refuse(directory, outcomes) is not None
             file.write_bytes(whole)
-    record_fault("a file of an SAE cut short or missing", outcomes.total(), told(outcomes), "nothing")
+    record_fault("a file of an SAE cut short or missing", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 def lying_headers(header: dict, data: bytes) -> dict[str, tuple]:
@@ -182,7 +186,7 @@ def test_headers_of_safetensors_that_lie(saes, name, record_fault):
     for fault, arguments in lying_headers(header, data).items():
         join_safetensors(file, *arguments)
         assert load_or_refuse(directory, outcomes) is not None, fault
-    record_fault(f"a lying header of safetensors ({name})", outcomes.total(), told(outcomes), "nothing")
+    record_fault(f"a lying header of safetensors ({name})", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 _VALUES = ["x", "", 0, -1, 1.5, 10**30, 1e308, True, False, None, [], [1], {}, {"a": 1}, math.nan, math.inf, "../x"]
@@ -205,7 +209,7 @@ def test_values_of_another_kind_in_the_configuration(saes, record_fault):
         for text in ("[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000, "[]", "null", '"x"', ""):
             file.write_text(text)
             assert load_or_refuse(directory, outcomes) is not None
-    record_fault("a configuration of other types or sizes", outcomes.total(), told(outcomes), "nothing")
+    record_fault("a configuration of other types or sizes", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e30, -3e38])
@@ -220,7 +224,7 @@ def test_weights_no_training_leaves(saes, number, record_fault):
             assert line is not None, (name, tensor)
             assert "NaN or infinite" in line or "which no trained SAE does" in line
             file.write_bytes(whole)
-    record_fault(f"a weight of {number}", outcomes.total(), told(outcomes), "nothing")
+    record_fault(f"a weight of {number}", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 def test_weights_of_integers(saes, record_fault):
@@ -230,7 +234,7 @@ def test_weights_of_integers(saes, record_fault):
         for dtype in (torch.int32, torch.int8, torch.bool):
             edit_tensors(file, lambda t, dtype=dtype: t.update(W_dec=t["W_dec"].to(dtype)))
             assert "must be of floats" in (load_or_refuse(saes[name], outcomes) or "")
-    record_fault("weights of integers", outcomes.total(), told(outcomes), "nothing")
+    record_fault("weights of integers", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 def test_configurations_swapped_between_saes(saes, record_fault):
@@ -246,7 +250,7 @@ def test_configurations_swapped_between_saes(saes, record_fault):
                 (directory / "cfg.json").write_bytes(right[other])
                 assert load_or_refuse(directory, outcomes) is not None, (name, other)
         (directory / "cfg.json").write_bytes(right[name])
-    record_fault("cfg.json of an SAE of another kind or size", outcomes.total(), told(outcomes), "nothing")
+    record_fault("cfg.json of an SAE of another kind or size", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 # Values that load, since another SAE could have them, and then meet a model and a text that they do not fit.
@@ -322,7 +326,7 @@ def test_an_activation_scaler_that_is_none(saes, record_fault):
     for factor in (1e-300, 1e300, -1.0, [1.0]):
         edit_json_or_write(saes["standard"] / "activation_scaler.json", scaling_factor=factor)
         load_or_refuse(saes["standard"], outcomes)
-    record_fault("a damaged activation_scaler.json", outcomes.total(), told(outcomes), "nothing")
+    record_fault("a damaged activation_scaler.json", outcomes.total(), told(outcomes), lost(outcomes))
 
 
 def edit_json_or_write(file: Path, **values: object) -> None:

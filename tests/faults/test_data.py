@@ -140,7 +140,7 @@ def test_null_texts_of_a_table_are_skipped_and_counted(tmp_path, messages, recor
         assert (
             "skipped 90 of 900 records that could not be used; the first is record 4: its 'text' is null" in messages[0]
         )
-    record_fault("parquet and saved data: null texts", 180, "skipped and counted", "nothing")
+    record_fault("parquet and saved data: null texts", 180, "skipped and counted", "the bad records alone")
 
 
 BAD_TOKENS = {

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,8 +127,26 @@ def test_the_training_comes_out_the_same(tiny_run, tmp_path, record_fault, fault
         f"wandb in the middle of training: {fault}",
         sum(host.injected.values()),
         "training went on to the same SAE, with one warning",
-        "nothing: the record up to then is on disk" if "killed" in fault else "nothing: the record is on disk",
+        "the record after the kill" if "killed" in fault else "nothing: the record is on disk",
     )
+
+
+def test_a_signal_while_wandb_is_waited_for_costs_no_sae(tiny_run, tmp_path, record_fault):
+    host = LoopbackWandb("works")
+    host.becomes = "hangs"
+    environment = os.environ | host.environment(tmp_path)
+    flags = [*tiny_run, "--wandb_mode", "online", "--set", "logger.wandb_log_frequency=1"]
+    command = [str(part) for part in (sys.executable, "sae_lens_train.py", *flags)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("checkpoints/*/*/final_*")):
+            time.sleep(0.05)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    (final,) = tmp_path.glob("checkpoints/*/*/final_*")
+    assert f"stopped by SIGTERM; the SAE is finished: {final}" in stderr
+    record_fault("SIGTERM while wandb is waited for at the end", 1, "stopped; the finished SAE is named", "nothing")
 
 
 def children(pid: int, name: str) -> list[int]:

@@ -1,0 +1,86 @@
+"""What a flag's value may be: numbers within bounds, booleans, token ids, lengths of time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A length of time or a number of tokens; never over where neither is given."""
+
+    seconds: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        """From `90s`, `30min`, `2h`, a number of tokens, or 0.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        found = re.fullmatch(r"(\d{1,15})(s|min|h)?", text, re.ASCII)
+        if found is None:
+            raise ValueError(text)
+        number, unit = int(found[1]), found[2]
+        if number == 0:
+            return cls()
+        return cls(tokens=number) if unit is None else cls(seconds=number * {"s": 1, "min": 60, "h": 3600}[unit])
+
+    @classmethod
+    def checked(cls, text: str) -> str:
+        try:
+            cls.parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be such as 90s, 30min, 2h, 1000000 (tokens) or 0") from None
+        return text
+
+    def is_over(self, seconds: float, tokens: int) -> bool:
+        return (self.seconds is not None and seconds >= self.seconds) or (
+            self.tokens is not None and tokens >= self.tokens
+        )
+
+
+def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value > _LARGEST:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {_LARGEST:,}")
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    return parse
+
+
+_LARGEST = 10**15  # far above any sensible count, far below what overflows in a tensor's size
+
+positive = _number(int, "a whole number of 1 or more", lambda v: v >= 1)
+non_negative = _number(int, "a whole number of 0 or more", lambda v: v >= 0)
+positive_float = _number(float, "a number above 0", lambda v: v > 0)
+non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
+norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
+fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
+
+
+def boolean_or_ids(text: str) -> bool | list[int]:
+    if text.lower() in ("true", "false"):
+        return boolean(text)
+    try:
+        return [non_negative(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None
