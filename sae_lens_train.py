@@ -4,6 +4,7 @@
     python sae_lens_train.py @presets/demo.args            # healthy in minutes, no GPU, no account
     python sae_lens_train.py @presets/llama3-8b.args       # Llama-3-8B, layer 12, on one GPU
     python sae_lens_train.py @presets/demo.args --dry_run  # what would run
+    ./run_simple.sh 4 "0,1,2,3" @presets/llama3-8b.args    # on four GPUs
 
 Progress goes to standard error; the only line on standard output is the finished SAE's directory.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 
 from sae_toolkit.console import run_script, set_up_logging
+from sae_toolkit.launch import rank_in_environment, was_restarted
 from sae_toolkit.stop_signals import Stopped, StopSignals, hear_stop_signals
 from sae_toolkit.training_flags import parse_training_flags
 
@@ -28,33 +30,38 @@ def train(signals: StopSignals) -> int:
     training = None
     try:
         flags = parse_training_flags()
-        set_up_logging()
+        if was_restarted():
+            flags.resume = flags.resume or "auto"
+        set_up_logging(speaks=rank_in_environment() == 0)
 
         # SAELens takes seconds to import: not for --help or a mistyped flag.
         from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
+        from sae_toolkit.ranks import join_ranks
         from sae_toolkit.training import Training, open_activations
         from sae_toolkit.training_setup import prepare_run, start_wandb_run
 
-        run = prepare_run(flags)
-        with run.run_directory:
-            check_before_loading(run)
-            if flags.dry_run:
-                dry_run(run)
-                return 0
-            activations = open_activations(run)
-            check_activations(run, activations)
-            training = Training(run, activations)
-            run.open_directory()
-            wandb_run = start_wandb_run(run)
-            try:
-                final = training.fit(wandb_run, signals)
-            finally:
-                wandb_run.finish()
+        with join_ranks() as ranks:  # the other processes of this run, where torchrun started several
+            run = prepare_run(flags, ranks)
+            with run.run_directory:
+                check_before_loading(run)
+                if flags.dry_run:
+                    dry_run(run)
+                    return 0
+                activations = open_activations(run)
+                check_activations(run, activations)
+                training = Training(run, activations)
+                run.open_directory()
+                wandb_run = start_wandb_run(run)
+                try:
+                    final = training.fit(wandb_run, signals)
+                finally:
+                    wandb_run.finish()
     except Stopped as stopped:
         what_now = training.checkpoints.how_to_go_on() if training else "nothing was trained yet"
         log.warning("%s; %s", stopped, what_now)
         return stopped.exit_status
-    print(final)
+    if ranks.is_main:
+        print(final)
     return 0
 
 

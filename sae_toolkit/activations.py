@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from sae_toolkit.errors import UserError
 from sae_toolkit.memory import is_out_of_memory
 from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -35,48 +35,69 @@ class ShuffleBuffer:
     Unlike that generator it copies nothing while it fills, keeps the language model's dtype, and has a state
     that can be saved between any two batches.
 
+    It is one buffer however many ranks there are: each holds the activations that it computed, all know who holds
+    which, and draw the same batches. A rank is served those of a batch that it holds, about 1/size of them.
+
     Args:
-        capacity: how many activations it gathers before it serves any.
-        batch_size: how many it serves at a time.
+        capacity: how many activations it gathers before it serves any, on all ranks together.
+        batch_size: how many it serves at a time, likewise.
         mix_fraction: share of the capacity that stays behind to be mixed with what comes next, in [0, 1].
             At 0 nothing is shuffled.
-        generator: CPU generator of the permutations.
+        generator: CPU generator of the permutations, in the same state on all ranks.
+        ranks: who holds it.
     """
 
-    def __init__(self, capacity: int, batch_size: int, mix_fraction: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        batch_size: int,
+        mix_fraction: float,
+        generator: torch.Generator,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.capacity = max(capacity, batch_size)
         self.batch_size = batch_size
         self.mix_fraction = mix_fraction
         self.generator = generator
-        self._storage: torch.Tensor | None = None
-        self._size = 0
-        self._order: torch.Tensor | None = None  # the permutation being served; None while filling
+        self.ranks = ranks
+        self._storage: torch.Tensor | None = None  # this rank's activations
+        self._n_here = 0
+        self._owners = torch.empty(0, dtype=torch.int16)  # the rank of each activation of all, in order
+        self._order: torch.Tensor | None = None  # of this rank's activations, while they are served; None while filling
+        self._n_here_before = torch.empty(0)  # of each activation of all
         self._next = 0
         self._end = 0
 
     def __len__(self) -> int:
-        """How many activations it holds that have not been served."""
-        return self._size - self._next
-
-    @property
-    def nbytes(self) -> int:
-        """What its state takes."""
-        return 0 if self._storage is None else self._storage[: self._size].nbytes + 8 * self._size
+        """How many activations it holds that have not been served, on all ranks."""
+        return len(self._owners) - self._next
 
     @property
     def filling(self) -> bool:
         return self._order is None
 
-    def add(self, acts_ND: torch.Tensor) -> None:
-        """Copies activations in. Only while filling; from `capacity` on it starts to serve."""
-        if self._storage is None or self._size + len(acts_ND) > len(self._storage):
-            grown = acts_ND.new_empty(max(self.capacity, self._size) + len(acts_ND), acts_ND.shape[1])
+    def add(self, acts_ND: torch.Tensor, counts: Sequence[int] | None = None) -> None:
+        """Copies activations in. Only while filling.
+
+        Args:
+            acts_ND: this rank's.
+            counts: how many each rank adds; None where this is the only one.
+        """
+        if self._storage is None or self._n_here + len(acts_ND) > len(self._storage):
+            expected = -(-self.capacity // self.ranks.size)
+            grown = acts_ND.new_empty(max(expected, self._n_here) + len(acts_ND), acts_ND.shape[1])
             if self._storage is not None:
-                grown[: self._size] = self._storage[: self._size]
+                grown[: self._n_here] = self._storage[: self._n_here]
             self._storage = grown
-        self._storage[self._size : self._size + len(acts_ND)] = acts_ND
-        self._size += len(acts_ND)
-        if self._size >= self.capacity:
+        self._storage[self._n_here : self._n_here + len(acts_ND)] = acts_ND
+        self._n_here += len(acts_ND)
+        counts = (len(acts_ND),) if counts is None else counts
+        new = torch.arange(len(counts), dtype=torch.int16).repeat_interleave(torch.tensor(counts))
+        self._owners = torch.cat((self._owners, new))
+
+    def serve_if_full(self) -> None:
+        """Starts to serve where the capacity is reached."""
+        if self.filling and len(self._owners) >= self.capacity:
             self._serve(keep=int(self.capacity * self.mix_fraction))
 
     def drain(self) -> None:
@@ -85,39 +106,64 @@ class ShuffleBuffer:
             self._serve(keep=0)
 
     def _serve(self, keep: int) -> None:
-        shuffled = self.mix_fraction > 0
-        order = torch.randperm(self._size, generator=self.generator) if shuffled else torch.arange(self._size)
+        n = len(self._owners)
+        order = torch.randperm(n, generator=self.generator) if self.mix_fraction > 0 else torch.arange(n)
+        here = self._owners == self.ranks.rank
+        place_here = here.cumsum(0) - 1
+        self._owners, here = self._owners[order], here[order]
+        self._set_order(place_here[order[here]])
+        self._end = max(1, (n - keep) // self.batch_size) * self.batch_size
+
+    def _set_order(self, order: torch.Tensor) -> None:
         assert self._storage is not None
         self._order = _on_device(order, self._storage.device)  # once: a copy in each step would wait for the device
+        here = self._owners == self.ranks.rank
+        self._n_here_before = torch.cat((here.new_zeros(1, dtype=torch.long), here.cumsum(0)))
         self._next = 0
-        self._end = max(1, (self._size - keep) // self.batch_size) * self.batch_size
 
     def take(self) -> torch.Tensor:
-        """The next batch, [batch_size, D]. Only while not filling."""
+        """The next batch, [batch_size, D], or this rank's part of it. Only while not filling."""
         assert self._order is not None and self._storage is not None
-        batch = self._storage[self._order[self._next : self._next + self.batch_size]]
+        end = min(self._next + self.batch_size, len(self._owners))
+        batch = self._storage[self._order[self._n_here_before[self._next] : self._n_here_before[end]]]
         self._next += self.batch_size
         if self._next >= self._end:
-            rest = self._order[self._next :]
+            rest = self._order[self._n_here_before[end] :]
             self._storage[: len(rest)] = self._storage[rest]
-            self._size, self._next, self._order = len(rest), 0, None
+            self._n_here, self._owners = len(rest), self._owners[end:]
+            self._next, self._order = 0, None
         return batch
 
     def state_dict(self) -> dict[str, Any]:
+        """What it still holds, on all ranks, in the order in which it is or will be served."""
+        assert self._storage is not None
+        here = self._storage[: self._n_here]
+        if self._order is not None:
+            here = here[self._order[self._n_here_before[self._next] :]]
+        owners = self._owners[self._next :]
+        if self.ranks.is_alone:
+            acts = here.cpu()
+        else:
+            acts = here.new_empty(len(owners), *here.shape[1:], device="cpu")
+            for rank, part in enumerate(self.ranks.gather(here)):
+                acts[owners == rank] = part.cpu()
         return {
-            "acts": None if self._storage is None else self._storage[: self._size].cpu(),
-            "order": None if self._order is None else self._order.cpu(),
-            "next": self._next,
-            "end": self._end,
+            "acts": acts,
+            "owners": owners,
+            "serving": not self.filling,
+            "end": self._end - self._next,
+            "ranks": self.ranks.size,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        acts = state["acts"]
-        self._storage = None if acts is None else acts.to(device)
-        self._size = 0 if acts is None else len(acts)
-        self._order = None if state["order"] is None else state["order"].to(device)
-        self._next, self._end = state["next"], state["end"]
+        self._owners = state["owners"]
+        if state["ranks"] != self.ranks.size:
+            self._owners = (torch.arange(len(self._owners)) % self.ranks.size).to(self._owners.dtype)
+        self._storage = state["acts"][self._owners == self.ranks.rank].to(device)
+        self._n_here, self._next, self._end, self._order = len(self._storage), 0, state["end"], None
+        if state["serving"]:
+            self._set_order(torch.arange(self._n_here))
         self.generator.set_state(state["generator"].cpu())
 
 
@@ -127,17 +173,21 @@ class ActivationStream(Iterator[torch.Tensor]):
     Rows of tokens are drawn without replacement in an order that the seed fixes (in their own order where
     `mix_fraction` is 0), go through the language model up to its hook, lose the positions that the filter
     leaves out, and are mixed in a `ShuffleBuffer`. A second pass over the rows starts only when the first
-    one is used up.
+    one is used up. Where there are several ranks each runs its own share of the rows, and the batches of all
+    together are those of one. Activations of several hooks lie side by side, and one that is massive at any of them
+    is left out at all.
 
     Args:
         source: the language model, or a cache before it.
-        rows_NT: token ids.
+        rows_NT: token ids, the same on all ranks.
         positions: which positions are kept.
         total: how many activations will be asked for; the last ones are not held back for mixing.
-        rows_per_forward: how many rows go through the language model at a time.
+        rows_per_forward: how many rows go through the language model at a time, on all ranks together.
+        ranks: who share the rows.
+        widths: of the hooks; None where there is one.
     """
 
-    _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_per_forward")
+    _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_at_once")
 
     def __init__(
         self,
@@ -152,16 +202,23 @@ class ActivationStream(Iterator[torch.Tensor]):
         total: int,
         seed: int,
         dtype: torch.dtype,
+        ranks: Ranks = ALONE,
+        widths: list[int] | None = None,
     ) -> None:
         self.source = source
         self.rows_NT = rows_NT
         self.positions = positions
+        self.max_activation_norms: list[float] | None = None  # at each hook
         self.total = total
         self.rows_per_forward = rows_per_forward
+        self.rows_at_once = rows_per_forward  # less on a rank, or where memory is short
         self.dtype = dtype
         self.seed = seed
+        self.ranks = ranks
+        self.widths = widths
         self.shuffled = mix_fraction > 0
-        self.buffer = ShuffleBuffer(buffer_size, batch_size, mix_fraction, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        self.buffer = ShuffleBuffer(buffer_size, batch_size, mix_fraction, generator, ranks)
         self.epoch = 0
         self.next_row = 0
         self.n_kept = 0
@@ -174,94 +231,122 @@ class ActivationStream(Iterator[torch.Tensor]):
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows_NT))
 
     def _next_unfiltered(self) -> torch.Tensor:
-        """Runs the next rows; [N, D] activations of the token positions that are kept, massive ones included."""
+        """Runs the next rows; [N, D] activations of the token positions that are kept, massive ones included: those
+        of this rank's share.
+        """
         if self.next_row >= len(self.rows_NT):
             self.epoch, self.next_row = self.epoch + 1, 0
             self._order = self._row_order()
             log.warning("the training text is used up; pass %d over it begins", self.epoch + 1)
-        tokens_BT, acts_BTD = self._run(self._order[self.next_row : self.next_row + self.rows_per_forward])
-        self.next_row += len(tokens_BT)
+        picked = self._order[self.next_row : self.next_row + self.rows_per_forward]
+        self.next_row += len(picked)
+        tokens_BT = self.rows_NT[np.array_split(picked, self.ranks.size)[self.ranks.rank]].astype(np.int64)
+        acts_BTD = self._run(tokens_BT)
         kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
         return acts_BTD.flatten(0, 1)[_on_device(kept, acts_BTD.device)]
 
-    def _run(self, picked: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Tokens and activations of rows: of fewer than were asked for where more do not fit in memory."""
-        while True:
-            tokens_BT = self.rows_NT[picked].astype(np.int64)
+    def _run(self, tokens_BT: np.ndarray) -> torch.Tensor:
+        """Activations of rows, at fewer at a time where more do not fit in memory."""
+        if len(tokens_BT) == 0:  # the last rows of a pass are fewer than the ranks
+            return self._run(self.rows_NT[:1].astype(np.int64))[:0]
+        parts: list[torch.Tensor] = []
+        done = 0
+        while done < len(tokens_BT):
+            part_BT = tokens_BT[done : done + self.rows_at_once]
             try:
-                return tokens_BT, self.source.activations(torch.from_numpy(tokens_BT))
+                parts.append(self.source.activations(torch.from_numpy(part_BT)))
+                done += len(part_BT)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(picked) == 1:
+                if len(part_BT) == 1:
                     raise UserError(
                         "--store_batch_size_prompts 1: one context does not fit in memory beside the rest; lower"
                         " --context_size, --expansion_factor or --n_batches_in_buffer"
                     ) from None
-            picked = picked[: len(picked) // 2]
-            self.rows_per_forward = len(picked)
-            log.warning("out of memory: going on with --store_batch_size_prompts %d", self.rows_per_forward)
-            if self.source.device.type == "cuda":
-                torch.cuda.empty_cache()
+                self.rows_at_once = len(part_BT) // 2
+                log.warning("out of memory: going on with --store_batch_size_prompts %d", self.rows_at_once)
+                if self.source.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _add(self, acts_ND: torch.Tensor) -> torch.Tensor:
+    def _add(self, chunks: list[torch.Tensor]) -> torch.Tensor:
         """Adds activations to the buffer without the massive ones; returns those added."""
-        if self.positions.max_activation_norm is not None:
-            kept_ND = acts_ND[self.positions.keeps_norms(acts_ND)]
-            self.n_massive += len(acts_ND) - len(kept_ND)
-            acts_ND = kept_ND
-        self.n_kept += len(acts_ND)
-        self.buffer.add(acts_ND)
-        return acts_ND
+        added = []
+        for acts_ND in chunks:
+            n_all = len(acts_ND)
+            if self.max_activation_norms is not None:
+                norms_HN = self._norms(acts_ND)
+                acts_ND = acts_ND[(norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None]).all(dim=0)]
+            counts = self.ranks.counts(len(acts_ND), n_all - len(acts_ND))
+            self.n_kept += sum(kept for kept, _ in counts)
+            self.n_massive += sum(massive for _, massive in counts)
+            self.buffer.add(acts_ND, [kept for kept, _ in counts])
+            added.append(acts_ND)
+        self.buffer.serve_if_full()
+        return added[0] if len(added) == 1 else torch.cat(added)
+
+    def at_each_hook(self, acts_ND: torch.Tensor) -> Sequence[torch.Tensor]:
+        """[N, D] activations as those of each hook."""
+        return [acts_ND] if self.widths is None else acts_ND.split(self.widths, dim=-1)
+
+    def _norms(self, acts_ND: torch.Tensor) -> torch.Tensor:
+        """L2 norms [H, N] at each of H hooks."""
+        return torch.stack([acts.float().norm(dim=-1) for acts in self.at_each_hook(acts_ND)])
 
     def calibrate(self, n_batches: int, max_norm_multiple: float | None) -> torch.Tensor:
-        """Freezes the norm limit on the first activations of the stream, which stay in it.
+        """Freezes the norm limits on the first activations of the stream, which stay in it.
 
         Args:
             n_batches: how many batches to measure on.
-            max_norm_multiple: the limit, as a multiple of their median L2 norm; None for no limit.
+            max_norm_multiple: the limit, as a multiple of their median L2 norm at a hook; None for no limit.
 
         Returns:
-            [n_batches x batch_size or more, D] the activations measured, without the massive ones.
+            [N, D] the activations measured, without the massive ones; n_batches x batch_size or more, on all ranks
+            together.
 
         Raises:
             UserError: the activations are not finite.
         """
         needed = n_batches * self.buffer.batch_size
         chunks: list[torch.Tensor] = []
-        while sum(map(len, chunks)) < needed:
+        n_run = 0
+        while n_run < needed:
             chunks.append(self._next_unfiltered())
-        acts_ND = torch.cat(chunks)
+            n_run += sum(n for (n,) in self.ranks.counts(len(chunks[-1])))
         if max_norm_multiple is not None:
-            median = acts_ND.float().norm(dim=-1).median().item()
-            if not math.isfinite(median):
-                raise UserError(
-                    f"--lm_dtype {self.source.dtype}: the activations' median norm is {median}; use another"
-                )
-            self.positions = replace(self.positions, max_activation_norm=max_norm_multiple * median)
-        return self._add(acts_ND).to(self.dtype)
+            norms_HN = torch.cat([self._norms(acts_ND) for acts_ND in chunks], dim=1)
+            medians = torch.cat(self.ranks.gather(norms_HN.t().contiguous())).median(dim=0).values.tolist()
+            for median in medians:
+                if not math.isfinite(median):
+                    raise UserError(
+                        f"--lm_dtype {self.source.dtype}: the activations' median norm is {median}; use another"
+                    )
+            self.max_activation_norms = [max_norm_multiple * median for median in medians]
+        return self._add(chunks).to(self.dtype)
 
     def __next__(self) -> torch.Tensor:
         while self.buffer.filling:
             if self.n_kept >= self.total and len(self.buffer) >= self.buffer.batch_size:
                 self.buffer.drain()
             else:
-                self._add(self._next_unfiltered())
+                self._add([self._next_unfiltered()])
         return self.buffer.take().to(self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the batches still to come depend on, but for the rows and the arguments."""
+        """All that the batches still to come depend on, but for the rows and the arguments; the same on all ranks."""
         return {
             "buffer": self.buffer.state_dict(),
             "counts": {name: getattr(self, name) for name in self._COUNTS},
-            "max_activation_norm": self.positions.max_activation_norm,
+            "max_activation_norms": self.max_activation_norms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state, whether or not as many ranks saved it."""
         self.buffer.load_state_dict(state["buffer"], self.source.device)
         for name, count in state["counts"].items():
             setattr(self, name, count)
-        self.positions = replace(self.positions, max_activation_norm=state["max_activation_norm"])
+        self.max_activation_norms = state["max_activation_norms"]
         self._order = self._row_order()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.multi_trainer import MultiTrainer
 from sae_toolkit.trainer import Trainer
 from sae_toolkit.whole_directory import NotSaved, check_manifest, whole_directory
 
@@ -34,45 +36,65 @@ _RESUME_FILENAME = "resume.pt"
 
 
 def save_training_checkpoint(
-    trainer: Trainer,
-    stream: ActivationStream,
-    cfg: LanguageModelSAERunnerConfig[Any],
+    trainer: MultiTrainer,
+    stream_state: dict[str, Any],
+    cfgs: Sequence[LanguageModelSAERunnerConfig[Any]],
     *,
     run: str,
     milestone: bool = False,
 ) -> Path:
-    """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form and what a resume needs.
+    """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form and what a resume needs. Several
+    SAEs have a directory each in it, by the name of their hook.
 
     Args:
+        stream_state: that of its stream.
+        cfgs: of each SAE.
         run: the run's key, which its manifest records.
         milestone: whether it stays when newer ones come.
 
     Raises:
         NotSaved: there is no room for it, or the disk fails; nothing else is touched.
     """
-    assert cfg.checkpoint_path is not None
-    target = Path(cfg.checkpoint_path) / str(trainer.n_training_samples)
-    needed, free = _training_checkpoint_bytes(trainer, stream), shutil.disk_usage(target.parent).free
+    assert cfgs[0].checkpoint_path is not None
+    target = Path(cfgs[0].checkpoint_path) / str(trainer.n_training_samples)
+    needed, free = _training_checkpoint_bytes(trainer, stream_state), shutil.disk_usage(target.parent).free
     if needed > free:
         raise NotSaved(f"it takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free")
     with whole_directory(target, run=run, milestone=milestone) as directory:
-        trainer.save_checkpoint(directory.name, base_path=directory.parent)
-        state = {"stream": stream.state_dict(), "trainer": trainer.state_beside_saelens(), "random": _random_state()}
+        for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
+            place = sae_directory(directory, trainer, cfg.hook_name)
+            each.save_checkpoint(place.name, base_path=place.parent)
+            _save_runner_config(cfg, place)
+        state = {
+            "stream": stream_state,
+            "trainers": {name: each.state_beside_saelens() for name, each in trainer.trainers.items()},
+            "random": _random_state(),
+        }
         torch.save(state, directory / _RESUME_FILENAME)
-        _save_runner_config(cfg, directory)
     return target
 
 
-def load_training_checkpoint(directory: Path, trainer: Trainer, stream: ActivationStream) -> None:
+def sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str) -> Path:
+    """Where an SAE lies in a checkpoint: the checkpoint itself, or one below it where it has several."""
+    return directory if trainer.is_single else directory / hook_name
+
+
+def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: ActivationStream) -> None:
     """Puts a trainer and its stream where `save_training_checkpoint` left them."""
-    trainer.load_trainer_state(directory)
-    trainer.sae.load_weights_from_checkpoint(directory)
     state = torch.load(directory / _RESUME_FILENAME, map_location="cpu", weights_only=True)
+    for name, each in trainer.trainers.items():
+        place = sae_directory(directory, trainer, name)
+        each.load_trainer_state(place)
+        each.sae.load_weights_from_checkpoint(place)
+        each.load_state_beside_saelens(state["trainers"][name])
     stream.load_state_dict(state["stream"])
-    trainer.load_state_beside_saelens(state["trainer"])
     torch.set_rng_state(state["random"]["cpu"])
     if state["random"]["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random"]["cuda"][0])
+    trainer.n_training_steps, trainer.n_training_samples = (
+        trainer.first.n_training_steps,
+        trainer.first.n_training_samples,
+    )
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
 
 
@@ -83,35 +105,49 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _training_checkpoint_bytes(trainer: Trainer, stream: ActivationStream) -> int:
+def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, Any]) -> int:
     """Of the weights, Adam's two moments, the counters of each feature and the buffer's activations."""
-    weights = sum(tensor.nbytes for tensor in trainer.sae.state_dict().values())
-    return 3 * weights + 5 * 4 * trainer.sae.cfg.d_sae + stream.buffer.nbytes + 2**17
+    saes = trainer.saes.values()
+    weights = sum(tensor.nbytes for sae in saes for tensor in sae.state_dict().values())
+    counters = 5 * 4 * sum(sae.cfg.d_sae for sae in saes)
+    return 3 * weights + counters + stream_state["buffer"]["acts"].nbytes + len(saes) * 2**17
 
 
-def finish_sae(trainer: Trainer, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Folds the normalization into the weights, in place: the SAE takes raw activations in and gives raw ones out."""
-    if cfg.from_pretrained_path is None:
-        _correct_threshold_bias(trainer.sae, trainer.n_training_steps)
-    _fold_normalization(trainer.sae, trainer.activation_scaler)
-    trainer.set_final_sae_metadata()
+def finish_saes(trainer: MultiTrainer, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Folds the normalization into the weights, in place: an SAE takes raw activations in and gives raw ones out."""
+    for each in trainer.trainers.values():
+        if cfg.from_pretrained_path is None:
+            _correct_threshold_bias(each.sae, each.n_training_steps)
+        _fold_normalization(each.sae, each.activation_scaler)
+        each.set_final_sae_metadata()
 
 
-def save_final_checkpoint(trainer: Trainer, cfg: LanguageModelSAERunnerConfig[Any], *, run: str) -> Path:
-    """Saves an SAE that `finish_sae` has finished as {run directory}/final_{tokens}.
+def save_final_checkpoint(
+    trainer: MultiTrainer, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], *, run: str
+) -> Path:
+    """Saves SAEs that `finish_saes` has finished as {run directory}/final_{tokens}, several in a directory each in it.
 
-    It is in the inference form that `SAE.load_from_disk` reads.
+    They are in the inference form that `SAE.load_from_disk` reads.
 
     Raises:
         NotSaved: there is no room for it, or the disk fails.
     """
-    assert cfg.checkpoint_path is not None
-    final = Path(cfg.checkpoint_path) / f"final_{trainer.n_training_samples}"
+    assert cfgs[0].checkpoint_path is not None
+    final = Path(cfgs[0].checkpoint_path) / f"final_{trainer.n_training_samples}"
     with whole_directory(final, run=run) as directory:
-        trainer.sae.save_inference_model(directory)
-        save_file({"sparsity": trainer.log_feature_sparsity}, directory / SPARSITY_FILENAME)
-        _save_runner_config(cfg, directory)
+        for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
+            if trainer.is_single:
+                _save_finished(each, cfg, directory)
+            else:
+                with whole_directory(directory / cfg.hook_name, run=run) as place:
+                    _save_finished(each, cfg, place)
     return final
+
+
+def _save_finished(trainer: Trainer, cfg: LanguageModelSAERunnerConfig[Any], directory: Path) -> None:
+    trainer.sae.save_inference_model(directory)
+    save_file({"sparsity": trainer.log_feature_sparsity}, directory / SPARSITY_FILENAME)
+    _save_runner_config(cfg, directory)
 
 
 def _correct_threshold_bias(sae: TrainingSAE[Any], n_steps: int) -> None:

@@ -87,14 +87,19 @@ def open_run_log(path: Path) -> None:
     _run_log.write()
 
 
-def set_up_logging(verbose: bool = False) -> None:
-    """Log lines of this project go to standard error; libraries speak when something is wrong."""
+def set_up_logging(verbose: bool = False, speaks: bool = True) -> None:
+    """Log lines of this project go to standard error; libraries speak when something is wrong.
+
+    Args:
+        verbose: whether details do too.
+        speaks: False for a process beside which another one says the same.
+    """
     logging.setLogRecordFactory(_Record)
     logger = logging.getLogger("sae_toolkit")
     terminal = _AboveProgressBars()
     terminal.setLevel(logging.DEBUG if verbose else logging.INFO)
     _run_log.lines, _run_log.path = [], None
-    logger.handlers = [terminal, _run_log]
+    logger.handlers = [terminal, _run_log] if speaks else [logging.NullHandler()]
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
     if not verbose:
@@ -113,15 +118,25 @@ def run_script(main: Callable[[], int | None]) -> None:
         with suppress(OSError):
             print(redact(f"error: {error}"), file=sys.stderr)
         _log_to_file_alone(f"error: {error}")
+        _tell_torchrun(error)
         status = error.exit_status
     except KeyboardInterrupt:
         status = 130
-    except Exception:  # a bug
+    except Exception as error:  # a bug
+        _tell_torchrun(error)
         with suppress(OSError):
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _log_to_file_alone(traceback.format_exc())
         status = 1
     sys.exit(status)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leaves an error where torchrun looks for it, if torchrun started this process."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _log_to_file_alone(message: str) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -120,9 +120,9 @@ def hook_width(config: PreTrainedConfig, hook_name: str, trust_remote_code: bool
     return config.get_text_config().hidden_size
 
 
-def parameters_up_to_hook(config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False) -> int:
+def parameters_up_to_hook(config: PreTrainedConfig, hook_names: Sequence[str], trust_remote_code: bool = False) -> int:
     """Number of parameters that `LanguageModel.keep_only_up_to_hook` leaves, from the model's shapes alone."""
-    model = LanguageModel(model_without_weights(config, trust_remote_code), hook_name)
+    model = LanguageModel(model_without_weights(config, trust_remote_code), *hook_names)
     model.keep_only_up_to_hook()
     return sum(parameter.numel() for parameter in model.model.parameters())
 
@@ -137,21 +137,26 @@ class HookState:
 
 
 class LanguageModel:
-    """A causal language model with one hook.
+    """A causal language model with one hook, or with several to read at once.
 
     Shapes: B sequences, T tokens each, D the width at the hook, V the vocabulary. Activations have the
     model's dtype. `sequences_run` counts the sequences that went through all layers (`whole`), through those
     up to the hook (`up_to_hook`) and through those after it (`after_hook`).
+
+    Args:
+        model: the causal language model.
+        hook_names: of one hook or more; `logits` and what follows it know the first alone.
     """
 
-    def __init__(self, model: PreTrainedModel, hook_name: str) -> None:
+    def __init__(self, model: PreTrainedModel, *hook_names: str) -> None:
         self.sequences_run: Counter[str] = Counter()
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.config: PreTrainedConfig = model.config
         self.layers = decoder_layers(model, self.config)
-        self.hook = find_hook(model, self.config, hook_name)
+        self.hooks = [find_hook(model, self.config, name) for name in hook_names]
+        self.hook = self.hooks[0]
         self.dtype: torch.dtype = next(model.parameters()).dtype
-        self._is_resid_mid = re.fullmatch(r"blocks\.\d+\.hook_resid_mid", hook_name) is not None
+        self._is_resid_mid = re.fullmatch(r"blocks\.\d+\.hook_resid_mid", hook_names[0]) is not None
 
     @property
     def device(self) -> torch.device:
@@ -161,26 +166,33 @@ class LanguageModel:
         return weight.device
 
     def keep_only_up_to_hook(self) -> None:
-        """Frees the layers after the hook and the output head. `activations` still works, nothing else."""
-        if self.hook.layer is not None:
-            del self.layers[self.hook.layer + 1 :]
+        """Frees the layers after the last hook and the output head. `activations` still works, nothing else."""
+        layers = [hook.layer for hook in self.hooks if hook.layer is not None]
+        if len(layers) == len(self.hooks):
+            del self.layers[max(layers) + 1 :]
         self.model = cast(PreTrainedModel, self.model.base_model)
 
     @torch.no_grad()
     def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Activations at the hook, [B, T, D]. Nothing after the hook is computed."""
-        reached: list[torch.Tensor] = []
+        """Activations at the hook, [B, T, D]; those at several hooks side by side. Nothing after them is computed."""
+        reached: dict[str, torch.Tensor] = {}
 
-        def stop(acts: torch.Tensor) -> None:
-            reached.append(acts)
-            raise _HookReached
+        def read(name: str, acts: torch.Tensor) -> None:
+            reached[name] = acts
+            if len(reached) == len(self.hooks):
+                raise _HookReached
 
         self.sequences_run["up_to_hook"] += len(tokens_BT)
-        with self._at_hook(stop), suppress(_HookReached):
-            self.model(tokens_BT.to(self.device), use_cache=False)
-        if not reached or not isinstance(reached[0], torch.Tensor) or reached[0].shape[:2] != tokens_BT.shape:
-            raise UserError(f"--hook_name {self.hook.name}: no activations [batch, position, width] come by there")
-        return _flat_heads(reached[0])
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.enter_context(_hooked(hook.module, hook.side, partial(read, hook.name)))
+            with suppress(_HookReached):
+                self.model(tokens_BT.to(self.device), use_cache=False)
+        for hook in self.hooks:
+            acts = reached.get(hook.name)
+            if not isinstance(acts, torch.Tensor) or acts.shape[:2] != tokens_BT.shape:
+                raise UserError(f"--hook_name {hook.name}: no activations [batch, position, width] come by there")
+        return _side_by_side([_flat_heads(reached[hook.name]) for hook in self.hooks])
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
@@ -263,6 +275,10 @@ class LanguageModel:
         if weight is not None and type(norm).__name__.startswith("Gemma"):  # multiplies by 1 + weight
             weight = 1 + weight
         return getattr(head, "weight", None), weight
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
 
 def _flat_heads(acts: torch.Tensor) -> torch.Tensor:

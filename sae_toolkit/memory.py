@@ -116,6 +116,7 @@ def plan_memory(
     *,
     n_parameters: tuple[int, int],
     cached: bool,
+    n_saes: int = 1,
 ) -> MemoryPlan:
     """Adds up shapes; nothing is loaded. The loss of dead features is not counted.
 
@@ -125,12 +126,13 @@ def plan_memory(
         lm_dtype: its dtype in the run.
         n_parameters: of the whole model, and of it up to the hook.
         cached: whether activations come from a cache, in which case no model is counted.
+        n_saes: how many SAEs of this size there are, at a hook each; they take their steps one after the other.
     """
     config = model.config.get_text_config()
     on_cpu = torch.device(cfg.device).type == "cpu"
     lm_bytes, sae_bytes = lm_dtype.itemsize, str_to_dtype(cfg.dtype).itemsize
     acts_bytes = 2 if cached else lm_bytes
-    d_in, batch = cfg.sae.d_in, cfg.train_batch_size_tokens
+    d_in, batch = n_saes * cfg.sae.d_in, cfg.train_batch_size_tokens
 
     whole, up_to_hook = (n * lm_bytes for n in n_parameters)
     loading = whole
@@ -149,9 +151,9 @@ def plan_memory(
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=cfg.n_batches_for_norm_estimate * batch * d_in * (2 * acts_bytes + max(4, sae_bytes)),
-        sae=parameters,
+        sae=n_saes * parameters,
         gradients=parameters,
-        adam=2 * parameters,
+        adam=2 * n_saes * parameters,
         step=_step_bytes(cfg),
         evaluation_model=whole,
         evaluation_logits=8 * cfg.context_size * config.vocab_size * (2 * lm_bytes + 4),

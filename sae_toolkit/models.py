@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,8 +184,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_language_model(source: ModelSource, hook_name: str, device: str, dtype: torch.dtype) -> LanguageModel:
+def load_language_model(
+    source: ModelSource, hook_names: str | Sequence[str], device: str, dtype: torch.dtype
+) -> LanguageModel:
     """Loads a model's weights onto a device.
+
+    Args:
+        hook_names: the hook, or the hooks to be read at once.
 
     Raises:
         UserError: the weights are missing or damaged, or the model has no such hook.
@@ -216,7 +221,7 @@ def load_language_model(source: ModelSource, hook_name: str, device: str, dtype:
         raise UserError(
             f"--model_name {source.name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it anew"
         )
-    return LanguageModel(model, hook_name)
+    return LanguageModel(model, *([hook_names] if isinstance(hook_names, str) else hook_names))
 
 
 class LanguageModels:
@@ -252,14 +257,19 @@ def check_token_ids(rows_NT: np.ndarray, source: ModelSource, where: str) -> Non
             )
 
 
-def choose_device(device: str) -> str:
+def choose_device(device: str, local_rank: int = 0) -> str:
     """The device to run on: `auto` is the first CUDA device, else the CPU.
+
+    Args:
+        local_rank: of this process, where several share the machine: `auto` and `cuda` are a device for each.
 
     Raises:
         UserError: a CUDA device was asked for that torch does not see.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank:
+        device = f"cuda:{local_rank}"
     if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
         raise UserError(f"--device {device}: must be cpu, cuda, cuda:N or auto")
     parsed = torch.device(device)

@@ -6,13 +6,14 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import torch
-from sae_lens import LoggingConfig
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.util import str_to_dtype
 
 from sae_toolkit.activation_cache import CachedActivations
@@ -38,6 +39,8 @@ def check_before_loading(run: PreparedRun) -> None:
     Raises:
         UserError: it does not fit on the disk or in memory; or --strict was given and there is a warning.
     """
+    if not run.ranks.is_main:
+        return
     log.info(run.describe())
     run.check_memory()
     run.check_disk()
@@ -47,7 +50,8 @@ def check_before_loading(run: PreparedRun) -> None:
 
 def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations | None) -> None:
     """Measures one batch of activations and a few training steps, and says how long the run will take and what does
-    not fit the activations. Nothing that the run trains on or draws at random is changed.
+    not fit the activations. Nothing that the run trains on or draws at random is changed. Where there are several
+    ranks, rank 0 does so with its share.
 
     Args:
         run: what will run.
@@ -56,24 +60,35 @@ def check_activations(run: PreparedRun, source: LanguageModel | CachedActivation
     Raises:
         UserError: a step does not fit in memory; or --strict was given and there is a warning.
     """
-    if run.resume_from is not None:
-        return
-    measured = None
+    if run.resume_from is None and run.ranks.is_main:
+        _check_activations(run, source)
+    run.ranks.wait()
+
+
+def _check_activations(run: PreparedRun, source: LanguageModel | CachedActivations | None) -> None:
+    measured: Sequence[MeasuredActivations | None] = [None] * len(run.cfgs)
     if source is None:
         log.info("time    not measured, the model is not downloaded yet")
     else:
         measured, speed = measure(run, source)
         log.info(speed.describe(run))
-    _warn(activation_warnings(run.flags, run.cfg, measured), run.flags.strict)
+    warnings = []
+    for cfg, found in zip(run.cfgs, measured, strict=True):
+        where = "" if len(run.cfgs) == 1 else f"at {cfg.hook_name}: "
+        warnings += [where + warning for warning in activation_warnings(run.flags, cfg, found)]
+    _warn(list(dict.fromkeys(warnings)), run.flags.strict)
 
 
 def dry_run(run: PreparedRun) -> None:
     """What a run checks before its first step, without leaving anything behind; the model is not downloaded."""
+    if not run.ranks.is_main:
+        return
     source = None
     if run.resume_from is None and run.model.is_here():
-        source = load_language_model(run.model, run.cfg.hook_name, run.cfg.device, run.lm_dtype)
+        source = load_language_model(run.model, run.hook_names, run.cfg.device, run.lm_dtype)
         source.keep_only_up_to_hook()
-    check_activations(run, source)
+    if run.resume_from is None:
+        _check_activations(run, source)
 
 
 def _warn(warnings: list[str], strict: bool) -> None:
@@ -86,14 +101,14 @@ def _warn(warnings: list[str], strict: bool) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the parts of a run were, on a batch."""
+    """How fast the parts of a run were on a rank, on its share of a batch."""
 
     tokens_a_second: float  # of the language model or of the cache
     seconds_a_step: float
 
     def describe(self, run: PreparedRun) -> str:
         n_steps = math.ceil(run.cfg.training_tokens / run.cfg.train_batch_size_tokens)
-        rate = math.inf if run.flags.dry_run and run.is_cached else self.tokens_a_second
+        rate = math.inf if run.flags.dry_run and run.is_cached else self.tokens_a_second * run.ranks.size
         seconds = run.cfg.training_tokens / rate + n_steps * self.seconds_a_step
         parts = [f"activations {rate:,.0f} tokens/s" if math.isfinite(rate) else "activations read from the cache"]
         return f"time    about {_duration(seconds)}: {parts[0]}, {1000 * self.seconds_a_step:,.1f} ms a step"
@@ -106,31 +121,43 @@ def _duration(seconds: float) -> str:
     return f"{max(seconds, 1):.0f} seconds"
 
 
-def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tuple[MeasuredActivations, Speed]:
-    """Measures the first batch of a run's activations, and steps on it of an SAE that is thrown away.
+def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tuple[list[MeasuredActivations], Speed]:
+    """Measures the first batch of a run's activations at each hook, and steps on it of SAEs that are thrown away.
 
     Raises:
         UserError: the activations are not finite, or a step does not fit in memory.
     """
     cfg = run.cfg
     multiple = run.flags.max_activation_norm_multiple or None
+    found, seconds_a_step = [], 0.0
     with _without_trace(source):
-        _stream(run, source, batch_size=1, rows_per_forward=1).calibrate(1, None)  # the first pass is slower
-        stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts)
+        first_ND = _stream(run, source, batch_size=1, rows_per_forward=1).calibrate(1, None)  # slower than the others
+        if first_ND.shape[1] != sum(run.widths):
+            raise UserError(
+                f"--hook_name {' '.join(run.hook_names)}: activations there have a width of {first_ND.shape[1]}, where"
+                f" the modules have {sum(run.widths)}; name another"
+            )
+        stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts // run.ranks.size)
         started = _now(cfg.device)
         acts_ND = stream.calibrate(1, multiple)
         n_run = stream.n_kept + stream.n_massive
         rate = n_run / (_now(cfg.device) - started)
-        if acts_ND.shape[1] != cfg.sae.d_in:
-            raise UserError(
-                f"--hook_name {cfg.hook_name}: activations there have a width of {acts_ND.shape[1]}, where its module"
-                f" has {cfg.sae.d_in}; name another"
-            )
-        norms_N = acts_ND.double().norm(dim=-1)
-        if not norms_N.isfinite().all():
-            raise UserError(f"--lm_dtype {source.dtype}: there are activations that are not finite; use another")
-        scale = math.sqrt(cfg.sae.d_in) / norms_N.mean().item()
-        seconds_a_step = _time_steps(run, acts_ND, scale)
+        kept_share = _share_of_positions(run) * stream.n_kept / n_run
+        for each, acts in zip(run.cfgs, stream.at_each_hook(acts_ND), strict=True):
+            measured, scale = _measure_norms(each, acts, source.dtype, kept_share)
+            found.append(measured)
+            seconds_a_step += _time_steps(run, each, acts, scale)
+    return found, Speed(rate, seconds_a_step)
+
+
+def _measure_norms(
+    cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, dtype: torch.dtype, kept_share: float
+) -> tuple[MeasuredActivations, float]:
+    """What the activations at a hook are like, and the factor that gives them a mean norm of sqrt(d_in)."""
+    norms_N = acts_ND.double().norm(dim=-1)
+    if not norms_N.isfinite().all():
+        raise UserError(f"--lm_dtype {dtype}: there are activations that are not finite; use another")
+    scale = math.sqrt(cfg.sae.d_in) / norms_N.mean().item()
     median_norm = norms_N.median().item()
     massive_N = norms_N > _MASSIVE * median_norm
     variance_N = (acts_ND.double() - acts_ND.double().mean(0)).square().sum(-1)
@@ -138,9 +165,9 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
     measured = MeasuredActivations(
         median_norm=median_as_scaled.get(cfg.sae.normalize_activations, math.sqrt(cfg.sae.d_in)),
         massive_share=(variance_N[massive_N].sum() / variance_N.sum()).nan_to_num().item(),
-        kept_share=_share_of_positions(run) * stream.n_kept / n_run,
+        kept_share=kept_share,
     )
-    return measured, Speed(rate, seconds_a_step)
+    return measured, scale
 
 
 def _stream(
@@ -158,6 +185,7 @@ def _stream(
         total=batch_size,
         seed=run.cfg.seed,
         dtype=str_to_dtype(run.cfg.dtype),
+        widths=run.widths,
     )
 
 
@@ -168,12 +196,11 @@ def _share_of_positions(run: PreparedRun) -> float:
     return float(run.positions.keeps_tokens(rows_NT).sum() / not_special)
 
 
-def _time_steps(run: PreparedRun, acts_ND: torch.Tensor, scale: float) -> float:
-    """Seconds that a training step takes."""
-    cfg = run.cfg
+def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, scale: float) -> float:
+    """Seconds that a training step of one SAE takes."""
     trainer_cfg = cfg.to_sae_trainer_config()
     trainer_cfg.logger = LoggingConfig(log_to_wandb=False)
-    batch_BD = acts_ND[torch.arange(cfg.train_batch_size_tokens) % len(acts_ND)]
+    batch_BD = acts_ND[torch.arange(cfg.train_batch_size_tokens // run.ranks.size) % len(acts_ND)]
     seconds: list[float] = []
     try:
         trainer = Trainer(trainer_cfg, create_sae(cfg), iter(()))

@@ -110,17 +110,21 @@ def output_directory(flags: argparse.Namespace) -> Path:
     return Path(flags.checkpoint_path) / f"{flags.output_name}_{configuration_hash(flags)}"
 
 
-def hook_name(flags: argparse.Namespace) -> str:
-    return flags.hook_name or f"blocks.{flags.layer}.hook_resid_post"
+def hook_names(flags: argparse.Namespace) -> list[str]:
+    """The hooks that an SAE each is trained at."""
+    if flags.hook_names or flags.hook_name:
+        return flags.hook_names or [flags.hook_name]
+    return [f"blocks.{layer}.hook_resid_post" for layer in flags.layers or [flags.layer]]
 
 
 def build_runner_config(
-    flags: argparse.Namespace, *, d_in: int, device: str, run_id: str
+    flags: argparse.Namespace, hook_name: str, *, d_in: int, device: str, run_id: str
 ) -> LanguageModelSAERunnerConfig[TrainingSAEConfig]:
     """Builds SAELens's configuration from the flags.
 
     Args:
         flags: from `parse_training_flags`.
+        hook_name: of the SAE.
         d_in: width of the activations at the hook.
         device: the device of the SAE, resolved.
         run_id: name of the run's own directory.
@@ -131,7 +135,7 @@ def build_runner_config(
     sae_class, sae_config_class = get_sae_training_class(flags.architecture)
     fields: dict[str, Any] = {
         "model_name": flags.model_name,
-        "hook_name": hook_name(flags),
+        "hook_name": hook_name,
         "dataset_path": flags.dataset_path,
         "streaming": flags.streaming,
         "is_dataset_tokenized": False,
@@ -165,7 +169,7 @@ def build_runner_config(
         "run_name": flags.run_name or f"{flags.output_name}-{run_id}",
         "wandb_id": run_id,
     }
-    sae = _sae_fields(flags, d_in, device)
+    sae = _sae_fields(flags, hook_name, d_in, device)
     owners = {
         "": (fields, LanguageModelSAERunnerConfig),
         "logger": (logger, LoggingConfig),
@@ -184,7 +188,7 @@ def build_runner_config(
     return cfg
 
 
-def _sae_fields(flags: argparse.Namespace, d_in: int, device: str) -> dict[str, Any]:
+def _sae_fields(flags: argparse.Namespace, hook_name: str, d_in: int, device: str) -> dict[str, Any]:
     d_sae = flags.expansion_factor * d_in
     if d_sae * d_in > _LARGEST:
         raise UserError(f"--expansion_factor {flags.expansion_factor}: {d_sae:,} features fit in no memory; lower it")
@@ -220,7 +224,7 @@ def _sae_fields(flags: argparse.Namespace, d_in: int, device: str) -> dict[str, 
         fields["matryoshka_widths"] = widths
     elif flags.matryoshka_widths:
         raise UserError(f"--matryoshka_widths: only for --architecture matryoshka_batchtopk, not {flags.architecture}")
-    if hook_name(flags).endswith("hook_z"):
+    if hook_name.endswith("hook_z"):
         fields["reshape_activations"] = "hook_z"
     return fields
 

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sae_toolkit.ranks import Ranks
 
 # Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured
 # (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.
@@ -222,7 +224,10 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE, SparseTopKTrainingSAE):
 
     def _select(self, scaled_BF: Tensor) -> tuple[ActiveFeatures, Tensor]:
         flat = scaled_BF.flatten()
-        chosen_N = _largest(flat, int(self.cfg.k * len(scaled_BF)))
+        if isinstance(self.activation_fn, GlobalBatchTopK):
+            chosen_N = self.activation_fn.choose(flat)
+        else:
+            chosen_N = _largest(flat, int(self.cfg.k * len(scaled_BF)))
         rows_N = chosen_N // scaled_BF.shape[1]
         features_N = chosen_N - rows_N * scaled_BF.shape[1]
         return ActiveFeatures(features_N, rows_N, (scaled_BF.shape[0], scaled_BF.shape[1])), flat[chosen_N]
@@ -235,6 +240,42 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE, SparseTopKTrainingSAE):
         moved = torch.lerp(self.topk_threshold, smallest, self.cfg.topk_threshold_lr)
         usable = smallest.isfinite() & values_N.isfinite().all()
         self.topk_threshold = torch.where(usable, moved, self.topk_threshold)
+
+
+class GlobalBatchTopK(BatchTopK):
+    """SAELens's BatchTopK over a batch that several ranks share.
+
+    Args:
+        k: active features a token, on average.
+        n_tokens: tokens in the whole batch.
+        ranks: who share it.
+    """
+
+    def __init__(self, k: float, n_tokens: int, ranks: Ranks) -> None:
+        super().__init__(k)
+        self.n_active = int(k * n_tokens)
+        self.ranks = ranks
+
+    def choose(self, flat: Tensor) -> Tensor:
+        """Indices, ascending, of this rank's values [N] that are among the largest of all."""
+        mine_N = _largest(flat, min(self.n_active, len(flat)))
+        gathered = self.ranks.gather(flat[mine_N])
+        before = sum(map(len, gathered[: self.ranks.rank]))
+        values_M = torch.cat(gathered)
+        is_chosen_M = torch.zeros_like(values_M, dtype=torch.bool)
+        is_chosen_M[_largest(values_M, self.n_active)] = True
+        return mine_N[is_chosen_M[before : before + len(mine_N)]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.relu().flatten()
+        chosen_N = self.choose(flat.detach())
+        return torch.zeros_like(flat).scatter(-1, chosen_N, flat[chosen_N]).reshape(x.shape)
+
+
+def select_among(sae: TrainingSAE[Any], ranks: Ranks, n_tokens: int) -> None:
+    """Makes a BatchTopK SAE, Matryoshka ones included, select over the whole batch of all ranks, of n_tokens."""
+    if isinstance(sae.activation_fn, BatchTopK):
+        sae.activation_fn = GlobalBatchTopK(sae.activation_fn.k, n_tokens, ranks)
 
 
 def _largest(flat: Tensor, n: int) -> Tensor:

@@ -32,7 +32,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals do not interrupt what is done inside; it calls `check` where it can stop.
+        """Signals do not interrupt what is done inside; it looks at `received` where it can stop.
 
         A second Ctrl-C interrupts all the same.
         """
@@ -43,13 +43,9 @@ class StopSignals:
             self._deferred = False
 
     @property
-    def received(self) -> bool:
-        return self._received is not None
-
-    def check(self) -> None:
-        """Raises `Stopped` if a signal came."""
-        if self._received is not None:
-            raise Stopped(self._received)
+    def received(self) -> int:
+        """The number of the signal that came; 0 if none did."""
+        return self._received or 0
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         again = self._received is not None

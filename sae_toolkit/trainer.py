@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from sae_toolkit.sparse_topk import SparseTopKTrainingSAE
+from sae_toolkit.ranks import ALONE, Ranks
+from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, select_among
 
 # How many steps old the count of dead features may be that a step goes by.
 _STEPS_BEHIND = 4
@@ -29,11 +32,34 @@ class Trainer(SAETrainer[Any, Any]):
 
     `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last that was;
     both are on the device.
+
+    Where there are several ranks, each steps on its own part of a batch, all of them begin with the weights of rank
+    0, and gradients, firings, selections and readings are those of the whole batch: the SAE does not depend on how
+    many ranks there are, but for the rounding of sums.
+
+    Args:
+        ranks: who share a batch of `cfg.train_batch_size_samples`.
     """
 
-    def __init__(self, cfg: SAETrainerConfig, sae: TrainingSAE[Any], data_provider: Iterator[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: TrainingSAE[Any],
+        data_provider: Iterator[torch.Tensor],
+        ranks: Ranks = ALONE,
+    ) -> None:
         super().__init__(cfg, sae, data_provider)
         self._fuse_optimizer()
+        self.ranks = ranks
+        self._sums: list[Any] = []  # of gradients, on their way
+        if not ranks.is_alone:
+            for tensor in sae.state_dict().values():
+                ranks.broadcast_tensor(tensor)
+            for parameter in sae.parameters():
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter: self._sums.append(ranks.start_sum(parameter.grad))
+                )
+            select_among(sae, ranks, cfg.train_batch_size_samples)
         self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self._counts_of_dead: deque[_Reading] = deque()
@@ -55,6 +81,7 @@ class Trainer(SAETrainer[Any, Any]):
             return self._step(batch)
 
     def _step(self, batch: torch.Tensor) -> TrainStepOutput:
+        n_samples = len(batch) if self.ranks.is_alone else self.cfg.train_batch_size_samples
         sae_in = self.activation_scaler(batch.to(self.sae.device))
         self.sae.train()
         buffers = [buffer.clone() for buffer in self.sae.buffers()]  # such as BatchTopK's threshold
@@ -68,10 +95,15 @@ class Trainer(SAETrainer[Any, Any]):
                     is_logging_step=self._is_logging_step(),
                 )
             )
+        if isinstance(self.sae, BatchTopKTrainingSAE):  # moved towards the least activation of this rank's
+            self.ranks.minimum(self.sae.topk_threshold)
 
-        output.loss.backward()
+        share = len(batch) / n_samples  # SAELens's losses are means over tokens
+        (output.loss * share if share != 1 else output.loss).backward()
+        self.ranks.finish(self._sums)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
-        not_finite = ~(output.loss.detach() + grad_norm).isfinite()
+        firings_F, loss = self._sum_firings_and_loss(output, share)
+        not_finite = ~(loss + grad_norm).isfinite()
         self.n_not_finite += not_finite
         self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
         self.optimizer.found_inf = not_finite.float()  # the fused kernel skips the step, as under torch's GradScaler
@@ -79,8 +111,8 @@ class Trainer(SAETrainer[Any, Any]):
         self.optimizer.zero_grad()
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(not_finite, before, buffer))
-        self.n_training_samples += len(batch)
-        self._count_firings(output.feature_acts)
+        self.n_training_samples += n_samples
+        self._count_firings(firings_F)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -107,16 +139,45 @@ class Trainer(SAETrainer[Any, Any]):
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
     @torch.no_grad()
-    def _count_firings(self, feature_acts: torch.Tensor) -> None:
+    def _sum_firings_and_loss(self, output: TrainStepOutput, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """How often each feature fired in the whole batch, and its loss."""
+        feature_acts, loss = output.feature_acts, output.loss.detach()
         if feature_acts.is_sparse:
             fired_N = (feature_acts._values() > 0).to(self.act_freq_scores.dtype)
             firings_F = torch.zeros_like(self.act_freq_scores).index_add_(0, feature_acts._indices()[1], fired_N)
         else:
             firings_F = (feature_acts != 0).sum(0)
+        if self.ranks.is_alone:
+            return firings_F, loss
+        both = self.ranks.sum(torch.cat((firings_F, loss[None] * share)))
+        return both[:-1], both[-1]
+
+    @torch.no_grad()
+    def _count_firings(self, firings_F: torch.Tensor) -> None:
         self.act_freq_scores += firings_F
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firings_F > 0, 0)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
+
+    @torch.no_grad()
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        """SAELens's readings of a step, over the whole batch."""
+        if self.ranks.is_alone:
+            return super().build_train_step_log_dict(output, n_training_samples)
+        share = len(output.sae_in) / self.cfg.train_batch_size_samples
+
+        def mean(value: Any) -> torch.Tensor:
+            return self.ranks.sum(torch.as_tensor(value, device=self.sae.device).detach() * share)
+
+        whole = replace(
+            output,
+            sae_in=torch.cat(self.ranks.gather(output.sae_in)),
+            sae_out=torch.cat(self.ranks.gather(output.sae_out.detach())),
+            loss=mean(output.loss),
+            losses={name: mean(loss) for name, loss in output.losses.items()},
+        )
+        reading = super().build_train_step_log_dict(whole, n_training_samples)
+        return reading | {"metrics/l0": float(mean(reading["metrics/l0"]))}
 
     def _dead_bound(self) -> int | None:
         """At most how many features are dead now; None on a CPU, where counting costs nothing.

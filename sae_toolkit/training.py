@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +18,17 @@ from tqdm.auto import tqdm
 
 from sae_toolkit.activation_cache import ActivationCache, CachedActivations
 from sae_toolkit.activations import ActivationStream
-from sae_toolkit.checkpoints import (
-    finish_sae,
-    load_training_checkpoint,
-    save_final_checkpoint,
-    save_training_checkpoint,
-)
+from sae_toolkit.checkpoints import load_training_checkpoint
 from sae_toolkit.errors import RunFailed, UserError, one_line
-from sae_toolkit.flag_values import Interval
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
+from sae_toolkit.multi_trainer import MultiTrainer
+from sae_toolkit.run_checkpoints import RunCheckpoints
 from sae_toolkit.sparse_topk import sparse_class
-from sae_toolkit.stop_signals import StopSignals
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.stop_signals import Stopped, StopSignals
 from sae_toolkit.training_setup import PreparedRun
 from sae_toolkit.trust import tensors_only
 from sae_toolkit.wandb_run import WandbRun
-from sae_toolkit.whole_directory import NotSaved
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +45,20 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
     """
 
     def load() -> LanguageModel:
-        model = load_language_model(run.model, run.cfg.hook_name, run.cfg.device, run.lm_dtype)
+        model = load_language_model(run.model, run.hook_names, run.cfg.device, run.lm_dtype)
         model.keep_only_up_to_hook()
         return model
 
     if run.flags.cache_activations is None:
-        return load()
+        with run.ranks.one_first():
+            return load()
     directory = Path(run.flags.cache_activations)
-    cache = ActivationCache(directory, run.cache_parameters(), run.rows_NT, run.cfg.sae.d_in)
+    cache = ActivationCache(directory, run.cache_parameters(), run.rows_NT, sum(run.widths))
     return CachedActivations(cache, load, run.cfg.device)
 
 
 class Training:
-    """A run at its first step: SAE, trainer and activation stream are made, norms measured, or a checkpoint loaded.
+    """A run at its first step: SAEs, trainer and activation stream are made, norms measured, or a checkpoint loaded.
 
     Args:
         run: what to train on what.
@@ -77,8 +70,8 @@ class Training:
 
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
         self.cfg = cfg = run.cfg
-        self.checkpoints = _Checkpoints(self, run)
-        self.sae = create_sae(cfg)
+        self.ranks = run.ranks
+        self.saes = {each.hook_name: create_sae(each) for each in run.cfgs}
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         self.stream = ActivationStream(
             activations,
@@ -91,28 +84,31 @@ class Training:
             total=n_steps * cfg.train_batch_size_tokens,
             seed=cfg.seed,
             dtype=str_to_dtype(cfg.dtype),
+            ranks=run.ranks,
+            widths=run.widths,
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
-        self.trainer = Trainer(trainer_cfg, self.sae, self.stream)
+        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks)
+        self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
         if run.resume_from is not None:
             with tensors_only(f"--resume {run.resume_from}"):
                 load_training_checkpoint(run.resume_from, self.trainer, self.stream)
             log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
         else:
             _calibrate(cfg, self.trainer, self.stream, run.flags.max_activation_norm_multiple or None)
-        max_norm = self.stream.positions.max_activation_norm
-        _record_training(self.sae, cfg, run.metadata() | {"max_activation_norm": max_norm})
+        max_norms: Sequence[float | None] = self.stream.max_activation_norms or [None] * len(run.cfgs)
+        for each, max_norm in zip(run.cfgs, max_norms, strict=True):
+            _record_training(self.saes[each.hook_name], each, run.metadata() | {"max_activation_norm": max_norm})
         if cfg.compile_sae:
-            self.sae.training_forward_pass = torch.compile(
-                self.sae.training_forward_pass, mode=cfg.sae_compilation_mode
-            )
+            for sae in self.saes.values():
+                sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
 
     def fit(self, wandb_run: WandbRun, signals: StopSignals) -> Path:
         """Trains the SAE to the end and saves it.
 
         Returns:
-            Directory of the finished SAE.
+            Directory of the finished SAE; of several, the directory that holds one for each hook.
 
         Raises:
             Stopped: a signal came; a checkpoint is saved, if there was room for it.
@@ -128,14 +124,14 @@ class Training:
 
     def _describe_what_was_left_out(self) -> None:
         stream = self.stream
-        if stream.positions.max_activation_norm is not None:
+        if stream.max_activation_norms is not None:
             log.info(
-                "left out %s of %s activations as massive (norm above %.4g)",
+                "left out %s of %s activations as massive (norm above %s)",
                 f"{stream.n_massive:,}",
                 f"{stream.n_massive + stream.n_kept:,}",
-                stream.positions.max_activation_norm,
+                " or ".join(f"{norm:.4g}" for norm in stream.max_activation_norms),
             )
-        if n := int(self.trainer.n_not_finite):
+        if n := self.trainer.n_not_finite:
             log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
         if isinstance(stream.source, CachedActivations):
             log.info(stream.source.describe())
@@ -183,90 +179,24 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
 
 def _calibrate(
     cfg: LanguageModelSAERunnerConfig[Any],
-    trainer: Trainer,
+    trainer: MultiTrainer,
     stream: ActivationStream,
     max_norm_multiple: float | None,
 ) -> None:
-    """Freezes the norm limit and the normalization on the first batches of the stream, which are trained on too."""
-    mode = trainer.sae.cfg.normalize_activations
+    """Freezes the norm limits and the normalization on the first batches of the stream, which are trained on too."""
+    mode = cfg.sae.normalize_activations
     estimated = mode in ("expected_average_only_in", "covariance_whitening")
     if max_norm_multiple is None and not estimated:
         return
     log.info("measuring activation norms on %d batches", cfg.n_batches_for_norm_estimate)
     acts_ND = stream.calibrate(cfg.n_batches_for_norm_estimate, max_norm_multiple)
-    batches = acts_ND.split(cfg.train_batch_size_tokens)
-    if mode == "expected_average_only_in":
-        trainer.activation_scaler.estimate_scaling_factor(trainer.sae.cfg.d_in, iter(batches), len(batches))
-    elif mode == "covariance_whitening":
-        trainer.activation_scaler.estimate_whitening(trainer.sae.cfg.d_in, iter(batches), len(batches))
-
-
-class _Checkpoints:
-    """When a run is saved, and what is kept."""
-
-    def __init__(self, training: Training, run: PreparedRun) -> None:
-        self.training = training
-        self.run = run
-        self.every = Interval.parse(run.flags.checkpoint_every)
-        self.newest = run.resume_from
-        self.final: Path | None = None
-        self._saved_at = time.monotonic()
-        self._saved_tokens = int(run.resume_from.name) if run.resume_from else 0
-
-    @property
-    def is_due(self) -> bool:
-        n_tokens = self.training.trainer.n_training_samples - self._saved_tokens
-        return self.every.is_over(time.monotonic() - self._saved_at, n_tokens)
-
-    def save(self, milestone: bool = False) -> None:
-        """Saves a checkpoint, unless there is no room for it; then the last one stays and the run goes on."""
-        n_tokens, key = self.training.trainer.n_training_samples, self.run.run_directory.key
-        if milestone or self._saved_tokens != n_tokens:
-            try:
-                self.newest = self._with_room(
-                    lambda: save_training_checkpoint(
-                        self.training.trainer, self.training.stream, self.run.cfg, run=key, milestone=milestone
-                    )
-                )
-                self.run.run_directory.keep_newest(self.run.flags.keep)
-            except NotSaved as error:
-                kept = f"the last is {self.newest}" if self.newest else "there is none yet"
-                log.warning("the checkpoint at %s tokens is not saved: %s; %s", f"{n_tokens:,}", error, kept)
-        self._saved_at, self._saved_tokens = time.monotonic(), n_tokens
-
-    def save_final(self) -> Path:
-        """Saves the finished SAE, and deletes the checkpoints that were there to resume from."""
-        trainer, cfg, directory = self.training.trainer, self.run.cfg, self.run.run_directory
-        finish_sae(trainer, cfg)
-        try:
-            self.final = self._with_room(lambda: save_final_checkpoint(trainer, cfg, run=directory.key))
-        except NotSaved as error:
-            raise RunFailed(
-                f"{directory.path}: the finished SAE cannot be saved: {error}; make room, and {self.how_to_go_on()}"
-            ) from None
-        directory.keep_newest(0)
-        return self.final
-
-    def _with_room(self, save: Callable[[], Path]) -> Path:
-        try:
-            return save()
-        except NotSaved:
-            self.run.run_directory.keep_newest(1)
-            return save()
-
-    def how_to_go_on(self) -> str:
-        """For somebody whose run was stopped, in a few words."""
-        if self.final is not None:
-            return f"the SAE is finished: {self.final}"
-        if not self.run.directory.exists():
-            return "nothing was trained yet; the same command begins again"
-        python = Path(sys.executable)
-        if python.is_relative_to(Path.cwd()):
-            python = python.relative_to(Path.cwd())
-        command = [str(python), "sae_lens_train.py", "--resume", str(self.newest or self.run.directory)]
-        if self.run.flags.trust_remote_code:
-            command.append("--trust_remote_code")
-        return f"to go on: {shlex.join(command)}"
+    for each, acts in zip(trainer.trainers.values(), stream.at_each_hook(acts_ND), strict=True):
+        if mode == "expected_average_only_in":  # of which SAELens takes the norms alone
+            batches = stream.ranks.gather(acts.norm(dim=-1, keepdim=True))
+            each.activation_scaler.estimate_scaling_factor(each.sae.cfg.d_in, iter(batches), len(batches))
+        elif mode == "covariance_whitening":
+            batches = stream.ranks.gather(acts.contiguous())
+            each.activation_scaler.estimate_whitening(each.sae.cfg.d_in, iter(batches), len(batches))
 
 
 def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
@@ -280,27 +210,30 @@ def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
         unit="tok",
         unit_scale=True,
         smoothing=0.05,
+        disable=not training.ranks.is_main,
     )
     last_reading = last_line = 0.0
     with progress:
         while trainer.n_training_samples < stream.total:
-            if sparsity_log := trainer.maybe_reset_sparsity():
+            if sparsity_log := trainer.read_sparsity():
                 wandb_run.log(sparsity_log, step=trainer.n_training_steps)
-            output = trainer.step(next(stream))
+            outputs = trainer.step(stream.at_each_hook(next(stream)))
             record = (trainer.n_training_steps + 1) % cfg.logger.wandb_log_frequency == 0
-            show = time.monotonic() - last_reading >= _SECONDS_BETWEEN_READINGS
+            show, save, signal_number = training.ranks.largest(  # each rank has its own clock and hears its own signals
+                time.monotonic() - last_reading >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, signals.received
+            )
             if record or show:
-                reading = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+                readings = trainer.read(outputs)
                 if record:
                     wandb_run.log(
-                        reading | {"details/tokens_per_second": progress.format_dict["rate"] or 0},
+                        trainer.flat(readings) | {"details/tokens_per_second": progress.format_dict["rate"] or 0},
                         step=trainer.n_training_steps,
                     )
-                progress.set_postfix_str(_postfix(reading, trainer))
+                progress.set_postfix_str(_postfix(readings, cfg.sae.d_sae))
                 last_reading = time.monotonic()
             if record or show or waits_for_no_device:
-                _check_losses(training, output)
-            trainer.n_training_steps += 1
+                _check_losses(training, outputs)
+            trainer.advance()
             progress.update(cfg.train_batch_size_tokens)
             if show and time.monotonic() - last_line >= _SECONDS_BETWEEN_LOG_LINES:
                 log.debug("%s", progress)  # for run.log alone
@@ -309,30 +242,41 @@ def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
             if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:
                 trainer.checkpoint_thresholds.pop(0)
                 checkpoints.save(milestone=True)
-            elif (checkpoints.is_due or signals.received) and not trainer.n_not_finite_in_a_row:  # else the last stays
+            elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # else the last stays
                 checkpoints.save()
-            signals.check()
+            if signal_number:
+                raise Stopped(signal_number)
         log.debug("%s", progress)
-        if sparsity_log := trainer.full_sparsity_window_log():
+        if sparsity_log := trainer.read_sparsity(final=True):
             wandb_run.log(sparsity_log, step=trainer.n_training_steps)
 
 
-def _check_losses(training: Training, output: TrainStepOutput) -> None:
+def _check_losses(training: Training, outputs: Mapping[str, TrainStepOutput]) -> None:
     """Stops a run whose losses are not finite any more."""
     trainer, checkpoints = training.trainer, training.checkpoints
-    if (n := int(trainer.n_not_finite_in_a_row)) < _NOT_FINITE_AT_MOST:
+    if (n := trainer.n_not_finite_in_a_row) < _NOT_FINITE_AT_MOST:
         return
     if checkpoints.newest is None:
         checkpoints.save()  # none of those steps was applied
+    name = next(name for name, each in trainer.trainers.items() if int(each.n_not_finite_in_a_row) == n)
     raise RunFailed(
-        f"{n} steps in a row had a loss or gradient that is not finite (loss {output.loss.item():g},"
-        f" learning rate {trainer.optimizer.param_groups[0]['lr']:g}, after {trainer.n_training_samples:,} tokens) and"
-        f" were not applied; lower --lr, or look at the activations (--lm_dtype, --max_activation_norm_multiple);"
-        f" the last good checkpoint is {checkpoints.newest}"
+        f"{n} steps in a row had a loss or gradient that is not finite ({'' if trainer.is_single else name + ', '}loss"
+        f" {outputs[name].loss.item():g}, learning rate {trainer.first.optimizer.param_groups[0]['lr']:g}, after"
+        f" {trainer.n_training_samples:,} tokens) and were not applied; lower --lr, or look at the activations"
+        f" (--lm_dtype, --max_activation_norm_multiple); the last good checkpoint is {checkpoints.newest}"
     )
 
 
-def _postfix(reading: dict[str, Any], trainer: Trainer) -> str:
-    l0, variance = reading["metrics/l0"], reading["metrics/explained_variance"]
-    dead = reading["sparsity/dead_features"] / trainer.sae.cfg.d_sae
-    return f"L0 {l0:.1f}, explained variance {variance:.3f}, dead {dead:.1%}"
+def _postfix(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> str:
+    """L0, explained variance and dead features, from the lowest to the highest of the SAEs."""
+
+    def spread(form: str, values: list[float]) -> str:
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} to {high}"
+
+    each = readings.values()
+    return (
+        f"L0 {spread('.1f', [reading['metrics/l0'] for reading in each])},"
+        f" explained variance {spread('.3f', [reading['metrics/explained_variance'] for reading in each])},"
+        f" dead {spread('.1%', [reading['sparsity/dead_features'] / d_sae for reading in each])}"
+    )

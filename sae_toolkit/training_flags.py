@@ -38,6 +38,9 @@ ARCHITECTURES = (
 )
 FLAGS_FILENAME = "training_flags.json"
 
+# Tokens of a batch that a process has on average: so many that it has none once in 10^13 batches.
+_LEAST_SHARE = 32
+
 # What may differ between a run and its resumption: nothing that the weights depend on.
 _MAY_CHANGE = {
     "device",
@@ -68,6 +71,9 @@ examples:
   # many runs on the same activations: the first computes them, the others read them
   python sae_lens_train.py @presets/demo.args --cache_activations ./activations --k 32
   python sae_lens_train.py @presets/demo.args --cache_activations ./activations --k 128
+
+  # many layers from one pass of the model: an SAE each
+  python sae_lens_train.py @presets/demo.args --layers 4 8 12 16
 
   # what would run, without running it
   python sae_lens_train.py @presets/demo.args --dry_run
@@ -154,6 +160,8 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(model, "model_name", "meta-llama/Meta-Llama-3-8B", "Hugging Face id, directory, .gguf file or embedded model")
     flag(model, "layer", 12, "the layer whose residual stream is hooked, from 0", type=non_negative)
     flag(model, "hook_name", None, "TransformerLens hook (default: blocks.LAYER.hook_resid_post)")
+    flag(model, "layers", None, "several layers, an SAE each, from one pass of the model", type=non_negative, nargs="+")
+    flag(model, "hook_names", None, "several hooks, an SAE each, from one pass of the model", nargs="+")
     flag(model, "device", "auto", "cpu, cuda, cuda:N, or auto: CUDA where torch sees it")
     flag(
         model,
@@ -313,6 +321,12 @@ def _check(flags: argparse.Namespace) -> None:
         )
     if Path(flags.output_name).name != flags.output_name or flags.output_name in ("", ".", ".."):
         raise UserError(f"--output_name {flags.output_name!r}: must be a plain name, without a path")
+    hooks = [name for name in ("hook_name", "hook_names", "layers") if getattr(flags, name) is not None]
+    if len(hooks) > 1:
+        raise UserError(f"--{hooks[0]} and --{hooks[1]}: only one of them can say where SAEs are trained")
+    for name in ("hook_names", "layers"):
+        if (given := getattr(flags, name)) and len(set(given)) < len(given):
+            raise UserError(f"--{name} {' '.join(map(str, given))}: one stands there twice")
     if flags.skip_positions >= flags.context_size:
         raise UserError(
             f"--skip_positions {flags.skip_positions}: leaves nothing of a context of {flags.context_size} tokens"
@@ -327,4 +341,26 @@ def _check(flags: argparse.Namespace) -> None:
         raise UserError(
             f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
             f" together more than the run's {n_steps} steps"
+        )
+
+
+def check_world_size(flags: argparse.Namespace, size: int) -> None:
+    """Holds the sizes that are of all processes together against how many there are.
+
+    Raises:
+        UserError: they do not share them evenly.
+    """
+    batch, contexts = flags.train_batch_size_tokens, flags.store_batch_size_prompts
+    if batch < _LEAST_SHARE * size and size > 1:
+        raise UserError(
+            f"--train_batch_size_tokens {batch}: less than {_LEAST_SHARE} for each of {size} processes; use"
+            f" {_LEAST_SHARE * size} or more"
+        )
+    if batch % size:
+        raise UserError(
+            f"--train_batch_size_tokens {batch}: {size} processes do not divide it; use {batch // size * size}"
+        )
+    if contexts < size:
+        raise UserError(
+            f"--store_batch_size_prompts {contexts}: less than the {size} processes that share them; use {8 * size}"
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import secrets
 import shutil
 import string
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,12 @@ from sae_toolkit.language_model import hook_width, parameters_up_to_hook
 from sae_toolkit.memory import MemoryPlan, free_memory, plan_memory, suggest_flags
 from sae_toolkit.models import ModelSource, check_token_ids, choose_device, choose_lm_dtype, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.run_directory import RunDirectory, find_resumption
-from sae_toolkit.runner_config import build_runner_config, hook_name, output_directory
+from sae_toolkit.runner_config import build_runner_config, hook_names, output_directory
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
+from sae_toolkit.training_flags import check_world_size
 from sae_toolkit.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class PreparedRun:
     """A run that is ready to start."""
 
     flags: argparse.Namespace
-    cfg: LanguageModelSAERunnerConfig[Any]
+    cfgs: list[LanguageModelSAERunnerConfig[Any]]  # of each SAE; they differ in the hook and its width
     model: ModelSource
     lm_dtype: torch.dtype
     text: TextSource
@@ -49,6 +53,21 @@ class PreparedRun:
     positions: PositionFilter
     run_directory: RunDirectory
     resume_from: Path | None  # a checkpoint; None at the first step
+    ranks: Ranks = ALONE
+
+    @property
+    def cfg(self) -> LanguageModelSAERunnerConfig[Any]:
+        """The first SAE's: in all but the hook and its width that of the others."""
+        return self.cfgs[0]
+
+    @property
+    def hook_names(self) -> list[str]:
+        return [cfg.hook_name for cfg in self.cfgs]
+
+    @property
+    def widths(self) -> list[int]:
+        """d_in of each SAE."""
+        return [cfg.sae.d_in for cfg in self.cfgs]
 
     @property
     def directory(self) -> Path:
@@ -56,6 +75,8 @@ class PreparedRun:
 
     def open_directory(self) -> None:
         """Makes the run's directory, unless it is there to be resumed; from now on the run's log is written there."""
+        if not self.ranks.is_main:
+            return
         if not self.directory.exists():
             self.run_directory.create(self.flags, self.text, self.rows_NT)
         self.run_directory.open_log()
@@ -78,22 +99,33 @@ class PreparedRun:
             "model_name": self.model.name,
             "model_from_pretrained_kwargs": self.model.model_kwargs,
             "model_files": self.model.files(),
-            "hook_name": self.cfg.hook_name,
+            "hook_name": " ".join(self.hook_names),
             "lm_dtype": dtype_to_str(self.lm_dtype),
             "context_size": self.cfg.context_size,
-            "d_in": self.cfg.sae.d_in,
+            "d_in": sum(self.widths),
         }
 
     def plan_memory(self) -> MemoryPlan:
+        """What each process takes."""
         return self._plan_memory(self.cfg)
 
     def _plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any]) -> MemoryPlan:
-        return plan_memory(cfg, self.model, self.lm_dtype, n_parameters=self._n_parameters, cached=self.is_cached)
+        share = copy.copy(cfg)
+        for name in ("train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer"):
+            setattr(share, name, -(-getattr(cfg, name) // self.ranks.size))
+        return plan_memory(
+            share,
+            self.model,
+            self.lm_dtype,
+            n_parameters=self._n_parameters,
+            cached=self.is_cached,
+            n_saes=len(self.cfgs),
+        )
 
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
         return self.model.n_parameters, parameters_up_to_hook(
-            self.model.config, self.cfg.hook_name, self.model.trust_remote_code
+            self.model.config, self.hook_names, self.model.trust_remote_code
         )
 
     @cached_property
@@ -112,7 +144,7 @@ class PreparedRun:
         Raises:
             UserError: it surely does not fit: on a CPU the kernel would end the process without a word.
         """
-        plan, free = self.plan_memory(), free_memory(self.cfg.device)
+        plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
         flags = suggest_flags(self.cfg, self._plan_memory, free)
@@ -123,6 +155,11 @@ class PreparedRun:
         if plan.surely_above(free):
             raise UserError(message)
         log.warning(message)
+
+    def _free_memory(self) -> int:
+        """Bytes that one process can take: the processes of a machine share its memory, and each has its own GPU."""
+        free = free_memory(self.cfg.device)
+        return free // self.ranks.local_size if torch.device(self.cfg.device).type == "cpu" else free
 
     def disk_plan(self) -> dict[str, int]:
         """Bytes that the run takes on disk at the most, by item."""
@@ -169,69 +206,118 @@ class PreparedRun:
         ]
         memory, disk = self.plan_memory(), self.disk_plan()
         disk_items = ", ".join(f"{item} {_size(size)}" for item, size in disk.items())
+        hooks = " ".join(self.hook_names)
+        saes = sae.architecture() if len(self.cfgs) == 1 else f"{len(self.cfgs)} x {sae.architecture()}"
         n_there = int(self.positions.keeps_tokens(self.rows_NT).sum())
         return "\n".join(
             (
-                f"model   {self.model.name}, {cfg.hook_name}, {dtype_to_str(self.lm_dtype)} on {cfg.device}",
+                f"model   {self.model.name}, {hooks}, {dtype_to_str(self.lm_dtype)} on {cfg.device}",
                 f"text    {self.text.name}"
                 + (f" ({self.text.config})" if self.text.config else "")
                 + f", {len(self.rows_NT):,} contexts of {cfg.context_size},"
                 f" {self.flags.held_out_fraction:.0%} of documents held out",
-                f"SAE     {sae.architecture()}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
+                f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
                 f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
-                f" lr {cfg.lr:g}",
+                f" lr {cfg.lr:g}" + ("" if self.ranks.is_alone else f", on {self.ranks.size} processes"),
                 f"without {', '.join(left_out) or 'leaving anything out'}",
                 f"into    {self.directory}",
                 f"tokens  {cfg.training_tokens:,} needed, {n_there:,} there;"
                 f" {cfg.training_tokens / sae.d_sae:,.3g} for each feature",
                 memory.describe()
                 if self.flags.dry_run
-                else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {free_memory(cfg.device) / 2**30:.1f} free",
+                else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {self._free_memory() / 2**30:.1f} free"
+                + ("" if self.ranks.is_alone else ", for each process"),
                 f"disk    up to {_size(sum(disk.values()))} ({disk_items}),"
                 f" {_size(free_disk(Path(self.flags.checkpoint_path)))} free",
             )
         )
 
 
-def prepare_run(flags: argparse.Namespace) -> PreparedRun:
+@dataclass(frozen=True)
+class _Found:
+    """What one rank found for all: the run's directory, where it goes on, and its text."""
+
+    directory: Path
+    resume_from: Path | None
+    text: TextSource
+
+
+def prepare_run(flags: argparse.Namespace, ranks: Ranks = ALONE) -> PreparedRun:
     """Checks flags, model, data and output against one another, and tokenizes the training text.
+
+    Rank 0 does so before the others, which take its tokens: a mistake is said once, and a text is read once.
 
     Raises:
         UserError: the run could not succeed.
     """
-    device = choose_device(flags.device)
+    run = _prepare_run(flags, ranks) if ranks.is_main else None
+    if ranks.is_alone:
+        assert run is not None
+        return run
+    found = _Found(run.directory, run.resume_from, replace(run.text, read=_no_documents)) if run else None
+    found, shape = ranks.broadcast((found, run.rows_NT.shape if run else ()))
+    rows_NT = torch.from_numpy(np.array(run.rows_NT).view(np.int32) if run else np.empty(shape, np.int32))
+    ranks.broadcast_tensor(rows_NT)
+    return run or _prepare_run(flags, ranks, found, rows_NT.numpy().view(np.uint32))
+
+
+def _no_documents() -> Iterator[Any]:
+    return iter(())
+
+
+def _prepare_run(
+    flags: argparse.Namespace, ranks: Ranks, found: _Found | None = None, rows_NT: np.ndarray | None = None
+) -> PreparedRun:
+    check_world_size(flags, ranks.size)
+    device = choose_device(flags.device, ranks.local_rank)
     model = find_model(flags.model_name, _model_kwargs(flags), trust_remote_code=flags.trust_remote_code)
-    d_in = hook_width(model.config, hook_name(flags), model.trust_remote_code)
+    widths = {name: hook_width(model.config, name, model.trust_remote_code) for name in hook_names(flags)}
     if model.max_context is not None and flags.context_size > model.max_context:
         raise UserError(
             f"--context_size {flags.context_size}: {model.name} was made for contexts of at most {model.max_context}"
         )
-    _check_writable(Path(flags.checkpoint_path))
-    resumption = find_resumption(flags)
-    directory = resumption.directory if resumption else RunDirectory(output_directory(flags) / _new_run_id())
+    if found:
+        directory, resume_from = RunDirectory(found.directory), found.resume_from
+    else:
+        _check_writable(Path(flags.checkpoint_path))
+        resumption = find_resumption(flags)
+        directory = resumption.directory if resumption else RunDirectory(output_directory(flags) / _new_run_id())
+        resume_from = resumption.checkpoint if resumption else None
     try:
-        cfg = build_runner_config(flags, d_in=d_in, device=device, run_id=directory.path.name)
-        cfg.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
+        cfgs = [
+            build_runner_config(flags, name, d_in=d_in, device=device, run_id=directory.path.name)
+            for name, d_in in widths.items()
+        ]
+        cfg = cfgs[0]
+        if cfg.activations_mixing_fraction == 0 and not ranks.is_alone:
+            raise UserError(
+                "--set activations_mixing_fraction=0: a batch that is not mixed lies with one process; leave it out"
+            )
         tokenizer = load_tokenizer(model)
         positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
-        if resumption:
+        if found and rows_NT is not None:
+            text = found.text
+        elif directory.path.exists():
             text, rows_NT = directory.text(), directory.rows()
         else:
             text, rows_NT = _read_text(flags, cfg, model, tokenizer, positions)
-        cfg.dataset_path = text.name
+        for cfg in cfgs:
+            cfg.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
+            cfg.dataset_path = text.name
     except BaseException:
         directory.release()
         raise
     return PreparedRun(
         flags,
-        cfg,
+        cfgs,
         model,
         choose_lm_dtype(flags.lm_dtype, device),
         text,
         rows_NT,
         positions,
         directory,
-        resumption.checkpoint if resumption else None,
+        resume_from,
+        ranks,
     )
 
 
@@ -267,7 +353,7 @@ def start_wandb_run(run: PreparedRun) -> WandbRun:
     """Starts the run's record in wandb, or goes on with it."""
     logger = run.cfg.logger
     return WandbRun(
-        run.flags.wandb_mode,
+        run.flags.wandb_mode if run.ranks.is_main else "disabled",
         run_id=run.directory.name,
         project=logger.wandb_project,
         entity=logger.wandb_entity,

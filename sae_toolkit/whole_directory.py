@@ -42,11 +42,12 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        files = {file.name: _size_and_checksum(file) for file in sorted(partial.iterdir())}
+        names = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        files = {name: _size_and_checksum(partial / name) for name in names}
         (partial / MANIFEST_FILENAME).write_text(json.dumps(about | {"files": files}, indent=1) + "\n")
-        for file in partial.iterdir():  # safetensors writes files that only their owner may read
-            file.chmod(partial.stat().st_mode & 0o666)  # as the person's umask says
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
+            if path.is_file():  # safetensors writes files that only their owner may read
+                path.chmod(partial.stat().st_mode & 0o666)  # as the person's umask says
             _sync(path)
         if target.exists():
             try:
@@ -87,7 +88,7 @@ def check_manifest(directory: Path, where: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where}: damaged: {MANIFEST_FILENAME} cannot be read") from None
     for name, written in files.items():
-        file = directory / Path(name).name
+        file = directory / Path(*(part for part in Path(name).parts if part not in ("/", "..")))
         if not file.is_file():
             raise UserError(f"{where}: incomplete: {name} is missing")
         if _size_and_checksum(file) != written:

@@ -8,18 +8,17 @@ import torch
 from sae_toolkit.language_model import parameters_up_to_hook
 from sae_toolkit.memory import plan_memory, suggest_flags
 from sae_toolkit.models import find_model
-from sae_toolkit.runner_config import build_runner_config
+from sae_toolkit.runner_config import build_runner_config, hook_names
 from sae_toolkit.training_flags import parse_training_flags
 
 
 def configuration(model, d_in, *flags, device="cpu"):
-    return build_runner_config(
-        parse_training_flags(["--model_name", str(model), *map(str, flags)]), d_in=d_in, device=device, run_id="run"
-    )
+    parsed = parse_training_flags(["--model_name", str(model), *map(str, flags)])
+    return build_runner_config(parsed, hook_names(parsed)[0], d_in=d_in, device=device, run_id="run")
 
 
 def planned(cfg, source, cached=False):
-    n_parameters = source.n_parameters, parameters_up_to_hook(source.config, cfg.hook_name)
+    n_parameters = source.n_parameters, parameters_up_to_hook(source.config, [cfg.hook_name])
     return plan_memory(cfg, source, torch.float32, n_parameters=n_parameters, cached=cached)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HOOK, ROOT
 from safetensors.torch import load_file
 
 from sae_toolkit.models import ModelSource, find_model
@@ -28,7 +28,7 @@ FILTERED = MeasuredActivations(median_norm=math.sqrt(576), massive_share=0.0, ke
 def warnings(*words, d_in=576, measured=FILTERED):
     """The flags that are warned of, with the lines."""
     flags = parse_training_flags([str(word) for word in words])
-    cfg = build_runner_config(flags, d_in=d_in, device="cpu", run_id="run")
+    cfg = build_runner_config(flags, HOOK, d_in=d_in, device="cpu", run_id="run")
     lines = recipe_warnings(flags, cfg) + activation_warnings(flags, cfg, measured)
     assert all("\n" not in line for line in lines)
     return {line.split()[0].removeprefix("--"): line for line in lines}

@@ -1,0 +1,146 @@
+"""Starts sae_lens_train.py on several GPUs or machines, under torchrun, and says in one line how it ended.
+
+python -m sae_toolkit.launch NUM_PROCESSES [flags of sae_lens_train.py]
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sae_toolkit.console import run_script
+from sae_toolkit.errors import RunFailed, UserError
+from sae_toolkit.training_flags import check_world_size, parse_training_flags
+
+_SCRIPT = Path(__file__).resolve().parent.parent / "sae_lens_train.py"
+_GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died
+
+
+def rank_in_environment() -> int:
+    """The rank that torchrun gave this process; 0 where it did not start it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this process in place of one that failed (--max_restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def main() -> int:
+    n_processes, flags = _whole_number(sys.argv[1], "NUM_GPUS", 1), sys.argv[2:]
+    n_machines = _whole_number(os.environ.get("NNODES", "1"), "NNODES", 1)
+    check_world_size(parse_training_flags(flags), n_processes * n_machines)  # told once, and before anything starts
+    n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
+    with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
+        return _torchrun(
+            f"--nproc-per-node={n_processes}",
+            f"--nnodes={n_machines}",
+            f"--max-restarts={_whole_number(os.environ.get('MAX_RESTARTS', '0'), 'MAX_RESTARTS', 0)}",
+            *(["--standalone"] if n_machines == 1 else _meeting_place(n_machines)),
+            f"--log-dir={logs}",
+            "--local-ranks-filter=0",  # the others say the same
+            "--monitor-interval=0.5",
+            f"--shutdown-timeout={os.environ.get('SHUTDOWN_TIMEOUT', '300')}",  # for a checkpoint to be written
+            str(_SCRIPT),
+            *flags,
+        )
+
+
+def _whole_number(text: str, name: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise UserError(f"{name} {text}: must be a whole number of {least} or more")
+    return int(text)
+
+
+def _meeting_place(n_machines: int) -> list[str]:
+    """Where the machines of a run meet, of torchrun's own variables."""
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"NNODES {n_machines}: {name} is not set; every machine needs NNODES, NODE_RANK (0 to"
+                f" {n_machines - 1}), MASTER_ADDR and MASTER_PORT (of machine 0, the same on all)"
+            )
+    node_rank = _whole_number(os.environ["NODE_RANK"], "NODE_RANK", 0)
+    if node_rank >= n_machines:
+        raise UserError(f"NODE_RANK {node_rank}: there are {n_machines} machines (NNODES), 0 to {n_machines - 1}")
+    address = os.environ["MASTER_ADDR"]
+    port = _whole_number(os.environ["MASTER_PORT"], "MASTER_PORT", 1)
+    here = _address_towards(address, port)
+    if interface := _interface_of(here):  # else gloo and NCCL take that of the host's name, which may be loopback
+        for backend in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
+    timeout = _whole_number(os.environ.get("JOIN_TIMEOUT", "600"), "JOIN_TIMEOUT", 1)
+    return [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={address}:{port}",
+        f"--rdzv-id={os.environ.get('RUN_ID', port)}",
+        f"--rdzv-conf=is_host={int(node_rank == 0)},join_timeout={timeout},read_timeout={timeout}",
+        f"--local-addr={here}",
+    ]
+
+
+def _address_towards(address: str, port: int) -> str:
+    """This machine's address on the way to another."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, port))  # sends nothing
+            return probe.getsockname()[0]
+    except (OSError, OverflowError) as error:
+        raise UserError(f"MASTER_ADDR {address}, MASTER_PORT {port}: cannot be reached: {error}") from None
+
+
+def _interface_of(address: str) -> str | None:
+    import psutil
+
+    return next(
+        (name for name, found in psutil.net_if_addrs().items() if any(each.address == address for each in found)), None
+    )
+
+
+def _torchrun(*arguments: str) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # says in pages what is said below
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        return _explain(error)
+    except SignalException as stopped:  # the ranks have heard it too
+        return 128 + stopped.sigval
+    except RuntimeError as error:
+        if "endezvous" not in type(error).__name__ + str(error):
+            raise
+        raise RunFailed(
+            f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}: the machines did not meet there ({error}); start the same"
+            " command on each, with its own NODE_RANK"
+        ) from None
+    return 0
+
+
+def _explain(error: Any) -> int:
+    """Says which process failed first and why, unless it has said so itself; returns the exit status."""
+    failures = error.failures.items()
+    rank, failure = min(failures, key=lambda item: (item[1].exitcode >= 0, _GONE in item[1].message, item[1].timestamp))
+    if failure.exitcode < 0:
+        raise RunFailed(
+            f"rank {rank} was killed by {failure.signal_name()}; to go on, the same command with --resume, and"
+            " MAX_RESTARTS=3 before it lets torchrun do so"
+        )
+    if failure.local_rank != 0 and failure.exitcode < 128:  # that of local rank 0 is on the terminal
+        details = failure.error_file_data.get("message", {})
+        stack = details.get("extraInfo", {}).get("py_callstack") if isinstance(details, dict) else None
+        is_bug = failure.exitcode == 1 and not failure.message.startswith(RunFailed.__name__)
+        print(f"error: rank {rank}: {stack if is_bug and stack else failure.message}", file=sys.stderr)
+    return failure.exitcode
+
+
+if __name__ == "__main__":
+    run_script(main)

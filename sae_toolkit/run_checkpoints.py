@@ -1,0 +1,118 @@
+"""When a run is saved, what is kept of it, and how it goes on."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_toolkit.activations import ActivationStream
+from sae_toolkit.checkpoints import finish_saes, save_final_checkpoint, save_training_checkpoint
+from sae_toolkit.errors import RunFailed
+from sae_toolkit.flag_values import Interval
+from sae_toolkit.multi_trainer import MultiTrainer
+from sae_toolkit.training_setup import PreparedRun
+from sae_toolkit.whole_directory import NotSaved
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """The checkpoints of a run that is under way. Where it has several ranks, all of them call its methods and rank 0
+    writes.
+
+    Args:
+        run: the run.
+        trainer: what is saved.
+        stream: what a resumption goes on with.
+    """
+
+    def __init__(self, run: PreparedRun, trainer: MultiTrainer, stream: ActivationStream) -> None:
+        self.run = run
+        self.trainer = trainer
+        self.stream = stream
+        self.newest = run.resume_from
+        self.final: Path | None = None
+        self._every = Interval.parse(run.flags.checkpoint_every)
+        self._saved_at = time.monotonic()
+        self._saved_tokens = int(run.resume_from.name) if run.resume_from else 0
+
+    @property
+    def is_due(self) -> bool:
+        n_tokens = self.trainer.n_training_samples - self._saved_tokens
+        return self._every.is_over(time.monotonic() - self._saved_at, n_tokens)
+
+    def save(self, milestone: bool = False) -> None:
+        """Saves a checkpoint, unless there is no room for it; then the last one stays and the run goes on."""
+        n_tokens, ranks = self.trainer.n_training_samples, self.run.ranks
+        if milestone or self._saved_tokens != n_tokens:
+            stream_state = self.stream.state_dict()  # of all ranks
+            if ranks.is_main:
+                self._save(stream_state, milestone)
+            self.newest = ranks.broadcast(self.newest)
+        self._saved_at, self._saved_tokens = time.monotonic(), n_tokens
+
+    def _save(self, stream_state: dict[str, Any], milestone: bool) -> None:
+        key = self.run.run_directory.key
+        try:
+            self.newest = self._with_room(
+                lambda: save_training_checkpoint(
+                    self.trainer, stream_state, self.run.cfgs, run=key, milestone=milestone
+                )
+            )
+            self.run.run_directory.keep_newest(self.run.flags.keep)
+        except NotSaved as error:
+            kept = f"the last is {self.newest}" if self.newest else "there is none yet"
+            n_tokens = f"{self.trainer.n_training_samples:,}"
+            log.warning("the checkpoint at %s tokens is not saved: %s; %s", n_tokens, error, kept)
+
+    def save_final(self) -> Path:
+        """Saves the finished SAE, or one for each hook, and deletes the checkpoints that were there to resume from.
+
+        Raises:
+            RunFailed: there is no room.
+        """
+        finish_saes(self.trainer, self.run.cfg)
+        if self.run.ranks.is_main:
+            self._save_final()
+        self.final = self.run.ranks.broadcast(self.final)
+        assert self.final is not None
+        return self.final
+
+    def _save_final(self) -> None:
+        directory = self.run.run_directory
+        try:
+            self.final = self._with_room(lambda: save_final_checkpoint(self.trainer, self.run.cfgs, run=directory.key))
+        except NotSaved as error:
+            raise RunFailed(
+                f"{directory.path}: the finished SAE cannot be saved: {error}; make room, and {self.how_to_go_on()}"
+            ) from None
+        directory.keep_newest(0)
+
+    def _with_room(self, save: Callable[[], Path]) -> Path:
+        try:
+            return save()
+        except NotSaved:
+            self.run.run_directory.keep_newest(1)
+            return save()
+
+    def how_to_go_on(self) -> str:
+        """For somebody whose run was stopped, in a few words."""
+        if self.final is not None:
+            return f"the SAE is finished: {self.final}"
+        if not self.run.directory.exists():
+            return "nothing was trained yet; the same command begins again"
+        if self.run.ranks.is_alone:
+            python = Path(sys.executable)
+            if python.is_relative_to(Path.cwd()):
+                python = python.relative_to(Path.cwd())
+            command = [str(python), "sae_lens_train.py", "--resume", str(self.newest or self.run.directory)]
+        else:
+            command = ["./run_simple.sh", "NUM_GPUS", "GPU_IDS", "--resume", str(self.newest or self.run.directory)]
+        if self.run.flags.trust_remote_code:
+            command.append("--trust_remote_code")
+        return f"to go on: {shlex.join(command)}"

@@ -1,0 +1,68 @@
+"""Trains SAEs of several architectures on batches from a file, in each of the processes that torchrun started on its
+own part of each batch, or in one process on the whole; rank 0 saves what came out.
+
+    python step_in_ranks.py ACTIVATIONS RESULT
+"""
+
+import sys
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
+from sae_lens.registry import get_sae_training_class
+
+from sae_toolkit.ranks import join_ranks
+from sae_toolkit.sparse_topk import sparse_class
+from sae_toolkit.trainer import Trainer
+
+BATCH, N_STEPS = 128, 50
+SETTINGS = {
+    "topk": {"k": 16},
+    "batchtopk": {"k": 16},
+    "matryoshka_batchtopk": {"k": 16, "matryoshka_widths": [64, 256, 1152]},
+    "jumprelu": {"l0_coefficient": 1.0},
+    "standard": {"l1_coefficient": 1.0},
+    "gated": {"l1_coefficient": 1.0},
+}
+
+
+def train(architecture, acts_ND, ranks):
+    """The losses that each tenth step shows, and the SAE."""
+    sae_class, config_class = get_sae_training_class(architecture)
+    cfg = LanguageModelSAERunnerConfig(
+        sae=config_class(d_in=acts_ND.shape[1], d_sae=1152, dtype="float64", **SETTINGS[architecture]),
+        training_tokens=1000 * BATCH,
+        train_batch_size_tokens=BATCH,
+        lr=4e-4,
+        lr_warm_up_steps=10,
+        dead_feature_window=6,
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+    torch.manual_seed(ranks.rank)  # a rank that begins elsewhere is given the weights of rank 0
+    sae = sparse_class(sae_class, cfg.sae)(TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict()).cfg)
+    trainer = Trainer(cfg.to_sae_trainer_config(), sae, iter(()), ranks)
+    readings = []
+    generator = torch.Generator().manual_seed(0)
+    for step in range(N_STEPS):
+        batch = acts_ND[torch.randint(len(acts_ND), (BATCH,), generator=generator)]
+        # Parts of unequal length, as the shuffling buffer makes them.
+        cuts = [0, BATCH // 2 - step % 7, BATCH] if ranks.size == 2 else [0, BATCH]
+        output = trainer.step(batch[cuts[ranks.rank] : cuts[ranks.rank + 1]])
+        if step % 10 == 0:
+            readings.append(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
+        trainer.n_training_steps += 1
+    state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    counts = {"since": trainer.n_forward_passes_since_fired, "scores": trainer.act_freq_scores}
+    return {"readings": readings, "sae": state, "counts": counts, "n": trainer.n_training_samples}
+
+
+def main():
+    acts_ND = torch.load(sys.argv[1]).double()
+    with join_ranks() as ranks:
+        results = {architecture: train(architecture, acts_ND, ranks) for architecture in SETTINGS}
+        if ranks.is_main:
+            torch.save(results, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

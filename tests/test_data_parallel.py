@@ -1,0 +1,45 @@
+"""One SAE on several processes is the SAE of one process."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_process
+from step_in_ranks import BATCH, N_STEPS, SETTINGS
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+@pytest.fixture(scope="module")
+def results(language_model, tokenizer, tmp_path_factory):
+    """What 1 and 2 processes made of the same batches of real activations."""
+    directory = tmp_path_factory.mktemp("ranks")
+    text = (ROOT / "README.md").read_text()
+    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 12 * 256]).reshape(12, 256)
+    acts = language_model.activations(tokens_BT)[:, 1:].flatten(0, 1)
+    acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]
+    torch.save(acts * (acts.shape[1] ** 0.5 / acts.norm(dim=-1).mean()), directory / "acts.pt")
+    for n in (1, 2):
+        done = run_process(
+            *TORCHRUN,
+            f"--nproc-per-node={n}",
+            ROOT / "tests" / "step_in_ranks.py",
+            directory / "acts.pt",
+            directory / f"{n}.pt",
+            PYTHONPATH=str(ROOT),
+            OMP_NUM_THREADS="1",
+        )
+        assert done.status == 0, done.stderr
+    return [torch.load(directory / f"{n}.pt", weights_only=False) for n in (1, 2)]
+
+
+@pytest.mark.parametrize("architecture", SETTINGS)
+def test_two_ranks_on_the_halves_of_each_batch_are_one_on_the_whole(results, architecture):
+    one, two = (result[architecture] for result in results)
+    assert one["n"] == two["n"] == N_STEPS * BATCH
+    for name, tensor in one["sae"].items():
+        torch.testing.assert_close(two["sae"][name], tensor, rtol=1e-5, atol=1e-8, msg=name)
+    for name, count in one["counts"].items():
+        assert torch.equal(two["counts"][name], count), name
+    for ours, theirs in zip(two["readings"], one["readings"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
