@@ -7,7 +7,7 @@
   # SAEBench's protocol, and SAEBench itself
     python evaluate_sae_real_activations.py --sae_path ./my_sae --protocol saebench --saebench core
 
-  # several SAEs in one pass of the model: a run with all its checkpoints, or SAEs of any library
+  # several SAEs in one pass of the model: a run with all its checkpoints or layers, or SAEs of any library
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0
     python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
 
@@ -112,7 +112,7 @@ def main() -> int:
     from sae_toolkit.evaluation_setup import prepare_evaluations
     from sae_toolkit.models import LanguageModels, choose_lm_dtype
     from sae_toolkit.report import render, render_several
-    from sae_toolkit.results import Result, choose_outputs, write_results
+    from sae_toolkit.results import Result, choose_outputs, write_over_layers, write_results
     from sae_toolkit.saebench import check_evals, parse_evals, run_saebench
 
     evals = parse_evals(flags.saebench) if flags.saebench is not None else ()
@@ -125,6 +125,7 @@ def main() -> int:
     for group, paths in zip(groups, outputs, strict=True):
         model = models.load(group.model, group.hook_name)
         results += write_results(group, evaluate_saes(group, model, batch_size=flags.batch_size), paths)
+    write_over_layers(results)
     del models, model  # sae-bench loads its own
     for result in results:
         if evals:

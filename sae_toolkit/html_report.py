@@ -33,7 +33,7 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
         summary: the content of evaluation.json.
         plots: `log10_firing_rate`, `l0` and `decoder_cosine`, histograms as edges [n + 1] and counts [n];
             `never_fired`, a number of features; and, for the curves of a run, `checkpoints`: each one's
-            `tokens` and `metrics`.
+            `tokens` and `metrics`; for those over layers, `layers`: each one's `layer` and `metrics`.
         features: for the feature browser.
 
     Returns:

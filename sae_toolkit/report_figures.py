@@ -25,7 +25,16 @@ def make_figures(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> list[t
             figures.append((title, *histogram(summary, plots)))
     checkpoints = sorted(plots.get("checkpoints", ()), key=lambda checkpoint: checkpoint["tokens"])
     if checkpoints:
-        figures += [(f"{s.title} over training", *_over_training(s, checkpoints)) for s in STANDARDS]
+        x = _titled("tokens trained on", tickformat="~s", nticks=5)
+        tokens = [checkpoint["tokens"] for checkpoint in checkpoints]
+        figures += [
+            (f"{s.title} over training", *_over(s, tokens, checkpoints, x, "after %{x:,} tokens")) for s in STANDARDS
+        ]
+    layers = sorted(plots.get("layers", ()), key=lambda layer: layer["layer"])
+    if layers:
+        numbers = [layer["layer"] for layer in layers]
+        x = _titled("layer", tickvals=numbers)
+        figures += [(f"{s.title} over layers", *_over(s, numbers, layers, x, "at layer %{x}")) for s in STANDARDS]
     return figures
 
 
@@ -235,8 +244,15 @@ def _cosines(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str,
     )
 
 
-def _over_training(standard: Standard, checkpoints: Sequence[Mapping[str, Any]]) -> tuple[str, go.Figure]:
-    values = [checkpoint["metrics"][standard.metric] for checkpoint in checkpoints]
+def _over(
+    standard: Standard,
+    places: Sequence[int],
+    measured: Sequence[Mapping[str, Any]],
+    x: Mapping[str, Any],
+    hover: str,
+) -> tuple[str, go.Figure]:
+    """A metric of several SAEs, at places along x."""
+    values = [each["metrics"][standard.metric] for each in measured]
     known = [value for value in values if value is not None]
     low, high = standard.healthy
     ends = [*known, *(end for end in (low, high) if math.isfinite(end) and end >= 0)]
@@ -255,14 +271,13 @@ def _over_training(standard: Standard, checkpoints: Sequence[Mapping[str, Any]])
         "layer": "below",
     }
     curve = go.Scatter(
-        x=[checkpoint["tokens"] for checkpoint in checkpoints],
+        x=places,
         y=values,
         mode="lines+markers",
         line={"color": "var(--accent)"},
         hovertext=[format_value(standard.metric, value) for value in values],
-        hovertemplate="%{hovertext} after %{x:,} tokens<extra></extra>",
+        hovertemplate=f"%{{hovertext}} {hover}<extra></extra>",
     )
     percent = {"tickformat": ".0%"} if standard.metric in ("loss_recovered", "dead_features") else {}
     caption = f"Shaded: healthy, {format_range(standard, standard.healthy)}."
-    x = _titled("tokens trained on", tickformat="~s", nticks=5)
     return caption, _figure([curve], x, percent | {"range": [bottom, top]}, shapes=[zone])

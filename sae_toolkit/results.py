@@ -98,8 +98,10 @@ class Result:
     summary: dict[str, Any]
     summaries_of_group: Sequence[Mapping[str, Any]]
 
-    def write(self) -> None:
-        """Writes evaluation.json and the reports. Checkpoints of the same run are shown as curves."""
+    def write(self, of_layers: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Writes evaluation.json and the reports. Checkpoints of the same run are shown as curves, and so are
+        `of_layers`, the summaries of SAEs of the same checkpoint at other layers.
+        """
         html, markdown = _report_paths(self.output_json)
         plots = dict(self.evaluation.plots)
         run = Path(self.summary["sae"]["path"]).parent
@@ -108,6 +110,8 @@ class Result:
         ]
         if len(checkpoints) > 1:
             plots["checkpoints"] = [{"tokens": _tokens_trained(s), "metrics": s["metrics"]} for s in checkpoints]
+        if len(of_layers) > 1:
+            plots["layers"] = [{"layer": _layer(s), "metrics": s["metrics"]} for s in of_layers]
         texts = {
             self.output_json: json.dumps(self.summary, indent=2, allow_nan=False) + "\n",
             markdown: render_markdown(self.summary),
@@ -115,7 +119,6 @@ class Result:
         }
         for path, text in texts.items():
             _write_whole(path, text)
-        log.info("written to %s and %s", self.output_json, html)
 
     def add_saebench(self, results: Mapping[str, Any]) -> None:
         """Folds sae-bench's own results in, and writes it all again."""
@@ -128,9 +131,13 @@ class Result:
         That of the finished SAE is `evaluation/...`; a checkpoint's and another protocol's have its name in it.
         """
         wandb_run = training_wandb_run(Path(self.summary["sae"]["path"]))
-        protocol, name = self.summary["protocol"], Path(self.summary["sae"]["path"]).name
+        protocol, path = self.summary["protocol"], Path(self.summary["sae"]["path"])
         prefix = "evaluation" if protocol == "health" else f"evaluation_{protocol}"
-        wandb_run.summarize(_flatten(self.summary, prefix if name.startswith("final_") else f"{prefix}_{name}"))
+        if path.parent.name.startswith("final_"):  # one of several hooks
+            prefix = f"{prefix}/{path.name}"
+        elif not path.name.startswith("final_"):
+            prefix = f"{prefix}_{path.name}"
+        wandb_run.summarize(_flatten(self.summary, prefix))
         wandb_run.finish()
 
 
@@ -144,7 +151,27 @@ def write_results(
     ]
     for result in results:
         result.write()
+        log.info("written to %s and %s", result.output_json, _report_paths(result.output_json)[0])
     return results
+
+
+def write_over_layers(results: Sequence[Result]) -> None:
+    """Writes the reports of SAEs of one checkpoint at several layers again, with all of them as curves."""
+    for result in results:
+        checkpoint = Path(result.summary["sae"]["path"]).parent
+        of_layers = [
+            other.summary
+            for other in results
+            if Path(other.summary["sae"]["path"]).parent == checkpoint and _layer(other.summary) is not None
+        ]
+        layers = {_layer(summary) for summary in of_layers}
+        if len(layers) == len(of_layers) > 1 and _layer(result.summary) is not None:
+            result.write(of_layers)
+
+
+def _layer(summary: Mapping[str, Any]) -> int | None:
+    found = re.search(r"\d+", summary["hook_name"])
+    return int(found[0]) if found else None
 
 
 def _tokens_trained(summary: Mapping[str, Any]) -> int | None:

@@ -73,8 +73,9 @@ def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--
 
     Args:
         names: each a directory of an SAE; a run directory with `final_*` or numeric checkpoints (all of them, by
-            tokens, the final one last); a pattern (`runs/*`); a directory or Hugging Face repository of several SAEs,
-            with the one meant after a colon (`EleutherAI/sae-llama-3-8b-32x:layers.12`); `release:sae_id` of SAELens.
+            tokens, the final one last), or such a checkpoint of several hooks; a pattern (`runs/*`); a directory or
+            Hugging Face repository of several SAEs, with the one meant after a colon
+            (`EleutherAI/sae-llama-3-8b-32x:layers.12`); `release:sae_id` of SAELens.
         layer: which SAE of a directory or repository of several: the one of this layer's output.
         flag: the flag that named them, for messages.
 
@@ -194,7 +195,7 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
         raise UserError(f"{where}: a file; name the directory of the SAE")
     if part is None and _library_of(directory) is not None:
         return [_sae_file(directory, "", where)]
-    if part is None and (checkpoints := _checkpoints(directory)):
+    if part is None and (checkpoints := _checkpoints(directory, layer) or _of_hooks(directory, layer)):
         return _of_many(checkpoints, where)
     configs = [file for pattern in ("cfg.json", "ae.pt") for file in directory.rglob(pattern)]
     saes = {str(file.parent.relative_to(directory)) for file in configs if _library_of(file.parent) is not None}
@@ -203,14 +204,27 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
     return [_sae_file(directory / _choose(saes, part, layer, where), "", where)]
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run directory in order of their tokens, the final one last."""
-    numbered = [
+def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
+    """The checkpoints of a run directory in order of their tokens, the final one last; those of each hook."""
+    numbered = sorted(
         (not child.name.isdigit(), int(child.name.removeprefix("final_")), child)
         for child in directory.iterdir()
-        if re.fullmatch(r"(final_)?\d+", child.name) and _library_of(child) is not None
+        if child.is_dir() and re.fullmatch(r"(final_)?\d+", child.name)
+    )
+    return [
+        sae
+        for _, _, child in numbered
+        for sae in ([child] if _library_of(child) is not None else _of_hooks(child, layer))
     ]
-    return [child for _, _, child in sorted(numbered)]
+
+
+def _of_hooks(directory: Path, layer: int | None) -> list[Path]:
+    """The SAEs of a checkpoint that has one for each hook, as training writes it; of one layer, if that is given."""
+    if not re.fullmatch(r"(final_)?\d+", directory.name):
+        return []
+    children = sorted(directory.iterdir(), key=lambda child: _natural(child.name))
+    saes = [child for child in children if _library_of(child) is not None]
+    return [sae for sae in saes if layer is None or sae.name.startswith(f"blocks.{layer}.")]
 
 
 def _choose(folders: Collection[str], part: str | None, layer: int | None, where: str) -> str:

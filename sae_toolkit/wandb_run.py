@@ -118,7 +118,8 @@ class WandbRun:
 
 def training_wandb_run(sae_path: Path) -> WandbRun:
     """The wandb run of the training that wrote an SAE, to go on recording into; disabled where it had none."""
-    path = sae_path.absolute().parent / FLAGS_FILENAME
+    above = sae_path.absolute().parents[:2]  # one of several hooks lies a step deeper
+    path = next((found for parent in above if (found := parent / FLAGS_FILENAME).is_file()), above[0] / FLAGS_FILENAME)
     try:
         flags = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):  # not there, or not ours
