@@ -3,6 +3,7 @@
 #
 #   ./run_tests.sh            all that need no other environment
 #   ./run_tests.sh --parity   the comparisons with SAEBench and dictionary_learning, in environments of their own
+#   ./run_tests.sh --scale    many processes, machines and trials: about half an hour
 #   ./run_tests.sh --faults   kills, full disks, broken networks, damaged files: about half an hour
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -19,6 +20,7 @@ case "${1:-}" in
     export OMP_NUM_THREADS=1
     set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/test_resume.py "${@:2}"
     ;;
+--scale) set -- -m "scale" "${@:2}" ;;
 --parity) set -- -m parity "${@:2}" ;;
 esac
 exec "$PYTHON" -m pytest "$@"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_toolkit.console import run_script
-from sae_toolkit.errors import RunFailed, UserError
+from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.training_flags import check_world_size, parse_training_flags
 
 _SCRIPT = Path(__file__).resolve().parent.parent / "sae_lens_train.py"
@@ -37,6 +38,9 @@ def main() -> int:
     check_world_size(parse_training_flags(flags), n_processes * n_machines)  # told once, and before anything starts
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it says in pages is said below in a line
+    # Else processes that are restarted look for those before them, whose addresses the shared store still holds.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
         return _torchrun(
             f"--nproc-per-node={n_processes}",
@@ -106,29 +110,32 @@ def _interface_of(address: str) -> str | None:
 def _torchrun(*arguments: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # says in pages what is said below
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # likewise
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
         return _explain(error)
     except SignalException as stopped:  # the ranks have heard it too
         return 128 + stopped.sigval
-    except RuntimeError as error:
-        if "endezvous" not in type(error).__name__ + str(error):
-            raise
+    except RendezvousError as error:
         raise RunFailed(
-            f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}: the machines did not meet there ({error}); start the same"
-            " command on each, with its own NODE_RANK"
+            f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}: the machines did not meet there ({one_line(error)}); start"
+            " the same command on each, with its own NODE_RANK"
         ) from None
     return 0
 
 
 def _explain(error: Any) -> int:
     """Says which process failed first and why, unless it has said so itself; returns the exit status."""
-    failures = error.failures.items()
-    rank, failure = min(failures, key=lambda item: (item[1].exitcode >= 0, _GONE in item[1].message, item[1].timestamp))
+
+    def how_telling(failure: Any) -> tuple[bool, bool, bool, int]:
+        ended_by_torchrun = failure.exitcode == -signal.SIGTERM
+        return ended_by_torchrun, failure.exitcode >= 0, _GONE in failure.message, failure.timestamp
+
+    rank, failure = min(error.failures.items(), key=lambda item: how_telling(item[1]))
     if failure.exitcode < 0:
         raise RunFailed(
             f"rank {rank} was killed by {failure.signal_name()}; to go on, the same command with --resume, and"

@@ -176,5 +176,6 @@ def _none_lost() -> Iterator[None]:
         raise
     except RuntimeError as error:  # gloo's and NCCL's are torch's DistBackendError, or this alone
         raise RunFailed(
-            f"rank {rank_in_environment()}: another process of this run is gone or hangs ({one_line(error)})"
+            f"rank {rank_in_environment()}: another process of this run is gone or hangs"
+            f" ({one_line(error).rpartition('] ')[2]})"
         ) from error

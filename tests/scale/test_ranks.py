@@ -1,0 +1,67 @@
+"""A run on several processes is the run of one, and loses nothing when one of them dies."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from many_processes import Launch, after_a_checkpoint, assert_close, kill_rank
+from trainings import assert_same, run_flags
+
+
+@pytest.fixture
+def flags(tiny_model, text_file, tmp_path):
+    """Of a run of 40 steps that is saved every 4, in the directory of that name."""
+
+    def of(name: str) -> list[object]:
+        return [*run_flags(tiny_model, text_file, tmp_path / name), "--dtype", "float64", "--lr", "1e-4"]
+
+    return of
+
+
+def test_two_processes_make_the_sae_of_one(trainings, flags):
+    status, _ = trainings.run(flags("one"))
+    assert status == 0, trainings.shown()
+    one = trainings.finished_sae()
+    assert_close(Launch(2, flags("two")).finished_sae(), one)
+
+
+def test_a_process_that_dies_ends_the_run_with_its_reason(flags, tmp_path):
+    launch = Launch(2, flags("killed"))
+    killed_at = after_a_checkpoint(launch, tmp_path / "killed", kill_rank(launch, 1))
+    status, stdout, stderr = launch.finish()
+    assert time.monotonic() - killed_at < 60
+    assert (status, stdout) == (1, "")
+    assert "error: rank 1 was killed by SIGKILL" in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("rank", [0, 1])
+def test_max_restarts_goes_on_from_the_last_checkpoint_to_the_same_sae(flags, tmp_path, rank):
+    whole = Launch(2, flags("whole")).finished_sae()
+    launch = Launch(2, flags("killed"), MAX_RESTARTS="1")
+    after_a_checkpoint(launch, tmp_path / "killed", kill_rank(launch, rank))
+    assert_same(whole, launch.finished_sae())
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (2, 1), (2, 2)])
+def test_a_stopped_run_goes_on_with_another_number_of_processes(trainings, flags, tmp_path, before, after):
+    """SIGTERM to the launcher: a checkpoint is written, exit status 143; then the SAE of an undisturbed run."""
+    whole = Launch(before, flags("whole")).finished_sae()
+    launch = Launch(before, flags("stopped"))
+    after_a_checkpoint(launch, tmp_path / "stopped", launch.process.terminate)
+    status, _, stderr = launch.finish()
+    assert status == 143, stderr
+    assert "stopped by SIGTERM; to go on: ./run_simple.sh" in stderr
+    resumed = [*flags("stopped"), "--resume"]
+    if after == 1:
+        status, _ = trainings.run(resumed)
+        assert status == 0, trainings.shown()
+        sae = trainings.finished_sae()
+    else:
+        sae = Launch(after, resumed).finished_sae()
+    assert_close(sae, whole)
+    if before == after:
+        assert_same(sae, whole)
