@@ -6,10 +6,12 @@ import argparse
 import fcntl
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +22,7 @@ from sae_toolkit.console import open_run_log
 from sae_toolkit.errors import UserError
 from sae_toolkit.runner_config import output_directory
 from sae_toolkit.text import TextSource
-from sae_toolkit.training_flags import FLAGS_FILENAME, run_directory_of, save_flags
+from sae_toolkit.training_flags import FLAGS_FILENAME, METRICS_FILENAME, run_directory_of, save_flags
 from sae_toolkit.whole_directory import (
     MANIFEST_FILENAME,
     NotSaved,
@@ -36,7 +38,7 @@ _OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "
 
 
 class RunDirectory:
-    """Directory of one run: its flags, text and tokens, run.log, its checkpoints and the finished SAE.
+    """Directory of one run: its flags, text and tokens, run.log, metrics.jsonl, its checkpoints and the finished SAE.
 
     Args:
         path: `create` makes it; `claim` takes one that is there.
@@ -110,6 +112,18 @@ class RunDirectory:
     def open_log(self) -> None:
         """What was logged since the script's start, and what will be, goes into run.log too."""
         open_run_log(self.path / _LOG)
+
+    def keep_metrics_up_to(self, step: int) -> None:
+        """Forgets the metrics of steps that a resumed run will take again, and a line that was cut off."""
+        path = self.path / METRICS_FILENAME
+        with suppress(OSError):
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) < step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def record_metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl; a full disk costs the line, no run."""
+        with suppress(OSError), (self.path / METRICS_FILENAME).open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
 
     def text(self) -> TextSource:
         """The text as it was found at the start; it is tokenized, and not opened again."""
@@ -197,6 +211,13 @@ def find_resumption(flags: argparse.Namespace) -> Resumption | None:
     except BaseException:
         directory.release()
         raise
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _unfinished_runs(directory: Path) -> Iterator[RunDirectory]:

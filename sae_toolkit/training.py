@@ -69,6 +69,7 @@ class Training:
     """
 
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
+        self.run = run
         self.cfg = cfg = run.cfg
         self.ranks = run.ranks
         self.saes = {each.hook_name: create_sae(each) for each in run.cfgs}
@@ -213,6 +214,8 @@ def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
         disable=not training.ranks.is_main,
     )
     last_reading = last_line = 0.0
+    if training.ranks.is_main:
+        training.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
     with progress:
         while trainer.n_training_samples < stream.total:
             if sparsity_log := trainer.read_sparsity():
@@ -225,10 +228,12 @@ def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
             if record or show:
                 readings = trainer.read(outputs)
                 if record:
-                    wandb_run.log(
-                        trainer.flat(readings) | {"details/tokens_per_second": progress.format_dict["rate"] or 0},
-                        step=trainer.n_training_steps,
-                    )
+                    metrics = trainer.flat(readings) | {"details/tokens_per_second": progress.format_dict["rate"] or 0}
+                    wandb_run.log(metrics, step=trainer.n_training_steps)
+                    if training.ranks.is_main:
+                        training.run.run_directory.record_metrics(
+                            trainer.n_training_steps, metrics | {"d_sae": cfg.sae.d_sae}
+                        )
                 progress.set_postfix_str(_postfix(readings, cfg.sae.d_sae))
                 last_reading = time.monotonic()
             if record or show or waits_for_no_device:

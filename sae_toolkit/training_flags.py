@@ -36,7 +36,7 @@ ARCHITECTURES = (
     "abstopk",
     "matching_pursuit",
 )
-FLAGS_FILENAME = "training_flags.json"
+FLAGS_FILENAME, METRICS_FILENAME = "training_flags.json", "metrics.jsonl"
 
 # Tokens of a batch that a process has on average: so many that it has none once in 10^13 batches.
 _LEAST_SHARE = 32
@@ -111,6 +111,12 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
         flags = _flags_of_run(Path(flags.resume), given)
     _check(flags)
     return flags
+
+
+def known_flags() -> list[str]:
+    """The names of all flags."""
+    actions = _build_parser()._actions
+    return [option.removeprefix("--") for action in actions for option in action.option_strings if option != "-h"]
 
 
 def run_directory_of(path: Path) -> Path:

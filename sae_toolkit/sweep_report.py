@@ -1,0 +1,185 @@
+"""What a sweep found: a table, the Pareto front, and the command of the best trial."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from plotly import graph_objects as go
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sae_toolkit.health import STANDARDS
+from sae_toolkit.report import MARKS, format_value
+from sae_toolkit.sweep import Trial, in_order, pareto_front
+
+Outcomes = Sequence[tuple[Trial, Mapping[str, Any]]]
+
+
+def render_sweep(outcomes: Outcomes) -> RenderableType:
+    """A row for each trial, the best first, and the command of the best."""
+    table = Table()
+    for name in _names(outcomes):
+        table.add_column(name, justify="right")
+    for title in (*(standard.title for standard in STANDARDS), "Healthy"):
+        table.add_column(title, justify="right")
+    for row in _rows(outcomes):
+        table.add_row(*row)
+    parts: list[RenderableType] = [table, Text(", ".join(f"{mark} {status}" for status, mark in MARKS.items()))]
+    if best := in_order(outcomes):
+        parts.append(Text(f"best: {command(best[0][0])}", overflow="fold"))
+    return Group(*parts)
+
+
+def command(trial: Trial) -> str:
+    """What trains the trial's SAE by itself."""
+    return shlex.join(["python", "sae_lens_train.py", *trial.flags])
+
+
+def _names(outcomes: Outcomes) -> list[str]:
+    return list(dict.fromkeys(name for trial, _ in outcomes for name in trial.values))
+
+
+def _rows(outcomes: Outcomes) -> list[list[str]]:
+    names, evaluated = _names(outcomes), in_order(outcomes)
+    rows = []
+    for trial, outcome in evaluated:
+        health, metrics = outcome["health"], outcome["metrics"]
+        cells = [f"{format_value(s.metric, metrics[s.metric])} {MARKS[health[s.metric]]}" for s in STANDARDS]
+        verdict = "?" if health["healthy"] is None else f"{health['healthy']}/{health['of']}"
+        rows.append([*(trial.values.get(name, "") for name in names), *cells, verdict])
+    for trial, outcome in outcomes:
+        if "metrics" not in outcome:
+            why = next(key for key in ("refused", "failed", "stopped") if key in outcome)
+            rows.append([*(trial.values.get(name, "") for name in names), *[""] * len(STANDARDS), why])
+    return rows
+
+
+def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
+    """Writes sweep.json, sweep.md and sweep.html; returns the last."""
+    header = [*_names(outcomes), *(standard.title for standard in STANDARDS), "Healthy"]
+    rows, best = _rows(outcomes), in_order(outcomes)
+    front = [trial.number for trial, _ in pareto_front(outcomes)]
+    content = {
+        "trials": [
+            {
+                "number": trial.number,
+                "values": trial.values,
+                "command": command(trial),
+                "on_front": trial.number in front,
+            }
+            | dict(outcome)
+            for trial, outcome in outcomes
+        ],
+        "best": best[0][0].number if best else None,
+    }
+    (directory / "sweep.json").write_text(json.dumps(_without_infinity(content), indent=1) + "\n")
+    lines = [header, ["---"] * len(header), *rows]
+    markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    reasons = [
+        f"Trial {trial.number} ({trial.name}): {outcome.get('refused') or outcome.get('failed')}"
+        for trial, outcome in outcomes
+        if "refused" in outcome or "failed" in outcome
+    ]
+    best_command = command(best[0][0]) if best else "no trial was evaluated"
+    (directory / "sweep.md").write_text(
+        "\n\n".join([f"# Sweep {directory.name}", markdown, *reasons, f"Best: `{best_command}`"]) + "\n"
+    )
+    page = directory / "sweep.html"
+    page.write_text(_page(directory.name, header, rows, reasons, best_command, outcomes), encoding="utf-8")
+    return page
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def front_figure(outcomes: Outcomes) -> go.Figure:
+    """Loss recovered over L0 of all trials, dead features as colour, the Pareto front as a line."""
+    shown = [
+        (trial, outcome["metrics"])
+        for trial, outcome in in_order(outcomes)
+        if None not in (outcome["metrics"]["l0"], outcome["metrics"]["loss_recovered"])
+    ]
+    front = [outcome["metrics"] for _, outcome in pareto_front(outcomes)]
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=[metrics["l0"] for metrics in front],
+                y=[metrics["loss_recovered"] for metrics in front],
+                mode="lines",
+                line={"color": "#888", "shape": "hv", "dash": "dot"},
+                name="Pareto front",
+                hoverinfo="skip",
+            ),
+            go.Scatter(
+                x=[metrics["l0"] for _, metrics in shown],
+                y=[metrics["loss_recovered"] for _, metrics in shown],
+                mode="markers",
+                marker={
+                    "size": 12,
+                    "color": [metrics["dead_features"] for _, metrics in shown],
+                    "colorscale": "Viridis",
+                    "cmin": 0,
+                    "colorbar": {"title": "dead features", "tickformat": ".0%"},
+                    "line": {"width": 1, "color": "#fff"},
+                },
+                text=[f"trial {trial.number}: {escape(trial.name)}" for trial, _ in shown],
+                hovertemplate="%{text}<br>L0 %{x:.1f}<br>loss recovered %{y:.2%}<extra></extra>",
+                name="trials",
+            ),
+        ]
+    )
+    l0 = next(standard for standard in STANDARDS if standard.metric == "l0")
+    figure.add_vrect(x0=l0.healthy[0], x1=l0.healthy[1], fillcolor="#2a2", opacity=0.08, line_width=0)
+    figure.update_layout(
+        template="plotly_white",
+        xaxis={"title": "L0 (shaded: healthy)"},
+        yaxis={"title": "loss recovered", "tickformat": ".0%"},
+        showlegend=False,
+        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        height=420,
+    )
+    return figure
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Sweep {name}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }}
+.table {{ overflow-x: auto }} table {{ border-collapse: collapse }} code {{ overflow-wrap: anywhere }}
+th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+</style></head><body><h1>Sweep {name}</h1>
+<p>Best, by the number of healthy metrics, then by loss recovered:</p><p><code>{best}</code></p>
+{figure}
+<div class="table"><table><tr>{header}</tr>{rows}</table></div><p>{marks}</p>{reasons}</body></html>
+"""
+
+
+def _page(
+    name: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    reasons: Sequence[str],
+    best: str,
+    outcomes: Outcomes,
+) -> str:
+    return _PAGE.format(
+        name=escape(name),
+        best=escape(best),
+        figure=front_figure(outcomes).to_html(full_html=False, include_plotlyjs=True, config={"responsive": True}),
+        header="".join(f"<th>{escape(cell)}</th>" for cell in header),
+        rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
+        marks=escape(", ".join(f"{mark} {status}" for status, mark in MARKS.items())),
+        reasons="".join(f"<p>{escape(reason)}</p>" for reason in reasons),
+    )

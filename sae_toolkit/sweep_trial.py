@@ -1,0 +1,159 @@
+"""One trial on a Ray worker: sae_lens_train.py and the evaluation, each as a process of its own that dies with it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from sae_toolkit.sweep import RESULT_FILENAME, Trial, promise
+from sae_toolkit.training_flags import METRICS_FILENAME
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SECONDS_BETWEEN_REPORTS = 2.0
+_PR_SET_PDEATHSIG = 1
+_STOP_SECONDS = 120  # for a checkpoint to be written
+
+
+class SweepTrial(tune.Trainable):
+    """Trains and evaluates the SAE of one trial. It goes on where an earlier attempt at the trial ended: training from
+    its last checkpoint, evaluation from the finished SAE.
+    """
+
+    def setup(  # type: ignore[override]  # tune.with_parameters gives the others
+        self, config: dict[str, Any], trials: list[Trial], settings: dict[str, Any]
+    ) -> None:
+        """Takes the trial of config["number"], from 1; `settings` are those that `run_sweep` makes for all."""
+        self.trial = trials[config["number"] - 1]
+        self.settings = settings
+        self.process: subprocess.Popen[str] | None = None
+        self.is_training = True
+        self.training_seconds = 0.0
+        self.trial.directory.mkdir(parents=True, exist_ok=True)
+
+    def step(self) -> dict[str, Any]:
+        """Waits a little; the metrics as they stand, or at the end what `result.json` says."""
+        if (result := self.trial.result()) is not None:
+            return result | {"done": True}
+        if self.process is None:
+            self._start_training()
+        assert self.process is not None
+        try:
+            status = self.process.wait(_SECONDS_BETWEEN_REPORTS)
+        except subprocess.TimeoutExpired:
+            return self._progress()
+        if status == 2:  # a mistake in its flags or text, which another attempt would make again
+            return self._finish({"refused": self._last_line()})
+        if status != 0:
+            raise RuntimeError(f"exit status {status}: {self._last_line()}")
+        if self.is_training:
+            self.sae = self._output.read_text().strip()
+            self.training_seconds = time.monotonic() - self.started
+            self._start_evaluation()
+            return self._progress()
+        return self._finish(self._evaluation())
+
+    def _start_training(self) -> None:
+        self.is_training, self.started = True, time.monotonic()
+        self._start("sae_lens_train.py", *self.trial.training_flags())
+
+    def _start_evaluation(self) -> None:
+        self.is_training = False
+        self._start("evaluate_sae_real_activations.py", "--sae_path", self.sae, *self.settings["evaluation_flags"])
+
+    @property
+    def _output(self) -> Path:
+        return self.trial.directory / ("training.out" if self.is_training else "evaluation.out")
+
+    @property
+    def _log(self) -> Path:
+        return self._output.with_suffix(".log")
+
+    def _start(self, script: str, *flags: str) -> None:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.settings["cpus_per_trial"]),
+            "WANDB_RUN_GROUP": self.settings["name"],
+        }
+        with self._output.open("w") as output, self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(_ROOT / script), *flags],
+                cwd=self.settings["cwd"],
+                env=environment,
+                stdout=output,
+                stderr=log,
+                text=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").replace("\r", "\n").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "no output")
+
+    def _progress(self) -> dict[str, Any]:
+        reading = self._reading()
+        if reading is None:
+            return {"tokens": 0, "promise": 0.0}
+        return {
+            "tokens": reading["details/n_training_samples"],
+            "l0": reading["metrics/l0"],
+            "explained_variance": reading["metrics/explained_variance"],
+            "dead_features": reading["sparsity/dead_features"] / reading["d_sae"],
+            "promise": promise(reading, reading["d_sae"]),
+        }
+
+    def _reading(self) -> dict[str, Any] | None:
+        files = sorted(self.trial.directory.glob(f"*/*/{METRICS_FILENAME}"), key=lambda file: file.stat().st_mtime)
+        try:
+            lines = files[-1].read_text().splitlines()
+            return json.loads(lines[-1])
+        except (IndexError, OSError, ValueError):
+            return None
+
+    def _evaluation(self) -> dict[str, Any]:
+        summary = json.loads((Path(self.sae) / "evaluation.json").read_text())
+        return {
+            "sae": self.sae,
+            "metrics": summary["metrics"],
+            "health": summary["health"],
+            "n_healthy": summary["health"]["healthy"] or 0,
+            "promise": (summary["health"]["healthy"] or 0) + 1.0,
+            "training_seconds": self.training_seconds,
+        }
+
+    def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        reading = self._reading()
+        result = {"tokens": reading["details/n_training_samples"] if reading else 0, "promise": -1.0} | result
+        partial = self.trial.directory / f".{RESULT_FILENAME}"
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(self.trial.directory / RESULT_FILENAME)
+        return result | {"done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: what an attempt leaves lies in the trial's directory, with the training's own checkpoints."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        """Stops what runs, which saves a checkpoint first."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+def _die_with_parent() -> None:
+    """Where the worker or its machine's Ray dies, its processes do: nothing is left that writes to the trial's run."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
