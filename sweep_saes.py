@@ -80,9 +80,9 @@ def main() -> int:
     from sae_toolkit.sweep_report import render_sweep, write_sweep
     from sae_toolkit.sweep_run import claimed, default_gpus, ray_cluster, run_trials
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     with claimed(directory), ray_cluster(flags.address):
+        for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
         outcomes = run_trials(
             trials,
             directory,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -185,6 +186,8 @@ class ActivationStream(Iterator[torch.Tensor]):
         rows_per_forward: how many rows go through the language model at a time, on all ranks together.
         ranks: who share the rows.
         widths: of the hooks; None where there is one.
+        device: where batches are wanted; None for where the source is. Where that is another device, the next rows run
+            while the caller works on a batch.
     """
 
     _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_at_once")
@@ -204,8 +207,16 @@ class ActivationStream(Iterator[torch.Tensor]):
         dtype: torch.dtype,
         ranks: Ranks = ALONE,
         widths: list[int] | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         self.source = source
+        self.device = torch.device(device or source.device)
+        self._ahead: ThreadPoolExecutor | None = None
+        if (self.device.type, self.device.index or 0) != (source.device.type, source.device.index or 0):
+            self._ahead = ThreadPoolExecutor(1, thread_name_prefix="activations")
+        self._next: tuple[tuple[int, int], Future[tuple[int, torch.Tensor]]] | None = (
+            None  # of which rows, and their activations
+        )
         self.rows_NT = rows_NT
         self.positions = positions
         self.max_activation_norms: list[float] | None = None  # at each hook
@@ -238,37 +249,55 @@ class ActivationStream(Iterator[torch.Tensor]):
             self.epoch, self.next_row = self.epoch + 1, 0
             self._order = self._row_order()
             log.warning("the training text is used up; pass %d over it begins", self.epoch + 1)
-        picked = self._order[self.next_row : self.next_row + self.rows_per_forward]
-        self.next_row += len(picked)
-        tokens_BT = self.rows_NT[np.array_split(picked, self.ranks.size)[self.ranks.rank]].astype(np.int64)
-        acts_BTD = self._run(tokens_BT)
-        kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
-        return acts_BTD.flatten(0, 1)[_on_device(kept, acts_BTD.device)]
+        place = self.epoch, self.next_row
+        if self._next is not None and self._next[0] == place:
+            n_rows, acts_ND = self._next[1].result()
+        else:
+            n_rows, acts_ND = self._of_rows(self.next_row)
+        self.next_row += n_rows
+        if self._ahead is not None and self.next_row < len(self.rows_NT):
+            self._next = (self.epoch, self.next_row), self._ahead.submit(self._of_rows, self.next_row)
+        return acts_ND
 
-    def _run(self, tokens_BT: np.ndarray) -> torch.Tensor:
-        """Activations of rows, at fewer at a time where more do not fit in memory."""
-        if len(tokens_BT) == 0:  # the last rows of a pass are fewer than the ranks
-            return self._run(self.rows_NT[:1].astype(np.int64))[:0]
-        parts: list[torch.Tensor] = []
-        done = 0
-        while done < len(tokens_BT):
-            part_BT = tokens_BT[done : done + self.rows_at_once]
+    def _of_rows(self, first: int) -> tuple[int, torch.Tensor]:
+        """Runs rows from `first` on; how many on all ranks, and the activations of this one's. Where memory is short a
+        single rank runs fewer of them; one of several, its share in pieces, for they all have to be at the same row.
+        """
+        picked = self._order[first : first + self.rows_per_forward]
+        mine = np.array_split(picked, self.ranks.size)[self.ranks.rank]
+        if len(mine) == 0:  # the last rows of a pass are fewer than the ranks
+            return len(picked), self._run(self._order[:1])[:0]
+        pieces: list[torch.Tensor] = []
+        while len(mine):
             try:
-                parts.append(self.source.activations(torch.from_numpy(part_BT)))
-                done += len(part_BT)
+                pieces.append(self._run(mine[: self.rows_at_once]))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(part_BT) == 1:
-                    raise UserError(
-                        "--store_batch_size_prompts 1: one context does not fit in memory beside the rest; lower"
-                        " --context_size, --expansion_factor or --n_batches_in_buffer"
-                    ) from None
-                self.rows_at_once = len(part_BT) // 2
-                log.warning("out of memory: going on with --store_batch_size_prompts %d", self.rows_at_once)
-                if self.source.device.type == "cuda":
-                    torch.cuda.empty_cache()
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+                self._lower_rows_at_once(len(mine))
+                continue
+            if self.ranks.is_alone:
+                return min(len(mine), self.rows_at_once), pieces[0]
+            mine = mine[self.rows_at_once :]
+        return len(picked), torch.cat(pieces)
+
+    def _run(self, picked: np.ndarray) -> torch.Tensor:
+        tokens_BT = self.rows_NT[picked].astype(np.int64)
+        acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
+        kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
+        return acts_BTD.flatten(0, 1)[_on_device(kept, acts_BTD.device)].to(self.device, non_blocking=True)
+
+    def _lower_rows_at_once(self, n_left: int) -> None:
+        n_tried = min(self.rows_at_once, n_left)
+        if n_tried == 1:
+            raise UserError(
+                "--store_batch_size_prompts 1: one context does not fit in memory beside the rest; lower"
+                " --context_size, --expansion_factor or --n_batches_in_buffer"
+            ) from None
+        self.rows_at_once = n_tried // 2
+        log.warning("out of memory: going on with --store_batch_size_prompts %d", self.rows_at_once)
+        if self.source.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _add(self, chunks: list[torch.Tensor]) -> torch.Tensor:
         """Adds activations to the buffer without the massive ones; returns those added."""
@@ -343,7 +372,7 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state, whether or not as many ranks saved it."""
-        self.buffer.load_state_dict(state["buffer"], self.source.device)
+        self.buffer.load_state_dict(state["buffer"], self.device)
         for name, count in state["counts"].items():
             setattr(self, name, count)
         self.max_activation_norms = state["max_activation_norms"]

@@ -125,7 +125,7 @@ def plan_memory(
         model: the language model's source.
         lm_dtype: its dtype in the run.
         n_parameters: of the whole model, and of it up to the hook.
-        cached: whether activations come from a cache, in which case no model is counted.
+        cached: whether activations come from a cache or another device, in which case no model is counted.
         n_saes: how many SAEs of this size there are, at a hook each; they take their steps one after the other.
     """
     config = model.config.get_text_config()

@@ -185,17 +185,24 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_language_model(
-    source: ModelSource, hook_names: str | Sequence[str], device: str, dtype: torch.dtype
+    source: ModelSource, hook_names: str | Sequence[str], device: str, dtype: torch.dtype, n_devices: int = 1
 ) -> LanguageModel:
     """Loads a model's weights onto a device.
 
     Args:
         hook_names: the hook, or the hooks to be read at once.
+        n_devices: over how many CUDA devices Transformers spreads its layers, from `device` on.
 
     Raises:
         UserError: the weights are missing or damaged, or the model has no such hook.
     """
-    log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), device)
+    where_to: dict[str, Any] = {"device_map": device}
+    if n_devices > 1:
+        first = torch.device(device).index or 0
+        free = {index: torch.cuda.mem_get_info(index)[0] for index in range(first, first + n_devices)}
+        where_to = {"device_map": "balanced", "max_memory": free}
+    and_more = f" and the {n_devices - 1} after it" if n_devices > 1 else ""
+    log.info("loading %s in %s on %s%s", source.name, dtype_to_str(dtype), device, and_more)
     where = f"--model_name {source.name}"
 
     def load() -> Any:
@@ -203,7 +210,7 @@ def load_language_model(
             **(source.model_kwargs | source.location),
             config=source.config,
             dtype=dtype,
-            device_map=device,
+            **where_to,
             output_loading_info=True,
         )
 
@@ -281,6 +288,23 @@ def choose_device(device: str, local_rank: int = 0) -> str:
                 " use --device cpu, or install a torch built for this machine's driver (README, Troubleshooting)"
             )
     return device
+
+
+def choose_llm_device(llm_device: str | None, n_devices: int, device: str) -> str:
+    """The language model's device: the SAE's, unless another is asked for.
+
+    Raises:
+        UserError: a CUDA device was asked for that torch does not see, or more than there are.
+    """
+    try:
+        chosen = device if llm_device is None else choose_device(llm_device)
+    except UserError as error:
+        raise UserError(str(error).replace("--device", "--llm_device", 1)) from None
+    parsed = torch.device(chosen)
+    there = torch.cuda.device_count() - (parsed.index or 0) if parsed.type == "cuda" else 0
+    if n_devices > 1 and n_devices > there:
+        raise UserError(f"--n_devices {n_devices}: torch sees {there} CUDA devices from {chosen} on")
+    return chosen
 
 
 def choose_lm_dtype(dtype: str, device: str) -> torch.dtype:

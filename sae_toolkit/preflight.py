@@ -85,7 +85,7 @@ def dry_run(run: PreparedRun) -> None:
         return
     source = None
     if run.resume_from is None and run.model.is_here():
-        source = load_language_model(run.model, run.hook_names, run.cfg.device, run.lm_dtype)
+        source = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.flags.n_devices)
         source.keep_only_up_to_hook()
     if run.resume_from is None:
         _check_activations(run, source)
@@ -186,6 +186,7 @@ def _stream(
         seed=run.cfg.seed,
         dtype=str_to_dtype(run.cfg.dtype),
         widths=run.widths,
+        device=run.cfg.device,
     )
 
 

@@ -92,8 +92,8 @@ _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
 # Flags that do not change what is trained: two runs that differ in these alone share a directory.
 _NOT_IN_HASH = set(
-    "device n_checkpoints checkpoint_path output_name resume dry_run strict wandb_mode wandb_project wandb_entity"
-    " run_name cache_activations checkpoint_every keep trust_remote_code".split()
+    "device llm_device n_devices n_checkpoints checkpoint_path output_name resume dry_run strict wandb_mode"
+    " wandb_project wandb_entity run_name cache_activations checkpoint_every keep trust_remote_code".split()
 )
 
 

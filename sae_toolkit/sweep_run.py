@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3  # of a trial, each gone on from its checkpoint
 _SECONDS_BETWEEN_LINES = 20.0
+_OF_EVALUATED = ("sae", "metrics", "health", "n_healthy", "training_seconds")
 
 
 @contextmanager
@@ -103,6 +104,7 @@ def run_trials(
 
     Raises:
         UserError: no machine of the cluster has what a trial takes.
+        KeyboardInterrupt: it was stopped; the same call goes on.
     """
     _check_resources(cpus_per_trial, gpus_per_trial)
     settings = {
@@ -121,7 +123,7 @@ def run_trials(
             reduction_factor=4,
             stop_last_trials=False,
         )
-    started = time.monotonic()
+    started, narrator = time.monotonic(), _Narrator(trials)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(SweepTrial, trials=list(trials), settings=settings),
@@ -135,19 +137,25 @@ def run_trials(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str((directory / "ray").absolute()),
             failure_config=tune.FailureConfig(max_failures=_MOST_FAILURES),
-            callbacks=[_Narrator(trials)],
+            callbacks=[narrator],
             verbose=0,
         ),
     )
     found = tuner.fit()
+    if len(narrator.ended) < len(trials):
+        log.warning("stopped; the same command goes on")
+        raise KeyboardInterrupt
     log.info("the trials took %s", f"{time.monotonic() - started:,.0f} s")
     outcomes: dict[int, Mapping[str, Any]] = {}
     for each in (found[i] for i in range(len(found))):
-        number = (each.config or {}).get("number")
-        if number is not None:
+        if each.error:
+            outcome: Mapping[str, Any] = {"failed": _reason(each.error)}
+        else:
             metrics = each.metrics or {}
-            outcomes[number] = {"failed": _reason(each.error)} if each.error else {"stopped": metrics.get("tokens", 0)}
-    return [(trial, trial.result() or outcomes.get(trial.number, {"stopped": 0})) for trial in trials]
+            kept = ("refused",) if "refused" in metrics else _OF_EVALUATED if "metrics" in metrics else ()
+            outcome = {name: metrics[name] for name in kept} or {"stopped": metrics.get("tokens", 0)}
+        outcomes[(each.config or {})["number"]] = outcome
+    return [(trial, outcomes[trial.number]) for trial in trials]
 
 
 def _tokens_of(trial: Trial) -> int:
@@ -178,7 +186,7 @@ class _Narrator(tune.Callback):
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.trials = trials
         self._last: dict[str, float] = {}
-        self._failures: dict[str, int] = {}
+        self.ended: set[int] = set()
 
     def _name(self, trial: Any) -> str:
         number = trial.config["number"]
@@ -198,6 +206,7 @@ class _Narrator(tune.Callback):
             )
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.ended.add(trial.config["number"])
         result = trial.last_result or {}
         if "refused" in result:
             log.warning("%s: refused: %s", self._name(trial), result["refused"].removeprefix("error: "))
@@ -210,6 +219,7 @@ class _Narrator(tune.Callback):
             )
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.ended.add(trial.config["number"])
         log.warning("%s: failed for good: %s", self._name(trial), _last_line_of(trial))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

@@ -132,9 +132,10 @@ class SweepTrial(tune.Trainable):
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
         reading = self._reading()
         result = {"tokens": reading["details/n_training_samples"] if reading else 0, "promise": -1.0} | result
-        partial = self.trial.directory / f".{RESULT_FILENAME}"
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(self.trial.directory / RESULT_FILENAME)
+        if "metrics" in result:  # a refusal may be mended, and is tried again
+            partial = self.trial.directory / f".{RESULT_FILENAME}"
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            partial.replace(self.trial.directory / RESULT_FILENAME)
         return result | {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Trainer(SAETrainer[Any, Any]):
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's.
 
-        Where memory is short it is tried once more with all that the allocator can free.
+        Where memory is short, on a single rank, it is tried once more with all that the allocator can free.
         """
         if isinstance(self.sae, SparseTopKTrainingSAE):
             self.sae.dead_bound = self._dead_bound()
@@ -75,7 +75,9 @@ class Trainer(SAETrainer[Any, Any]):
             try:
                 return self._step(batch)
             except torch.OutOfMemoryError:
-                pass  # let go of the traceback, which holds the step's tensors
+                if not self.ranks.is_alone:  # the others would wait for this one where they are
+                    raise
+            # out of the handler, whose traceback holds the step's tensors
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
             return self._step(batch)

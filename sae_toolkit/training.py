@@ -45,7 +45,7 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
     """
 
     def load() -> LanguageModel:
-        model = load_language_model(run.model, run.hook_names, run.cfg.device, run.lm_dtype)
+        model = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.flags.n_devices)
         model.keep_only_up_to_hook()
         return model
 
@@ -87,6 +87,7 @@ class Training:
             dtype=str_to_dtype(cfg.dtype),
             ranks=run.ranks,
             widths=run.widths,
+            device=cfg.device,
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used

@@ -44,6 +44,8 @@ _LEAST_SHARE = 32
 # What may differ between a run and its resumption: nothing that the weights depend on.
 _MAY_CHANGE = {
     "device",
+    "llm_device",
+    "n_devices",
     "n_checkpoints",
     "checkpoint_every",
     "keep",
@@ -169,6 +171,8 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(model, "layers", None, "several layers, an SAE each, from one pass of the model", type=non_negative, nargs="+")
     flag(model, "hook_names", None, "several hooks, an SAE each, from one pass of the model", nargs="+")
     flag(model, "device", "auto", "cpu, cuda, cuda:N, or auto: CUDA where torch sees it")
+    flag(model, "llm_device", None, "where the language model is, if not with the SAE: cpu, cuda:N")
+    flag(model, "n_devices", 1, "spread the language model over so many GPUs, from --llm_device on", type=positive)
     flag(
         model,
         "lm_dtype",

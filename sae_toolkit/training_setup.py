@@ -27,7 +27,15 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.flag_values import Interval
 from sae_toolkit.language_model import hook_width, parameters_up_to_hook
 from sae_toolkit.memory import MemoryPlan, free_memory, plan_memory, suggest_flags
-from sae_toolkit.models import ModelSource, check_token_ids, choose_device, choose_lm_dtype, find_model, load_tokenizer
+from sae_toolkit.models import (
+    ModelSource,
+    check_token_ids,
+    choose_device,
+    choose_llm_device,
+    choose_lm_dtype,
+    find_model,
+    load_tokenizer,
+)
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.run_directory import RunDirectory, find_resumption
@@ -47,6 +55,7 @@ class PreparedRun:
     flags: argparse.Namespace
     cfgs: list[LanguageModelSAERunnerConfig[Any]]  # of each SAE; they differ in the hook and its width
     model: ModelSource
+    llm_device: str
     lm_dtype: torch.dtype
     text: TextSource
     rows_NT: np.ndarray
@@ -118,7 +127,7 @@ class PreparedRun:
             self.model,
             self.lm_dtype,
             n_parameters=self._n_parameters,
-            cached=self.is_cached,
+            cached=self.is_cached or self.llm_device != cfg.device,
             n_saes=len(self.cfgs),
         )
 
@@ -270,6 +279,12 @@ def _prepare_run(
 ) -> PreparedRun:
     check_world_size(flags, ranks.size)
     device = choose_device(flags.device, ranks.local_rank)
+    llm_device = choose_llm_device(flags.llm_device, flags.n_devices, device)
+    if not ranks.is_alone:
+        if flags.llm_device is not None or flags.n_devices > 1:
+            raise UserError("--llm_device, --n_devices: of several processes each has a GPU for both; leave them out")
+        if ":" in flags.device:
+            raise UserError(f"--device {flags.device}: several processes have a GPU each; use cuda")
     model = find_model(flags.model_name, _model_kwargs(flags), trust_remote_code=flags.trust_remote_code)
     widths = {name: hook_width(model.config, name, model.trust_remote_code) for name in hook_names(flags)}
     if model.max_context is not None and flags.context_size > model.max_context:
@@ -311,7 +326,8 @@ def _prepare_run(
         flags,
         cfgs,
         model,
-        choose_lm_dtype(flags.lm_dtype, device),
+        llm_device,
+        choose_lm_dtype(flags.lm_dtype, llm_device),
         text,
         rows_NT,
         positions,

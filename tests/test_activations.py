@@ -101,6 +101,26 @@ def test_a_resumed_stream_serves_what_the_undisturbed_one_does(tmp_path, model, 
     assert undisturbed.epoch == resumed.epoch >= 1
 
 
+class OnAnotherDevice:
+    """The model, as if it were not where the SAE is."""
+
+    device, dtype = torch.device("meta"), torch.float32
+
+    def __init__(self, model):
+        self.activations = model.activations
+
+
+def test_rows_that_run_ahead_on_another_device_are_the_same(tmp_path, model, rows_NT):
+    here = list(islice(stream(model, rows_NT), 50))  # into the second pass over the rows
+    ahead = stream(OnAnotherDevice(model), rows_NT, device="cpu")
+    assert all(torch.equal(batch, next(ahead)) for batch in here[:20])
+    torch.save(ahead.state_dict(), tmp_path / "state.pt")
+    ahead._ahead.shutdown()  # the model takes one call at a time
+    resumed = stream(OnAnotherDevice(model), rows_NT, device="cpu")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(torch.equal(batch, next(resumed)) for batch in here[20:])
+
+
 def test_rows_keep_their_order_where_nothing_is_to_be_mixed(model, rows_NT):
     served = next(stream(model, rows_NT, mix_fraction=0.0, batch_size=31))
     in_order = model.activations(torch.from_numpy(rows_NT[:4].astype(np.int64))).flatten(0, 1)
@@ -144,4 +164,4 @@ def test_a_forward_pass_that_does_not_fit_is_halved_until_it_does(tiny_model):
     halved = [int(n) for n in re.findall(r"out of memory: going on with --store_batch_size_prompts (\d+)", done.stdout)]
     assert halved
     assert halved == [2048 // 2 ** (i + 1) for i in range(len(halved))]
-    assert f"rows {halved[-1]} 2048" in done.stdout
+    assert f"rows {halved[-1]} {halved[-1]}" in done.stdout
