@@ -52,7 +52,11 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": root}},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except ray.exceptions.AuthenticationError:
+        raise UserError(
+            f"--address {address}: the cluster wants the token of its head (~/.ray/auth_token): set RAY_AUTH_MODE=token"
+        ) from None
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"--address {address}: no Ray cluster can be reached there: {one_line(error)}") from None
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # `_Narrator` says it
     try:

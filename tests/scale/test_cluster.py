@@ -120,17 +120,17 @@ def test_a_sweep_that_is_ended_goes_on_with_the_same_command(tiny_args, tmp_path
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
     """A head and one more machine, both on loopback, one core each; what is killed of the second is its own."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     address = f"127.0.0.1:{port}"
     start = [*RAY, "start", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
-    environment = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # of the machines, and of the sweep that comes to them
     try:
-        subprocess.run([*start, "--head", f"--port={port}", "--include-dashboard=false"], check=True, env=environment)
+        subprocess.run([*start, "--head", f"--port={port}", "--include-dashboard=false"], check=True)
         before = {process.pid for process in psutil.process_iter() if process.name() == "raylet"}
-        subprocess.run([*start, f"--address={address}"], check=True, env=environment)
+        subprocess.run([*start, f"--address={address}"], check=True)
         (second,) = [p for p in psutil.process_iter() if p.name() == "raylet" and p.pid not in before]
         yield address, second
     finally:
