@@ -131,7 +131,14 @@ def front_figure(outcomes: Outcomes) -> go.Figure:
                     "color": [metrics["dead_features"] for _, metrics in shown],
                     "colorscale": "Viridis",
                     "cmin": 0,
-                    "colorbar": {"title": "dead features", "tickformat": ".0%"},
+                    "colorbar": {
+                        "title": "dead features",
+                        "tickformat": ".0%",
+                        "orientation": "h",  # beside the plot there is no room for it on a phone
+                        "y": 1.02,
+                        "yanchor": "bottom",
+                        "thickness": 12,
+                    },
                     "line": {"width": 1, "color": "#fff"},
                 },
                 text=[f"trial {trial.number}: {escape(trial.name)}" for trial, _ in shown],
@@ -147,8 +154,8 @@ def front_figure(outcomes: Outcomes) -> go.Figure:
         xaxis={"title": "L0 (shaded: healthy)"},
         yaxis={"title": "loss recovered", "tickformat": ".0%"},
         showlegend=False,
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        height=420,
+        margin={"l": 60, "r": 20, "t": 90, "b": 50},
+        height=480,
     )
     return figure
 
@@ -177,7 +184,7 @@ def _page(
     return _PAGE.format(
         name=escape(name),
         best=escape(best),
-        figure=front_figure(outcomes).to_html(full_html=False, include_plotlyjs=True, config={"responsive": True}),
+        figure=front_figure(outcomes).to_html(full_html=False, include_plotlyjs=True, config={"responsive": True, "displayModeBar": False}),
         header="".join(f"<th>{escape(cell)}</th>" for cell in header),
         rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
         marks=escape(", ".join(f"{mark} {status}" for status, mark in MARKS.items())),
