@@ -78,7 +78,14 @@ def main() -> int:
     from rich.console import Console
 
     from sae_toolkit.sweep_report import render_sweep, write_sweep
-    from sae_toolkit.sweep_run import claimed, default_gpus, ray_cluster, run_trials
+
+    try:
+        from sae_toolkit.sweep_run import claimed, default_gpus, ray_cluster, run_trials
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        install = f"{sys.executable} -m pip install -c constraints.txt -r requirements-sweep.txt"
+        raise UserError(f"sweep_saes.py: Ray is not installed here: {install}") from None
 
     with claimed(directory), ray_cluster(flags.address):
         for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials

@@ -184,7 +184,9 @@ def _page(
     return _PAGE.format(
         name=escape(name),
         best=escape(best),
-        figure=front_figure(outcomes).to_html(full_html=False, include_plotlyjs=True, config={"responsive": True, "displayModeBar": False}),
+        figure=front_figure(outcomes).to_html(
+            full_html=False, include_plotlyjs=True, config={"responsive": True, "displayModeBar": False}
+        ),
         header="".join(f"<th>{escape(cell)}</th>" for cell in header),
         rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
         marks=escape(", ".join(f"{mark} {status}" for status, mark in MARKS.items())),
