@@ -32,7 +32,7 @@ from sae_toolkit.whole_directory import NotSaved, check_manifest, whole_director
 
 log = logging.getLogger(__name__)
 
-_RESUME_FILENAME = "resume.pt"
+_RESUME_FILENAME, _RESUME_FORMAT = "resume.pt", 2
 
 
 def save_training_checkpoint(
@@ -66,6 +66,7 @@ def save_training_checkpoint(
             each.save_checkpoint(place.name, base_path=place.parent)
             _save_runner_config(cfg, place)
         state = {
+            "format": _RESUME_FORMAT,
             "stream": stream_state,
             "trainers": {name: each.state_beside_saelens() for name, each in trainer.trainers.items()},
             "random": _random_state(),
@@ -80,8 +81,17 @@ def sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str) -> Pat
 
 
 def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: ActivationStream) -> None:
-    """Puts a trainer and its stream where `save_training_checkpoint` left them."""
+    """Puts a trainer and its stream where `save_training_checkpoint` left them.
+
+    Raises:
+        UserError: another version of this project wrote the checkpoint.
+    """
     state = torch.load(directory / _RESUME_FILENAME, map_location="cpu", weights_only=True)
+    if state.get("format") != _RESUME_FORMAT:
+        raise UserError(
+            f"--resume {directory}: written by an earlier version of this project; go on with that version, or train"
+            " the SAE from its start"
+        )
     for name, each in trainer.trainers.items():
         place = sae_directory(directory, trainer, name)
         each.load_trainer_state(place)

@@ -72,6 +72,19 @@ FLAGS = {
         "blocks.1.hook_resid_pre blocks.1.attn.hook_z blocks.2.hook_mlp_out blocks.9.hook_resid_post model.layers.1"
         " model model.norm lm_head blocks..hook blocks.1.hook_resid_mid model.embed_tokens".split()
     ),
+    "layers": st.lists(st.sampled_from([0, 1, 3, 4, -1, "x"]), max_size=3).map(
+        lambda layers: " ".join(map(str, layers))
+    ),
+    "hook_names": st.sampled_from(
+        [
+            "blocks.0.hook_resid_pre blocks.2.mlp.hook_post",
+            "model.layers.1 model.layers.1",
+            "lm_head model.norm",
+            "blocks.1.attn.hook_z nowhere",
+        ]
+    ),
+    "llm_device": st.sampled_from(["cpu", "auto", "cuda:99", "tpu"]),
+    "n_devices": _integers(1, 2),
     "device": st.sampled_from(["cpu", "auto", "cuda:99", "cuda:-1", "mps", "meta"]),
     "lm_dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "int8"]),
     "cache_activations": st.sampled_from(["cache", "text.txt", "/proc/nothing/cache", "."]),
@@ -144,7 +157,8 @@ def arguments(combination):
         words.append(f"@{value}" if name == "@" else f"--{name}")
         if value is None or name == "@":
             continue
-        words += value.split() if name == "matryoshka_widths" and isinstance(value, str) else [str(value)]
+        several = name in ("matryoshka_widths", "layers", "hook_names") and isinstance(value, str)
+        words += value.split() if several else [str(value)]
     return words
 
 
