@@ -99,7 +99,7 @@ def run_trials(
         name: of the group of wandb runs.
         cpus_per_trial: cores of each.
         gpus_per_trial: GPUs of each; a fraction lets several share one.
-        early_stop: whether trials that promise less than three quarters of the others at the same point are stopped.
+        early_stop: whether trials that promise less than half of those before them at the same point are stopped.
         evaluation_flags: more flags of evaluate_sae_real_activations.py.
 
     Returns:
@@ -120,11 +120,11 @@ def run_trials(
     scheduler = None
     if early_stop:
         tokens = max(_tokens_of(trial) for trial in trials)
-        scheduler = ASHAScheduler(
+        scheduler = ASHAScheduler(  # at a quarter and at a half of the tokens; never while it is evaluated
             time_attr="tokens",
-            max_t=10 * tokens,
             grace_period=max(1, tokens // 4),
-            reduction_factor=4,
+            max_t=max(2, tokens * 9 // 10),
+            reduction_factor=2,
             stop_last_trials=False,
         )
     started, narrator = time.monotonic(), _Narrator(trials)

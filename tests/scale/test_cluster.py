@@ -119,6 +119,20 @@ def test_a_sweep_that_is_ended_goes_on_with_the_same_command(tiny_args, tmp_path
         assert_same(whole[k], sae)
 
 
+def test_trials_that_promise_too_little_are_stopped_and_can_go_on(tiny_args, tmp_path):  # noqa: F811
+    grid = ["--grid", "lr=3e-3,1e-3,1e-6", "k=16"]
+    status, _, stderr = Sweep(tiny_args, tmp_path / "sweep", *grid, "--early_stop").finish()
+    assert status == 0, stderr
+    content = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    stopped = [trial["values"]["lr"] for trial in content["trials"] if "stopped" in trial]
+    assert "1e-6" in stopped and len(stopped) < 3
+    whole = Sweep(tiny_args, tmp_path / "sweep", *grid)
+    status, _, stderr = whole.finish()
+    assert status == 0, stderr
+    content = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert all("metrics" in trial for trial in content["trials"])
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """A head and one more machine, both on loopback, one core each; what is killed of the second is its own."""
