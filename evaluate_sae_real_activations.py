@@ -125,7 +125,6 @@ def main() -> int:
     for group, paths in zip(groups, outputs, strict=True):
         model = models.load(group.model, group.hook_name)
         results += write_results(group, evaluate_saes(group, model, batch_size=flags.batch_size), paths)
-    write_over_layers(results)
     del models, model  # sae-bench loads its own
     for result in results:
         if evals:
@@ -142,6 +141,7 @@ def main() -> int:
                 )
             )
         result.record()
+    write_over_layers(results)
     summaries = [result.summary for result in results]
     Console(width=None if sys.stdout.isatty() else 100).print(
         render(summaries[0]) if len(summaries) == 1 else render_several(summaries)

@@ -12,11 +12,12 @@ Progress goes to standard error; the only line on standard output is the finishe
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from sae_toolkit.console import run_script, set_up_logging
 from sae_toolkit.launch import rank_in_environment, was_restarted
 from sae_toolkit.stop_signals import Stopped, StopSignals, hear_stop_signals
-from sae_toolkit.training_flags import parse_training_flags
+from sae_toolkit.training_flags import parse_training_flags, run_directory_of
 
 log = logging.getLogger("sae_toolkit")
 
@@ -30,8 +31,9 @@ def train(signals: StopSignals) -> int:
     training = None
     try:
         flags = parse_training_flags()
-        if was_restarted():
-            flags.resume = flags.resume or "auto"
+        if was_restarted():  # from the newest checkpoint, whichever one it was started from
+            explicit = flags.resume not in (None, "auto")
+            flags.resume = str(run_directory_of(Path(flags.resume))) if explicit else "auto"
         set_up_logging(speaks=rank_in_environment() == 0)
 
         # SAELens takes seconds to import: not for --help or a mistyped flag.

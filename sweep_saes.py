@@ -89,7 +89,8 @@ def main() -> int:
 
     with claimed(directory), ray_cluster(flags.address):
         for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` sets it
+                signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
         outcomes = run_trials(
             trials,
             directory,

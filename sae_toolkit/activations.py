@@ -136,18 +136,17 @@ class ShuffleBuffer:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What it still holds, on all ranks, in the order in which it is or will be served."""
+        """What it still holds, on all ranks, in the order in which it is or will be served; whole on rank 0 alone."""
         assert self._storage is not None
-        here = self._storage[: self._n_here]
+        here = self._storage[: self._n_here].cpu()  # on the device there may be no room for a copy
         if self._order is not None:
-            here = here[self._order[self._n_here_before[self._next] :]]
+            here = here[self._order[self._n_here_before[self._next] :].cpu()]
         owners = self._owners[self._next :]
-        if self.ranks.is_alone:
-            acts = here.cpu()
-        else:
-            acts = here.new_empty(len(owners), *here.shape[1:], device="cpu")
-            for rank, part in enumerate(self.ranks.gather(here)):
-                acts[owners == rank] = part.cpu()
+        acts = here
+        if not self.ranks.is_alone and (parts := self.ranks.gather_to_main(here)):
+            acts = here.new_empty(len(owners), *here.shape[1:])
+            for rank, part in enumerate(parts):
+                acts[owners == rank] = part
         return {
             "acts": acts,
             "owners": owners,
@@ -285,7 +284,9 @@ class ActivationStream(Iterator[torch.Tensor]):
         tokens_BT = self.rows_NT[picked].astype(np.int64)
         acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
         kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
-        return acts_BTD.flatten(0, 1)[_on_device(kept, acts_BTD.device)].to(self.device, non_blocking=True)
+        return acts_BTD.flatten(0, 1)[_on_device(kept, acts_BTD.device)].to(
+            self.device, non_blocking=self.device.type == "cuda"
+        )
 
     def _lower_rows_at_once(self, n_left: int) -> None:
         n_tried = min(self.rows_at_once, n_left)
@@ -362,8 +363,13 @@ class ActivationStream(Iterator[torch.Tensor]):
                 self._add([self._next_unfiltered()])
         return self.buffer.take().to(self.dtype)
 
+    def close(self) -> None:
+        """Waits for rows that run ahead, so that their model can be used otherwise."""
+        if self._ahead is not None:
+            self._ahead.shutdown(cancel_futures=True)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that the batches still to come depend on, but for the rows and the arguments; the same on all ranks."""
+        """All that the batches still to come depend on, but for the rows and the arguments; whole on rank 0 alone."""
         return {
             "buffer": self.buffer.state_dict(),
             "counts": {name: getattr(self, name) for name in self._COUNTS},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.multi_trainer import MultiTrainer
-from sae_toolkit.trainer import Trainer
 from sae_toolkit.whole_directory import NotSaved, check_manifest, whole_directory
 
 log = logging.getLogger(__name__)
@@ -62,9 +62,9 @@ def save_training_checkpoint(
         raise NotSaved(f"it takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free")
     with whole_directory(target, run=run, milestone=milestone) as directory:
         for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
-            place = sae_directory(directory, trainer, cfg.hook_name)
-            each.save_checkpoint(place.name, base_path=place.parent)
-            _save_runner_config(cfg, place)
+            with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place:
+                each.save_checkpoint(place.name, base_path=place.parent)
+                _save_runner_config(cfg, place)
         state = {
             "format": _RESUME_FORMAT,
             "stream": stream_state,
@@ -75,9 +75,14 @@ def save_training_checkpoint(
     return target
 
 
-def sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str) -> Path:
-    """Where an SAE lies in a checkpoint: the checkpoint itself, or one below it where it has several."""
-    return directory if trainer.is_single else directory / hook_name
+@contextmanager
+def _sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str, *, run: str) -> Iterator[Path]:
+    """Where an SAE of a checkpoint is written: the checkpoint itself, or a directory in it where it has several."""
+    if trainer.is_single:
+        yield directory
+    else:
+        with whole_directory(directory / hook_name, run=run) as place:
+            yield place
 
 
 def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: ActivationStream) -> None:
@@ -93,7 +98,7 @@ def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: Act
             " the SAE from its start"
         )
     for name, each in trainer.trainers.items():
-        place = sae_directory(directory, trainer, name)
+        place = directory if trainer.is_single else directory / name
         each.load_trainer_state(place)
         each.sae.load_weights_from_checkpoint(place)
         each.load_state_beside_saelens(state["trainers"][name])
@@ -146,18 +151,11 @@ def save_final_checkpoint(
     final = Path(cfgs[0].checkpoint_path) / f"final_{trainer.n_training_samples}"
     with whole_directory(final, run=run) as directory:
         for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
-            if trainer.is_single:
-                _save_finished(each, cfg, directory)
-            else:
-                with whole_directory(directory / cfg.hook_name, run=run) as place:
-                    _save_finished(each, cfg, place)
+            with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place:
+                each.sae.save_inference_model(place)
+                save_file({"sparsity": each.log_feature_sparsity}, place / SPARSITY_FILENAME)
+                _save_runner_config(cfg, place)
     return final
-
-
-def _save_finished(trainer: Trainer, cfg: LanguageModelSAERunnerConfig[Any], directory: Path) -> None:
-    trainer.sae.save_inference_model(directory)
-    save_file({"sparsity": trainer.log_feature_sparsity}, directory / SPARSITY_FILENAME)
-    _save_runner_config(cfg, directory)
 
 
 def _correct_threshold_bias(sae: TrainingSAE[Any], n_steps: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -156,6 +157,7 @@ class LanguageModel:
         self.hooks = [find_hook(model, self.config, name) for name in hook_names]
         self.hook = self.hooks[0]
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._one_pass = Lock()  # hooks would take what another thread's pass brings
         self._is_resid_mid = re.fullmatch(r"blocks\.\d+\.hook_resid_mid", hook_names[0]) is not None
 
     @property
@@ -183,7 +185,7 @@ class LanguageModel:
                 raise _HookReached
 
         self.sequences_run["up_to_hook"] += len(tokens_BT)
-        with ExitStack() as stack:
+        with self._one_pass, ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(_hooked(hook.module, hook.side, partial(read, hook.name)))
             with suppress(_HookReached):

@@ -16,15 +16,21 @@ from typing import Any
 
 from sae_toolkit.console import run_script
 from sae_toolkit.errors import RunFailed, UserError, one_line
+from sae_toolkit.redaction import redact
 from sae_toolkit.training_flags import check_world_size, parse_training_flags
 
 _SCRIPT = Path(__file__).resolve().parent.parent / "sae_lens_train.py"
 _GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died
 
 
+def is_under_torchrun() -> bool:
+    """Whether torchrun started this process; others set WORLD_SIZE and RANK too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def rank_in_environment() -> int:
     """The rank that torchrun gave this process; 0 where it did not start it."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if is_under_torchrun() else 0
 
 
 def was_restarted() -> bool:
@@ -145,7 +151,7 @@ def _explain(error: Any) -> int:
         details = failure.error_file_data.get("message", {})
         stack = details.get("extraInfo", {}).get("py_callstack") if isinstance(details, dict) else None
         is_bug = failure.exitcode == 1 and not failure.message.startswith(RunFailed.__name__)
-        print(f"error: rank {rank}: {stack if is_bug and stack else failure.message}", file=sys.stderr)
+        print(redact(f"error: rank {rank}: {stack if is_bug and stack else failure.message}"), file=sys.stderr)
     return failure.exitcode
 
 

@@ -131,7 +131,9 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
     multiple = run.flags.max_activation_norm_multiple or None
     found, seconds_a_step = [], 0.0
     with _without_trace(source):
-        first_ND = _stream(run, source, batch_size=1, rows_per_forward=1).calibrate(1, None)  # slower than the others
+        first = _stream(run, source, batch_size=1, rows_per_forward=1)
+        first_ND = first.calibrate(1, None)  # slower than the others
+        first.close()
         if first_ND.shape[1] != sum(run.widths):
             raise UserError(
                 f"--hook_name {' '.join(run.hook_names)}: activations there have a width of {first_ND.shape[1]}, where"
@@ -142,6 +144,7 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         acts_ND = stream.calibrate(1, multiple)
         n_run = stream.n_kept + stream.n_massive
         rate = n_run / (_now(cfg.device) - started)
+        stream.close()
         kept_share = _share_of_positions(run) * stream.n_kept / n_run
         for each, acts in zip(run.cfgs, stream.at_each_hook(acts_ND), strict=True):
             measured, scale = _measure_norms(each, acts, source.dtype, kept_share)

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from sae_toolkit.errors import RunFailed, one_line
-from sae_toolkit.launch import rank_in_environment
+from sae_toolkit.launch import is_under_torchrun, rank_in_environment
 
 T = TypeVar("T")
 
 # A rank that is gone is noticed at once; these are for one that hangs. In the middle of a step all ranks are at the
 # same place, between steps the others may wait for one that reads a text or writes a checkpoint.
-_WITHIN_A_STEP = timedelta(minutes=1)
+_WITHIN_A_STEP = timedelta(minutes=5)
 _BETWEEN_STEPS = timedelta(days=2)
 
 
@@ -97,6 +97,17 @@ class Ranks:
             dist.all_gather(found, padded)
         return [part[:length] for part, length in zip(found, lengths, strict=True)]
 
+    def gather_to_main(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The CPU tensors [N_r, D] of all ranks, on rank 0; an empty list on the others."""
+        lengths = [n for (n,) in self.counts(len(rows))]
+        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in lengths] if self.is_main else None
+        raw = None if found is None else [part.view(torch.uint8) for part in found]
+        with _none_lost():
+            dist.gather(padded.view(torch.uint8), raw, dst=0, group=self._control)
+        return [part[:length] for part, length in zip(found or [], lengths if found else [], strict=True)]
+
     def counts(self, *numbers: int) -> list[tuple[int, ...]]:
         """The whole numbers of each rank."""
         if self.is_alone:
@@ -150,7 +161,7 @@ def join_ranks() -> Iterator[Ranks]:
     Raises:
         RunFailed: they do not come.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE", 1)) if is_under_torchrun() else 1
     if size == 1:
         yield ALONE
         return

@@ -133,10 +133,12 @@ class Result:
         wandb_run = training_wandb_run(Path(self.summary["sae"]["path"]))
         protocol, path = self.summary["protocol"], Path(self.summary["sae"]["path"])
         prefix = "evaluation" if protocol == "health" else f"evaluation_{protocol}"
-        if path.parent.name.startswith("final_"):  # one of several hooks
+        of_hook = re.fullmatch(r"(final_)?\d+", path.parent.name) is not None
+        checkpoint = path.parent.name if of_hook else path.name
+        if not checkpoint.startswith("final_"):
+            prefix = f"{prefix}_{checkpoint}"
+        if of_hook:
             prefix = f"{prefix}/{path.name}"
-        elif not path.name.startswith("final_"):
-            prefix = f"{prefix}_{path.name}"
         wandb_run.summarize(_flatten(self.summary, prefix))
         wandb_run.finish()
 

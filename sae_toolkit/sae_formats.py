@@ -143,7 +143,7 @@ def _find(name: str, layer: int | None, flag: str) -> list[SAEFile]:
     if path.exists():
         return _in_directory(path, None, layer, f"{flag} {name}")
     if glob.has_magic(name):
-        return _of_pattern(str(path), f"{flag} {name}")
+        return _of_pattern(str(path), layer, f"{flag} {name}")
     head, _, part = name.partition(":")
     if leaves_its_directory(part):
         raise UserError(f"{flag} {name}: {part} is not within {head}")
@@ -247,14 +247,14 @@ def _choose(folders: Collection[str], part: str | None, layer: int | None, where
     raise UserError(f"{where}: holds {len(folders)} SAEs: {listed}; {wanted}name one, as in {name}:{in_order[0]}")
 
 
-def _of_pattern(pattern: str, where: str) -> list[SAEFile]:
+def _of_pattern(pattern: str, layer: int | None, where: str) -> list[SAEFile]:
     directories: list[Path] = []
     for match in sorted(glob.glob(pattern, recursive=True), key=_natural):  # noqa: PTH207  Path.glob: no absolute one
         directory = Path(match)
         if _library_of(directory) is not None:
             directories.append(directory)
         elif directory.is_dir():
-            directories += _checkpoints(directory)
+            directories += _checkpoints(directory, layer) or _of_hooks(directory, layer)
     if not directories:
         raise UserError(f"{where}: the pattern fits no SAE; looked for {_WHAT_IS_AN_SAE}")
     return _of_many(directories, where)

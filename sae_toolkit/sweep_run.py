@@ -127,13 +127,18 @@ def run_trials(
             reduction_factor=2,
             stop_last_trials=False,
         )
+    # Trials that were evaluated before would count as rivals of those that run.
+    outcomes: dict[int, Mapping[str, Any]] = {trial.number: result for trial in trials if (result := trial.result())}
+    unfinished = [trial for trial in trials if trial.number not in outcomes]
+    if not unfinished:
+        return [(trial, outcomes[trial.number]) for trial in trials]
     started, narrator = time.monotonic(), _Narrator(trials)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(SweepTrial, trials=list(trials), settings=settings),
             {"cpu": cpus_per_trial, "gpu": gpus_per_trial},
         ),
-        param_space={"number": tune.grid_search([trial.number for trial in trials])},
+        param_space={"number": tune.grid_search([trial.number for trial in unfinished])},
         tune_config=tune.TuneConfig(
             metric="promise", mode="max", scheduler=scheduler, trial_dirname_creator=lambda trial: trial.trial_id
         ),
@@ -146,11 +151,10 @@ def run_trials(
         ),
     )
     found = tuner.fit()
-    if len(narrator.ended) < len(trials):
+    if len(narrator.ended) < len(unfinished):
         log.warning("stopped; the same command goes on")
         raise KeyboardInterrupt
     log.info("the trials took %s", f"{time.monotonic() - started:,.0f} s")
-    outcomes: dict[int, Mapping[str, Any]] = {}
     for each in (found[i] for i in range(len(found))):
         if each.error:
             outcome: Mapping[str, Any] = {"failed": _reason(each.error)}

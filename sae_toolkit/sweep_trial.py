@@ -40,11 +40,14 @@ class SweepTrial(tune.Trainable):
         self.trial.directory.mkdir(parents=True, exist_ok=True)
 
     def step(self) -> dict[str, Any]:
-        """Waits a little; the metrics as they stand, or at the end what `result.json` says."""
-        if (result := self.trial.result()) is not None:
-            return result | {"done": True}
+        """Waits a little; the metrics as they stand, or at the end what the trial came to."""
         if self.process is None:
-            self._start_training()
+            finished = sorted(self.trial.directory.glob("*/*/final_*"), key=lambda path: path.stat().st_mtime)
+            if finished:
+                self.sae = str(finished[-1])
+                self._start_evaluation()
+            else:
+                self._start_training()
         assert self.process is not None
         try:
             status = self.process.wait(_SECONDS_BETWEEN_REPORTS)
@@ -58,7 +61,7 @@ class SweepTrial(tune.Trainable):
             self.sae = self._output.read_text().strip()
             self.training_seconds = time.monotonic() - self.started
             self._start_evaluation()
-            return self._progress()
+            return {}
         return self._finish(self._evaluation())
 
     def _start_training(self) -> None:
@@ -99,6 +102,9 @@ class SweepTrial(tune.Trainable):
         return next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "no output")
 
     def _progress(self) -> dict[str, Any]:
+        """What a scheduler can compare; nothing while the SAE is evaluated, for then the trial is not to be stopped."""
+        if not self.is_training:
+            return {}
         reading = self._reading()
         if reading is None:
             return {"tokens": 0, "promise": 0.0}

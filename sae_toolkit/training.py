@@ -197,7 +197,8 @@ def _calibrate(
             batches = stream.ranks.gather(acts.norm(dim=-1, keepdim=True))
             each.activation_scaler.estimate_scaling_factor(each.sae.cfg.d_in, iter(batches), len(batches))
         elif mode == "covariance_whitening":
-            batches = stream.ranks.gather(acts.contiguous())
+            gathered = stream.ranks.gather(acts.contiguous())
+            batches = [piece for part in gathered for piece in part.split(cfg.train_batch_size_tokens)]
             each.activation_scaler.estimate_whitening(each.sae.cfg.d_in, iter(batches), len(batches))
 
 
@@ -215,6 +216,7 @@ def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
         disable=not training.ranks.is_main,
     )
     last_reading = last_line = 0.0
+    training.ranks.wait()  # for one that reads a checkpoint, or starts wandb; within a step there is less patience
     if training.ranks.is_main:
         training.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
     with progress:

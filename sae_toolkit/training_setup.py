@@ -127,9 +127,15 @@ class PreparedRun:
             self.model,
             self.lm_dtype,
             n_parameters=self._n_parameters,
-            cached=self.is_cached or self.llm_device != cfg.device,
+            cached=self.is_cached or not self._shares_device,
             n_saes=len(self.cfgs),
         )
+
+    @property
+    def _shares_device(self) -> bool:
+        """Whether the language model and the SAE are on one device."""
+        both = (torch.device(name) for name in (self.llm_device, self.cfg.device))
+        return len({(device.type, device.index or 0) for device in both}) == 1
 
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
@@ -153,6 +159,15 @@ class PreparedRun:
         Raises:
             UserError: it surely does not fit: on a CPU the kernel would end the process without a word.
         """
+        if not self._shares_device and not self.is_cached:
+            takes, there = self._n_parameters[0] * self.lm_dtype.itemsize, free_memory(self.llm_device)
+            if takes > there * self.flags.n_devices:
+                log.warning(
+                    "--llm_device %s: the language model takes about %.1f GiB, and %.1f GiB are free there",
+                    self.llm_device,
+                    takes / 2**30,
+                    there / 2**30,
+                )
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
@@ -173,7 +188,7 @@ class PreparedRun:
     def disk_plan(self) -> dict[str, int]:
         """Bytes that the run takes on disk at the most, by item."""
         memory = self.plan_memory()
-        checkpoint = memory.sae + memory.adam + memory.buffer
+        checkpoint = memory.sae + memory.adam + self.ranks.size * memory.buffer
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
         if Interval.parse(self.flags.checkpoint_every) != Interval():
             n_checkpoints += self.flags.keep + 1  # the last go when the next is whole
@@ -220,7 +235,7 @@ class PreparedRun:
         n_there = int(self.positions.keeps_tokens(self.rows_NT).sum())
         return "\n".join(
             (
-                f"model   {self.model.name}, {hooks}, {dtype_to_str(self.lm_dtype)} on {cfg.device}",
+                f"model   {self.model.name}, {hooks}, {dtype_to_str(self.lm_dtype)} on {self.llm_device}",
                 f"text    {self.text.name}"
                 + (f" ({self.text.config})" if self.text.config else "")
                 + f", {len(self.rows_NT):,} contexts of {cfg.context_size},"

@@ -88,7 +88,9 @@ def check_manifest(directory: Path, where: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where}: damaged: {MANIFEST_FILENAME} cannot be read") from None
     for name, written in files.items():
-        file = directory / Path(*(part for part in Path(name).parts if part not in ("/", "..")))
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{where}: damaged: {MANIFEST_FILENAME} names a file that is not within it")
+        file = directory / name
         if not file.is_file():
             raise UserError(f"{where}: incomplete: {name} is missing")
         if _size_and_checksum(file) != written:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError
 from sae_toolkit.training_flags import ARCHITECTURES
+from sae_toolkit.whole_directory import check_manifest
 
 ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
 SAELENS_FILES = {"cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
@@ -118,3 +119,12 @@ def test_damaged_weights_are_refused(script, tiny_run):
     (final / "manifest.json").unlink()
     with pytest.raises(UserError, match="damaged or incomplete"):
         load_sae(final, "cpu")
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "//etc/hostname", "../outside", "inside/../../outside"])
+def test_a_manifest_names_no_file_outside_its_directory(tmp_path, name):
+    (tmp_path / "outside").write_text("not ours")
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "manifest.json").write_text(json.dumps({"files": {name: {}}}))
+    with pytest.raises(UserError, match="names a file that is not within it"):
+        check_manifest(tmp_path / "sae", "--sae_path sae")
