@@ -105,7 +105,7 @@ def kill_evenly(trainings, tiny_model, text_file, tmp_path, architecture, n_kill
 def test_two_hundred_kills_end_in_the_same_sae(trainings, tiny_model, text_file, tmp_path, record_fault):
     n_killed = n_inside = 0
     for architecture in ARCHITECTURES:
-        killed, inside = kill_evenly(trainings, tiny_model, text_file, tmp_path / architecture, architecture, 32, 12)
+        killed, inside = kill_evenly(trainings, tiny_model, text_file, tmp_path / architecture, architecture, 36, 12)
         n_killed, n_inside = n_killed + killed, n_inside + inside
     assert n_killed >= 200
     assert n_inside >= 40
