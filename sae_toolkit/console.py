@@ -128,6 +128,11 @@ def run_script(main: Callable[[], int | None]) -> None:
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         _log_to_file_alone(traceback.format_exc())
         status = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads any more; Python itself would try again at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 

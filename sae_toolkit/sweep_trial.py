@@ -61,7 +61,7 @@ class SweepTrial(tune.Trainable):
             self.sae = self._output.read_text().strip()
             self.training_seconds = time.monotonic() - self.started
             self._start_evaluation()
-            return {}
+            return self._progress()
         return self._finish(self._evaluation())
 
     def _start_training(self) -> None:
@@ -102,9 +102,11 @@ class SweepTrial(tune.Trainable):
         return next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "no output")
 
     def _progress(self) -> dict[str, Any]:
-        """What a scheduler can compare; nothing while the SAE is evaluated, for then the trial is not to be stopped."""
+        """What a scheduler can compare: by tokens, which are left out while the SAE is evaluated, since the trial is not
+        to be stopped then.
+        """
         if not self.is_training:
-            return {}
+            return {"promise": 0.0}
         reading = self._reading()
         if reading is None:
             return {"tokens": 0, "promise": 0.0}

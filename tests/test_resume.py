@@ -95,7 +95,7 @@ def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, r
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     process = subprocess.Popen(
-        [sys.executable, "sae_lens_train.py", *flags, "--train_batch_size_tokens", "64", "--checkpoint_every", "0"],
+        [sys.executable, "sae_lens_train.py", *flags, "--train_batch_size_tokens", "32", "--checkpoint_every", "0"],
         cwd=ROOT,
         stdin=theirs,
         stdout=theirs,
@@ -119,7 +119,7 @@ def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, r
 
 def test_the_launcher_passes_a_termination_on(flags, tmp_path, record_fault):
     """Only the script itself gets the signal, as from a scheduler."""
-    flags = [*flags, "--train_batch_size_tokens", "64", "--checkpoint_every", "0"]
+    flags = [*flags, "--train_batch_size_tokens", "32", "--checkpoint_every", "0"]
     process = subprocess.Popen(
         ["./run_saelens_training.sh", "demo", *flags],
         cwd=ROOT,

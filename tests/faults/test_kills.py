@@ -130,6 +130,6 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_sae(
 
 def test_some_kills_end_in_the_same_sae(trainings, tiny_model, text_file, tmp_path):
     """The short form."""
-    n_killed, n_inside = kill_evenly(trainings, tiny_model, text_file, tmp_path, "batchtopk", 3, 2)
+    n_killed, n_inside = kill_evenly(trainings, tiny_model, text_file, tmp_path, "batchtopk", 5, 2)
     assert n_killed >= 4
     assert n_inside >= 1
