@@ -128,7 +128,9 @@ def run_trials(
             stop_last_trials=False,
         )
     # Trials that were evaluated before would count as rivals of those that run.
-    outcomes: dict[int, Mapping[str, Any]] = {trial.number: result for trial in trials if (result := trial.result())}
+    outcomes: dict[int, Mapping[str, Any]] = {
+        trial.number: {name: result[name] for name in _OF_EVALUATED} for trial in trials if (result := trial.result())
+    }
     unfinished = [trial for trial in trials if trial.number not in outcomes]
     if not unfinished:
         return [(trial, outcomes[trial.number]) for trial in trials]

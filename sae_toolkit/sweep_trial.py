@@ -102,9 +102,7 @@ class SweepTrial(tune.Trainable):
         return next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "no output")
 
     def _progress(self) -> dict[str, Any]:
-        """What a scheduler can compare: by tokens, which are left out while the SAE is evaluated, since the trial is not
-        to be stopped then.
-        """
+        """What a scheduler can compare; it does so by tokens, which are left out while the SAE is evaluated."""
         if not self.is_training:
             return {"promise": 0.0}
         reading = self._reading()
