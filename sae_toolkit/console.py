@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        flags = super().parse_args(args, namespace)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # which `parse_args` calls
+        flags, others = super().parse_known_args(args, namespace)
         for name, value in vars(flags).items():
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"argument --{name}: is empty; give a value or leave it out")
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
                     f"argument --{name}: holds a token or password, which would end up on record; set HF_TOKEN or"
                     " WANDB_API_KEY, or log in by `hf auth login` or `wandb login`"
                 )
-        return flags
+        return flags, others
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

@@ -39,8 +39,10 @@ def was_restarted() -> bool:
 
 
 def main() -> int:
+    if len(sys.argv) < 2:
+        raise UserError("usage: python -m sae_toolkit.launch NUM_PROCESSES [flags of sae_lens_train.py]")
     n_processes, flags = _whole_number(sys.argv[1], "NUM_GPUS", 1), sys.argv[2:]
-    n_machines = _whole_number(os.environ.get("NNODES", "1"), "NNODES", 1)
+    n_machines = _variable("NNODES", 1, 1)
     check_world_size(parse_training_flags(flags), n_processes * n_machines)  # told once, and before anything starts
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
@@ -51,12 +53,12 @@ def main() -> int:
         return _torchrun(
             f"--nproc-per-node={n_processes}",
             f"--nnodes={n_machines}",
-            f"--max-restarts={_whole_number(os.environ.get('MAX_RESTARTS', '0'), 'MAX_RESTARTS', 0)}",
+            f"--max-restarts={_variable('MAX_RESTARTS', 0, 0)}",
             *(["--standalone"] if n_machines == 1 else _meeting_place(n_machines)),
             f"--log-dir={logs}",
             "--local-ranks-filter=0",  # the others say the same
             "--monitor-interval=0.5",
-            f"--shutdown-timeout={os.environ.get('SHUTDOWN_TIMEOUT', '300')}",  # for a checkpoint to be written
+            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds, for a checkpoint to be written
             str(_SCRIPT),
             *flags,
         )
@@ -66,6 +68,10 @@ def _whole_number(text: str, name: str, least: int) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise UserError(f"{name} {text}: must be a whole number of {least} or more")
     return int(text)
+
+
+def _variable(name: str, default: int, least: int) -> int:
+    return _whole_number(os.environ.get(name) or str(default), name, least)
 
 
 def _meeting_place(n_machines: int) -> list[str]:
@@ -85,11 +91,11 @@ def _meeting_place(n_machines: int) -> list[str]:
     if interface := _interface_of(here):  # else gloo and NCCL take that of the host's name, which may be loopback
         for backend in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
-    timeout = _whole_number(os.environ.get("JOIN_TIMEOUT", "600"), "JOIN_TIMEOUT", 1)
+    timeout = _variable("JOIN_TIMEOUT", 600, 1)  # seconds
     return [
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={address}:{port}",
-        f"--rdzv-id={os.environ.get('RUN_ID', port)}",
+        f"--rdzv-id={port}",
         f"--rdzv-conf=is_host={int(node_rank == 0)},join_timeout={timeout},read_timeout={timeout}",
         f"--local-addr={here}",
     ]

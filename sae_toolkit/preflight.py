@@ -22,10 +22,10 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.memory import is_out_of_memory
 from sae_toolkit.models import load_language_model
+from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.trainer import Trainer
 from sae_toolkit.training import create_sae
-from sae_toolkit.training_setup import PreparedRun
 
 log = logging.getLogger(__name__)
 

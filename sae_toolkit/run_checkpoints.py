@@ -15,7 +15,7 @@ from sae_toolkit.checkpoints import finish_saes, save_final_checkpoint, save_tra
 from sae_toolkit.errors import RunFailed
 from sae_toolkit.flag_values import Interval
 from sae_toolkit.multi_trainer import MultiTrainer
-from sae_toolkit.training_setup import PreparedRun
+from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.whole_directory import NotSaved
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -79,7 +78,7 @@ def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
         ],
         "best": best[0][0].number if best else None,
     }
-    (directory / "sweep.json").write_text(json.dumps(_without_infinity(content), indent=1) + "\n")
+    (directory / "sweep.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     lines = [header, ["---"] * len(header), *rows]
     markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     reasons = [
@@ -94,14 +93,6 @@ def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
     page = directory / "sweep.html"
     page.write_text(_page(directory.name, header, rows, reasons, best_command, outcomes), encoding="utf-8")
     return page
-
-
-def _without_infinity(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinity(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def front_figure(outcomes: Outcomes) -> go.Figure:

@@ -20,12 +20,13 @@ from ray.tune.schedulers import ASHAScheduler
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.sweep import Trial
 from sae_toolkit.sweep_trial import SweepTrial
+from sae_toolkit.training_flags import parse_training_flags
 
 log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3  # of a trial, each gone on from its checkpoint
 _SECONDS_BETWEEN_LINES = 20.0
-_OF_EVALUATED = ("sae", "metrics", "health", "n_healthy", "training_seconds")
+_OF_EVALUATED = ("sae", "metrics", "health", "n_healthy")
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def run_trials(
     }
     scheduler = None
     if early_stop:
-        tokens = max(_tokens_of(trial) for trial in trials)
+        tokens = max(parse_training_flags(trial.flags).training_tokens for trial in trials)
         scheduler = ASHAScheduler(  # at a quarter and at a half of the tokens; never while it is evaluated
             time_attr="tokens",
             grace_period=max(1, tokens // 4),
@@ -166,12 +167,6 @@ def run_trials(
             outcome = {name: metrics[name] for name in kept} or {"stopped": metrics.get("tokens", 0)}
         outcomes[(each.config or {})["number"]] = outcome
     return [(trial, outcomes[trial.number]) for trial in trials]
-
-
-def _tokens_of(trial: Trial) -> int:
-    from sae_toolkit.training_flags import parse_training_flags
-
-    return parse_training_flags(trial.flags).training_tokens
 
 
 def _check_resources(cpus: int, gpus: float) -> None:

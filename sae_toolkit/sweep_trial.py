@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ class SweepTrial(tune.Trainable):
     def setup(  # type: ignore[override]  # tune.with_parameters gives the others
         self, config: dict[str, Any], trials: list[Trial], settings: dict[str, Any]
     ) -> None:
-        """Takes the trial of config["number"], from 1; `settings` are those that `run_sweep` makes for all."""
+        """Takes the trial of config["number"], from 1; `settings` are those that `run_trials` makes for all."""
         self.trial = trials[config["number"] - 1]
         self.settings = settings
         self.process: subprocess.Popen[str] | None = None
         self.is_training = True
-        self.training_seconds = 0.0
         self.trial.directory.mkdir(parents=True, exist_ok=True)
 
     def step(self) -> dict[str, Any]:
@@ -59,13 +57,12 @@ class SweepTrial(tune.Trainable):
             raise RuntimeError(f"exit status {status}: {self._last_line()}")
         if self.is_training:
             self.sae = self._output.read_text().strip()
-            self.training_seconds = time.monotonic() - self.started
             self._start_evaluation()
             return self._progress()
         return self._finish(self._evaluation())
 
     def _start_training(self) -> None:
-        self.is_training, self.started = True, time.monotonic()
+        self.is_training = True
         self._start("sae_lens_train.py", *self.trial.training_flags())
 
     def _start_evaluation(self) -> None:
@@ -132,7 +129,6 @@ class SweepTrial(tune.Trainable):
             "health": summary["health"],
             "n_healthy": summary["health"]["healthy"] or 0,
             "promise": (summary["health"]["healthy"] or 0) + 1.0,
-            "training_seconds": self.training_seconds,
         }
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
 from sae_toolkit.multi_trainer import MultiTrainer
+from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_checkpoints import RunCheckpoints
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.stop_signals import Stopped, StopSignals
-from sae_toolkit.training_setup import PreparedRun
 from sae_toolkit.trust import tensors_only
 from sae_toolkit.wandb_run import WandbRun
 

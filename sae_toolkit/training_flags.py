@@ -116,9 +116,8 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def known_flags() -> list[str]:
-    """The names of all flags."""
-    actions = _build_parser()._actions
-    return [option.removeprefix("--") for action in actions for option in action.option_strings if option != "-h"]
+    """The names of all flags that a run is made of."""
+    return list(vars(_build_parser().parse_args([])))
 
 
 def run_directory_of(path: Path) -> Path:

@@ -10,10 +10,11 @@ import torch
 from conftest import ROOT, run_process
 from sae_lens.training.mixing_buffer import mixing_buffer
 
-from sae_toolkit.activations import ActivationStream, ShuffleBuffer
+from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError
 from sae_toolkit.models import find_model, load_language_model
 from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.shuffle_buffer import ShuffleBuffer
 
 SPECIAL = (1, 2)
 

@@ -55,6 +55,7 @@ def test_a_sample_is_drawn_from_ranges_and_values_and_is_the_same_each_time(tmp_
         (["expansion=4,8"], {}, "the closest is expansion_factor"),
         (["k"], {}, "--grid k: must be NAME=VALUES"),
         (["k=32,,64"], {}, "--grid k=32,,64: must be NAME=VALUES"),
+        (["help=1"], {}, "has no flag --help"),
         (["output_name=a,b"], {}, "--output_name is not one to sweep"),
         (["k=32", "k=64"], {}, "--grid k=64: --k is swept twice"),
         (["k=32,many"], {}, "trial 2 (k=many): argument --k"),
@@ -154,6 +155,7 @@ def test_a_sweep_ends_in_a_table_a_front_and_a_command(tiny_args, tmp_path):
         (["--grid", "k=4", "--address", "nowhere"], "--address nowhere: must be auto, or host:port"),
         (["--grid", "k=4", "--cpus_per_trial", "99"], "--cpus_per_trial 99 --gpus_per_trial 0: no machine has as many"),
         (["--grid", "k=4", "--gpus_per_trial", "1"], "--gpus_per_trial 1: no machine has as many"),
+        (["--grid", "k=4", "--sweep_dir", ""], "argument --sweep_dir: is empty"),
         (["--grid", "k=4", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
     ],
 )
