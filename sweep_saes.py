@@ -44,7 +44,7 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     add("--sample", type=positive, metavar="N", help="draw N trials at random rather than run all combinations")
     add("--sample_seed", type=non_negative, default=0, help="of these draws (default: 0)")
     add("--early_stop", action="store_true", help="stop trials that promise too little (ASHA)")
-    add("--sweep_dir", type=Path, help="directory of the sweep (default: sweeps/OUTPUT_NAME)")
+    add("--sweep_dir", help="directory of the sweep (default: sweeps/OUTPUT_NAME)")
     add("--no_cache", action="store_true", help="do not keep activations; trials compute their own")
     add("--address", help="a Ray cluster: auto, or host:port of its head (default: this machine alone)")
     add("--cpus_per_trial", type=positive, default=1, help="cores of each trial (default: 1)")
@@ -58,7 +58,7 @@ def main() -> int:
     flags, base = parse_flags()
     set_up_logging()
     name = parse_training_flags(base).output_name
-    directory = flags.sweep_dir or Path("sweeps") / name
+    directory = Path(flags.sweep_dir or f"sweeps/{name}")
     trials = make_trials(
         base,
         directory.absolute(),
