@@ -99,8 +99,7 @@ def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: Act
         )
     for name, each in trainer.trainers.items():
         place = directory if trainer.is_single else directory / name
-        each.load_trainer_state(place)
-        each.sae.load_weights_from_checkpoint(place)
+        each.load_checkpoint(place)
         each.load_state_beside_saelens(state["trainers"][name])
     stream.load_state_dict(state["stream"])
     torch.set_rng_state(state["random"]["cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from sae_toolkit.ranks import ALONE, Ranks
+from sae_toolkit.sharded_sae import ShardedTrainer, is_shard
 from sae_toolkit.trainer import Trainer
 
 
@@ -28,7 +30,18 @@ class MultiTrainer(MultiSAETrainer):
 
     def __init__(self, cfg: SAETrainerConfig, saes: Mapping[str, TrainingSAE[Any]], ranks: Ranks = ALONE) -> None:
         super().__init__(cfg, dict(saes), {name: name for name in saes}, data_provider=iter(()))
-        self.trainers = {name: Trainer(cfg, sae, iter(()), ranks) for name, sae in saes.items()}
+        self.trainers = {
+            name: (ShardedTrainer if is_shard(sae) else Trainer)(cfg, sae, iter(()), ranks)
+            for name, sae in saes.items()
+        }
+
+    def whole(self, *, finished: bool = False) -> MultiTrainer | None:
+        """The trainers of whole SAEs, to be saved; None where they are another rank's."""
+        whole = copy(self)
+        found = {name: trainer.whole(finished=finished) for name, trainer in self.trainers.items()}
+        whole.trainers = {name: trainer for name, trainer in found.items() if trainer is not None}
+        whole.saes = {name: trainer.sae for name, trainer in whole.trainers.items()}
+        return whole if whole.trainers else None
 
     @property
     def is_single(self) -> bool:

@@ -201,13 +201,14 @@ def _share_of_positions(run: PreparedRun) -> float:
 
 
 def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, scale: float) -> float:
-    """Seconds that a training step of one SAE takes."""
-    trainer_cfg = cfg.to_sae_trainer_config()
+    """Seconds that a training step of one SAE takes on a rank, without what it says to others."""
+    share = run.share_of_rank(cfg)
+    trainer_cfg = share.to_sae_trainer_config()
     trainer_cfg.logger = LoggingConfig(log_to_wandb=False)
-    batch_BD = acts_ND[torch.arange(cfg.train_batch_size_tokens // run.ranks.size) % len(acts_ND)]
+    batch_BD = acts_ND[torch.arange(share.train_batch_size_tokens) % len(acts_ND)]
     seconds: list[float] = []
     try:
-        trainer = Trainer(trainer_cfg, create_sae(cfg), iter(()))
+        trainer = Trainer(trainer_cfg, create_sae(share), iter(()))
         if cfg.sae.normalize_activations == "expected_average_only_in":
             trainer.activation_scaler.scaling_factor = scale
         while len(seconds) < _MOST_STEPS and sum(seconds) < _SECONDS_OF_STEPS:

@@ -100,12 +100,26 @@ class PreparedRun:
         """What each process takes."""
         return self._plan_memory(self.cfg)
 
-    def _plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any]) -> MemoryPlan:
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds some of the features; else each holds all."""
+        return self.flags.shard_features and not self.ranks.is_alone
+
+    def share_of_rank(self, cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
+        """What one rank has of a configuration: of a batch, or of the features and the active ones among them."""
         share = copy.copy(cfg)
         for name in ("train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer"):
             setattr(share, name, -(-getattr(cfg, name) // self.ranks.size))
+        if self.is_sharded:
+            share.train_batch_size_tokens = cfg.train_batch_size_tokens
+            share.sae = copy.copy(cfg.sae)
+            share.sae.d_sae = cfg.sae.d_sae // self.ranks.size
+            share.sae.k = max(1, cfg.sae.k // self.ranks.size)
+        return share
+
+    def _plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any]) -> MemoryPlan:
         return plan_memory(
-            share,
+            self.share_of_rank(cfg),
             self.model,
             self.lm_dtype,
             n_parameters=self._n_parameters,
@@ -150,6 +164,8 @@ class PreparedRun:
                     takes / 2**30,
                     there / 2**30,
                 )
+        if self.is_sharded:
+            self._check_memory_of_host()
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
@@ -162,6 +178,17 @@ class PreparedRun:
             raise UserError(message)
         log.warning(message)
 
+    def _check_memory_of_host(self) -> None:
+        plan = self.plan_memory()
+        gathers, there = self.ranks.size * (plan.sae + plan.adam), free_memory("cpu")
+        if gathers > there:
+            log.warning(
+                "--shard_features: for a checkpoint rank 0 gathers all features with Adam's moments in its host's"
+                " memory, about %.1f GiB, and %.1f GiB are free there",
+                gathers / 2**30,
+                there / 2**30,
+            )
+
     def _free_memory(self) -> int:
         """Bytes that one process can take: the processes of a machine share its memory, and each has its own GPU."""
         free = free_memory(self.cfg.device)
@@ -170,11 +197,12 @@ class PreparedRun:
     def disk_plan(self) -> dict[str, int]:
         """Bytes that the run takes on disk at the most, by item."""
         memory = self.plan_memory()
-        checkpoint = memory.sae + memory.adam + self.ranks.size * memory.buffer
+        sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
+        checkpoint = sae + adam + self.ranks.size * memory.buffer
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
         if Interval.parse(self.flags.checkpoint_every) != Interval():
             n_checkpoints += self.flags.keep + 1  # the last go when the next is whole
-        plan = {"final SAE": memory.sae, "checkpoints": n_checkpoints * checkpoint}
+        plan = {"final SAE": sae, "checkpoints": n_checkpoints * checkpoint}
         if self.resume_from is None:
             plan["tokens"] = self.rows_NT.nbytes
         return {item: size for item, size in plan.items() if size}
@@ -224,7 +252,7 @@ class PreparedRun:
                 f" {self.flags.held_out_fraction:.0%} of documents held out",
                 f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
                 f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
-                f" lr {cfg.lr:g}" + ("" if self.ranks.is_alone else f", on {self.ranks.size} processes"),
+                f" lr {cfg.lr:g}" + self._processes(),
                 f"without {', '.join(left_out) or 'leaving anything out'}",
                 f"into    {self.directory}",
                 f"tokens  {cfg.training_tokens:,} needed, {n_there:,} there;"
@@ -237,6 +265,11 @@ class PreparedRun:
                 f" {_size(free_disk(Path(self.flags.checkpoint_path)))} free",
             )
         )
+
+    def _processes(self) -> str:
+        if self.ranks.is_alone:
+            return ""
+        return f", on {self.ranks.size} processes" + (" that share its features" if self.is_sharded else "")
 
 
 def existing(directory: Path) -> Path:

@@ -108,6 +108,19 @@ class Ranks:
             dist.gather(padded.view(torch.uint8), raw, dst=0, group=self._control)
         return [part[:length] for part, length in zip(found or [], lengths if found else [], strict=True)]
 
+    def scatter_from_main(self, rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the CPU tensor [N, ...] that rank 0 has, in equal parts.
+
+        Args:
+            rows: on rank 0.
+            like: of the part's shape and dtype.
+        """
+        part = torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format)
+        parts = None if rows is None else [each.contiguous().view(torch.uint8) for each in rows.chunk(self.size)]
+        with _none_lost():
+            dist.scatter(part.view(torch.uint8), parts, src=0, group=self._control)
+        return part
+
     def counts(self, *numbers: int) -> list[tuple[int, ...]]:
         """The whole numbers of each rank."""
         if self.is_alone:

@@ -50,24 +50,22 @@ class RunCheckpoints:
         """Saves a checkpoint, unless there is no room for it; then the last one stays and the run goes on."""
         n_tokens, ranks = self.trainer.n_training_samples, self.run.ranks
         if milestone or self._saved_tokens != n_tokens:
-            stream_state = self.stream.state_dict()  # of all ranks
-            if ranks.is_main:
-                self._save(stream_state, milestone)
+            stream_state, trainer = self.stream.state_dict(), self.trainer.whole()  # of all ranks
+            if ranks.is_main and trainer:
+                self._save(trainer, stream_state, milestone)
             self.newest = ranks.broadcast(self.newest)
         self._saved_at, self._saved_tokens = time.monotonic(), n_tokens
 
-    def _save(self, stream_state: dict[str, Any], milestone: bool) -> None:
+    def _save(self, trainer: MultiTrainer, stream_state: dict[str, Any], milestone: bool) -> None:
         key = self.run.run_directory.key
         try:
             self.newest = self._with_room(
-                lambda: save_training_checkpoint(
-                    self.trainer, stream_state, self.run.cfgs, run=key, milestone=milestone
-                )
+                lambda: save_training_checkpoint(trainer, stream_state, self.run.cfgs, run=key, milestone=milestone)
             )
             self.run.run_directory.keep_newest(self.run.flags.keep)
         except NotSaved as error:
             kept = f"the last is {self.newest}" if self.newest else "there is none yet"
-            n_tokens = f"{self.trainer.n_training_samples:,}"
+            n_tokens = f"{trainer.n_training_samples:,}"
             log.warning("the checkpoint at %s tokens is not saved: %s; %s", n_tokens, error, kept)
 
     def save_final(self) -> Path:
@@ -76,17 +74,18 @@ class RunCheckpoints:
         Raises:
             RunFailed: there is no room.
         """
-        finish_saes(self.trainer, self.run.cfg)
-        if self.run.ranks.is_main:
-            self._save_final()
+        trainer = self.trainer.whole(finished=True)
+        if self.run.ranks.is_main and trainer:
+            self._save_final(trainer)
         self.final = self.run.ranks.broadcast(self.final)
         assert self.final is not None
         return self.final
 
-    def _save_final(self) -> None:
+    def _save_final(self, trainer: MultiTrainer) -> None:
+        finish_saes(trainer, self.run.cfg)
         directory = self.run.run_directory
         try:
-            self.final = self._with_room(lambda: save_final_checkpoint(self.trainer, self.run.cfgs, run=directory.key))
+            self.final = self._with_room(lambda: save_final_checkpoint(trainer, self.run.cfgs, run=directory.key))
         except NotSaved as error:
             raise RunFailed(
                 f"{directory.path}: the finished SAE cannot be saved: {error}; make room, and {self.how_to_go_on()}"

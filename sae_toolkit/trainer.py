@@ -16,7 +16,8 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_toolkit.ranks import ALONE, Ranks
-from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, select_among
+from sae_toolkit.selection import select_among
+from sae_toolkit.sparse_topk import SparseTopKTrainingSAE
 
 # How many steps old the count of dead features may be that a step goes by.
 _STEPS_BEHIND = 4
@@ -53,16 +54,20 @@ class Trainer(SAETrainer[Any, Any]):
         self.ranks = ranks
         self._sums: list[Any] = []  # of gradients, on their way
         if not ranks.is_alone:
-            for tensor in sae.state_dict().values():
+            for tensor in self._tensors_of_all_ranks():
                 ranks.broadcast_tensor(tensor)
-            for parameter in sae.parameters():
-                parameter.register_post_accumulate_grad_hook(
-                    lambda parameter: self._sums.append(ranks.start_sum(parameter.grad))
-                )
+                if isinstance(tensor, torch.nn.Parameter):
+                    tensor.register_post_accumulate_grad_hook(
+                        lambda parameter: self._sums.append(ranks.start_sum(parameter.grad))
+                    )
             select_among(sae, ranks, cfg.train_batch_size_samples)
         self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self._counts_of_dead: deque[_Reading] = deque()
+
+    def _tensors_of_all_ranks(self) -> list[torch.Tensor]:
+        """What is the same on all ranks; the gradients of what is trained of it are added up."""
+        return [*self.sae.parameters(), *self.sae.buffers()]
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's.
@@ -103,8 +108,9 @@ class Trainer(SAETrainer[Any, Any]):
         share = len(batch) / n_samples  # SAELens's losses are means over tokens
         (output.loss * share if share != 1 else output.loss).backward()
         self.ranks.finish(self._sums)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
-        firings_F, loss = self._sum_firings_and_loss(output, share)
+        grad_norm = self._grad_norm()
+        torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), 1.0, grad_norm)
+        firings_F, loss = self._of_whole_batch(_count_firings(output.feature_acts), output.loss.detach(), share)
         not_finite = ~(loss + grad_norm).isfinite()
         self.n_not_finite += not_finite
         self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
@@ -114,7 +120,7 @@ class Trainer(SAETrainer[Any, Any]):
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(not_finite, before, buffer))
         self.n_training_samples += n_samples
-        self._count_firings(firings_F)
+        self._record_firings(firings_F)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -122,8 +128,25 @@ class Trainer(SAETrainer[Any, Any]):
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
+        self.after_loading()
+
+    def after_loading(self) -> None:
+        """Goes on from the state that it has been given."""
         self._counts_of_dead.clear()
         self._fuse_optimizer()
+
+    def load_checkpoint(self, checkpoint_path: Path) -> None:
+        """Weights and state, as SAELens saves them."""
+        self.load_trainer_state(checkpoint_path)
+        self.sae.load_weights_from_checkpoint(checkpoint_path)
+
+    def whole(self, *, finished: bool) -> Trainer | None:
+        """The trainer of all features, to be saved; None where that is another rank's.
+
+        Args:
+            finished: whether Adam's moments are of no use any more.
+        """
+        return self
 
     def state_beside_saelens(self) -> dict[str, Any]:
         """What `save_trainer_state` does not know of."""
@@ -140,22 +163,21 @@ class Trainer(SAETrainer[Any, Any]):
             for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel reads all as one piece of memory
                 state[name] = torch.empty_like(parameter).copy_(state[name])
 
+    def _grad_norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.sae.parameters() if p.grad is not None])
+
     @torch.no_grad()
-    def _sum_firings_and_loss(self, output: TrainStepOutput, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """How often each feature fired in the whole batch, and its loss."""
-        feature_acts, loss = output.feature_acts, output.loss.detach()
-        if feature_acts.is_sparse:
-            fired_N = (feature_acts._values() > 0).to(self.act_freq_scores.dtype)
-            firings_F = torch.zeros_like(self.act_freq_scores).index_add_(0, feature_acts._indices()[1], fired_N)
-        else:
-            firings_F = (feature_acts != 0).sum(0)
+    def _of_whole_batch(
+        self, firings_F: torch.Tensor, loss: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How often each feature fired, and the loss, given those of this rank's part."""
         if self.ranks.is_alone:
             return firings_F, loss
         both = self.ranks.sum(torch.cat((firings_F, loss[None] * share)))
         return both[:-1], both[-1]
 
     @torch.no_grad()
-    def _count_firings(self, firings_F: torch.Tensor) -> None:
+    def _record_firings(self, firings_F: torch.Tensor) -> None:
         self.act_freq_scores += firings_F
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firings_F > 0, 0)
@@ -190,11 +212,23 @@ class Trainer(SAETrainer[Any, Any]):
         if self.act_freq_scores.device.type == "cpu":
             return None
         soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
-        self._counts_of_dead.append(_Reading(soon.sum()))
+        self._counts_of_dead.append(_Reading(self._count_of_all_ranks(soon)))
         if len(self._counts_of_dead) <= _STEPS_BEHIND:
             return None
         n_dead = self._counts_of_dead.popleft().value()
         return -(-n_dead // 256) * 256  # few sizes, for the allocator
+
+    def _count_of_all_ranks(self, features_F: torch.Tensor) -> torch.Tensor:
+        return features_F.sum()
+
+
+@torch.no_grad()
+def _count_firings(feature_acts: torch.Tensor) -> torch.Tensor:
+    """How often each feature fired, [F]."""
+    if not feature_acts.is_sparse:
+        return (feature_acts != 0).sum(0)
+    fired_N = (feature_acts._values() > 0).float()
+    return fired_N.new_zeros(feature_acts.shape[1]).index_add_(0, feature_acts._indices()[1], fired_N)
 
 
 @contextmanager

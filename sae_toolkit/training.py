@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from sae_toolkit.models import load_language_model
 from sae_toolkit.multi_trainer import MultiTrainer
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_checkpoints import RunCheckpoints
+from sae_toolkit.sharded_sae import shard_sae
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.stop_signals import Stopped, StopSignals
 from sae_toolkit.trust import tensors_only
@@ -72,7 +75,7 @@ class Training:
         self.run = run
         self.cfg = cfg = run.cfg
         self.ranks = run.ranks
-        self.saes = {each.hook_name: create_sae(each) for each in run.cfgs}
+        self.saes = {each.hook_name: self._create_sae(each) for each in run.cfgs}
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         self.stream = ActivationStream(
             activations,
@@ -105,6 +108,14 @@ class Training:
         if cfg.compile_sae:
             for sae in self.saes.values():
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
+
+    def _create_sae(self, cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
+        """The SAE that this rank trains: all of it, or its shard of one that rank 0 makes in its host's memory."""
+        if not self.run.is_sharded:
+            return create_sae(cfg)
+        on_cpu = copy(cfg)
+        on_cpu.device, on_cpu.sae = "cpu", replace(cfg.sae, device="cpu")
+        return shard_sae(create_sae(on_cpu) if self.ranks.is_main else None, cfg.device, self.ranks)
 
     def fit(self, wandb_run: WandbRun, signals: StopSignals) -> Path:
         """Trains the SAE to the end and saves it.

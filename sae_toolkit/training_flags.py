@@ -46,6 +46,7 @@ _MAY_CHANGE = {
     "device",
     "llm_device",
     "n_devices",
+    "shard_features",
     "n_checkpoints",
     "checkpoint_every",
     "keep",
@@ -248,6 +249,13 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
             "expected_average_only_out",
         ),
     )
+    flag(
+        sae,
+        "shard_features",
+        False,
+        "spread the features over the processes of run_simple.sh, where no device holds all of them (topk, batchtopk)",
+        action="store_true",
+    )
     flag(sae, "dtype", "float32", "dtype of the SAE", choices=("float32", "bfloat16", "float16", "float64"))
 
     training = parser.add_argument_group("training")
@@ -336,6 +344,13 @@ def _check(flags: argparse.Namespace) -> None:
     for name in ("hook_names", "layers"):
         if (given := getattr(flags, name)) and len(set(given)) < len(given):
             raise UserError(f"--{name} {' '.join(map(str, given))}: one stands there twice")
+    if flags.shard_features and (
+        flags.architecture not in ("topk", "batchtopk") or flags.dtype not in ("float32", "float64")
+    ):
+        raise UserError(
+            f"--shard_features: for --architecture topk and batchtopk in float32 or float64, not {flags.architecture}"
+            f" in {flags.dtype}; leave it out"
+        )
     if flags.skip_positions >= flags.context_size:
         raise UserError(
             f"--skip_positions {flags.skip_positions}: leaves nothing of a context of {flags.context_size} tokens"

@@ -8,7 +8,7 @@ import logging
 import secrets
 import string
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ def _prepare_run(
             raise UserError(
                 "--set activations_mixing_fraction=0: a batch that is not mixed lies with one process; leave it out"
             )
+        _check_shards(flags, cfgs, ranks)
         tokenizer = load_tokenizer(model)
         positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
         if found and rows_NT is not None:
@@ -135,6 +136,21 @@ def _prepare_run(
         resume_from,
         ranks,
     )
+
+
+def _check_shards(flags: argparse.Namespace, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
+    if not flags.shard_features:
+        return
+    if ranks.is_alone:
+        log.warning("--shard_features: a single process holds all features; ./run_simple.sh NUM_GPUS starts several")
+    for cfg in cfgs:
+        if cfg.compile_sae:
+            raise UserError("--shard_features, --set compile_sae=true: shards are not compiled; leave one of them out")
+        if cfg.sae.d_sae % ranks.size:
+            raise UserError(
+                f"--shard_features: {ranks.size} processes do not divide {cfg.sae.d_sae:,} features evenly; use another"
+                f" --expansion_factor than {flags.expansion_factor}"
+            )
 
 
 def _read_text(

@@ -114,6 +114,7 @@ FLAGS = {
         "none expected_average_only_in constant_norm_rescale layer_norm covariance_whitening"
         " expected_average_in_and_out expected_average_only_out".split()
     ),
+    "shard_features": st.just(None),
     "dtype": st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
     "training_tokens": _integers(1024, 2048, 3000),
     "train_batch_size_tokens": _integers(100, 512, 1024, 2048).filter(lambda n: n != "1"),  # thousands of steps

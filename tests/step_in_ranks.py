@@ -1,5 +1,6 @@
 """Trains SAEs of several architectures on batches from a file, in each of the processes that torchrun started on its
-own part of each batch, or in one process on the whole; rank 0 saves what came out.
+own part of each batch, or in one process on the whole; rank 0 saves what came out. Those that can be are trained again
+with their features spread over the processes.
 
     python step_in_ranks.py ACTIVATIONS RESULT
 """
@@ -11,6 +12,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
 from sae_toolkit.ranks import join_ranks
+from sae_toolkit.sharded_sae import ShardedTrainer, shard_sae
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.trainer import Trainer
 
@@ -25,8 +27,13 @@ SETTINGS = {
 }
 
 
-def train(architecture, acts_ND, ranks):
+SHARDED = ", sharded"
+NAMES = [*SETTINGS, "topk" + SHARDED, "batchtopk" + SHARDED]
+
+
+def train(name, acts_ND, ranks):
     """The losses that each tenth step shows, and the SAE."""
+    architecture = name.removesuffix(SHARDED)
     sae_class, config_class = get_sae_training_class(architecture)
     cfg = LanguageModelSAERunnerConfig(
         sae=config_class(d_in=acts_ND.shape[1], d_sae=1152, dtype="float64", **SETTINGS[architecture]),
@@ -40,7 +47,11 @@ def train(architecture, acts_ND, ranks):
     )
     torch.manual_seed(ranks.rank)  # a rank that begins elsewhere is given the weights of rank 0
     sae = sparse_class(sae_class, cfg.sae)(TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict()).cfg)
-    trainer = Trainer(cfg.to_sae_trainer_config(), sae, iter(()), ranks)
+    if name != architecture and not ranks.is_alone:
+        sae = shard_sae(sae if ranks.is_main else None, "cpu", ranks)
+        trainer = ShardedTrainer(cfg.to_sae_trainer_config(), sae, iter(()), ranks)
+    else:
+        trainer = Trainer(cfg.to_sae_trainer_config(), sae, iter(()), ranks)
     readings = []
     generator = torch.Generator().manual_seed(0)
     for step in range(N_STEPS):
@@ -51,7 +62,10 @@ def train(architecture, acts_ND, ranks):
         if step % 10 == 0:
             readings.append(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
         trainer.n_training_steps += 1
-    state = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    trainer = trainer.whole(finished=True)
+    if trainer is None:
+        return None
+    state = {name: tensor.detach() for name, tensor in trainer.sae.state_dict().items()}
     counts = {"since": trainer.n_forward_passes_since_fired, "scores": trainer.act_freq_scores}
     return {"readings": readings, "sae": state, "counts": counts, "n": trainer.n_training_samples}
 
@@ -59,7 +73,7 @@ def train(architecture, acts_ND, ranks):
 def main():
     acts_ND = torch.load(sys.argv[1]).double()
     with join_ranks() as ranks:
-        results = {architecture: train(architecture, acts_ND, ranks) for architecture in SETTINGS}
+        results = {name: train(name, acts_ND, ranks) for name in NAMES}
         if ranks.is_main:
             torch.save(results, sys.argv[2])
 

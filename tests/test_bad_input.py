@@ -235,6 +235,10 @@ def test_an_old_name_is_followed_to_the_present_one(hub):
         (["./run_simple.sh", "2", "0"], "GPU_IDS 0: 1 ids, and NUM_GPUS is 2"),
         (["./run_simple.sh", "2", "1,1"], "GPU_IDS 1,1: an id stands there twice"),
         (["./run_simple.sh", "2", "98,99"], "torch sees "),
+        (
+            ["./run_simple.sh", "2", "cpu", "@presets/demo.args", "--shard_features", "--architecture", "gated"],
+            "--shard_features: for --architecture topk and batchtopk in float32 or float64, not gated",
+        ),
         (["./run_simple.sh", "3", "cpu", "@presets/demo.args"], "--train_batch_size_tokens 1024: 3 processes do not"),
         (["./run_simple.sh", "16", "cpu", "@presets/demo.args"], "--store_batch_size_prompts 8: less than the 16"),
         (["./run_simple.sh", "2", "cpu", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),

@@ -5,7 +5,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, run_process
-from step_in_ranks import BATCH, N_STEPS, SETTINGS
+from step_in_ranks import BATCH, N_STEPS, NAMES
+from trainings import run_flags
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.ranks import Ranks
+from sae_toolkit.training_flags import parse_training_flags
+from sae_toolkit.training_setup import prepare_run
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
@@ -33,13 +39,20 @@ def results(language_model, tokenizer, tmp_path_factory):
     return [torch.load(directory / f"{n}.pt", weights_only=False) for n in (1, 2)]
 
 
-@pytest.mark.parametrize("architecture", SETTINGS)
-def test_two_ranks_on_the_halves_of_each_batch_are_one_on_the_whole(results, architecture):
-    one, two = (result[architecture] for result in results)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_on_the_halves_of_each_batch_are_one_on_the_whole(results, name):
+    one, two = (result[name] for result in results)
     assert one["n"] == two["n"] == N_STEPS * BATCH
-    for name, tensor in one["sae"].items():
-        torch.testing.assert_close(two["sae"][name], tensor, rtol=1e-5, atol=1e-8, msg=name)
-    for name, count in one["counts"].items():
-        assert torch.equal(two["counts"][name], count), name
+    assert one["sae"].keys() == two["sae"].keys()
+    for key, tensor in one["sae"].items():
+        torch.testing.assert_close(two["sae"][key], tensor, rtol=1e-5, atol=1e-8, msg=key)
+    for key, count in one["counts"].items():
+        assert torch.equal(two["counts"][key], count), key
     for ours, theirs in zip(two["readings"], one["readings"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_width_that_the_processes_do_not_divide_is_refused(tiny_model, text_file, tmp_path):
+    flags = [*run_flags(tiny_model, text_file, tmp_path), "--shard_features", "--train_batch_size_tokens", "1020"]
+    with pytest.raises(UserError, match="--shard_features: 5 processes do not divide 2,048 features evenly"):
+        prepare_run(parse_training_flags(flags), Ranks(0, 5))

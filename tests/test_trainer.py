@@ -11,7 +11,8 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
 from sae_toolkit.embedded import embedded_wikipedia
-from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, _largest, sparse_class
+from sae_toolkit.selection import largest
+from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, sparse_class
 from sae_toolkit.trainer import Trainer
 
 D_IN, D_SAE, BATCH = 576, 1152, 128
@@ -126,11 +127,11 @@ def test_steps_change_nothing_that_saelens_saves(acts_ND, tmp_path):
 @pytest.mark.parametrize("values", [torch.randn(1000), torch.randint(0, 5, (1000,)).float(), torch.zeros(1000)])
 def test_the_largest_are_found_whatever_is_equal(values):
     for n in (1, 64, 999, 1000):
-        found = _largest(values, n)
+        found = largest(values, n)
         assert len(found) == n
         assert torch.equal(values[found].sort(descending=True).values, values.topk(n).values)
         assert (found.diff() > 0).all()
     values[3::4] = torch.nan
     for n in (1, 64, 999):  # fewer than there are, and more
-        assert len(_largest(values, n)) == n
-        assert values[_largest(values, n)].isnan().sum() == min(n, 250)
+        assert len(largest(values, n)) == n
+        assert values[largest(values, n)].isnan().sum() == min(n, 250)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -34,6 +35,33 @@ def test_a_process_that_dies_ends_the_run_with_its_reason(flags, tmp_path):
     assert (status, stdout) == (1, "")
     assert "error: rank 1 was killed by SIGKILL" in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("topk", marks=pytest.mark.scale), "batchtopk"])
+def test_features_spread_over_processes_make_the_sae_of_one(trainings, flags, architecture):
+    status, _ = trainings.run([*flags("one"), "--architecture", architecture])
+    assert status == 0, trainings.shown()
+    one = trainings.finished_sae()
+    sharded = Launch(2, [*flags("two"), "--architecture", architecture, "--shard_features"]).finished_sae()
+    assert_close(sharded, one)
+    ours, theirs = (json.loads((sae / "cfg.json").read_text()) for sae in (sharded, one))
+    assert ours["d_sae"] == theirs["d_sae"]
+    assert ours["metadata"]["num_dead_features"] == theirs["metadata"]["num_dead_features"]
+    assert ours["metadata"]["l0"] == pytest.approx(theirs["metadata"]["l0"])
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 4), (2, 1), (1, 2)])
+def test_a_checkpoint_goes_on_on_whatever_number_of_shards(trainings, flags, tmp_path, before, after):
+    """A checkpoint holds the whole SAE: with Adam's moments and counters it is spread anew."""
+    status, _ = trainings.run(flags("whole"))
+    assert status == 0, trainings.shown()
+    whole = trainings.finished_sae()
+    launch = Launch(before, [*flags("stopped"), "--shard_features"])
+    after_a_checkpoint(launch, tmp_path / "stopped", launch.process.terminate)
+    status, _, stderr = launch.finish()
+    assert status == 143, stderr
+    assert_close(Launch(after, [*flags("stopped"), "--shard_features", "--resume"]).finished_sae(), whole)
 
 
 @pytest.mark.scale

@@ -1,0 +1,118 @@
+"""Products with a matrix of which few places are not zero: what an SAE's active features take part in.
+
+Shapes: B tokens, D = d_in, F = d_sae, N active features of all tokens together.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class ActiveFeatures:
+    """The places in a [B, F] matrix that are active, row after row.
+
+    Args:
+        features_N: their columns.
+        rows_N: their rows, ascending.
+        shape: B and F.
+    """
+
+    def __init__(self, features_N: Tensor, rows_N: Tensor, shape: tuple[int, int]) -> None:
+        self.features_N = features_N
+        self.rows_N = rows_N
+        self.n_rows, self.n_features = shape
+
+    @cached_property
+    def row_starts_B(self) -> Tensor:
+        return _starts(self.rows_N, self.n_rows)
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor]:
+        """The order [N] that sorts the places by feature, and where each feature starts in it [F]."""
+        return self.features_N.int().argsort(stable=True), _starts(self.features_N, self.n_features)
+
+    def matmul(self, values_N: Tensor, W_FD: Tensor) -> Tensor:
+        """The matrix, with these values, times W: [B, D]."""
+        return F.embedding_bag(
+            self.features_N, W_FD, self.row_starts_B, mode="sum", per_sample_weights=values_N.to(W_FD.dtype)
+        )
+
+    def t_matmul(self, values_N: Tensor, X_BD: Tensor) -> Tensor:
+        """The matrix's transpose, with these values, times X: [F, D]."""
+        order_N, feature_starts_F = self.by_feature
+        values_N = values_N[order_N].to(X_BD.dtype)
+        return F.embedding_bag(self.rows_N[order_N], X_BD, feature_starts_F, mode="sum", per_sample_weights=values_N)
+
+    def sum_by_feature(self, values_N: Tensor) -> Tensor:
+        """The matrix's column sums: [F]."""
+        return values_N.new_zeros(self.n_features).index_add_(0, self.features_N, values_N)
+
+
+def _starts(groups_N: Tensor, n_groups: int) -> Tensor:
+    ones_N = torch.ones_like(groups_N)
+    counts = groups_N.new_zeros(n_groups).scatter_add_(0, groups_N, ones_N)
+    return counts.cumsum(0) - counts
+
+
+class _PreActivations(torch.autograd.Function):
+    """Gradients of (x - b_dec) @ W_enc + b_enc at the active places, whose values are given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, _b_enc_F: Tensor, _b_dec_D: Tensor | None,
+        active: ActiveFeatures,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(sae_in_BD, W_enc_DF)
+        ctx.active = active
+        return pre_N.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> Any:
+        sae_in_BD, W_enc_DF = ctx.saved_tensors
+        grad_W_enc_FD = ctx.active.t_matmul(grad_N, sae_in_BD)
+        grad_b_enc_F = ctx.active.sum_by_feature(grad_N)
+        grad_b_dec_D = -(W_enc_DF @ grad_b_enc_F) if ctx.needs_input_grad[4] else None
+        return None, None, grad_W_enc_FD.t(), grad_b_enc_F, grad_b_dec_D, None
+
+
+class _Decode(torch.autograd.Function):
+    """The active features' values times W_dec."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
+        ctx.save_for_backward(values_N)
+        ctx.active = active
+        with torch.enable_grad():  # torch's own backward gives the gradient of the values, not that of W_dec
+            ctx.values_N = values_N.detach().requires_grad_()
+            ctx.out_BD = active.matmul(ctx.values_N, W_dec_FD.detach())
+        return ctx.out_BD.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BD: Tensor) -> Any:
+        (grad_values_N,) = torch.autograd.grad(ctx.out_BD, ctx.values_N, grad_BD)
+        (values_N,) = ctx.saved_tensors
+        return grad_values_N, ctx.active.t_matmul(values_N, grad_BD), None
+
+
+def pre_activations(
+    pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, active: ActiveFeatures
+) -> Tensor:
+    """The pre-activations at the active places, whose values pre_N were computed without gradients, with theirs.
+
+    Args:
+        b_dec_D: where it was subtracted from the input.
+    """
+    return _PreActivations.apply(pre_N, sae_in_BD, W_enc_DF, b_enc_F, b_dec_D, active)
+
+
+def decode(values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
+    """The active features' values times W_dec: [B, D]."""
+    return _Decode.apply(values_N, W_dec_FD, active)

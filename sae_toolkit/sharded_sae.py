@@ -1,0 +1,222 @@
+"""One SAE whose features are spread over the ranks, because it does not fit on one device with Adam's moments.
+
+Each rank holds the encoder columns and decoder rows of F / size features, with their gradients, moments and counters,
+and sees the whole batch. What travels in a step: the batch's activations, the candidates of the selection, and the sum
+of the parts' reconstructions. On disk the SAE is whole: rank 0 gathers it in its host's memory and writes what a run
+on one device would write, so a run goes on with any number of ranks, sharded or not.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainStepOutput
+
+from sae_toolkit.ranks import Ranks
+from sae_toolkit.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
+from sae_toolkit.trainer import Trainer
+
+_OF_ALL_FEATURES = ("b_dec", "topk_threshold")  # the tensors that have no axis of features
+_COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
+
+
+def shard_sae(sae: TrainingSAE[Any] | None, device: str, ranks: Ranks) -> SparseTopKTrainingSAE:
+    """This rank's part of an SAE, whose training class SAELens calls TopK or BatchTopK.
+
+    Args:
+        sae: the whole one, on the CPU of rank 0; None on the others. The ranks divide its width.
+        device: of the part.
+        ranks: who share its features.
+    """
+    cfg = ranks.broadcast(sae.cfg if sae is not None else None)
+    assert cfg is not None
+    sae_class = SPARSE_CLASSES[get_sae_training_class(cfg.architecture())[0]]
+    shard = sae_class(replace(cfg, d_sae=cfg.d_sae // ranks.size, device=device))
+    shard.shards = ranks
+    _load_part(shard, sae, ranks)
+    return shard
+
+
+def is_shard(sae: TrainingSAE[Any]) -> bool:
+    return isinstance(sae, SparseTopKTrainingSAE) and not sae.shards.is_alone
+
+
+@torch.no_grad()
+def _load_part(shard: SparseTopKTrainingSAE, sae: TrainingSAE[Any] | None, ranks: Ranks) -> None:
+    whole = sae.state_dict() if sae is not None else {}
+    for name, tensor in shard.state_dict().items():
+        tensor.copy_(_part(name, tensor, whole.get(name), ranks))
+
+
+def _part(name: str, like: torch.Tensor, whole: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
+    """A rank's part of a tensor that rank 0 has; of one without an axis of features, all of it.
+
+    Args:
+        like: of its shape.
+    """
+    if name in _OF_ALL_FEATURES:
+        found = ranks.broadcast(whole)
+        assert found is not None
+        return found
+    return _by_feature(
+        name, ranks.scatter_from_main(None if whole is None else _by_feature(name, whole), _by_feature(name, like))
+    )
+
+
+def _gather(name: str, part: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The whole tensor, on rank 0; on the others the part."""
+    part = part.detach().cpu()
+    if name in _OF_ALL_FEATURES:
+        return part
+    parts = ranks.gather_to_main(_by_feature(name, part))
+    return _by_feature(name, torch.cat(parts)) if parts else part
+
+
+def _by_feature(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the features on its first axis; and back."""
+    return tensor.t() if name == "W_enc" else tensor
+
+
+class ShardedTrainer(Trainer):
+    """The trainer of a shard. Given this rank's part of a batch, it steps on the whole of it.
+
+    Args:
+        cfg, data_provider, ranks: as of `Trainer`.
+        sae: from `shard_sae`.
+    """
+
+    sae: SparseTopKTrainingSAE
+
+    def _tensors_of_all_ranks(self) -> list[torch.Tensor]:
+        return [tensor for name, tensor in self._tensors().items() if name in _OF_ALL_FEATURES]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return dict([*self.sae.named_parameters(), *self.sae.named_buffers()])
+
+    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        return super().step(torch.cat(self.ranks.gather(batch.to(self.sae.device))))
+
+    def _grad_norm(self) -> torch.Tensor:
+        grads = {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
+        of_all = grads.pop("b_dec").square().sum()
+        of_shards = torch.nn.utils.get_total_norm(list(grads.values())).square()
+        return (self.ranks.sum(of_shards) + of_all).sqrt()
+
+    def _of_whole_batch(
+        self, firings_F: torch.Tensor, loss: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return firings_F, loss
+
+    def _dead_bound(self) -> int:
+        bound = super()._dead_bound()
+        return int(self._count_of_all_ranks(self.dead_neurons)) if bound is None else bound
+
+    def _count_of_all_ranks(self, features_F: torch.Tensor) -> torch.Tensor:
+        return self.ranks.sum(features_F.sum())
+
+    @property
+    def feature_sparsity(self) -> torch.Tensor:
+        """Of all features."""
+        return torch.cat(self.ranks.gather(super().feature_sparsity))
+
+    @torch.no_grad()
+    def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
+        reading = SAETrainer.build_train_step_log_dict(self, output, n_training_samples)
+        sums = ("metrics/l0", "sparsity/dead_features", "sparsity/mean_passes_since_fired")
+        totals = self.ranks.sum(torch.tensor([reading[name] for name in sums], device=self.sae.device)).tolist()
+        reading |= dict(zip(sums, totals, strict=True))
+        reading["sparsity/mean_passes_since_fired"] /= self.ranks.size
+        reading["sparsity/dead_features"] = int(reading["sparsity/dead_features"])
+        return reading
+
+    def whole(self, *, finished: bool) -> Trainer | None:
+        """The trainer of all features, on the CPU of rank 0; None on the others."""
+        tensors = {name: _gather(name, tensor, self.ranks) for name, tensor in self._tensors().items()}
+        counters = {name: _gather(name, getattr(self, name), self.ranks) for name in _COUNTERS}
+        moments = {
+            name: {key: _gather(name, self.optimizer.state[parameter][key], self.ranks) for key in _MOMENTS}
+            for name, parameter in self.sae.named_parameters()
+            if not finished
+        }
+        if not self.ranks.is_main:
+            return None
+        whole = self._new_whole(tensors)
+        _set_state(whole, _state(self), moments, counters)
+        return whole
+
+    def load_checkpoint(self, checkpoint_path: Path) -> None:
+        """Takes this rank's part of a whole checkpoint, which rank 0 reads."""
+        whole = None
+        if self.ranks.is_main:
+            whole = self._new_whole()
+            whole.load_checkpoint(checkpoint_path)
+        _load_part(self.sae, whole and whole.sae, self.ranks)
+        parameters = dict(self.sae.named_parameters())
+        of_whole = {name: whole.optimizer.state[p] for name, p in whole.sae.named_parameters()} if whole else {}
+        moments = {
+            name: {key: _part(name, like, of_whole.get(name, {}).get(key), self.ranks) for key in _MOMENTS}
+            for name, like in parameters.items()
+        }
+        counters = {
+            name: _part(name, getattr(self, name), whole and getattr(whole, name), self.ranks) for name in _COUNTERS
+        }
+        state = self.ranks.broadcast(_state(whole) if whole else None)
+        assert state is not None
+        _set_state(self, state, moments, counters)
+
+    def _new_whole(self, tensors: dict[str, torch.Tensor] | None = None) -> Trainer:
+        """A trainer of all features on the CPU, with these weights or with any."""
+        cfg = replace(self.sae.cfg, d_sae=self.sae.cfg.d_sae * self.ranks.size, device="cpu")
+        with torch.device("meta"):
+            sae = type(self.sae)(replace(cfg, device="meta"))
+        if tensors is None:
+            sae.to_empty(device="cpu")
+        else:
+            sae.load_state_dict(tensors, assign=True)
+        sae.cfg, sae.device = cfg, torch.device("cpu")
+        return Trainer(replace(self.cfg, device="cpu"), sae, iter(()))
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    """What a trainer knows beside tensors with an axis of features."""
+    first = next(trainer.sae.parameters())
+    return {
+        "numbers": {name: getattr(trainer, name) for name in _NUMBERS},
+        "activation_scaler": copy(trainer.activation_scaler),
+        "lr_scheduler": trainer.lr_scheduler.state_dict(),
+        "coefficients": {name: each.state_dict() for name, each in trainer.coefficient_schedulers.items()},
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "n_adam_steps": float(trainer.optimizer.state[first]["step"]),
+        "beside_saelens": trainer.state_beside_saelens(),
+    }
+
+
+def _set_state(
+    trainer: Trainer,
+    state: dict[str, Any],
+    moments: dict[str, dict[str, torch.Tensor]],
+    counters: dict[str, torch.Tensor],
+) -> None:
+    for name, number in state["numbers"].items():
+        setattr(trainer, name, number)
+    trainer.activation_scaler = state["activation_scaler"]
+    trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for name, each in trainer.coefficient_schedulers.items():
+        each.load_state_dict(state["coefficients"][name])
+    trainer.optimizer.param_groups[0]["lr"] = state["lr"]
+    for name, parameter in trainer.sae.named_parameters():
+        if moments:
+            step = torch.tensor(state["n_adam_steps"], dtype=torch.float32, device=parameter.device)
+            trainer.optimizer.state[parameter] = {"step": step} | moments[name]
+    for name, counter in counters.items():
+        setattr(trainer, name, counter.to(trainer.cfg.device))
+    trainer.load_state_beside_saelens(state["beside_saelens"])
+    trainer.after_loading()
