@@ -59,7 +59,7 @@ def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
     raise UserError(f"--model_name: {type(model).__name__} has no list of {n_layers} decoder layers to hook")
 
 
-def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str) -> Hook:
+def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: str | None = None) -> Hook:
     """Finds a hook by its TransformerLens name or by a Transformers module name (its output).
 
     Args:
@@ -68,35 +68,37 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str) -> Hoo
         hook_name: `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
             `hook_attn_out`, `hook_mlp_out`, `attn.hook_z`, `mlp.hook_post`; or a module of the
             Transformers model, such as `model.layers.12`.
+        flag: what named it, for messages; None for --layer or --hook_name, as it is a matter of one or the other.
 
     Raises:
         UserError: the model has no such hook.
     """
+    where = f"{flag or '--hook_name'} {hook_name}"
     layers = decoder_layers(model, config)
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if block is None:
         modules = dict(model.named_modules())
         if hook_name not in modules:
             raise UserError(
-                f"--hook_name {hook_name}: not of the form blocks.LAYER.hook_resid_post, and not a module of"
-                f" {type(model).__name__}"
+                f"{where}: not of the form blocks.LAYER.hook_resid_post, and not a module of {type(model).__name__}"
             )
         module = modules[hook_name]
         if any(child is layers for child in module.modules()):
-            raise UserError(f"--hook_name {hook_name}: holds all layers; name a layer, or a module within one")
+            raise UserError(f"{where}: holds all layers; name a layer, or a module within one")
         inside = (i for i, layer in enumerate(layers) if any(module is child for child in layer.modules()))
         return Hook(hook_name, module, "output", next(inside, None))
 
     layer, name = int(block[1]), block[2]
     if layer >= len(layers):
-        raise UserError(f"--layer {layer}: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
+        where = where if flag in ("--hook_name", "--hook_names") else f"{flag or '--layer'} {layer}"
+        raise UserError(f"{where}: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
     if name not in _BLOCK_HOOKS:
         known = ", ".join(_BLOCK_HOOKS)
-        raise UserError(f"--hook_name {hook_name}: known within a block are {known}")
+        raise UserError(f"{where}: known within a block are {known}")
     submodule, side = _BLOCK_HOOKS[name]
     if submodule and {child for child, _ in layers[layer].named_children()} != _LLAMA_LAYER:
         raise UserError(
-            f"--hook_name {hook_name}: only resid_pre and resid_post are known for {type(layers[layer]).__name__};"
+            f"{where}: only resid_pre and resid_post are known for {type(layers[layer]).__name__};"
             " name the Transformers module instead"
         )
     return Hook(hook_name, layers[layer].get_submodule(submodule), side, layer)
@@ -108,14 +110,16 @@ def model_without_weights(config: PreTrainedConfig, trust_remote_code: bool = Fa
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def hook_width(config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False) -> int:
+def hook_width(
+    config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False, flag: str | None = None
+) -> int:
     """Width d_in of the activations at a hook, from the model's shapes alone (no weights).
 
     Raises:
         UserError: the model has no such hook.
     """
     model = model_without_weights(config, trust_remote_code)
-    hook = find_hook(model, config, hook_name)
+    hook = find_hook(model, config, hook_name, flag)
     if isinstance(hook.module, nn.Linear):
         return hook.module.in_features if hook.side == "input" else hook.module.out_features
     return config.get_text_config().hidden_size

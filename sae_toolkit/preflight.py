@@ -24,6 +24,7 @@ from sae_toolkit.memory import is_out_of_memory
 from sae_toolkit.models import load_language_model
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
+from sae_toolkit.runner_config import hook_flag
 from sae_toolkit.trainer import Trainer
 from sae_toolkit.training import create_sae
 
@@ -136,8 +137,8 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         first.close()
         if first_ND.shape[1] != sum(run.widths):
             raise UserError(
-                f"--hook_name {' '.join(run.hook_names)}: activations there have a width of {first_ND.shape[1]}, where"
-                f" the modules have {sum(run.widths)}; name another"
+                f"{hook_flag(run.flags)}: the activations at {' '.join(run.hook_names)} have a width of"
+                f" {first_ND.shape[1]}, where the modules have {sum(run.widths)}; name another"
             )
         stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts // run.ranks.size)
         started = _now(cfg.device)

@@ -92,8 +92,8 @@ _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
 # Flags that do not change what is trained: two runs that differ in these alone share a directory.
 _NOT_IN_HASH = set(
-    "device llm_device n_devices n_checkpoints checkpoint_path output_name resume dry_run strict wandb_mode"
-    " wandb_project wandb_entity run_name cache_activations checkpoint_every keep trust_remote_code".split()
+    "device llm_device n_devices shard_features n_checkpoints checkpoint_path output_name resume dry_run strict"
+    " wandb_mode wandb_project wandb_entity run_name cache_activations checkpoint_every keep trust_remote_code".split()
 )
 
 
@@ -115,6 +115,11 @@ def hook_names(flags: argparse.Namespace) -> list[str]:
     if flags.hook_names or flags.hook_name:
         return flags.hook_names or [flags.hook_name]
     return [f"blocks.{layer}.hook_resid_post" for layer in flags.layers or [flags.layer]]
+
+
+def hook_flag(flags: argparse.Namespace) -> str:
+    """The flag that says where SAEs are trained."""
+    return next((f"--{name}" for name in ("hook_names", "hook_name", "layers") if getattr(flags, name)), "--layer")
 
 
 def build_runner_config(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from sae_toolkit.console import Parser
 from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.flag_checks import check_flags, check_paths
 from sae_toolkit.flag_values import (
     Interval,
     boolean,
@@ -37,9 +37,6 @@ ARCHITECTURES = (
     "matching_pursuit",
 )
 FLAGS_FILENAME, METRICS_FILENAME = "training_flags.json", "metrics.jsonl"
-
-# Tokens of a batch that a process has on average: so many that it has none once in 10^13 batches.
-_LEAST_SHARE = 32
 
 # What may differ between a run and its resumption: nothing that the weights depend on.
 _MAY_CHANGE = {
@@ -108,11 +105,11 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
     except (ValueError, RecursionError) as error:  # of a flag file: its quotes, its bytes, or one that names itself
         files = " ".join(word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@"))
         raise UserError(f"{files}: cannot be read as flags: {one_line(error)}") from None
-    _check_paths(flags)
+    check_paths(flags)
     if flags.resume not in (None, "auto"):
         given = vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
         flags = _flags_of_run(Path(flags.resume), given)
-    _check(flags)
+    check_flags(flags)
     return flags
 
 
@@ -318,73 +315,3 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(output, "wandb_entity", None, "wandb user or team (default: your own)")
     flag(output, "run_name", None, "name of the wandb run (default: the output name and the run's id)")
     return parser
-
-
-def _check_paths(flags: argparse.Namespace) -> None:
-    """No file system takes these, and to ask one raises."""
-    for name in "model_name dataset_path fallback_dataset cache_activations checkpoint_path output_name resume".split():
-        value = getattr(flags, name)
-        longest = 255 - len("_12345678") if name == "output_name" else 255
-        if value is not None and any(len(os.fsencode(part)) > longest for part in value.split("/")):
-            raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes")
-
-
-def _check(flags: argparse.Namespace) -> None:
-    """Holds flags against one another, as far as that goes without the model and the data."""
-    if flags.normalize_activations == "expected_average_only_out":
-        raise UserError(
-            "--normalize_activations expected_average_only_out: SAELens has no such mode;"
-            " use expected_average_only_in, whose scale is folded into the saved weights on both sides"
-        )
-    if Path(flags.output_name).name != flags.output_name or flags.output_name in ("", ".", ".."):
-        raise UserError(f"--output_name {flags.output_name!r}: must be a plain name, without a path")
-    hooks = [name for name in ("hook_name", "hook_names", "layers") if getattr(flags, name) is not None]
-    if len(hooks) > 1:
-        raise UserError(f"--{hooks[0]} and --{hooks[1]}: only one of them can say where SAEs are trained")
-    for name in ("hook_names", "layers"):
-        if (given := getattr(flags, name)) and len(set(given)) < len(given):
-            raise UserError(f"--{name} {' '.join(map(str, given))}: one stands there twice")
-    if flags.shard_features and (
-        flags.architecture not in ("topk", "batchtopk") or flags.dtype not in ("float32", "float64")
-    ):
-        raise UserError(
-            f"--shard_features: for --architecture topk and batchtopk in float32 or float64, not {flags.architecture}"
-            f" in {flags.dtype}; leave it out"
-        )
-    if flags.skip_positions >= flags.context_size:
-        raise UserError(
-            f"--skip_positions {flags.skip_positions}: leaves nothing of a context of {flags.context_size} tokens"
-        )
-    n_steps = flags.training_tokens // flags.train_batch_size_tokens  # as SAELens counts them
-    if flags.training_tokens < flags.train_batch_size_tokens:
-        raise UserError(
-            f"--training_tokens {flags.training_tokens}: less than one batch of"
-            f" --train_batch_size_tokens {flags.train_batch_size_tokens}"
-        )
-    if flags.lr_warm_up_steps + flags.lr_decay_steps > n_steps:
-        raise UserError(
-            f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
-            f" together more than the run's {n_steps} steps"
-        )
-
-
-def check_world_size(flags: argparse.Namespace, size: int) -> None:
-    """Holds the sizes that are of all processes together against how many there are.
-
-    Raises:
-        UserError: they do not share them evenly.
-    """
-    batch, contexts = flags.train_batch_size_tokens, flags.store_batch_size_prompts
-    if batch < _LEAST_SHARE * size and size > 1:
-        raise UserError(
-            f"--train_batch_size_tokens {batch}: less than {_LEAST_SHARE} for each of {size} processes; use"
-            f" {_LEAST_SHARE * size} or more"
-        )
-    if batch % size:
-        raise UserError(
-            f"--train_batch_size_tokens {batch}: {size} processes do not divide it; use {batch // size * size}"
-        )
-    if contexts < size:
-        raise UserError(
-            f"--store_batch_size_prompts {contexts}: less than the {size} processes that share them; use {8 * size}"
-        )

@@ -19,6 +19,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.flag_checks import check_world_size
 from sae_toolkit.language_model import hook_width
 from sae_toolkit.models import (
     ModelSource,
@@ -33,10 +34,9 @@ from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.prepared_run import PreparedRun, existing
 from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.run_directory import RunDirectory, find_resumption
-from sae_toolkit.runner_config import build_runner_config, hook_names, output_directory
+from sae_toolkit.runner_config import build_runner_config, hook_flag, hook_names, output_directory
 from sae_toolkit.text import HeldOutSplit, TextSource, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
-from sae_toolkit.training_flags import check_world_size
 from sae_toolkit.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ def _prepare_run(
         if ":" in flags.device:
             raise UserError(f"--device {flags.device}: several processes have a GPU each; use cuda")
     model = find_model(flags.model_name, _model_kwargs(flags), trust_remote_code=flags.trust_remote_code)
-    widths = {name: hook_width(model.config, name, model.trust_remote_code) for name in hook_names(flags)}
+    widths = {
+        name: hook_width(model.config, name, model.trust_remote_code, hook_flag(flags)) for name in hook_names(flags)
+    }
     if model.max_context is not None and flags.context_size > model.max_context:
         raise UserError(
             f"--context_size {flags.context_size}: {model.name} was made for contexts of at most {model.max_context}"

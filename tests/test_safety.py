@@ -22,7 +22,8 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.models import find_model, load_language_model
 from sae_toolkit.redaction import redact
 from sae_toolkit.results import _write_whole
-from sae_toolkit.sae_formats import find_saes, load_sae_file
+from sae_toolkit.sae_formats import load_sae_file
+from sae_toolkit.sae_search import find_saes
 
 HOOK = "blocks.1.hook_resid_post"
 SECRETS = {

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.foreign_saes import hook_of_hookpoint
-from sae_toolkit.sae_formats import find_saes, load_sae_file
+from sae_toolkit.sae_formats import load_sae_file
+from sae_toolkit.sae_search import find_saes
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
