@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sae_toolkit.errors import UserError
 
+_SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
+
 # Tokens of a batch that a process has on average: so many that it has none once in 10^13 batches.
 _LEAST_SHARE = 32
 
@@ -51,6 +53,8 @@ def check_flags(flags: argparse.Namespace) -> None:
             f"--shard_features: for --architecture topk and batchtopk in float32 or float64, not {flags.architecture}"
             f" in {flags.dtype}; leave it out"
         )
+    if flags.target_l0 is not None:
+        _check_target_l0(flags)
     if flags.skip_positions >= flags.context_size:
         raise UserError(
             f"--skip_positions {flags.skip_positions}: leaves nothing of a context of {flags.context_size} tokens"
@@ -66,6 +70,15 @@ def check_flags(flags: argparse.Namespace) -> None:
             f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
             f" together more than the run's {n_steps} steps"
         )
+
+
+def _check_target_l0(flags: argparse.Namespace) -> None:
+    if flags.architecture not in _SPARSITY_WEIGHTS:
+        instead = "; --k is its L0" if "topk" in flags.architecture else ""
+        raise UserError(f"--target_l0 {flags.target_l0:g}: {flags.architecture} has no sparsity weight{instead}")
+    weight = _SPARSITY_WEIGHTS[flags.architecture]
+    if getattr(flags, weight) == 0:
+        raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start with another, such as 1")
 
 
 def check_world_size(flags: argparse.Namespace, size: int) -> None:

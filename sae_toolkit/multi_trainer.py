@@ -24,14 +24,21 @@ class MultiTrainer(MultiSAETrainer):
         cfg: of every trainer.
         saes: by the name of their hook.
         ranks: who share a batch.
+        target_l0: of each, where the sparsity weight is adjusted.
     """
 
     trainers: dict[str, Trainer]
 
-    def __init__(self, cfg: SAETrainerConfig, saes: Mapping[str, TrainingSAE[Any]], ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        saes: Mapping[str, TrainingSAE[Any]],
+        ranks: Ranks = ALONE,
+        target_l0: float | None = None,
+    ) -> None:
         super().__init__(cfg, dict(saes), {name: name for name in saes}, data_provider=iter(()))
         self.trainers = {
-            name: (ShardedTrainer if is_shard(sae) else Trainer)(cfg, sae, iter(()), ranks)
+            name: (ShardedTrainer if is_shard(sae) else Trainer)(cfg, sae, iter(()), ranks, target_l0)
             for name, sae in saes.items()
         }
 

@@ -81,7 +81,8 @@ def activation_warnings(
     flags: argparse.Namespace, cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None
 ) -> list[str]:
     """What takes the activations' scale to say; where they were not measured, what may be wrong."""
-    found = [_sparsity_weight(cfg, measured), _massive(flags, measured), _too_little_kept(flags, measured)]
+    weight = _sparsity_weight(cfg, measured) if flags.target_l0 is None else None
+    found = [weight, _massive(flags, measured), _too_little_kept(flags, measured)]
     return [warning for warning in found if warning]
 
 

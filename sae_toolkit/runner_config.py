@@ -185,6 +185,10 @@ def build_runner_config(
     try:
         cfg = LanguageModelSAERunnerConfig(sae=sae_config_class(**sae), logger=LoggingConfig(**logger), **fields)
         _check(cfg)
+        if flags.target_l0 is not None and getattr(cfg.sae, "jumprelu_sparsity_loss_mode", None) == "quadratic":
+            raise UserError(
+                f"--target_l0 {flags.target_l0:g}: the quadratic loss has a target of its own, --set sae.target_l0"
+            )
         with torch.device("meta"):  # the SAE checks its own settings; on meta it costs no memory
             sae_class(dataclasses.replace(cfg.sae, device="meta"))
     except ValueError as error:
@@ -197,6 +201,8 @@ def _sae_fields(flags: argparse.Namespace, hook_name: str, d_in: int, device: st
     d_sae = flags.expansion_factor * d_in
     if d_sae * d_in > _LARGEST:
         raise UserError(f"--expansion_factor {flags.expansion_factor}: {d_sae:,} features fit in no memory; lower it")
+    if flags.target_l0 is not None and flags.target_l0 > d_sae:
+        raise UserError(f"--target_l0 {flags.target_l0:g}: more than the {d_sae:,} features")
     fields: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "dtype": flags.dtype, "device": device}
 
     fields["normalize_activations"] = flags.normalize_activations

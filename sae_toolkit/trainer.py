@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.selection import select_among
 from sae_toolkit.sparse_topk import SparseTopKTrainingSAE
+from sae_toolkit.target_l0 import L0Control
+
+_ADJUSTED = ("l0", "l1")  # SAELens's schedules of the sparsity weights l0_coefficient and l1_coefficient
+_COUNTS = ("n_not_finite", "n_not_finite_in_a_row")
 
 # How many steps old the count of dead features may be that a step goes by.
 _STEPS_BEHIND = 4
@@ -40,6 +45,7 @@ class Trainer(SAETrainer[Any, Any]):
 
     Args:
         ranks: who share a batch of `cfg.train_batch_size_samples`.
+        target_l0: how many features of a token the sparsity weight is adjusted to let be active; None leaves it.
     """
 
     def __init__(
@@ -48,8 +54,12 @@ class Trainer(SAETrainer[Any, Any]):
         sae: TrainingSAE[Any],
         data_provider: Iterator[torch.Tensor],
         ranks: Ranks = ALONE,
+        target_l0: float | None = None,
     ) -> None:
         super().__init__(cfg, sae, data_provider)
+        self.l0_control = (
+            None if target_l0 is None else L0Control(target_l0, cfg.lr * math.sqrt(sae.cfg.d_in), cfg.device)
+        )
         self._fuse_optimizer()
         self.ranks = ranks
         self._sums: list[Any] = []  # of gradients, on their way
@@ -121,6 +131,8 @@ class Trainer(SAETrainer[Any, Any]):
             buffer.copy_(torch.where(not_finite, before, buffer))
         self.n_training_samples += n_samples
         self._record_firings(firings_F)
+        if self.l0_control is not None and not self._warms_up():
+            self.l0_control.update(firings_F.sum() / self.cfg.train_batch_size_samples)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -150,11 +162,40 @@ class Trainer(SAETrainer[Any, Any]):
 
     def state_beside_saelens(self) -> dict[str, Any]:
         """What `save_trainer_state` does not know of."""
-        return {"n_not_finite": self.n_not_finite, "n_not_finite_in_a_row": self.n_not_finite_in_a_row}
+        state: dict[str, Any] = {name: getattr(self, name) for name in _COUNTS}
+        return state | ({"l0_control": self.l0_control.state_dict()} if self.l0_control else {})
 
     def load_state_beside_saelens(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value.to(self.cfg.device))
+        for name in _COUNTS:
+            setattr(self, name, state[name].to(self.cfg.device))
+        if self.l0_control:
+            self.l0_control.load_state_dict(state["l0_control"])
+
+    def _warms_up(self) -> bool:
+        """Whether SAELens still raises the sparsity weight to its value."""
+        return any(self.n_training_steps < each.warm_up_steps for each in self.coefficient_schedulers.values())
+
+    def get_coefficients(self) -> dict[str, Any]:
+        """The weights of the loss now; the one that is adjusted is on the device."""
+        coefficients = super().get_coefficients()
+        if self.l0_control is None:
+            return coefficients
+        factor = self.l0_control.factor.float()
+        return {name: value * factor if name in _ADJUSTED else value for name, value in coefficients.items()}
+
+    @property
+    def found_weight(self) -> dict[str, float]:
+        """The sparsity weight that the adjustment came to, under SAELens's name for it; empty where there is none."""
+        if self.l0_control is None:
+            return {}
+        factor = self.l0_control.found_factor
+        schedules = self.coefficient_schedulers.items()
+        return {f"{name}_coefficient": each.final_value * factor for name, each in schedules if name in _ADJUSTED}
+
+    def set_final_sae_metadata(self) -> None:
+        super().set_final_sae_metadata()
+        for name, value in self.found_weight.items():
+            self.sae.cfg.metadata[name] = value
 
     def _fuse_optimizer(self) -> None:
         for group in self.optimizer.param_groups:
@@ -186,6 +227,11 @@ class Trainer(SAETrainer[Any, Any]):
     @torch.no_grad()
     def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
         """SAELens's readings of a step, over the whole batch."""
+        return self._readings(output, n_training_samples) | {
+            f"details/{name}_coefficient": float(value) for name, value in self.get_coefficients().items()
+        }
+
+    def _readings(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
         if self.ranks.is_alone:
             return super().build_train_step_log_dict(output, n_training_samples)
         share = len(output.sae_in) / self.cfg.train_batch_size_samples

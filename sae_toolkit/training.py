@@ -30,6 +30,7 @@ from sae_toolkit.run_checkpoints import RunCheckpoints
 from sae_toolkit.sharded_sae import shard_sae
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.stop_signals import Stopped, StopSignals
+from sae_toolkit.target_l0 import FASTER_THRESHOLDS, NEAR_TARGET
 from sae_toolkit.trust import tensors_only
 from sae_toolkit.wandb_run import WandbRun
 
@@ -94,7 +95,7 @@ class Training:
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
-        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks)
+        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.flags.target_l0)
         self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
         if run.resume_from is not None:
             with tensors_only(f"--resume {run.resume_from}"):
@@ -130,6 +131,7 @@ class Training:
         with signals.deferred():
             _fit(self, wandb_run, signals)
             self._describe_what_was_left_out()
+            self._describe_l0()
             final = self.checkpoints.save_final()
         if self.cfg.logger.log_weights_to_wandb:
             wandb_run.save_sae(final)
@@ -148,6 +150,25 @@ class Training:
             log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
         if isinstance(stream.source, CachedActivations):
             log.info(stream.source.describe())
+
+    def _describe_l0(self) -> None:
+        for name, trainer in self.trainer.trainers.items():
+            if (control := trainer.l0_control) is None:
+                continue
+            ((weight, value),) = trainer.found_weight.items()
+            log.log(
+                logging.INFO if control.is_near else logging.WARNING,
+                "--target_l0 %g: %sthe running L0 ended at %.1f, and --%s at %.3g%s",
+                control.target,
+                "" if self.trainer.is_single else f"{name}: ",
+                control.l0,
+                weight,
+                value,
+                ""
+                if control.is_near
+                else f"; not within {NEAR_TARGET:.0%}: train longer"
+                + (FASTER_THRESHOLDS if weight == "l0_coefficient" else ""),
+            )
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:

@@ -75,6 +75,9 @@ examples:
   # many layers from one pass of the model: an SAE each
   python sae_lens_train.py @presets/demo.args --layers 4 8 12 16
 
+  # an L0 that you choose, where it is an outcome: the sparsity weight is found on the way
+  python sae_lens_train.py @presets/demo.args --architecture gated --target_l0 64
+
   # what would run, without running it
   python sae_lens_train.py @presets/demo.args --dry_run
 
@@ -222,6 +225,13 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(sae, "expansion_factor", 32, "features per dimension of the activations", type=positive)
     flag(sae, "l1_coefficient", 5.0, "sparsity weight (standard, gated)", type=non_negative_float)
     flag(sae, "l0_coefficient", 1.0, "sparsity weight (jumprelu)", type=non_negative_float)
+    flag(
+        sae,
+        "target_l0",
+        None,
+        "adjust that weight while training until so many features are active a token",
+        type=positive_float,
+    )
     flag(sae, "k", 100, "active features a token (topk; on average: batchtopk)", type=positive)
     flag(
         sae,

@@ -114,6 +114,7 @@ FLAGS = {
         "none expected_average_only_in constant_norm_rescale layer_norm covariance_whitening"
         " expected_average_in_and_out expected_average_only_out".split()
     ),
+    "target_l0": _numbers(1, 16, 64, 1000),
     "shard_features": st.just(None),
     "dtype": st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
     "training_tokens": _integers(1024, 2048, 3000),

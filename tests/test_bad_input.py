@@ -50,6 +50,12 @@ TRAINING_MISTAKES = {
         {"architecture": "matryoshka_batchtopk", "k": 8, "matryoshka_widths": 0},
         "argument --matryoshka_widths: 0: must be",
     ),
+    "an L0 to aim at where k is one": (
+        {"architecture": "topk", "k": 8, "target_l0": 8},
+        "--target_l0 8: topk has no sparsity weight; --k is its L0",
+    ),
+    "an L0 above the width": ({"target_l0": 129}, "--target_l0 129: more than the 128 features"),
+    "a sparsity weight that cannot grow": ({"target_l0": 8, "l1_coefficient": 0}, "--l1_coefficient 0: nothing to"),
     "a flag of another architecture": ({"matryoshka_widths": 64}, "--matryoshka_widths: only for"),
     "a norm limit below the median": (
         {"max_activation_norm_multiple": 0.5},

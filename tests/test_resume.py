@@ -1,6 +1,7 @@
 """A run that is stopped, damaged or short of room loses nothing: it goes on, and ends as if nothing had been."""
 
 import fcntl
+import json
 import os
 import re
 import resource
@@ -153,6 +154,25 @@ def test_a_run_with_the_same_flags_is_found_and_one_without_a_checkpoint_begins_
     status, _ = trainings.run(["--resume", str(run)])
     assert status == 2
     assert "this run is finished" in trainings.shown()
+
+
+def test_a_sparsity_weight_that_is_adjusted_goes_on_where_it_was(trainings, tiny_model, text_file, tmp_path):
+    flags = [*run_flags(tiny_model, text_file, tmp_path, architecture="standard"), "--target_l0", "40"]
+    status, _ = trainings.run(flags)
+    assert status == 0, trainings.shown()
+    whole = trainings.finished_sae()
+    assert json.loads((whole / "cfg.json").read_text())["metadata"]["l1_coefficient"] != 5.0
+
+    def stop(pid):
+        while not list(tmp_path.glob("*/*/[1-9]*")):
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGTERM)
+
+    status, _ = trainings.run(flags, stop)
+    assert status == 143
+    status, _ = trainings.run([*flags, "--resume"])
+    assert status == 0, trainings.shown()
+    assert_same(whole, trainings.finished_sae())
 
 
 def test_what_the_terminal_showed_is_in_run_log(stopped_run, trainings):

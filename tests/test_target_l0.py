@@ -1,0 +1,59 @@
+"""The sparsity weight is found while training, whatever it starts from."""
+
+import pytest
+import torch
+from conftest import ROOT
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
+from sae_lens.registry import get_sae_training_class
+
+from sae_toolkit.trainer import Trainer
+
+BATCH, N_STEPS = 128, 400
+FASTER_THRESHOLDS = {"jumprelu_ste_to_input": True, "jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
+
+
+@pytest.fixture(scope="module")
+def acts_ND(language_model, tokenizer):
+    """Real activations with a mean norm of sqrt(D), as a run has them, without the massive ones."""
+    text = (ROOT / "README.md").read_text()
+    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
+    acts = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)]).float()
+    acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]
+    return acts * (acts.shape[1] ** 0.5 / acts.norm(dim=-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "target"),
+    [
+        ("standard", {"l1_coefficient": 0.2}, 40),
+        ("standard", {"l1_coefficient": 20.0}, 40),
+        ("gated", {"l1_coefficient": 5.0}, 80),
+        ("jumprelu", {"l0_coefficient": 1.0, **FASTER_THRESHOLDS}, 40),
+    ],
+)
+def test_the_running_l0_comes_to_within_a_tenth_of_the_target(acts_ND, architecture, settings, target):
+    sae_class, config_class = get_sae_training_class(architecture)
+    cfg = LanguageModelSAERunnerConfig(
+        sae=config_class(d_in=acts_ND.shape[1], d_sae=1152, **settings),
+        training_tokens=N_STEPS * BATCH,
+        train_batch_size_tokens=BATCH,
+        lr=2e-3,
+        lr_warm_up_steps=20,
+        lr_decay_steps=80,
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+    torch.manual_seed(0)
+    sae = sae_class(TrainingSAE.from_dict(cfg.get_training_sae_cfg_dict()).cfg)
+    trainer = Trainer(cfg.to_sae_trainer_config(), sae, iter(()), target_l0=target)
+    generator = torch.Generator().manual_seed(0)
+    last = []
+    for _ in range(N_STEPS):
+        output = trainer.step(acts_ND[torch.randint(len(acts_ND), (BATCH,), generator=generator)])
+        trainer.n_training_steps += 1
+        last = [*last[-19:], float((output.feature_acts != 0).sum(-1).double().mean())]
+    assert sum(last) / len(last) == pytest.approx(target, rel=0.1)
+    assert trainer.l0_control.is_near
+    ((name, weight),) = trainer.found_weight.items()
+    reading = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+    assert reading[f"details/{name}"] == pytest.approx(weight, rel=0.2)  # what it is adjusted to now, and has come to
