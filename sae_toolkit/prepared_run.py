@@ -115,6 +115,7 @@ class PreparedRun:
             share.sae = copy.copy(cfg.sae)
             share.sae.d_sae = cfg.sae.d_sae // self.ranks.size
             share.sae.k = max(1, cfg.sae.k // self.ranks.size)
+            share.from_pretrained_path = None  # its weights are of all features
         return share
 
     def _plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any]) -> MemoryPlan:
@@ -180,7 +181,8 @@ class PreparedRun:
 
     def _check_memory_of_host(self) -> None:
         plan = self.plan_memory()
-        gathers, there = self.ranks.size * (plan.sae + plan.adam), free_memory("cpu")
+        # beside weights and moments a copy of the encoder, as it is written
+        gathers, there = self.ranks.size * (3 * plan.sae // 2 + plan.adam), free_memory("cpu")
         if gathers > there:
             log.warning(
                 "--shard_features: for a checkpoint rank 0 gathers all features with Adam's moments in its host's"

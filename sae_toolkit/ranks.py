@@ -65,6 +65,10 @@ class Ranks:
         """Takes the least of each element over the ranks, in place."""
         return self._reduce(tensor, dist.ReduceOp.MIN)
 
+    def maximum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Takes the largest of each element over the ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
         if not self.is_alone:
             with _none_lost():
@@ -89,7 +93,7 @@ class Ranks:
         """The tensors [N_r, ...] of all ranks, which may differ in their number of rows."""
         if self.is_alone:
             return [rows]
-        lengths = [n for (n,) in self.counts(len(rows))]
+        lengths = [n for (n,) in self._gather_counts((len(rows),), None)]  # within a step: no patience for days
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in lengths]
@@ -123,12 +127,13 @@ class Ranks:
 
     def counts(self, *numbers: int) -> list[tuple[int, ...]]:
         """The whole numbers of each rank."""
-        if self.is_alone:
-            return [numbers]
+        return [numbers] if self.is_alone else self._gather_counts(numbers, self._control)
+
+    def _gather_counts(self, numbers: tuple[int, ...], group: dist.ProcessGroup | None) -> list[tuple[int, ...]]:
         mine = torch.tensor(numbers)
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with _none_lost():
-            dist.all_gather(found, mine, group=self._control)
+            dist.all_gather(found, mine, group=group)
         return [tuple(each.tolist()) for each in found]
 
     def largest(self, *numbers: int) -> tuple[int, ...]:

@@ -112,6 +112,8 @@ class RunCheckpoints:
             command = [str(python), "sae_lens_train.py", "--resume", str(self.newest or self.run.directory)]
         else:
             command = ["./run_simple.sh", "NUM_GPUS", "GPU_IDS", "--resume", str(self.newest or self.run.directory)]
+        if self.run.is_sharded:
+            command.append("--shard_features")
         if self.run.flags.trust_remote_code:
             command.append("--trust_remote_code")
         return f"to go on: {shlex.join(command)}"

@@ -100,6 +100,8 @@ _NOT_IN_HASH = set(
 def configuration_hash(flags: argparse.Namespace) -> str:
     """Eight hex digits that are the same for runs of the same model, data, SAE and settings."""
     relevant = {name: value for name, value in vars(flags).items() if name not in _NOT_IN_HASH}
+    if flags.target_l0 is None:  # as before there was such a flag, so that earlier runs are found
+        del relevant["target_l0"]
     if flags.cache_activations is not None:  # wherever it lies, it rounds to bfloat16
         relevant["cache_activations"] = True
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]

@@ -102,6 +102,9 @@ class ShardedTrainer(Trainer):
         return dict([*self.sae.named_parameters(), *self.sae.named_buffers()])
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
+        """One step on the raw activations [B_r, D] of each rank; its output is of all B tokens, with `feature_acts` of
+        this rank's features [B, F / size].
+        """
         return super().step(torch.cat(self.ranks.gather(batch.to(self.sae.device))))
 
     def _grad_norm(self) -> torch.Tensor:
@@ -115,12 +118,15 @@ class ShardedTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return firings_F, loss
 
-    def _dead_bound(self) -> int:
+    def _dead_bound(self) -> tuple[int, int]:
         bound = super()._dead_bound()
-        return int(self._count_of_all_ranks(self.dead_neurons)) if bound is None else bound
+        if bound is None:
+            total, most = self._count(self.dead_neurons).tolist()
+            return total, most
+        return bound
 
-    def _count_of_all_ranks(self, features_F: torch.Tensor) -> torch.Tensor:
-        return self.ranks.sum(features_F.sum())
+    def _count(self, features_F: torch.Tensor) -> torch.Tensor:
+        return torch.stack((self.ranks.sum(features_F.sum()), self.ranks.maximum(features_F.sum())))
 
     @property
     def feature_sparsity(self) -> torch.Tensor:
@@ -213,9 +219,9 @@ def _set_state(
         each.load_state_dict(state["coefficients"][name])
     trainer.optimizer.param_groups[0]["lr"] = state["lr"]
     for name, parameter in trainer.sae.named_parameters():
-        if moments:
+        if name in moments:
             step = torch.tensor(state["n_adam_steps"], dtype=torch.float32, device=parameter.device)
-            trainer.optimizer.state[parameter] = {"step": step} | moments[name]
+            trainer.optimizer.state[parameter] = {"step": step} | moments.pop(name)
     for name, counter in counters.items():
         setattr(trainer, name, counter.to(trainer.cfg.device))
     trainer.load_state_beside_saelens(state["beside_saelens"])

@@ -40,8 +40,9 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     and `sae_out` are those of the whole SAE, and so is the sum of the parts' gradients of `b_dec`.
     """
 
-    # At most how many features of all shards are dead, where the caller knows without asking the device; None asks it.
-    dead_bound: int | None = None
+    # At most how many features are dead, of all shards and in the one that has the most, where the caller knows without
+    # asking the device; None asks it.
+    dead_bound: tuple[int, int] | None = None
     # The ranks that hold the other features.
     shards: Ranks = ALONE
 
@@ -113,10 +114,10 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         dead_F = step_input.dead_neuron_mask
         if dead_F is None:
             return sae_out.new_zeros(())
-        bound = int(dead_F.sum()) if self.dead_bound is None else self.dead_bound
+        bound, most = self.dead_bound or 2 * (int(dead_F.sum()),)
         if bound == 0:
             return sae_out.new_zeros(())
-        n_here = min(bound, len(dead_F))
+        n_here = min(most, len(dead_F))
         dead_C = torch.nonzero_static(dead_F, size=n_here, fill_value=0).squeeze(1)
         is_dead_C = torch.arange(n_here, device=dead_C.device) < dead_F.sum()
         n_dead = self.shards.sum(dead_F.sum())

@@ -24,7 +24,7 @@ RESULT_FILENAME = "result.json"
 _NOT_SWEPT = {
     *("output_name", "checkpoint_path", "resume", "dry_run", "strict", "cache_activations", "device", "keep"),
     *("checkpoint_every", "n_checkpoints", "wandb_mode", "wandb_project", "wandb_entity", "run_name"),
-    *("trust_remote_code", "layers", "hook_names", "matryoshka_widths", "streaming"),
+    *("trust_remote_code", "layers", "hook_names", "matryoshka_widths", "streaming", "shard_features"),
 }
 # What activations depend on, beside the text: trials that share these can share a cache.
 _OF_ACTIVATIONS = "model_name layer layers hook_name hook_names lm_dtype context_size set trust_remote_code".split()
@@ -161,7 +161,10 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
 
 
 def _of_run(parsed: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(parsed).items() if name not in _NOT_SWEPT}
+    relevant = {name: value for name, value in vars(parsed).items() if name not in _NOT_SWEPT}
+    if parsed.target_l0 is None:  # as before there was such a flag, so that earlier trials are found
+        del relevant["target_l0"]
+    return relevant
 
 
 def _key(values: Mapping[str, Any]) -> str:

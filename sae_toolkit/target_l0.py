@@ -63,13 +63,21 @@ class L0Control:
     def is_near(self) -> bool:
         return abs(self.l0 / self.target - 1) <= NEAR_TARGET
 
-    def update(self, l0: torch.Tensor) -> None:
-        """Takes a step's L0 in."""
+    def update(self, l0: torch.Tensor, pace: float, skip: torch.Tensor) -> None:
+        """Takes a step in.
+
+        Args:
+            l0: of its batch, [].
+            pace: its learning rate, as a share of the full one. The weight slows down with its root: where it kept its
+                pace, it would run away from an L0 that cannot follow any more; with the rate itself, it would be late.
+            skip: whether it was not applied, [], boolean.
+        """
         log_l0 = l0.double().clamp(min=1e-3).log()
-        self._log_l0 = torch.where(self._log_l0.isnan(), log_l0, torch.lerp(log_l0, self._log_l0, _MEMORY))
+        running = torch.where(self._log_l0.isnan(), log_l0, torch.lerp(log_l0, self._log_l0, _MEMORY))
+        self._log_l0 = torch.where(skip, self._log_l0, running)
         error = self._error()
-        change = self._rate * torch.where(error < 0, _DOWN * error, error)
-        self._integral = (self._integral + change).clamp(-_FURTHEST, _FURTHEST)
+        change = math.sqrt(pace) * self._rate * torch.where(error < 0, _DOWN * error, error)
+        self._integral = torch.where(skip, self._integral, (self._integral + change).clamp(-_FURTHEST, _FURTHEST))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"integral": self._integral, "log_l0": self._log_l0}

@@ -132,7 +132,8 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_training_samples += n_samples
         self._record_firings(firings_F)
         if self.l0_control is not None and not self._warms_up():
-            self.l0_control.update(firings_F.sum() / self.cfg.train_batch_size_samples)
+            pace = self.optimizer.param_groups[0]["lr"] / self.cfg.lr
+            self.l0_control.update(firings_F.sum() / self.cfg.train_batch_size_samples, pace, not_finite)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -202,7 +203,9 @@ class Trainer(SAETrainer[Any, Any]):
             group["fused"] = True
         for parameter, state in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel reads all as one piece of memory
-                state[name] = torch.empty_like(parameter).copy_(state[name])
+                moment = state[name]
+                if moment.device != parameter.device or moment.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter).copy_(moment)
 
     def _grad_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.sae.parameters() if p.grad is not None])
@@ -211,10 +214,11 @@ class Trainer(SAETrainer[Any, Any]):
     def _of_whole_batch(
         self, firings_F: torch.Tensor, loss: torch.Tensor, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How often each feature fired, and the loss, given those of this rank's part."""
+        """How often each feature fired [F], and the loss [], given those of this rank's part."""
         if self.ranks.is_alone:
             return firings_F, loss
-        both = self.ranks.sum(torch.cat((firings_F, loss[None] * share)))
+        wide = torch.promote_types(loss.dtype, torch.float32)  # counts do not fit into float16
+        both = self.ranks.sum(torch.cat((firings_F.to(wide), loss.to(wide)[None] * share)))
         return both[:-1], both[-1]
 
     @torch.no_grad()
@@ -249,8 +253,9 @@ class Trainer(SAETrainer[Any, Any]):
         reading = super().build_train_step_log_dict(whole, n_training_samples)
         return reading | {"metrics/l0": float(mean(reading["metrics/l0"]))}
 
-    def _dead_bound(self) -> int | None:
-        """At most how many features are dead now; None on a CPU, where counting costs nothing.
+    def _dead_bound(self) -> tuple[int, int] | None:
+        """At most how many features are dead now, of all and on the rank that has the most; None on a CPU, where
+        counting costs nothing.
 
         A feature that is dead in n steps has by now been silent for all but n steps of the window. Counting those
         gives a number that can be read n steps later, when the device has long computed it.
@@ -258,14 +263,15 @@ class Trainer(SAETrainer[Any, Any]):
         if self.act_freq_scores.device.type == "cpu":
             return None
         soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
-        self._counts_of_dead.append(_Reading(self._count_of_all_ranks(soon)))
+        self._counts_of_dead.append(_Reading(self._count(soon)))
         if len(self._counts_of_dead) <= _STEPS_BEHIND:
             return None
-        n_dead = self._counts_of_dead.popleft().value()
-        return -(-n_dead // 256) * 256  # few sizes, for the allocator
+        total, most = (-(-n // 256) * 256 for n in self._counts_of_dead.popleft().values())  # few sizes to allocate
+        return total, most
 
-    def _count_of_all_ranks(self, features_F: torch.Tensor) -> torch.Tensor:
-        return features_F.sum()
+    def _count(self, features_F: torch.Tensor) -> torch.Tensor:
+        """How many of all features, and on the rank that has the most: [2]."""
+        return features_F.sum().expand(2)
 
 
 @torch.no_grad()
@@ -290,15 +296,15 @@ def _tf32(device: torch.device) -> Iterator[None]:
 
 
 class _Reading:
-    """A number that is on its way from a CUDA device."""
+    """Numbers that are on their way from a CUDA device."""
 
-    def __init__(self, number: torch.Tensor) -> None:
-        self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
-        with torch.cuda.device(number.device):
-            self._host.copy_(number, non_blocking=True)
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        with torch.cuda.device(numbers.device):
+            self._host.copy_(numbers, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def value(self) -> int:
+    def values(self) -> list[int]:
         self._arrived.synchronize()
-        return int(self._host)
+        return self._host.tolist()

@@ -187,7 +187,7 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
     """The SAE as a run starts with it: of weights that the seed fixes, or those of `from_pretrained_path`.
 
     Raises:
-        UserError: the pretrained SAE is of another shape or normalization.
+        UserError: the pretrained SAE is of another architecture, shape or normalization.
     """
     torch.manual_seed(cfg.seed)
     if cfg.from_pretrained_path is None:
@@ -200,6 +200,12 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         raise UserError(
             f"--set from_pretrained_path={cfg.from_pretrained_path}: no SAE can be read there: {one_line(error)}"
         ) from None
+    architecture = found.cfg.architecture()
+    if architecture != cfg.sae.architecture():
+        raise UserError(
+            f"--set from_pretrained_path={cfg.from_pretrained_path}: its architecture is {architecture}; use it with"
+            f" --architecture {architecture}"
+        )
     for field in ("d_in", "d_sae", "normalize_activations"):
         if getattr(found.cfg, field) != getattr(cfg.sae, field):
             raise UserError(

@@ -151,7 +151,7 @@ def _check_shards(flags: argparse.Namespace, cfgs: Sequence[LanguageModelSAERunn
         if cfg.sae.d_sae % ranks.size:
             raise UserError(
                 f"--shard_features: {ranks.size} processes do not divide {cfg.sae.d_sae:,} features evenly; use another"
-                f" --expansion_factor than {flags.expansion_factor}"
+                f" number of them, or another --expansion_factor than {flags.expansion_factor}"
             )
 
 

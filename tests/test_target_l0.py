@@ -8,7 +8,7 @@ from sae_lens.registry import get_sae_training_class
 
 from sae_toolkit.trainer import Trainer
 
-BATCH, N_STEPS = 128, 400
+BATCH, N_STEPS = 128, 500
 FASTER_THRESHOLDS = {"jumprelu_ste_to_input": True, "jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
 
 
