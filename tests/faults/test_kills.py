@@ -79,7 +79,9 @@ def kill_and_resume(trainings, flags, kills) -> tuple[int, Path]:
 
 
 def kill_evenly(trainings, tiny_model, text_file, tmp_path, architecture, n_kills, n_inside) -> tuple[int, int]:
-    """Kills at times spread evenly over an undisturbed run's, and inside checkpoints; how many of each."""
+    """Kills at times spread evenly over an undisturbed run's, and inside checkpoints until there are so many of these;
+    how many there were of all, and of these. A kill misses where the run, or the checkpoint, is done by then.
+    """
     flags = run_flags(tiny_model, text_file, tmp_path / "whole", architecture)
     status, _ = trainings.run(flags)
     assert status == 0, trainings.shown()
@@ -92,7 +94,9 @@ def kill_evenly(trainings, tiny_model, text_file, tmp_path, architecture, n_kill
         n, sae = kill_and_resume(trainings, flags, [after(seconds * (i + 0.5) / n_kills)])
         n_killed += n
         assert_same(whole, sae)
-    for i in range(n_inside):
+    for i in range(4 * n_inside):
+        if len(inside) == n_inside:
+            break
         directory = tmp_path / f"inside_{i}"
         kill = inside_a_checkpoint(directory, 1 + i % 8, random.Random(i).uniform(0, 0.015), inside)
         n, sae = kill_and_resume(trainings, run_flags(tiny_model, text_file, directory, architecture), [kill])
@@ -105,7 +109,7 @@ def kill_evenly(trainings, tiny_model, text_file, tmp_path, architecture, n_kill
 def test_two_hundred_kills_end_in_the_same_sae(trainings, tiny_model, text_file, tmp_path, record_fault):
     n_killed = n_inside = 0
     for architecture in ARCHITECTURES:
-        killed, inside = kill_evenly(trainings, tiny_model, text_file, tmp_path / architecture, architecture, 36, 12)
+        killed, inside = kill_evenly(trainings, tiny_model, text_file, tmp_path / architecture, architecture, 38, 10)
         n_killed, n_inside = n_killed + killed, n_inside + inside
     assert n_killed >= 200
     assert n_inside >= 40
@@ -130,6 +134,6 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_sae(
 
 def test_some_kills_end_in_the_same_sae(trainings, tiny_model, text_file, tmp_path):
     """The short form."""
-    n_killed, n_inside = kill_evenly(trainings, tiny_model, text_file, tmp_path, "batchtopk", 5, 2)
+    n_killed, n_inside = kill_evenly(trainings, tiny_model, text_file, tmp_path, "batchtopk", 5, 1)
     assert n_killed >= 4
-    assert n_inside >= 1
+    assert n_inside == 1
