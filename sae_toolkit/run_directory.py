@@ -221,7 +221,7 @@ def _step_of(line: str) -> float:
 
 
 def _unfinished_runs(directory: Path) -> Iterator[RunDirectory]:
-    for path in directory.glob("*"):
+    for path in directory.glob("[!.]*"):  # a run that was killed while its directory was made has begun nothing
         if (path / FLAGS_FILENAME).is_file() and not RunDirectory(path).is_finished:
             yield RunDirectory(path)
 

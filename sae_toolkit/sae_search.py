@@ -88,7 +88,9 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
     if part is None and (checkpoints := _checkpoints(directory, layer) or _of_hooks(directory, layer)):
         return _of_many(checkpoints, where)
     configs = [file for pattern in ("cfg.json", "ae.pt") for file in directory.rglob(pattern)]
-    saes = {str(file.parent.relative_to(directory)) for file in configs if library_of(file.parent) is not None}
+    folders = {file.parent.relative_to(directory) for file in configs if library_of(file.parent) is not None}
+    # what a process that was killed had begun to write is hidden
+    saes = {str(folder) for folder in folders if not any(part.startswith(".") for part in folder.parts)}
     if not saes:
         raise UserError(f"{where}: no SAE in it; looked for {WHAT_IS_AN_SAE}")
     return [recognize_sae(directory / _choose(saes, part, layer, where), "", where)]

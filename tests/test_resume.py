@@ -156,6 +156,17 @@ def test_a_run_with_the_same_flags_is_found_and_one_without_a_checkpoint_begins_
     assert "this run is finished" in trainings.shown()
 
 
+def test_a_run_that_was_killed_while_its_directory_was_made_begins_anew(stopped_run, trainings, flags, whole):
+    partial = stopped_run.with_name(f".{stopped_run.name}.partial")
+    stopped_run.rename(partial)
+    (partial / "manifest.json").unlink()  # it is written last
+    for checkpoint in checkpoints(partial):
+        shutil.rmtree(checkpoint)
+    status, _ = trainings.run([*flags, "--resume"])
+    assert status == 0, trainings.shown()
+    assert_same(whole, trainings.finished_sae())
+
+
 def test_a_sparsity_weight_that_is_adjusted_goes_on_where_it_was(trainings, tiny_model, text_file, tmp_path):
     flags = [*run_flags(tiny_model, text_file, tmp_path, architecture="standard"), "--target_l0", "40"]
     status, _ = trainings.run(flags)
