@@ -18,9 +18,7 @@ from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.foreign_saes import (
-    hook_of_hookpoint,
-)
+from sae_toolkit.foreign_saes import hook_of_hookpoint
 from sae_toolkit.hub import check_repository
 from sae_toolkit.sae_formats import (
     FILES,

@@ -3,7 +3,7 @@
 Each rank holds the encoder columns and decoder rows of F / size features, with their gradients, moments and counters,
 and sees the whole batch. What travels in a step: the batch's activations, the candidates of the selection, and the sum
 of the parts' reconstructions. On disk the SAE is whole: rank 0 gathers it in its host's memory and writes what a run
-on one device would write, so a run goes on with any number of ranks, sharded or not.
+on one device would write, so a run goes on with any number of ranks.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Trainer(SAETrainer[Any, Any]):
 
     Its step is written anew, to the same result: Adam is fused, firings are counted where the activations are
     sparse, dead features are counted some steps ahead, and a step whose loss or gradient is not finite is not
-    applied. With the SAEs of `sparse_topk` none of it waits for the device. On a CUDA device the SAE's products are
-    in TF32.
+    applied. With the SAEs of `sparse_topk` none of it waits for the device, but for shards. On a CUDA device the SAE's
+    products are in TF32.
 
     `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last that was;
     both are on the device.
