@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sae_toolkit.console import Parser, run_script, set_up_logging
@@ -31,7 +32,7 @@ log = logging.getLogger("sae_toolkit")
 _LARGEST = 10**15  # far above any sensible count, far below what overflows
 
 
-def parse_flags() -> argparse.Namespace:
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add(
@@ -87,7 +88,7 @@ def parse_flags() -> argparse.Namespace:
         help="where the results go, the reports beside them (default: evaluation.json beside the checkpoint)",
     )
     add("--verbose", action="store_true", help="say more")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     for name in ("num_samples", "context_length", "batch_size", "dead_tokens"):
         if (value := getattr(flags, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: must be 1 or more")

@@ -41,14 +41,11 @@ def parse_flags() -> argparse.Namespace:
 
 
 def prepare(flags: argparse.Namespace) -> Any:
+    from evaluate_sae_real_activations import parse_flags as parse_evaluation_flags
     from sae_toolkit.evaluation_setup import prepare_evaluations
 
-    unset = dict.fromkeys(
-        ("model_name", "layer", "dataset", "dataset_config", "dataset_split", "text_column", "fallback_dataset")
-    )
-    more = {"context_length": None, "dead_tokens": None, "protocol": "health", "seed": 42}
-    browser = {"features": [], "n_features": 50}
-    groups = prepare_evaluations(argparse.Namespace(**(unset | more | browser | vars(flags))))
+    sizes = (f"--{name}={getattr(flags, name)}" for name in ("num_samples", "batch_size", "lm_dtype", "device"))
+    groups = prepare_evaluations(parse_evaluation_flags(["--sae_path", *flags.sae_path, *sizes]))
     if len(groups) > 1:
         sys.exit("error: --sae_path: the SAEs do not share model, hook and text")
     return groups[0]

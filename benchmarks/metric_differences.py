@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=4)
     flags = parser.parse_args()
-    flags.device, flags.sae_path = "cpu", [flags.sae_path]
+    flags.device, flags.lm_dtype, flags.sae_path = "cpu", "float32", [flags.sae_path]
     prepared = prepare(flags)
     sae = prepared.saes[0].sae
     if sae.cfg.architecture() != "topk":

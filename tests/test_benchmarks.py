@@ -27,3 +27,17 @@ def test_the_training_benchmark_says_where_the_time_goes():
     assert done.status == 0, done.stderr
     shares = dict(re.findall(r"^\| (\w.*?) \| ([\d.]+)% \|$", done.stdout, re.MULTILINE))
     assert {"next batch", "next batch: language model", "step", "step: Adam", "step: backward"} <= shares.keys()
+
+
+def test_the_evaluation_benchmark_measures_the_same_l0_as_run_evals(script, tiny_run):
+    trained = script("sae_lens_train.py", *tiny_run)
+    done = run_process(
+        *(sys.executable, "benchmarks/eval_speed.py", "--sae_path", trained.stdout.strip()),
+        *("--num_samples", 8, "--repeats", 1, "--device", "cpu"),
+    )
+    assert done.status == 0, done.stderr
+    rows = dict(re.findall(r"^\| (\w.*?) \| (.*) \|$", done.stdout, re.MULTILINE))
+    l0 = {name: float(row.split(" | ")[3]) for name, row in rows.items()}
+    assert l0["this project, one SAE"] > 0
+    assert l0.keys() == {"this project, one SAE", "run_evals, one SAE"}
+    assert re.search(r"^run_evals takes [\d.]+ x the time of this project$", done.stdout, re.MULTILINE)
