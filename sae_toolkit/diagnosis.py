@@ -1,0 +1,56 @@
+"""Why an SAE is unhealthy, by what was measured of it and of its training, and which flags to change.
+
+Causes of the measurement itself come first, since an SAE on another layer says nothing of its training; then what the
+SAE was given to learn; then how it was trained. Within these, the one that more of the trouble is due to.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sae_toolkit import evaluation_causes, training_causes
+from sae_toolkit.evidence import Evidence, Finding
+
+_TIERS = (evaluation_causes.CAUSES, training_causes.GIVEN, training_causes.SETTINGS)
+
+
+def diagnose(evidence: Evidence) -> list[Finding]:
+    """The causes that the evidence shows, in the order in which to go about them; none where all is healthy."""
+    found = []
+    for tier, causes in enumerate(_TIERS):
+        of_tier = [finding for cause in causes if (finding := cause(evidence))]
+        of_tier = [finding for finding in of_tier if set(finding.metrics) & set(evidence.unhealthy)]
+        found += [(tier, finding) for finding in of_tier]
+    found.sort(key=lambda pair: (pair[0] if pair[1].effect > 0 else len(_TIERS), -pair[1].effect))
+    return [replace(finding, effect=min(max(finding.effect, 0.0), 1.0)) for _, finding in found]
+
+
+def command(finding: Finding, evidence: Evidence) -> str:
+    """The command that carries a finding's advice out."""
+    history, sae_path = evidence.history, evidence.summary["sae"]["path"]
+    if not finding.of_training:
+        return shlex.join(["python", "evaluate_sae_real_activations.py", "--sae_path", sae_path, *finding.flags])
+    if history is None:
+        return f"in its training: {shlex.join(finding.flags)}"
+    run = history.directory
+    if run.is_relative_to(Path.cwd()):
+        run = run.relative_to(Path.cwd())
+    return shlex.join(["./run_saelens_training.sh", "--like", str(run), *finding.flags])
+
+
+def as_records(findings: Sequence[Finding], evidence: Evidence) -> list[dict[str, Any]]:
+    """Findings as evaluation.json has them."""
+    return [
+        {
+            "cause": finding.cause,
+            "metrics": list(finding.metrics),
+            "says": finding.says,
+            "effect": finding.effect,
+            "command": command(finding, evidence),
+        }
+        for finding in findings
+    ]

@@ -1,0 +1,116 @@
+"""Causes that lie in how an SAE was evaluated: until they are mended, its numbers say nothing of its training."""
+
+from __future__ import annotations
+
+import math
+
+from sae_toolkit.evidence import ALL_METRICS, Evidence, Finding, percent, standard_of, titles
+from sae_toolkit.health import LEAST_REPLACED_SHARE, LEAST_SEQUENCES
+from sae_toolkit.probes import MASSIVE
+
+# Medians of norms over a few thousand tokens of one text and another lie within some per cent of one another.
+_NORM_TOLERANCE = math.log(1.15)
+
+
+def _too_small_a_sample(e: Evidence) -> Finding | None:
+    unsettled = [metric for metric in e.unhealthy if e.summary["health"][metric] == "unsettled"]
+    if not unsettled or e.metrics["replaced_share"] < LEAST_REPLACED_SHARE:
+        return None
+    rows, dead = e.summary["loss_sequences"], e.summary["dead_feature_estimates"]
+    factor = max((_rows_needed(e, metric) for metric in unsettled if metric != "dead_features"), default=1.0)
+    flags: list[str] = []
+    if factor > 1:
+        flags += ["--num_samples", str(math.ceil(rows * factor))]
+    if "dead_features" in unsettled:
+        flags += ["--dead_tokens", str(max(dead["tokens_to_settle"], 2 * dead["tokens"]))]
+    only = len(unsettled) == len(e.unhealthy)
+    return Finding(
+        "the evaluated sample is too small",
+        tuple(unsettled),
+        f"{rows} sequences, {dead['tokens']:,} tokens: {titles(unsettled)} could be of another status on more text",
+        tuple(flags) or ("--num_samples", str(4 * rows)),
+        len(unsettled) / len(e.unhealthy) if only else 0.0,
+        of_training=False,
+    )
+
+
+def _rows_needed(e: Evidence, metric: str) -> float:
+    """How many times the rows would make the interval stay on one side of the nearest limit: at most 16."""
+    few = LEAST_SEQUENCES / e.summary["loss_sequences"]
+    if metric not in e.summary["intervals"]:
+        return max(4.0, few)
+    low, high = e.summary["intervals"][metric]
+    standard = standard_of(metric)
+    value = e.metrics[metric]
+    limits = [end for end in (*standard.healthy, *standard.borderline) if math.isfinite(end)]
+    distance = min(abs(value - end) for end in limits)
+    half = (high - low) / 2
+    return min(max(1.5 * (half / distance) ** 2 if distance else 16.0, few, 1.5), 16.0)
+
+
+def _wrong_layer(e: Evidence) -> Finding | None:
+    here_name = e.summary["hook_name"]
+    here = e.probes.explained_at.get(here_name, math.nan)
+    best_name = max(e.probes.explained_at, key=lambda name: e.probes.explained_at[name])
+    best = e.probes.explained_at[best_name]
+    if best_name == here_name or not best > max(here, 0) + 0.05:
+        return None
+    trained_at = e.metadata.get("hook_name")
+    layer = next(part for part in best_name.split(".") if part.isdigit())
+    if trained_at == here_name and e.history is not None:  # it was trained here, whatever else it fits
+        return None
+    return Finding(
+        "evaluated at another hook than it was trained at",
+        ALL_METRICS,
+        f"it explains {percent(here)} of the variance at {here_name} and {percent(best)} at {best_name}",
+        ("--layer", layer),
+        (best - max(here, 0)) / (1 - max(here, 0)),
+        of_training=False,
+    )
+
+
+def _wrong_model(e: Evidence) -> Finding | None:
+    recorded = e.metadata.get("median_activation_norm")
+    if not recorded or e.metadata.get("hook_name") != e.summary["hook_name"]:
+        return None
+    ratio = e.probes.median_norm / recorded
+    if abs(math.log(ratio)) < _NORM_TOLERANCE:
+        return None
+    trained_on = e.metadata.get("model_name")
+    what = f"{e.summary['model']}, and it was trained on {trained_on}"
+    if trained_on == e.summary["model"]:
+        what = f"{trained_on}, whose weights must be others than those that it was trained on"
+    return Finding(
+        "evaluated on another model than it was trained on",
+        ALL_METRICS,
+        f"the median norm of the activations is {e.probes.median_norm:.4g} here and was {recorded:.4g} in training:"
+        f" this is {what}",
+        ("--model_name", str(trained_on)),
+        1.0,
+        of_training=False,
+    )
+
+
+def _too_few_positions(e: Evidence) -> Finding | None:
+    share = e.metrics["replaced_share"]
+    if not share < LEAST_REPLACED_SHARE:
+        return None
+    positions = e.summary["positions"] or {}
+    limit = positions.get("max_activation_norm")
+    by_norm = limit is not None and limit < 4 * e.probes.median_norm
+    flags = ("--max_activation_norm_multiple", str(MASSIVE)) if by_norm else ("--skip_positions", "1")
+    return Finding(
+        "it stands in at too few positions",
+        ALL_METRICS,
+        f"at {percent(share)} of the tokens, for it leaves out "
+        + (
+            f"norms above {limit:.4g} where their median is {e.probes.median_norm:.4g}"
+            if by_norm
+            else f"the first {positions.get('skip_positions')} positions of {e.summary['context_length']}"
+        ),
+        flags,
+        1 - share,
+    )
+
+
+CAUSES = (_too_small_a_sample, _wrong_layer, _wrong_model, _too_few_positions)

@@ -1,0 +1,173 @@
+"""What can tell why an SAE is unhealthy, measured on a little text: each number is what one cause would change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sae_lens import SAE
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.metrics import chunk_length
+
+MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by default
+TWINS = 0.9  # cosine of decoder vectors
+STRONGEST = 64  # features of a token, the middle of what is healthy
+_TOKENS = 8192
+_LAYERS_AROUND = 2
+_FEATURES_LOOKED_AT = 4096
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Measured on `tokens` tokens, without special tokens and skipped positions. Shares are in [0, 1].
+
+    Args:
+        median_norm: of the activations, massive ones included.
+        massive_share: of the variance where the SAE stands in, that is due to activations of more than
+            10 times the median norm.
+        explained: the SAE's explained variance there.
+        explained_of_others: likewise without the massive ones.
+        explained_by_strongest: likewise, by the 64 strongest features of each token alone.
+        explained_at: by hook, without the massive ones: where the SAE is evaluated, and the same place in other layers.
+        twins: share of features whose decoder vector has a cosine above 0.9 to another one's.
+        twins_together: how often a feature that has such a twin fires on the tokens on which the twin does, as a share;
+            None where there are none that fire.
+    """
+
+    tokens: int
+    median_norm: float
+    massive_share: float
+    explained: float
+    explained_of_others: float
+    explained_by_strongest: float
+    explained_at: dict[str, float]
+    twins: float
+    twins_together: float | None
+
+
+@torch.no_grad()
+def probe(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, model: LanguageModel, batch_size: int) -> Probes:
+    """Measures on the first rows of an evaluation.
+
+    Args:
+        prepared: the evaluation.
+        evaluated: one of its SAEs.
+        model: its language model.
+        batch_size: rows in one forward pass.
+    """
+    sae = evaluated.sae.to(prepared.device)
+    names = hooks_around(prepared.hook_name, len(model.layers))
+    acts_by_hook = dict(_activations(prepared, evaluated, model, names, batch_size, sae.cfg.d_in))
+    acts_ND = acts_by_hook[prepared.hook_name]
+    norms_N = acts_ND.norm(dim=-1)
+    median = norms_N.median().item()
+    limit = evaluated.positions.max_activation_norm
+    stands_in_N = torch.ones_like(norms_N, dtype=torch.bool) if limit is None else norms_N <= limit
+    massive_N = norms_N > MASSIVE * median
+    where_ND = acts_ND[stands_in_N]
+    from_mean_N = (where_ND - where_ND.mean(0)).square().sum(-1)
+    others_ND = acts_ND[~massive_N]
+    twins, together = _twins(sae, others_ND)
+    found = Probes(
+        tokens=len(acts_ND),
+        median_norm=median,
+        massive_share=(from_mean_N[massive_N[stands_in_N]].sum() / from_mean_N.sum()).nan_to_num().item(),
+        explained=_explained(sae, where_ND),
+        explained_of_others=_explained(sae, others_ND),
+        explained_by_strongest=_explained(sae, others_ND, strongest=STRONGEST),
+        explained_at={name: _explained(sae, _without_massive(acts)) for name, acts in acts_by_hook.items()},
+        twins=twins,
+        twins_together=together,
+    )
+    evaluated.sae.to("cpu")
+    return found
+
+
+def hooks_around(hook_name: str, n_layers: int) -> list[str]:
+    """A hook, and the same place in up to two layers before it and after it."""
+    layer = re.search(r"\.(\d+)(?=\.|$)", hook_name)
+    if layer is None:
+        return [hook_name]
+    here = int(layer[1])
+    others = [here + i for i in range(-_LAYERS_AROUND, _LAYERS_AROUND + 1) if 0 <= here + i < n_layers]
+    return [f"{hook_name[: layer.start(1)]}{other}{hook_name[layer.end(1) :]}" for other in others]
+
+
+def _activations(
+    prepared: PreparedEvaluation,
+    evaluated: EvaluatedSAE,
+    model: LanguageModel,
+    names: list[str],
+    batch_size: int,
+    d_in: int,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Activations [N, D] in float64 on the CPU, at each hook of the SAE's width."""
+    n_rows = min(len(prepared.rows_NT), max(_TOKENS // prepared.rows_NT.shape[1], 1))
+    rows_NT = prepared.rows_NT[:n_rows].astype(np.int64)
+    keep_N = torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT).ravel())
+    for name in names:
+        at_hook = LanguageModel(model.model, name)
+        try:
+            acts = torch.cat([at_hook.activations(rows).cpu() for rows in torch.from_numpy(rows_NT).split(batch_size)])
+        except UserError:  # nothing of that shape comes by there
+            continue
+        if acts.shape[-1] == d_in:
+            yield name, acts.flatten(0, 1)[keep_N].double()
+
+
+def _without_massive(acts_ND: torch.Tensor) -> torch.Tensor:
+    norms_N = acts_ND.norm(dim=-1)
+    return acts_ND[norms_N <= MASSIVE * norms_N.median()]
+
+
+def _encoded(sae: SAE, acts_ND: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Activations and features, so many tokens at a time."""
+    for chunk_ND in acts_ND.split(chunk_length(4 * sae.cfg.d_sae)):
+        yield chunk_ND, sae.encode(chunk_ND.to(sae.device, torch.float32))
+
+
+def _explained(sae: SAE, acts_ND: torch.Tensor, strongest: int | None = None) -> float:
+    """Explained variance; by the strongest features of each token alone, if a number of them is given."""
+    if len(acts_ND) == 0:
+        return float("nan")
+    error = 0.0
+    for chunk_ND, features_NF in _encoded(sae, acts_ND):
+        if strongest is not None and strongest < features_NF.shape[1]:
+            strength_NF = features_NF.abs() * sae.W_dec.norm(dim=-1)
+            weakest_NF = strength_NF.topk(features_NF.shape[1] - strongest, dim=-1, largest=False).indices
+            features_NF = features_NF.scatter(1, weakest_NF, 0.0)
+        error += (sae.decode(features_NF).double().cpu() - chunk_ND).square().sum().item()
+    return 1 - error / (acts_ND - acts_ND.mean(0)).square().sum().item()
+
+
+def _twins(sae: SAE, acts_ND: torch.Tensor) -> tuple[float, float | None]:
+    """The share of features that have a twin, and how often one fires where its twin does; of a sample where there are
+    many features.
+    """
+    directions_FD = torch.nn.functional.normalize(sae.W_dec.float(), dim=-1)
+    n_features = len(directions_FD)
+    sample_R = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))[:_FEATURES_LOOKED_AT]
+    twin_R = torch.empty_like(sample_R)
+    size = chunk_length(4 * n_features)
+    for start in range(0, len(sample_R), size):
+        rows_R = sample_R[start : start + size].to(sae.device)
+        cosines_RF = directions_FD[rows_R] @ directions_FD.T
+        cosines_RF[torch.arange(len(rows_R)), rows_R] = -1
+        largest_R, nearest_R = cosines_RF.max(dim=-1)
+        twin_R[start : start + size] = torch.where(largest_R > TWINS, nearest_R, -1).cpu()
+    has_twin_R = twin_R >= 0
+    features, twins = sample_R[has_twin_R], twin_R[has_twin_R]
+    if len(features) == 0:
+        return 0.0, None
+    both = either = 0
+    for _, features_NF in _encoded(sae, acts_ND):
+        fires, twin_fires = features_NF[:, features] != 0, features_NF[:, twins] != 0
+        both += int((fires & twin_fires).sum())
+        either += int((fires | twin_fires).sum())
+    return len(features) / len(sample_R), both / either if either else None

@@ -1,0 +1,281 @@
+"""Causes that lie in how an SAE was trained: what it was given to learn, and by what settings."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sae_toolkit.evidence import ALL_METRICS, Evidence, Finding, outside, percent, standard_of
+from sae_toolkit.probes import MASSIVE, STRONGEST, TWINS
+from sae_toolkit.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOKENS_A_FEATURE, MOST_MASSIVE_SHARE
+from sae_toolkit.training_history import TrainingHistory
+
+_TARGET_L0 = 64
+_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
+# Of 488 steps of 2,304 and 4,608 features those with lr 2e-3 ended healthy; it turns a feature (a direction of length 1
+# over d_in weights, which Adam moves by about lr each) by 0.05 of its length in a step, and by 20 lengths in all.
+_TURN_A_STEP, _TURN_IN_ALL = 0.05, 20.0
+
+
+def _massive_activations(e: Evidence) -> Finding | None:
+    massive = e.probes.massive_share
+    if massive <= MOST_MASSIVE_SHARE:
+        return None
+    on = {
+        "--max_activation_norm_multiple": (str(MASSIVE), not e.flag("max_activation_norm_multiple")),
+        "--skip_positions": ("1", not e.flag("skip_positions")),
+        "--exclude_special_tokens": ("true", e.flag("exclude_special_tokens") is False),
+    }
+    flags = [word for flag, (value, off) in on.items() if off for word in (flag, value)]
+    return Finding(
+        "massive activations",
+        ALL_METRICS,
+        f"{massive:.1%} of the variance that it was trained on is that of a few activations of more than {MASSIVE}"
+        f" times the median norm; of all others it explains {percent(e.probes.explained_of_others)}, where the whole"
+        f" says {percent(e.probes.explained)}",
+        tuple(flags) or ("--max_activation_norm_multiple", str(MASSIVE)),
+        massive,
+    )
+
+
+def _sparsity(e: Evidence) -> Finding | None:
+    l0, (low, high) = e.metrics["l0"], standard_of("l0").healthy
+    if "l0" not in e.unhealthy or low <= l0 <= high:
+        return None
+    weight = _WEIGHTS.get(e.architecture)
+    k = e.flag("k")
+    if weight is None:
+        if k is None or low <= k <= high:
+            return None  # the L0 of training is another than that of use: too little training
+        return Finding(
+            "k is not a healthy L0",
+            ("l0",),
+            f"{k:g} features a token were asked for, and {l0:.1f} are active",
+            ("--k", str(_TARGET_L0)),
+            outside(l0, low, high),
+        )
+    value = e.flag(weight)
+    given = f"--{weight} {value:g}" if value is not None else f"the {weight}"
+    strongest, all_of_them = e.probes.explained_by_strongest, e.probes.explained_of_others
+    if l0 > high:
+        says = (
+            f"{given} is too weak for activations with a norm of {e.probes.median_norm:.4g}: {l0:.0f} features are"
+            f" active on a token, of which the strongest {STRONGEST} explain {percent(strongest)} of the variance, and"
+            f" all of them {percent(all_of_them)}"
+        )
+    else:
+        says = f"{given} is too strong: {l0:.1f} features are active on a token, which explain {percent(all_of_them)}"
+    normalize: tuple[str, ...] = ()
+    if e.flag("normalize_activations") == "none":
+        normalize = ("--normalize_activations", "expected_average_only_in")
+    if "decoder_absorption" in e.unhealthy and weight == "l1_coefficient":
+        flags = ("--architecture", "batchtopk", "--k", str(_TARGET_L0), *normalize)
+        says += "; and an L1 penalty keeps features alike, so the number of active ones is better set than weighed"
+        metrics: tuple[str, ...] = ("l0", "decoder_absorption")
+    else:
+        flags, metrics = ("--target_l0", str(_TARGET_L0), *normalize), ("l0",)
+    return Finding("the sparsity weight does not fit", metrics, says, flags, outside(l0, low, high))
+
+
+def _l1_penalty(e: Evidence) -> Finding | None:
+    """Where L0 is well, and the decoder is not."""
+    if _WEIGHTS.get(e.architecture) != "l1_coefficient" or "l0" in e.unhealthy:
+        return None
+    absorption, limit = e.metrics["decoder_absorption"], standard_of("decoder_absorption").healthy[1]
+    return Finding(
+        "an L1 penalty keeps features alike",
+        ("decoder_absorption",),
+        f"{e.probes.twins:.1%} of the features have a twin with a cosine above {TWINS:g}, and the mean largest cosine"
+        f" is {absorption:.2f}, where random directions have {e.summary['decoder_cosines']['random_directions']:.2f}",
+        ("--architecture", "batchtopk", "--k", str(_TARGET_L0)),
+        (absorption - limit) / (1 - limit),
+    )
+
+
+def _steps(e: Evidence) -> Finding | None:
+    """Learning rate and dead-feature window, which have to fit the number of steps, as one cause where both do not."""
+    rate, window = _low_learning_rate(e), _window(e)
+    if rate is None or window is None:
+        return rate or window
+    assert e.history is not None
+    return Finding(
+        "too few steps for this learning rate and dead-feature window",
+        tuple(dict.fromkeys(rate.metrics + window.metrics)),
+        f"{e.history.n_steps} steps: {rate.says}; {window.says}",
+        rate.flags[:4] + window.flags,
+        max(rate.effect, window.effect),
+    )
+
+
+def _low_learning_rate(e: Evidence) -> Finding | None:
+    history = e.history
+    if history is None or history.turned_F is None:
+        return None
+    flags, root = history.flags, math.sqrt(e.d_in)
+    full_steps = history.n_steps - (flags.lr_warm_up_steps + flags.lr_decay_steps) / 2
+    fitting = min(_TURN_A_STEP / root, _TURN_IN_ALL / (full_steps * root))
+    turned = float(history.turned_F.median())
+    if fitting < 2 * flags.lr or turned < 0.35:
+        return None
+    gain = history.gain_of_doubling()
+    words = ["--lr", f"{float(f'{fitting:.1g}'):g}"]
+    if not flags.lr_decay_steps:
+        words += ["--lr_decay_steps", str(max(history.n_steps // 5, 1))]
+    return Finding(
+        "the learning rate is too low",
+        ALL_METRICS,
+        f"half of the decoder vectors still have a cosine of {turned:.2f} or more to the random ones that they began as"
+        + (f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else "")
+        + f", with lr {flags.lr:g}",
+        tuple(words),
+        turned,
+    )
+
+
+def _high_learning_rate(e: Evidence) -> Finding | None:
+    history = e.history
+    swings = None if history is None else _swings(history)
+    if history is None or swings is None or swings < 0.05:
+        return None
+    flags, root = history.flags, math.sqrt(e.d_in)
+    lower = min(_TURN_A_STEP / root, flags.lr / 3)
+    return Finding(
+        "the learning rate is too high",
+        ALL_METRICS,
+        f"the explained variance does not settle: from one reading to the next it moves by {min(swings, 99):.2g}"
+        f" (median, second half); a step of lr {flags.lr:g} turns a feature by {flags.lr * root:.2g} of its length",
+        ("--lr", f"{float(f'{lower:.1g}'):g}"),
+        1.0,
+    )
+
+
+def _swings(history: TrainingHistory) -> float | None:
+    """By how much the explained variance moves from a reading to the next, in the second half at the full rate."""
+    _, unexplained = history.curve()
+    return float(np.median(np.abs(np.diff(unexplained)))) if len(unexplained) > 3 else None
+
+
+def _window(e: Evidence) -> Finding | None:
+    """Of the architectures that revive dead features, by an auxiliary loss on those that were silent for the window."""
+    history = e.history
+    if history is None or "dead_features" not in e.unhealthy or _auxiliary(e) in (None, 0):
+        return None
+    window, n_steps = history.flags.dead_feature_window, history.n_steps
+    acted = _share_of_auxiliary_loss(history)
+    if window <= LARGEST_WINDOW_SHARE * n_steps or acted > 0.75:
+        return None
+    return Finding(
+        "the dead-feature window is too long",
+        ("dead_features", "decoder_absorption"),
+        f"features are revived once they were silent for {window} steps of {n_steps}, so that was under way in"
+        f" {acted:.0%} of the readings alone{_what_of_the_dead(history)}",
+        ("--dead_feature_window", str(max(n_steps // 25, 1))),
+        (1 - acted) * min(2 * e.metrics["dead_features"], 1.0),
+    )
+
+
+def _no_auxiliary_loss(e: Evidence) -> Finding | None:
+    history = e.history
+    if history is None or "dead_features" not in e.unhealthy or _auxiliary(e) != 0:
+        return None
+    return Finding(
+        "nothing revives features that are dead at birth",
+        ("dead_features", "decoder_absorption"),
+        f"the auxiliary loss is off{_what_of_the_dead(history)}",
+        ("--set", "sae.aux_loss_coefficient=1", "--dead_feature_window", str(max(history.n_steps // 25, 1))),
+        min(2 * e.metrics["dead_features"], 1.0),
+    )
+
+
+def _auxiliary(e: Evidence) -> float | None:
+    return (e.metadata.get("training_architecture_details") or {}).get("aux_loss_coefficient")
+
+
+def _share_of_auxiliary_loss(history: TrainingHistory) -> float:
+    losses = [reading.get("losses/auxiliary_reconstruction_loss", 0.0) for reading in history.readings]
+    return sum(loss > 0 for loss in losses) / len(losses) if losses else 0.0
+
+
+def _what_of_the_dead(history: TrainingHistory) -> str:
+    """How many of the features that were silent at the end never fired in training."""
+    if history.steps_since_fired_F is None:
+        return ""
+    silent = history.steps_since_fired_F > max(history.n_steps // 25, 1)
+    if not silent.any():
+        return ""
+    at_birth = (history.steps_since_fired_F[silent] >= history.n_steps).float().mean().item()
+    return (
+        f"; of the {silent.float().mean().item():.0%} of features that were silent at the end, {at_birth:.0%} never"
+        f" fired (dead at birth), the others died later"
+    )
+
+
+def _died_later(e: Evidence) -> Finding | None:
+    """Features that fired, and stopped, although the steps are not too large: where no auxiliary loss revives them."""
+    history = e.history
+    if history is None or history.steps_since_fired_F is None or "dead_features" not in e.unhealthy:
+        return None
+    if _auxiliary(e) is not None or e.architecture not in _WEIGHTS:
+        return None
+    silent = history.steps_since_fired_F > max(history.n_steps // 25, 1)
+    died = silent & (history.steps_since_fired_F < history.n_steps)
+    dead = died.float().mean().item()
+    if dead < 0.05 or 2 * int(died.sum()) < int(silent.sum()):
+        return None
+    return Finding(
+        "features died in training",
+        ("dead_features",),
+        f"{dead:.0%} of the features fired at first, and never again; {e.architecture} has nothing that revives them",
+        ("--architecture", "batchtopk", "--k", str(_TARGET_L0)),
+        dead,
+    )
+
+
+def _too_few_tokens(e: Evidence) -> Finding | None:
+    history = e.history
+    if history is None:
+        return None
+    tokens = history.flags.training_tokens
+    gain, each = history.gain_of_doubling(), tokens / e.d_sae
+    if not (each < LEAST_TOKENS_A_FEATURE or (gain is not None and gain > 0.3)):
+        return None
+    fewer = max(tokens // (2 * LEAST_TOKENS_A_FEATURE * e.d_in), 1)
+    if fewer < history.flags.expansion_factor:
+        flags: tuple[str, ...] = ("--expansion_factor", str(fewer))
+    else:
+        more = max(2 * LEAST_TOKENS_A_FEATURE * e.d_sae, 2 * tokens)
+        flags = ("--training_tokens", str(more))
+    still = f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else ""
+    return Finding(
+        "too few tokens for so many features",
+        ALL_METRICS,
+        f"{each:.3g} tokens a feature{still}",
+        flags,
+        min(max(gain or 0.0, 1 - each / LEAST_TOKENS_A_FEATURE), 1.0),
+    )
+
+
+def _duplicates(e: Evidence) -> Finding | None:
+    if e.probes.twins < 0.01 or _WEIGHTS.get(e.architecture) == "l1_coefficient":
+        return None
+    together = e.probes.twins_together
+    says = f"{e.probes.twins:.0%} of the features have a twin with a cosine above {TWINS:g}" + (
+        f", and fire on {together:.0%} of the tokens on which either does" if together is not None else ""
+    )
+    settings = e.flag("set") or []
+    pretrained = next((s for s in reversed(settings) if s.startswith("from_pretrained_path=")), None)
+    if pretrained and not pretrained.endswith("=null"):
+        says += f"; they came with the weights that the training began with ({pretrained.partition('=')[2]})"
+        flags: tuple[str, ...] = ("--set", "from_pretrained_path=null")
+    else:
+        factor = e.flag("expansion_factor") or e.d_sae // e.d_in
+        flags = ("--expansion_factor", str(max(factor // 2, 1)))
+    return Finding("features that are the same", ("decoder_absorption",), says, flags, e.probes.twins)
+
+
+GIVEN = (_massive_activations,)
+SETTINGS = (
+    *(_sparsity, _l1_penalty, _steps, _high_learning_rate, _no_auxiliary_loss, _died_later, _too_few_tokens),
+    _duplicates,
+)
