@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,15 +19,20 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation_setup import PreparedEvaluation
 from sae_toolkit.hub import check_repository
+from sae_toolkit.own_environments import OwnEnvironment
 
 log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parent.parent
-_REQUIREMENTS = _ROOT / "requirements-saebench.txt"
-_VENV = _ROOT / ".venv-saebench"
-# What the environment was made from, written when it is complete.
-_STAMP = _VENV / _REQUIREMENTS.name
-_PYTHON_VERSIONS = ((3, 11), (3, 12))
+ENVIRONMENT = OwnEnvironment(
+    "saebench",
+    "sae-bench",
+    "--saebench",
+    imports="sae_bench.evals.core.main",
+    python_versions=((3, 11), (3, 12)),
+    because="sae-bench needs numpy 1.26",
+    takes="2.5 GB, some minutes",
+)
 
 _BIAS_IN_BIOS = "LabHC/bias_in_bios"
 _AMAZON_REVIEWS = "canrager/amazon_reviews_mcauley_1and5"
@@ -130,7 +132,7 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
             hook_name=group.hook_name,
             architectures=[evaluated.sae.cfg.architecture() for evaluated in group.saes],
         )
-    saebench_python()
+    ENVIRONMENT.python()
 
 
 def refuse_what_cannot_run(
@@ -207,55 +209,6 @@ def _why_missing(dataset: str) -> str | None:
     return None
 
 
-def saebench_python() -> Path:
-    """The Python of `.venv-saebench`, which is made first where it is missing, incomplete or of other versions.
-
-    torch comes from the wheel index that `TORCH_INDEX_URL` names, else from pip's own.
-
-    Raises:
-        UserError: there is no Python 3.11 or 3.12, or pip cannot install a package.
-    """
-    python = _VENV / "bin" / "python"
-    with _REQUIREMENTS.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = lock.read()
-        if python.is_file() and _STAMP.is_file() and _STAMP.read_text() == wanted:
-            return python
-        pins = [line for line in wanted.splitlines() if line and not line.startswith("#")]
-        rest = [pin for pin in pins if not pin.startswith("torch==")]
-        log.info("making sae-bench's environment, %s: 2.5 GB, some minutes, only this once", _VENV)
-        _run(_base_python(), "-m", "venv", "--clear", _VENV)
-        (_VENV / ".gitignore").write_text("*\n")
-        pip = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
-        log.info("installing %d packages", len(rest))
-        _run(*pip, "--no-deps", *rest)
-        (torch_pin,) = set(pins) - set(rest)
-        log.info("installing %s", torch_pin)
-        index = os.environ.get("TORCH_INDEX_URL")
-        _run(*pip, torch_pin, *(("--index-url", index) if index else ()))
-        _run(python, "-c", "import sae_bench.evals.core.main")
-        _STAMP.write_text(wanted)
-    return python
-
-
-def _base_python() -> str:
-    if sys.version_info[:2] in _PYTHON_VERSIONS:
-        return sys.executable
-    names = [f"python{major}.{minor}" for major, minor in _PYTHON_VERSIONS]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        raise UserError(f"--saebench: sae-bench needs numpy 1.26, so {' or '.join(names)}, which is not on the PATH")
-    return found
-
-
-def _run(*command: str | Path) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        error = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "")
-        raise UserError(f"--saebench: cannot make {_VENV}: {error.removeprefix('ERROR: ')}; try again")
-
-
 def run_saebench(
     evals: Sequence[str],
     *,
@@ -291,7 +244,7 @@ def run_saebench(
     Raises:
         UserError: the environment cannot be made, or the worker failed.
     """
-    python = saebench_python()
+    python = ENVIRONMENT.python()
     batch_size = min(batch_size, len(rows_NT))
     n_batches = len(rows_NT) // batch_size
     if len(rows_NT) % batch_size:

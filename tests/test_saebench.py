@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,10 @@ import torch
 from conftest import HOOK, ROOT, run_process
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
-from sae_toolkit import saebench
 from sae_toolkit.embedded import EMBEDDED_MODEL
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import LanguageModel
-from sae_toolkit.saebench import EVALS, parse_evals, refuse_what_cannot_run, run_saebench, saebench_python
+from sae_toolkit.saebench import ENVIRONMENT, EVALS, parse_evals, refuse_what_cannot_run, run_saebench
 
 KEYS = {
     "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},
@@ -91,13 +91,10 @@ def test_a_hook_by_its_module_name_is_refused():
 def test_a_package_that_cannot_be_installed_is_said_and_leaves_no_environment_that_counts(tmp_path, monkeypatch):
     requirements = tmp_path / "requirements-saebench.txt"
     requirements.write_text("sae-bench==0.0.0\ntorch==2.13.0\n")
-    monkeypatch.setattr(saebench, "_REQUIREMENTS", requirements)
-    monkeypatch.setattr(saebench, "_VENV", tmp_path / "venv")
-    monkeypatch.setattr(saebench, "_STAMP", tmp_path / "venv" / "requirements-saebench.txt")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"^--saebench: cannot make .*venv: .*sae-bench==0\.0\.0"):
-            saebench_python()
+        with pytest.raises(UserError, match=r"^--saebench: cannot make .*venv-saebench: .*sae-bench==0\.0\.0"):
+            replace(ENVIRONMENT, root=tmp_path).python()
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +175,7 @@ assert torch.equal(torch.cat(passes), store.rows_NT.repeat(2, 1)) and store.n_se
 store.rows_NT = store.rows_NT.flip(0)
 store.get_batch_tokens(2, move_to_model_device=False)
 """
-    outcome = run_process(saebench_python(), "-c", program, PYTHONPATH=str(ROOT))
+    outcome = run_process(ENVIRONMENT.python(), "-c", program, PYTHONPATH=str(ROOT))
     assert outcome.status == 1
     assert "RuntimeError: SAELens's store served other tokens than rows 0 to 1" in outcome.stderr
 
@@ -205,10 +202,10 @@ def test_a_worker_that_fails_is_one_line_with_its_reason(rows_NT, tmp_path, capl
 
 @pytest.mark.parity
 def test_the_environment_is_sae_benchs_own_and_is_made_once():
-    python = saebench_python()
+    python = ENVIRONMENT.python()
     assert python == ROOT / ".venv-saebench" / "bin" / "python"
     made = python.parent.parent.stat().st_ctime
-    assert saebench_python() == python
+    assert ENVIRONMENT.python() == python
     assert python.parent.parent.stat().st_ctime == made
     program = (
         "import sae_bench.evals.core.main, numpy, torch; print(numpy.__version__, torch.__version__.split('+')[0])"

@@ -1,0 +1,96 @@
+"""Environments of their own for libraries that cannot share ours: made once, from a list of exact versions."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_toolkit.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class OwnEnvironment:
+    """An environment in `.venv-NAME`, filled with what `requirements-NAME.txt` lists.
+
+    Args:
+        name: of both.
+        library: what it is for.
+        flag: that asks for it, for messages.
+        imports: a module that must import once it is complete.
+        python_versions: that its packages have wheels for.
+        because: why no other Python will do.
+        takes: its size and the time to make it.
+    """
+
+    name: str
+    library: str
+    flag: str
+    imports: str
+    python_versions: tuple[tuple[int, int], ...]
+    because: str
+    takes: str
+    root: Path = _ROOT
+
+    @property
+    def venv(self) -> Path:
+        return self.root / f".venv-{self.name}"
+
+    @property
+    def requirements(self) -> Path:
+        return self.root / f"requirements-{self.name}.txt"
+
+    def python(self) -> Path:
+        """Its Python; it is made first where it is missing, incomplete or of other versions.
+
+        torch comes from the wheel index that `TORCH_INDEX_URL` names, else from pip's own.
+
+        Raises:
+            UserError: there is no fitting Python, or pip cannot install a package.
+        """
+        python, stamp = self.venv / "bin" / "python", self.venv / self.requirements.name  # written when it is complete
+        with self.requirements.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            wanted = lock.read()
+            if python.is_file() and stamp.is_file() and stamp.read_text() == wanted:
+                return python
+            pins = [line for line in wanted.splitlines() if line and not line.startswith("#")]
+            rest = [pin for pin in pins if not pin.startswith("torch==")]
+            log.info("making %s's environment, %s: %s, only this once", self.library, self.venv, self.takes)
+            self._run(self._base_python(), "-m", "venv", "--clear", self.venv)
+            (self.venv / ".gitignore").write_text("*\n")
+            pip = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
+            log.info("installing %d packages", len(rest))
+            self._run(*pip, "--no-deps", *rest)
+            (torch_pin,) = set(pins) - set(rest)
+            log.info("installing %s", torch_pin)
+            index = os.environ.get("TORCH_INDEX_URL")
+            self._run(*pip, torch_pin, *(("--index-url", index) if index else ()))
+            self._run(python, "-c", f"import {self.imports}")
+            stamp.write_text(wanted)
+        return python
+
+    def _base_python(self) -> str:
+        if sys.version_info[:2] in self.python_versions:
+            return sys.executable
+        names = [f"python{major}.{minor}" for major, minor in self.python_versions]
+        found = next((path for name in names if (path := shutil.which(name))), None)
+        if found is None:
+            raise UserError(f"{self.flag}: {self.because}, so {' or '.join(names)}, which is not on the PATH")
+        return found
+
+    def _run(self, *command: str | Path) -> None:
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            error = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "")
+            raise UserError(f"{self.flag}: cannot make {self.venv}: {error.removeprefix('ERROR: ')}; try again")
