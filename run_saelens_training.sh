@@ -4,13 +4,14 @@
 #   ./run_saelens_training.sh                      llama3-8b where torch sees a GPU, else demo
 #   ./run_saelens_training.sh demo                 a preset: one of presets/*.args
 #   ./run_saelens_training.sh demo --k 32 --seed 1 flags of sae_lens_train.py after it
+#   ./run_saelens_training.sh --like RUN --lr 1e-3 as an earlier run, but for what is given
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
 source ./setup_environment.sh
 
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
-    sed -n '2,6s/^# \{0,1\}//p' "$0"
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
     exit
 fi
 preset=""
@@ -25,7 +26,10 @@ fi
 
 set_up_environment requirements.txt requirements-embedded.txt
 gpus=$(cuda_devices)
-if [[ -n "$preset" ]]; then
+flags=("$@")
+if [[ " $*" == *" --like"* ]]; then
+    echo "The flags of an earlier run, as asked, on ${gpus:-the CPU}"
+elif [[ -n "$preset" ]]; then
     echo "Preset $preset, as asked, on ${gpus:-the CPU}"
 elif [[ -n "$gpus" ]]; then
     preset=llama3-8b
@@ -34,12 +38,15 @@ else
     preset=demo
     echo "Preset $preset, the embedded model and text: torch sees no CUDA device"
 fi
+if [[ -n "$preset" ]]; then
+    flags=("@presets/$preset.args" "$@")
+fi
 
 # Stage 1: train. Its only line on standard output is the directory of the finished SAE. It hears of a termination
 # that reaches this script alone, saves a checkpoint and says how to go on; Ctrl-C reaches it by itself.
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-"$PYTHON" sae_lens_train.py "@presets/$preset.args" "$@" >"$output" <&0 &
+"$PYTHON" sae_lens_train.py "${flags[@]}" >"$output" <&0 &
 training=$!
 trap 'kill -TERM "$training" 2>/dev/null || true' TERM
 trap 'kill -HUP "$training" 2>/dev/null || true' HUP

@@ -34,13 +34,14 @@ def train(signals: StopSignals) -> int:
         if was_restarted():  # from the newest checkpoint, whichever one it was started from
             explicit = flags.resume not in (None, "auto")
             flags.resume = str(run_directory_of(Path(flags.resume))) if explicit else "auto"
-        set_up_logging(speaks=rank_in_environment() == 0)
+        set_up_logging(flags.verbose, flags.quiet, speaks=rank_in_environment() == 0)
 
         # SAELens takes seconds to import: not for --help or a mistyped flag.
         from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
         from sae_toolkit.ranks import join_ranks
+        from sae_toolkit.recording import start_record
         from sae_toolkit.training import Training, open_activations
-        from sae_toolkit.training_setup import prepare_run, start_wandb_run
+        from sae_toolkit.training_setup import prepare_run
 
         with join_ranks() as ranks:  # the other processes of this run, where torchrun started several
             run = prepare_run(flags, ranks)
@@ -53,11 +54,11 @@ def train(signals: StopSignals) -> int:
                 check_activations(run, activations)
                 training = Training(run, activations)
                 run.open_directory()
-                wandb_run = start_wandb_run(run)
+                record = start_record(run)
                 try:
-                    final = training.fit(wandb_run, signals)
+                    final = training.fit(record, signals)
                 finally:
-                    wandb_run.finish()
+                    record.finish()
     except Stopped as stopped:
         what_now = training.checkpoints.how_to_go_on() if training else "nothing was trained yet"
         log.warning("%s; %s", stopped, what_now)

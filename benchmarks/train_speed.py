@@ -244,9 +244,10 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     size = job(flags)
     batch, d_in, d_sae = size["batch"], size["d_in"], size["d_sae"]
 
-    def seconds(work: Any, n: int = 7) -> float:
-        times = []
-        for _ in range(n + 1):
+    def seconds(work: Any, for_seconds: float) -> float:
+        """Median over as long a time as a contender takes: a processor keeps no burst's speed."""
+        times: list[float] = []
+        while sum(times) < for_seconds or len(times) < 4:
             _synchronize(flags)
             start = time.perf_counter()
             work()
@@ -259,15 +260,16 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     model = load_language_model(find_model(str(work_dir / "model")), hook, flags.device, dtype)
     model.keep_only_up_to_hook()
     tokens_BT = torch.randint(3, 40_000, (ROWS_PER_FORWARD, size["context"]))
-    lm = seconds(lambda: model.activations(tokens_BT), n=15) / tokens_BT.numel()
+    lm = seconds(lambda: model.activations(tokens_BT), 15) / tokens_BT.numel()
 
-    if flags.device != "cpu":
-        torch.set_float32_matmul_precision("high")
+    # as training takes the products: TF32 on a GPU, bfloat16 on a CPU that computes in it
+    in_bfloat16 = flags.device == "cpu" and dtype == torch.bfloat16
+    torch.set_float32_matmul_precision("medium" if in_bfloat16 else "highest" if flags.device == "cpu" else "high")
     x, W = torch.randn(batch, d_in, device=flags.device), torch.randn(d_sae, d_in, device=flags.device)
-    flops = 2 * batch * d_in * d_sae / seconds(lambda: F.linear(x, W))
+    flops = 2 * batch * d_in * d_sae / seconds(lambda: F.linear(x, W), 5)
     source = torch.empty(2**28, dtype=torch.uint8, device=flags.device)
     target = torch.empty_like(source)
-    bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source))
+    bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source), 2)
     # Encoder; decoder, gradients of values and of both weights on k features. Weights and gradients once through
     # the forward and backward pass, clipping and Adam (read 4, write 3); pre-activations written and read.
     arithmetic = 2 * batch * d_in * (d_sae + 4 * size["k"])

@@ -119,13 +119,19 @@ class CachedActivations:
         self._load_model = load_model
         self._model: LanguageModel | None = None
 
+    @property
+    def model(self) -> LanguageModel:
+        """The language model, loaded the first time that it is asked for."""
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
+
     def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Activations at the hook, [B, T, D] in bfloat16, whether or not they were there."""
         slots_B = self.cache.slots(tokens_BT.numpy())
         missing_B = np.array([not self.cache.holds(slot) for slot in slots_B])
         if missing_B.any():
-            self._model = self._model or self._load_model()
-            acts = self._model.activations(tokens_BT[torch.from_numpy(missing_B)])
+            acts = self.model.activations(tokens_BT[torch.from_numpy(missing_B)])
             self.cache.write(slots_B[missing_B], acts)
         self.cache.n_computed += int(missing_B.sum())
         self.cache.n_read += int((~missing_B).sum())

@@ -83,6 +83,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.rows_NT = rows_NT
         self.positions = positions
         self.max_activation_norms: list[float] | None = None  # at each hook
+        self.median_norms: list[float] | None = None  # likewise, massive activations included
         self.total = total
         self.rows_per_forward = rows_per_forward
         self.rows_at_once = rows_per_forward  # less on a rank, or where memory is short
@@ -189,7 +190,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         return torch.stack([acts.float().norm(dim=-1) for acts in self.at_each_hook(acts_ND)])
 
     def calibrate(self, n_batches: int, max_norm_multiple: float | None) -> torch.Tensor:
-        """Freezes the norm limits on the first activations of the stream, which stay in it.
+        """Measures the first activations of the stream, which stay in it, and freezes the norm limits.
 
         Args:
             n_batches: how many batches to measure on.
@@ -208,15 +209,15 @@ class ActivationStream(Iterator[torch.Tensor]):
         while n_run < needed:
             chunks.append(self._next_unfiltered())
             n_run += sum(n for (n,) in self.ranks.counts(len(chunks[-1])))
+        norms_HN = torch.cat([self._norms(acts_ND) for acts_ND in chunks], dim=1)
+        self.median_norms = torch.cat(self.ranks.gather(norms_HN.t().contiguous())).median(dim=0).values.tolist()
         if max_norm_multiple is not None:
-            norms_HN = torch.cat([self._norms(acts_ND) for acts_ND in chunks], dim=1)
-            medians = torch.cat(self.ranks.gather(norms_HN.t().contiguous())).median(dim=0).values.tolist()
-            for median in medians:
+            for median in self.median_norms:
                 if not math.isfinite(median):
                     raise UserError(
                         f"--lm_dtype {self.source.dtype}: the activations' median norm is {median}; use another"
                     )
-            self.max_activation_norms = [max_norm_multiple * median for median in medians]
+            self.max_activation_norms = [max_norm_multiple * median for median in self.median_norms]
         return self._add(chunks).to(self.dtype)
 
     def __next__(self) -> torch.Tensor:
@@ -226,6 +227,11 @@ class ActivationStream(Iterator[torch.Tensor]):
             else:
                 self._add([self._next_unfiltered()])
         return self.buffer.take().to(self.dtype)
+
+    def wait(self) -> None:
+        """Waits for rows that run ahead; until the next batch nothing else uses the source."""
+        if self._next is not None:
+            self._next[1].exception()
 
     def close(self) -> None:
         """Waits for rows that run ahead, so that their model can be used otherwise."""
@@ -238,6 +244,7 @@ class ActivationStream(Iterator[torch.Tensor]):
             "buffer": self.buffer.state_dict(),
             "counts": {name: getattr(self, name) for name in self._COUNTS},
             "max_activation_norms": self.max_activation_norms,
+            "median_norms": self.median_norms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,4 +253,5 @@ class ActivationStream(Iterator[torch.Tensor]):
         for name, count in state["counts"].items():
             setattr(self, name, count)
         self.max_activation_norms = state["max_activation_norms"]
+        self.median_norms = state.get("median_norms")  # checkpoints of before have none
         self._order = self._row_order()

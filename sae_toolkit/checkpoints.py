@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
@@ -28,11 +29,13 @@ from safetensors.torch import load_file, save_file
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.multi_trainer import MultiTrainer
+from sae_toolkit.trainer import Trainer
 from sae_toolkit.whole_directory import NotSaved, check_manifest, whole_directory
 
 log = logging.getLogger(__name__)
 
 _RESUME_FILENAME, _RESUME_FORMAT = "resume.pt", 2
+_HISTORY_FILENAME = "firing_history.safetensors"
 
 
 def save_training_checkpoint(
@@ -153,6 +156,7 @@ def save_final_checkpoint(
             with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place:
                 each.sae.save_inference_model(place)
                 save_file({"sparsity": each.log_feature_sparsity}, place / SPARSITY_FILENAME)
+                save_file({"steps_since_fired": each.n_forward_passes_since_fired.cpu()}, place / _HISTORY_FILENAME)
                 _save_runner_config(cfg, place)
     return final
 
@@ -224,19 +228,35 @@ def _inference_form(path: Path, device: str) -> SAE[Any]:
     """Converts a training checkpoint whose architecture exists for training only (BatchTopK and its kin)."""
     training_sae = TrainingSAE.load_from_disk(path, device=device)
     trainer_state = path / TRAINER_STATE_FILENAME
+    n_steps = 0
     if trainer_state.is_file():
         n_steps = torch.load(trainer_state, map_location="cpu", weights_only=True)["n_training_steps"]
-        _correct_threshold_bias(training_sae, n_steps)
+    scaler = ActivationScaler()
     if (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
-        scaler = ActivationScaler()
         scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
-        _fold_normalization(training_sae, scaler)
+    return _converted(training_sae, scaler, n_steps)
+
+
+def _converted(training_sae: TrainingSAE[Any], scaler: ActivationScaler, n_steps: int) -> SAE[Any]:
+    """The SAE that a training SAE is saved as. Takes the weights and the scale of the one given."""
+    _correct_threshold_bias(training_sae, n_steps)
+    _fold_normalization(training_sae, scaler)
     state = {name: tensor.clone() for name, tensor in training_sae.state_dict().items()}
     training_sae.process_state_dict_for_saving_inference(state)
-    sae = SAE.from_dict(training_sae.cfg.get_inference_sae_cfg_dict() | {"device": device})
+    sae = SAE.from_dict(training_sae.cfg.get_inference_sae_cfg_dict() | {"device": str(training_sae.device)})
     sae.load_state_dict(state)
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval()
+
+
+@torch.no_grad()
+def finished_copy(trainer: Trainer) -> SAE[Any]:
+    """The SAE that a run would be finished with now, as a copy on its device; the trainer stays as it is."""
+    sae_class, _ = get_sae_training_class(trainer.sae.cfg.architecture())
+    with torch.random.fork_rng():  # making an SAE draws weights
+        copied = sae_class(trainer.sae.cfg)
+        copied.load_state_dict(trainer.sae.state_dict())
+        return _converted(copied, copy(trainer.activation_scaler), trainer.n_training_steps)
 
 
 def load_log_sparsity(path: Path) -> torch.Tensor | None:
@@ -246,6 +266,16 @@ def load_log_sparsity(path: Path) -> torch.Tensor | None:
         return None
     try:
         return load_file(file).get("sparsity")
+    except SafetensorError as error:
+        log.warning("%s is damaged and left out: %s", file, one_line(error))
+        return None
+
+
+def load_steps_since_fired(path: Path) -> torch.Tensor | None:
+    """For how many steps each feature had been silent at the end of its training, [F], if the SAE says so."""
+    file = path / _HISTORY_FILENAME
+    try:
+        return load_file(file).get("steps_since_fired") if file.is_file() else None
     except SafetensorError as error:
         log.warning("%s is damaged and left out: %s", file, one_line(error))
         return None

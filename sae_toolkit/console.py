@@ -9,12 +9,13 @@ import shlex
 import sys
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
-from tqdm import tqdm
+from rich.console import Console
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.redaction import holds_secret, redact
@@ -42,6 +43,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def add_talk_flags(parser: Any) -> None:
+    """Adds `--verbose` and `--quiet`, which `set_up_logging` takes, to a parser or a group of one."""
+    how_much = parser.add_mutually_exclusive_group()
+    how_much.add_argument("--verbose", action="store_true", help="say more")
+    how_much.add_argument("--quiet", action="store_true", help="say nothing but warnings, errors and results")
+
+
 class _Record(logging.LogRecord):
     """A log line of any library, without the tokens in it."""
 
@@ -49,12 +57,64 @@ class _Record(logging.LogRecord):
         return redact(super().getMessage())
 
 
-class _AboveProgressBars(logging.Handler):
-    """Writes log lines to standard error without tearing a progress bar."""
+class _StandardError:
+    """sys.stderr, whichever it is by now; a terminal that is gone costs no run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+class Terminal(logging.Handler):
+    """Writes log lines to standard error, above what is shown live there.
+
+    `last_warnings` are the newest, which a live view repeats when they have scrolled away.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_warnings: deque[str] = deque(maxlen=2)
+        self.begin(logging.INFO, shows_progress=False)
+
+    def begin(self, level: int, *, shows_progress: bool) -> None:
+        """Starts anew, as for a script of its own."""
+        self.setLevel(level)
+        self.console = Console(
+            file=cast("IO[str]", _StandardError()), soft_wrap=True, highlight=False, markup=False, emoji=False
+        )
+        self.shows_progress = shows_progress
+        self.last_warnings.clear()
+        self._progress: object | None = None
+
+    def claim_progress(self, progress: object) -> bool:
+        """Makes a piece of work the one whose progress is said; False where another one is."""
+        if self._progress is not None:
+            return False
+        self._progress = progress
+        return True
+
+    def release_progress(self, progress: object) -> None:
+        if self._progress is progress:
+            self._progress = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a live view can be shown: somebody watches, on a terminal that can go up again."""
+        return self.shows_progress and self.console.is_terminal and not self.console.is_dumb_terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a terminal that is gone costs no run
-            tqdm.write(self.format(record), file=sys.stderr)
+        line, is_warning = self.format(record), record.levelno >= logging.WARNING
+        if is_warning:
+            self.last_warnings.append(line)
+        self.console.print(line, style="yellow" if is_warning else None)
 
 
 class _RunLog(logging.Handler):
@@ -79,6 +139,7 @@ class _RunLog(logging.Handler):
 
 
 _run_log = _RunLog()
+terminal = Terminal()
 
 
 def open_run_log(path: Path) -> None:
@@ -87,21 +148,24 @@ def open_run_log(path: Path) -> None:
     _run_log.write()
 
 
-def set_up_logging(verbose: bool = False, speaks: bool = True) -> None:
+def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = True) -> None:
     """Log lines of this project go to standard error; libraries speak when something is wrong.
 
     Args:
         verbose: whether details do too.
+        quiet: whether warnings alone do, and no progress is shown. Takes nothing from a run's log.
         speaks: False for a process beside which another one says the same.
     """
     logging.setLogRecordFactory(_Record)
     logger = logging.getLogger("sae_toolkit")
-    terminal = _AboveProgressBars()
-    terminal.setLevel(logging.DEBUG if verbose else logging.INFO)
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    terminal.begin(level, shows_progress=speaks and not quiet)
     _run_log.lines, _run_log.path = [], None
     logger.handlers = [terminal, _run_log] if speaks else [logging.NullHandler()]
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
+    if not terminal.is_live:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a file with carriage returns
     if not verbose:
         warnings.filterwarnings("ignore")
         for library in ("transformers", "datasets", "huggingface_hub"):

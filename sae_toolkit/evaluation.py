@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from sae_toolkit.dead_features import DeadFeatureEstimates, FiringStatistics
 from sae_toolkit.decoder_cosines import DirectionCosines, measure_cosines
@@ -25,6 +24,7 @@ from sae_toolkit.metrics import (
     histogram,
     point_and_interval,
 )
+from sae_toolkit.progress import Progress
 from sae_toolkit.saebench_core import SAEBenchStatistics, token_stats
 
 # Where not one position counted in so many batches, none will.
@@ -100,7 +100,7 @@ def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_siz
     zero_ablation = _ZeroAblation(model)
     ends = sorted({prepared.n_loss_rows, prepared.n_sae_rows, len(rows_NT)})
     n_batches = start = 0
-    with tqdm(total=rows_NT.size, desc="Evaluating", unit="tok", unit_scale=True, leave=False) as progress:
+    with Progress("evaluating", rows_NT.size) as progress:
         while start < len(rows_NT):
             stop = min(start + batch_size, next(end for end in ends if end > start))
             batch = _Batch(start, rows_NT[start:stop].astype(np.int64))
@@ -127,7 +127,7 @@ def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_siz
             if n_batches == _BATCHES_WITHOUT_A_POSITION or stop == len(rows_NT):
                 for measurement in measurements:
                     measurement.check()
-            progress.update(batch.tokens_BT.size)
+            progress.advance(batch.tokens_BT.size)
             start = stop
     evaluations = [measurement.finish(model) for measurement in measurements]
     for evaluated in prepared.saes:

@@ -53,6 +53,12 @@ def check_flags(flags: argparse.Namespace) -> None:
             f"--shard_features: for --architecture topk and batchtopk in float32 or float64, not {flags.architecture}"
             f" in {flags.dtype}; leave it out"
         )
+    if flags.eval_every and flags.held_out_fraction == 0:
+        raise UserError(f"--eval_every {flags.eval_every}: --held_out_fraction 0 leaves no text to measure on; use 0.1")
+    if flags.eval_every and flags.shard_features:
+        raise UserError(
+            f"--eval_every {flags.eval_every}, --shard_features: no process holds all features; leave one of them out"
+        )
     if flags.target_l0 is not None:
         _check_target_l0(flags)
     if flags.skip_positions >= flags.context_size:

@@ -50,6 +50,7 @@ class MemoryPlan:
     step: int  # beside the gradients
     evaluation_model: int  # all layers
     evaluation_logits: int
+    evaluates: bool  # while it trains
     on_cpu: bool
 
     @property
@@ -58,9 +59,10 @@ class MemoryPlan:
         calibrating = held + self.norm_estimate + self.forward_pass
         filling = held + self.adam + self.forward_pass
         stepping = held + self.adam + self.gradients + self.step
+        evaluating = held + self.adam + self.sae + self.evaluation_logits if self.evaluates else 0  # of a copy
         if self.on_cpu:  # what was freed after the norm estimate stays with the process, in pieces
             stepping += self.norm_estimate
-        return self.process + max(self.loading, calibrating, filling, stepping)
+        return self.process + max(self.loading, calibrating, filling, stepping, evaluating)
 
     @property
     def evaluation_peak(self) -> int:
@@ -117,6 +119,7 @@ def plan_memory(
     n_parameters: tuple[int, int],
     cached: bool,
     n_saes: int = 1,
+    evaluates: bool = False,
 ) -> MemoryPlan:
     """Adds up shapes; nothing is loaded. The loss of dead features is not counted.
 
@@ -127,6 +130,7 @@ def plan_memory(
         n_parameters: of the whole model, and of it up to the hook.
         cached: whether activations come from a cache or another device, in which case no model is counted.
         n_saes: how many SAEs of this size there are, at a hook each; they take their steps one after the other.
+        evaluates: whether the run measures on held-out text on the way, for which it keeps the whole model.
     """
     config = model.config.get_text_config()
     on_cpu = torch.device(cfg.device).type == "cpu"
@@ -138,7 +142,7 @@ def plan_memory(
     loading = whole
     if on_cpu and "gguf_file" in model.location:  # read in float32, the largest matrix with two copies
         loading = 4 * (n_parameters[0] + 2 * config.vocab_size * config.hidden_size) + (whole if lm_bytes < 4 else 0)
-    elif on_cpu:  # safetensors are mapped: what is not used is not read
+    elif on_cpu and not evaluates:  # safetensors are mapped: what is not used is not read
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
     width = 6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -146,8 +150,8 @@ def plan_memory(
     parameters = _n_parameters(cfg) * sae_bytes
     return MemoryPlan(
         process=psutil.Process().memory_info().rss if on_cpu else 0,
-        model=0 if cached else up_to_hook,
-        loading=0 if cached else loading,
+        model=whole if evaluates else 0 if cached else up_to_hook,
+        loading=0 if cached and not evaluates else loading,
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=cfg.n_batches_for_norm_estimate * batch * d_in * (2 * acts_bytes + max(4, sae_bytes)),
@@ -156,6 +160,7 @@ def plan_memory(
         adam=2 * n_saes * parameters,
         step=_step_bytes(cfg),
         evaluation_model=whole,
+        evaluates=evaluates,
         evaluation_logits=8 * cfg.context_size * config.vocab_size * (2 * lm_bytes + 4),
         on_cpu=on_cpu,
     )

@@ -89,18 +89,18 @@ class MultiTrainer(MultiSAETrainer):
             for name, trainer in self.trainers.items()
         }
 
-    def read_sparsity(self, *, final: bool = False) -> dict[str, Any]:
-        """SAELens's record of firing rates at the end of a window of steps, which resets them; else nothing.
+    def read_sparsity(self, *, final: bool = False) -> dict[str, dict[str, Any]]:
+        """SAELens's record of firing rates at the end of a window of steps, which resets them, of each SAE; else
+        nothing.
 
         Args:
             final: at the end of the run, after which they are saved and stay.
         """
-        return self.flat(
-            {
-                name: trainer.full_sparsity_window_log() if final else trainer.maybe_reset_sparsity()
-                for name, trainer in self.trainers.items()
-            }
-        )
+        found = {
+            name: trainer.full_sparsity_window_log() if final else trainer.maybe_reset_sparsity()
+            for name, trainer in self.trainers.items()
+        }
+        return found if any(found.values()) else {}
 
     def flat(self, readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Readings as one record."""

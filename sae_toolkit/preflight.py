@@ -210,6 +210,7 @@ def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_N
     seconds: list[float] = []
     try:
         trainer = Trainer(trainer_cfg, create_sae(share), iter(()))
+        trainer.products_in_bfloat16 = run.products_in_bfloat16
         if cfg.sae.normalize_activations == "expected_average_only_in":
             trainer.activation_scaler.scaling_factor = scale
         while len(seconds) < _MOST_STEPS and sum(seconds) < _SECONDS_OF_STEPS:

@@ -21,11 +21,11 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.flag_values import Interval
 from sae_toolkit.language_model import parameters_up_to_hook
 from sae_toolkit.memory import MemoryPlan, free_memory, plan_memory, suggest_flags
-from sae_toolkit.models import ModelSource
+from sae_toolkit.models import ModelSource, choose_lm_dtype
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.run_directory import RunDirectory
-from sae_toolkit.text import TextSource
+from sae_toolkit.text import HeldOutSplit, TextSource
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class PreparedRun:
     lm_dtype: torch.dtype
     text: TextSource
     rows_NT: np.ndarray
+    held_out_NT: np.ndarray | None  # rows of held-out text to measure on; where there are ranks, rank 0 has them
     positions: PositionFilter
     run_directory: RunDirectory
     resume_from: Path | None  # a checkpoint; None at the first step
@@ -61,6 +62,11 @@ class PreparedRun:
         return [cfg.sae.d_in for cfg in self.cfgs]
 
     @property
+    def products_in_bfloat16(self) -> bool:
+        """Whether an SAE's products on a CPU take bfloat16: where the language model does, and the hardware can."""
+        return self.lm_dtype == choose_lm_dtype("auto", self.cfg.device) == torch.bfloat16
+
+    @property
     def directory(self) -> Path:
         return self.run_directory.path
 
@@ -69,7 +75,7 @@ class PreparedRun:
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
-            self.run_directory.create(self.flags, self.text, self.rows_NT)
+            self.run_directory.create(self.flags, self.text, self.rows_NT, self.held_out_NT)
         self.run_directory.open_log()
 
     def metadata(self) -> dict[str, Any]:
@@ -80,7 +86,7 @@ class PreparedRun:
             "text_column": self.text.column,
             "fallback_from": self.text.fallback_from,
             "held_out_fraction": self.flags.held_out_fraction,
-            "held_out_seed": self.flags.seed,
+            "held_out_seed": held_out_split(self.flags).seed,
             "max_activation_norm_multiple": self.flags.max_activation_norm_multiple,
         }
 
@@ -126,6 +132,7 @@ class PreparedRun:
             n_parameters=self._n_parameters,
             cached=self.is_cached or not self._shares_device,
             n_saes=len(self.cfgs),
+            evaluates=self.held_out_NT is not None,
         )
 
     @property
@@ -206,7 +213,7 @@ class PreparedRun:
             n_checkpoints += self.flags.keep + 1  # the last go when the next is whole
         plan = {"final SAE": sae, "checkpoints": n_checkpoints * checkpoint}
         if self.resume_from is None:
-            plan["tokens"] = self.rows_NT.nbytes
+            plan["tokens"] = self.rows_NT.nbytes + (0 if self.held_out_NT is None else self.held_out_NT.nbytes)
         return {item: size for item, size in plan.items() if size}
 
     def check_disk(self) -> None:
@@ -272,6 +279,12 @@ class PreparedRun:
         if self.ranks.is_alone:
             return ""
         return f", on {self.ranks.size} processes" + (" that share its features" if self.is_sharded else "")
+
+
+def held_out_split(flags: argparse.Namespace) -> HeldOutSplit:
+    """Which documents are kept for evaluation."""
+    seed = flags.seed if flags.held_out_seed is None else flags.held_out_seed
+    return HeldOutSplit(flags.held_out_fraction, seed)
 
 
 def existing(directory: Path) -> Path:

@@ -22,7 +22,13 @@ from sae_toolkit.console import open_run_log
 from sae_toolkit.errors import UserError
 from sae_toolkit.runner_config import output_directory
 from sae_toolkit.text import TextSource
-from sae_toolkit.training_flags import FLAGS_FILENAME, METRICS_FILENAME, run_directory_of, save_flags
+from sae_toolkit.training_flags import (
+    FLAGS_FILENAME,
+    HELD_OUT_METRICS_FILENAME,
+    METRICS_FILENAME,
+    run_directory_of,
+    save_flags,
+)
 from sae_toolkit.whole_directory import (
     MANIFEST_FILENAME,
     NotSaved,
@@ -33,7 +39,7 @@ from sae_toolkit.whole_directory import (
 
 log = logging.getLogger(__name__)
 
-_TEXT, _TOKENS, _LOG, _LOCK = "text.json", "tokens.npy", "run.log", ".lock"
+_TEXT, _TOKENS, _HELD_OUT, _LOG, _LOCK = "text.json", "tokens.npy", "held_out.npy", "run.log", ".lock"
 _OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "row_length")
 
 
@@ -49,7 +55,9 @@ class RunDirectory:
         self.key = ""  # drawn for each run; its checkpoints have it too
         self._lock: IO[str] | None = None
 
-    def create(self, flags: argparse.Namespace, text: TextSource, rows_NT: np.ndarray) -> None:
+    def create(
+        self, flags: argparse.Namespace, text: TextSource, rows_NT: np.ndarray, held_out_NT: np.ndarray | None
+    ) -> None:
         """Makes the directory with all that a resumption needs beside a checkpoint, and claims it.
 
         Raises:
@@ -60,6 +68,8 @@ class RunDirectory:
                 save_flags(flags, directory)
                 (directory / _TEXT).write_text(json.dumps({name: getattr(text, name) for name in _OF_TEXT}) + "\n")
                 np.save(directory / _TOKENS, rows_NT)
+                if held_out_NT is not None:
+                    np.save(directory / _HELD_OUT, held_out_NT)
         except NotSaved as error:
             raise UserError(f"--checkpoint_path {self.path.parent.parent}: cannot be written to ({error})") from None
         self.claim()
@@ -115,14 +125,15 @@ class RunDirectory:
 
     def keep_metrics_up_to(self, step: int) -> None:
         """Forgets the metrics of steps that a resumed run will take again, and a line that was cut off."""
-        path = self.path / METRICS_FILENAME
-        with suppress(OSError):
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) < step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+        for name in (METRICS_FILENAME, HELD_OUT_METRICS_FILENAME):
+            path = self.path / name
+            with suppress(OSError):
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) < step]
+                path.write_text("".join(f"{line}\n" for line in kept))
 
-    def record_metrics(self, step: int, values: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl; a full disk costs the line, no run."""
-        with suppress(OSError), (self.path / METRICS_FILENAME).open("a") as file:
+    def record_metrics(self, step: int, values: dict[str, Any], name: str = METRICS_FILENAME) -> None:
+        """Adds a line to metrics.jsonl, or another file; a full disk costs the line, no run."""
+        with suppress(OSError), (self.path / name).open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
     def text(self) -> TextSource:
@@ -132,6 +143,11 @@ class RunDirectory:
     def rows(self) -> np.ndarray:
         """[n_rows, context_size] token ids, memory-mapped."""
         return np.load(self.path / _TOKENS, mmap_mode="r")
+
+    def held_out_rows(self) -> np.ndarray | None:
+        """[n_rows, context_size] token ids of held-out text, if the run measures on any."""
+        path = self.path / _HELD_OUT
+        return np.load(path) if path.exists() else None
 
     @property
     def is_finished(self) -> bool:

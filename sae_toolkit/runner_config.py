@@ -20,6 +20,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.target_l0 import JUMPRELU
+from sae_toolkit.training_flags import LATER_FLAGS
 
 log = logging.getLogger(__name__)
 
@@ -88,20 +90,23 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 
+_READINGS = 10
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
 # Flags that do not change what is trained: two runs that differ in these alone share a directory.
 _NOT_IN_HASH = set(
     "device llm_device n_devices shard_features n_checkpoints checkpoint_path output_name resume dry_run strict"
-    " wandb_mode wandb_project wandb_entity run_name cache_activations checkpoint_every keep trust_remote_code".split()
+    " wandb_mode wandb_project wandb_entity run_name cache_activations checkpoint_every keep trust_remote_code"
+    " eval_every logger verbose quiet preset like".split()
 )
 
 
 def configuration_hash(flags: argparse.Namespace) -> str:
     """Eight hex digits that are the same for runs of the same model, data, SAE and settings."""
     relevant = {name: value for name, value in vars(flags).items() if name not in _NOT_IN_HASH}
-    if flags.target_l0 is None:  # as before there was such a flag, so that earlier runs are found
-        del relevant["target_l0"]
+    for name in LATER_FLAGS:
+        if relevant[name] is None:
+            del relevant[name]
     if flags.cache_activations is not None:  # wherever it lies, it rounds to bfloat16
         relevant["cache_activations"] = True
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
@@ -175,6 +180,7 @@ def build_runner_config(
         "wandb_entity": flags.wandb_entity,
         "run_name": flags.run_name or f"{flags.output_name}-{run_id}",
         "wandb_id": run_id,
+        "wandb_log_frequency": max(1, min(10, flags.training_tokens // flags.train_batch_size_tokens // _READINGS)),
     }
     sae = _sae_fields(flags, hook_name, d_in, device)
     owners = {
@@ -219,6 +225,8 @@ def _sae_fields(flags: argparse.Namespace, hook_name: str, d_in: int, device: st
         fields["l1_coefficient"] = flags.l1_coefficient
     elif flags.architecture == "jumprelu":
         fields["l0_coefficient"] = flags.l0_coefficient
+        if flags.target_l0 is not None:
+            fields |= JUMPRELU
     elif flags.architecture in _TOPK_FAMILY:
         if flags.k > d_sae:
             raise UserError(

@@ -128,6 +128,9 @@ class ShardedTrainer(Trainer):
     def _count(self, features_F: torch.Tensor) -> torch.Tensor:
         return torch.stack((self.ranks.sum(features_F.sum()), self.ranks.maximum(features_F.sum())))
 
+    def firing_counts(self) -> torch.Tensor:
+        return torch.cat(self.ranks.gather(super().firing_counts()))
+
     @property
     def feature_sparsity(self) -> torch.Tensor:
         """Of all features."""

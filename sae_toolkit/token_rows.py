@@ -13,11 +13,11 @@ import torch
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.util import get_special_token_ids
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.progress import Progress
 from sae_toolkit.text import Document, HeldOutSplit, TextSource
 
 _DOCUMENTS_AT_ONCE = 64
@@ -119,12 +119,12 @@ def collect_training_rows(
     documents = (document for document in source.documents() if not held_out.holds_out(document))
     rows: list[np.ndarray] = []
     n_positions = 0
-    with tqdm(total=training_tokens, desc="Tokenizing", unit="tok", unit_scale=True, leave=False) as progress:
+    with Progress("tokenizing", training_tokens) as progress:
         for _, row in token_rows(documents, tokenizer, context, tokenized=source.tokenized):
             rows.append(row.astype(np.uint32))
             kept = int(positions.keeps_tokens(row[None]).sum())
             n_positions += kept
-            progress.update(kept)
+            progress.advance(kept)
             if n_positions >= 1.02 * training_tokens:
                 break
     if n_positions < training_tokens:

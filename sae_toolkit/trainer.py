@@ -34,7 +34,7 @@ class Trainer(SAETrainer[Any, Any]):
     Its step is written anew, to the same result: Adam is fused, firings are counted where the activations are
     sparse, dead features are counted some steps ahead, and a step whose loss or gradient is not finite is not
     applied. With the SAEs of `sparse_topk` none of it waits for the device, but for shards. On a CUDA device the SAE's
-    products are in TF32.
+    products are in TF32, on a CPU in bfloat16 where `products_in_bfloat16` says so.
 
     `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last that was;
     both are on the device.
@@ -48,6 +48,8 @@ class Trainer(SAETrainer[Any, Any]):
         target_l0: how many features of a token the sparsity weight is adjusted to let be active; None leaves it.
     """
 
+    products_in_bfloat16 = False
+
     def __init__(
         self,
         cfg: SAETrainerConfig,
@@ -57,9 +59,10 @@ class Trainer(SAETrainer[Any, Any]):
         target_l0: float | None = None,
     ) -> None:
         super().__init__(cfg, sae, data_provider)
-        self.l0_control = (
-            None if target_l0 is None else L0Control(target_l0, cfg.lr * math.sqrt(sae.cfg.d_in), cfg.device)
-        )
+        self.l0_control = None
+        if target_l0 is not None:
+            turn = cfg.lr * math.sqrt(sae.cfg.d_in)
+            self.l0_control = L0Control(target_l0, turn, cfg.device, sae.cfg.architecture(), cfg.total_training_steps)
         self._fuse_optimizer()
         self.ranks = ranks
         self._sums: list[Any] = []  # of gradients, on their way
@@ -86,7 +89,7 @@ class Trainer(SAETrainer[Any, Any]):
         """
         if isinstance(self.sae, SparseTopKTrainingSAE):
             self.sae.dead_bound = self._dead_bound()
-        with _tf32(batch.device):
+        with _fast_products(batch.device, self.products_in_bfloat16):
             try:
                 return self._step(batch)
             except torch.OutOfMemoryError:
@@ -240,6 +243,10 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_forward_passes_since_fired.masked_fill_(firings_F > 0, 0)
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
+    def firing_counts(self) -> torch.Tensor:
+        """How often each feature fired in the last `n_frac_active_samples` tokens, [F]."""
+        return self.act_freq_scores
+
     @torch.no_grad()
     def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
         """SAELens's readings of a step, over the whole batch."""
@@ -296,11 +303,15 @@ def _count_firings(feature_acts: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    """Lets products of float32 matrices on a CUDA device take TF32, and nothing else after it."""
+def _fast_products(device: torch.device, in_bfloat16: bool) -> Iterator[None]:
+    """Lets products of float32 matrices take TF32 on a CUDA device, where asked bfloat16 on a CPU, which add up in
+    float32; nothing else after it.
+    """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    elif in_bfloat16:
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -13,32 +11,28 @@ from typing import Any
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAEConfig, TrainStepOutput
+from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
 
 from sae_toolkit.activation_cache import ActivationCache, CachedActivations
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.checkpoints import load_training_checkpoint
-from sae_toolkit.errors import RunFailed, UserError, one_line
+from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
 from sae_toolkit.multi_trainer import MultiTrainer
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_checkpoints import RunCheckpoints
+from sae_toolkit.run_record import RunRecord
 from sae_toolkit.sharded_sae import shard_sae
 from sae_toolkit.sparse_topk import sparse_class
-from sae_toolkit.stop_signals import Stopped, StopSignals
-from sae_toolkit.target_l0 import FASTER_THRESHOLDS, NEAR_TARGET
+from sae_toolkit.stop_signals import StopSignals
+from sae_toolkit.target_l0 import NEAR_TARGET
+from sae_toolkit.training_loop import TrainingLoop
 from sae_toolkit.trust import tensors_only
-from sae_toolkit.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_READINGS = 1.0
-_SECONDS_BETWEEN_LOG_LINES = 30.0  # in run.log, where there is no progress bar
-_NOT_FINITE_AT_MOST = 10  # steps in a row
 
 
 def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
@@ -50,7 +44,8 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
 
     def load() -> LanguageModel:
         model = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.flags.n_devices)
-        model.keep_only_up_to_hook()
+        if run.held_out_NT is None:
+            model.keep_only_up_to_hook()
         return model
 
     if run.flags.cache_activations is None:
@@ -74,6 +69,7 @@ class Training:
 
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
         self.run = run
+        self.activations = activations
         self.cfg = cfg = run.cfg
         self.ranks = run.ranks
         self.saes = {each.hook_name: self._create_sae(each) for each in run.cfgs}
@@ -96,6 +92,8 @@ class Training:
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
         self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.flags.target_l0)
+        for each_trainer in self.trainer.trainers.values():
+            each_trainer.products_in_bfloat16 = run.products_in_bfloat16
         self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
         if run.resume_from is not None:
             with tensors_only(f"--resume {run.resume_from}"):
@@ -103,9 +101,11 @@ class Training:
             log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
         else:
             _calibrate(cfg, self.trainer, self.stream, run.flags.max_activation_norm_multiple or None)
-        max_norms: Sequence[float | None] = self.stream.max_activation_norms or [None] * len(run.cfgs)
-        for each, max_norm in zip(run.cfgs, max_norms, strict=True):
-            _record_training(self.saes[each.hook_name], each, run.metadata() | {"max_activation_norm": max_norm})
+        none = [None] * len(run.cfgs)
+        self.max_norms = dict(zip(run.hook_names, self.stream.max_activation_norms or none, strict=True))
+        for each, median_norm in zip(run.cfgs, self.stream.median_norms or none, strict=True):
+            norms = {"max_activation_norm": self.max_norms[each.hook_name], "median_activation_norm": median_norm}
+            _record_training(self.saes[each.hook_name], each, run.metadata() | norms)
         if cfg.compile_sae:
             for sae in self.saes.values():
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
@@ -118,7 +118,7 @@ class Training:
         on_cpu.device, on_cpu.sae = "cpu", replace(cfg.sae, device="cpu")
         return shard_sae(create_sae(on_cpu) if self.ranks.is_main else None, cfg.device, self.ranks)
 
-    def fit(self, wandb_run: WandbRun, signals: StopSignals) -> Path:
+    def fit(self, record: RunRecord, signals: StopSignals) -> Path:
         """Trains the SAE to the end and saves it.
 
         Returns:
@@ -129,12 +129,12 @@ class Training:
             RunFailed: the losses are not finite any more, or the finished SAE cannot be written.
         """
         with signals.deferred():
-            _fit(self, wandb_run, signals)
+            TrainingLoop(self, record, signals).to_the_end()
             self._describe_what_was_left_out()
             self._describe_l0()
             final = self.checkpoints.save_final()
-        if self.cfg.logger.log_weights_to_wandb:
-            wandb_run.save_sae(final)
+        metadata = {"training": self.run.metadata(), "resumed_from": self.run.resume_from and self.run.resume_from.name}
+        record.save_sae(final, metadata, with_weights=self.cfg.logger.log_weights_to_wandb)
         return final
 
     def _describe_what_was_left_out(self) -> None:
@@ -164,10 +164,7 @@ class Training:
                 control.l0,
                 weight,
                 value,
-                ""
-                if control.is_near
-                else f"; not within {NEAR_TARGET:.0%}: train longer"
-                + (FASTER_THRESHOLDS if weight == "l0_coefficient" else ""),
+                "" if control.is_near else f"; not within {NEAR_TARGET:.0%}: train longer, or raise --lr",
             )
 
 
@@ -227,6 +224,7 @@ def _calibrate(
     mode = cfg.sae.normalize_activations
     estimated = mode in ("expected_average_only_in", "covariance_whitening")
     if max_norm_multiple is None and not estimated:
+        stream.calibrate(1, None)  # for the record alone
         return
     log.info("measuring activation norms on %d batches", cfg.n_batches_for_norm_estimate)
     acts_ND = stream.calibrate(cfg.n_batches_for_norm_estimate, max_norm_multiple)
@@ -238,91 +236,3 @@ def _calibrate(
             gathered = stream.ranks.gather(acts.contiguous())
             batches = [piece for part in gathered for piece in part.split(cfg.train_batch_size_tokens)]
             each.activation_scaler.estimate_whitening(each.sae.cfg.d_in, iter(batches), len(batches))
-
-
-def _fit(training: Training, wandb_run: WandbRun, signals: StopSignals) -> None:
-    """SAELens's `fit`, with a progress bar that moves, checkpoints that resume, and signals that are heard."""
-    cfg, trainer, stream, checkpoints = training.cfg, training.trainer, training.stream, training.checkpoints
-    waits_for_no_device = torch.device(cfg.device).type == "cpu"
-    progress = tqdm(
-        total=stream.total,
-        initial=trainer.n_training_samples,
-        desc="Training SAE",
-        unit="tok",
-        unit_scale=True,
-        smoothing=0.05,
-        disable=not training.ranks.is_main,
-    )
-    last_reading = last_line = 0.0
-    training.ranks.wait()  # for one that reads a checkpoint, or starts wandb; within a step there is less patience
-    if training.ranks.is_main:
-        training.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
-    with progress:
-        while trainer.n_training_samples < stream.total:
-            if sparsity_log := trainer.read_sparsity():
-                wandb_run.log(sparsity_log, step=trainer.n_training_steps)
-            outputs = trainer.step(stream.at_each_hook(next(stream)))
-            record = (trainer.n_training_steps + 1) % cfg.logger.wandb_log_frequency == 0
-            show, save, signal_number = training.ranks.largest(  # each rank has its own clock and hears its own signals
-                time.monotonic() - last_reading >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, signals.received
-            )
-            if record or show:
-                readings = trainer.read(outputs)
-                if record:
-                    metrics = trainer.flat(readings) | {"details/tokens_per_second": progress.format_dict["rate"] or 0}
-                    wandb_run.log(metrics, step=trainer.n_training_steps)
-                    if training.ranks.is_main:
-                        training.run.run_directory.record_metrics(
-                            trainer.n_training_steps, metrics | {"d_sae": cfg.sae.d_sae}
-                        )
-                progress.set_postfix_str(_postfix(readings, cfg.sae.d_sae))
-                last_reading = time.monotonic()
-            if record or show or waits_for_no_device:
-                _check_losses(training, outputs)
-            trainer.advance()
-            progress.update(cfg.train_batch_size_tokens)
-            if show and time.monotonic() - last_line >= _SECONDS_BETWEEN_LOG_LINES:
-                log.debug("%s", progress)  # for run.log alone
-                last_line = time.monotonic()
-
-            if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:
-                trainer.checkpoint_thresholds.pop(0)
-                checkpoints.save(milestone=True)
-            elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # else the last stays
-                checkpoints.save()
-            if signal_number:
-                raise Stopped(signal_number)
-        log.debug("%s", progress)
-        if sparsity_log := trainer.read_sparsity(final=True):
-            wandb_run.log(sparsity_log, step=trainer.n_training_steps)
-
-
-def _check_losses(training: Training, outputs: Mapping[str, TrainStepOutput]) -> None:
-    """Stops a run whose losses are not finite any more."""
-    trainer, checkpoints = training.trainer, training.checkpoints
-    if (n := trainer.n_not_finite_in_a_row) < _NOT_FINITE_AT_MOST:
-        return
-    if checkpoints.newest is None:
-        checkpoints.save()  # none of those steps was applied
-    name = next(name for name, each in trainer.trainers.items() if int(each.n_not_finite_in_a_row) == n)
-    raise RunFailed(
-        f"{n} steps in a row had a loss or gradient that is not finite ({'' if trainer.is_single else name + ', '}loss"
-        f" {outputs[name].loss.item():g}, learning rate {trainer.first.optimizer.param_groups[0]['lr']:g}, after"
-        f" {trainer.n_training_samples:,} tokens) and were not applied; lower --lr, or look at the activations"
-        f" (--lm_dtype, --max_activation_norm_multiple); the last good checkpoint is {checkpoints.newest}"
-    )
-
-
-def _postfix(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> str:
-    """L0, explained variance and dead features, from the lowest to the highest of the SAEs."""
-
-    def spread(form: str, values: list[float]) -> str:
-        low, high = format(min(values), form), format(max(values), form)
-        return low if low == high else f"{low} to {high}"
-
-    each = readings.values()
-    return (
-        f"L0 {spread('.1f', [reading['metrics/l0'] for reading in each])},"
-        f" explained variance {spread('.3f', [reading['metrics/explained_variance'] for reading in each])},"
-        f" dead {spread('.1%', [reading['sparsity/dead_features'] / d_sae for reading in each])}"
-    )

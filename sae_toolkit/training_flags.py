@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit.console import Parser
+from sae_toolkit.console import Parser, add_talk_flags
 from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.flag_checks import check_flags, check_paths
@@ -36,7 +36,11 @@ ARCHITECTURES = (
     "abstopk",
     "matching_pursuit",
 )
-FLAGS_FILENAME, METRICS_FILENAME = "training_flags.json", "metrics.jsonl"
+FLAGS_FILENAME = "training_flags.json"
+METRICS_FILENAME, HELD_OUT_METRICS_FILENAME = "metrics.jsonl", "held_out.jsonl"
+
+# Unset, they count as if there were none, so that runs from before there were are found.
+LATER_FLAGS = ("target_l0", "held_out_seed")
 
 # What may differ between a run and its resumption: nothing that the weights depend on.
 _MAY_CHANGE = {
@@ -47,15 +51,21 @@ _MAY_CHANGE = {
     "n_checkpoints",
     "checkpoint_every",
     "keep",
+    "logger",
     "wandb_mode",
     "wandb_project",
     "wandb_entity",
     "run_name",
+    "verbose",
+    "quiet",
     "dry_run",
     "strict",
     "resume",
     "trust_remote_code",
 }
+
+# What `--like` leaves behind.
+_OF_ONE_RUN = {"resume", "dry_run", "strict", "run_name", "verbose", "quiet", "trust_remote_code"}
 
 _EPILOG = f"""\
 examples:
@@ -81,6 +91,9 @@ examples:
   # what would run, without running it
   python sae_lens_train.py @presets/demo.args --dry_run
 
+  # as an earlier run, but for what is given
+  python sae_lens_train.py --like checkpoints/demo_1a2b3c4d/k3j2h1g0 --lr 1e-3
+
   # any other field of SAELens's configuration
   python sae_lens_train.py @presets/demo.args --set sae.aux_loss_coefficient=0.5 --set adam_beta1=0
 
@@ -103,22 +116,54 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> argparse.Namespac
     Raises:
         UserError: a flag is unknown, or its value cannot be right by itself or beside the others.
     """
+    words = sys.argv[1:] if argv is None else argv
     try:
         flags = _build_parser().parse_args(argv)
     except (ValueError, RecursionError) as error:  # of a flag file: its quotes, its bytes, or one that names itself
-        files = " ".join(word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@"))
+        files = " ".join(word for word in words if word.startswith("@"))
         raise UserError(f"{files}: cannot be read as flags: {one_line(error)}") from None
     check_paths(flags)
-    if flags.resume not in (None, "auto"):
+    flags.preset = _presets(words)
+    if flags.resume not in (None, "auto") or flags.like is not None:
         given = vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
-        flags = _flags_of_run(Path(flags.resume), given)
+        if flags.like is None:
+            flags = _flags_of_run(Path(flags.resume), given)
+        elif flags.resume in (None, "auto"):
+            flags = _flags_like(Path(flags.like), given)
+        else:
+            raise UserError(
+                f"--like {flags.like}, --resume {flags.resume}: a resumed run has its own flags; choose one"
+            )
     check_flags(flags)
     return flags
 
 
-def known_flags() -> list[str]:
-    """The names of all flags that a run is made of."""
-    return list(vars(_build_parser().parse_args([])))
+def default_flags() -> dict[str, Any]:
+    """All flags that a run is made of, with what they are where nothing is said."""
+    return vars(_build_parser().parse_args([]))
+
+
+def as_words(flags: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
+    """The words of a command line that give flags their values, where these are not the defaults."""
+    words: list[str] = []
+    for action in _build_parser()._actions:
+        name, value = action.dest, flags.get(action.dest, action.default)
+        if name in leave_out or value == action.default or not action.option_strings:
+            continue
+        if isinstance(action.const, bool):  # a flag without a value
+            words.append(f"--{name}")
+        elif name == "set":
+            words += [word for assignment in value for word in ("--set", assignment)]
+        else:
+            values = value if isinstance(value, list) and action.nargs else [value]
+            words += [f"--{name}", *map(_as_word, values)]
+    return words
+
+
+def _as_word(value: Any) -> str:
+    if isinstance(value, list):  # token ids
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def run_directory_of(path: Path) -> Path:
@@ -126,24 +171,43 @@ def run_directory_of(path: Path) -> Path:
     return path if (path / FLAGS_FILENAME).is_file() else path.parent
 
 
-def _flags_of_run(resume: Path, given: dict[str, Any]) -> argparse.Namespace:
-    path = run_directory_of(resume) / FLAGS_FILENAME
-    if not resume.is_dir() or not path.is_file():
-        raise UserError(f"--resume {resume}: neither a training run nor a checkpoint of one (there is no {path})")
+def _saved_flags(flag: str, path: Path) -> dict[str, Any]:
+    """The flags of the run that a directory is or belongs to."""
+    file = run_directory_of(path) / FLAGS_FILENAME
+    if not path.is_dir() or not file.is_file():
+        raise UserError(f"--{flag} {path}: neither a training run nor a checkpoint of one (there is no {file})")
     try:
-        saved = vars(_build_parser().parse_args([])) | json.loads(path.read_text())
+        saved = default_flags() | json.loads(file.read_text())
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"--resume {resume}: damaged: {FLAGS_FILENAME} cannot be read") from None
+        raise UserError(f"--{flag} {path}: damaged: {FLAGS_FILENAME} cannot be read") from None
     saved["trust_remote_code"] = False  # a person's word for each time, never a file's
+    return saved
+
+
+def _flags_of_run(resume: Path, given: dict[str, Any]) -> argparse.Namespace:
+    saved = _saved_flags("resume", resume)
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != saved.get(name):
             raise UserError(f"--{name} {value}: the run being resumed has {saved.get(name)}; leave it out")
     return argparse.Namespace(**(saved | {k: v for k, v in given.items() if k in _MAY_CHANGE}))
 
 
+def _flags_like(like: Path, given: dict[str, Any]) -> argparse.Namespace:
+    """Those of another run, but for what is given, and what was said of that run alone."""
+    saved = _saved_flags("like", like)
+    of_that_run = {name: value for name, value in default_flags().items() if name in _OF_ONE_RUN}
+    settings = [*saved["set"], *given.pop("set", [])]
+    return argparse.Namespace(**(saved | of_that_run | given | {"set": settings}))
+
+
 def save_flags(flags: argparse.Namespace, run_directory: Path) -> None:
     """Writes the flags where `--resume` looks for them."""
     (run_directory / FLAGS_FILENAME).write_text(json.dumps(vars(flags), indent=1) + "\n")
+
+
+def _presets(argv: Sequence[str]) -> str | None:
+    """The names of the flag files among the words of a command line."""
+    return " ".join(Path(word[1:]).stem for word in argv if word.startswith("@")) or None
 
 
 def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
@@ -177,7 +241,8 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         model,
         "lm_dtype",
         "auto",
-        "the language model's dtype; auto: bfloat16 where the hardware computes in it, else float32",
+        "the language model's dtype, and on a CPU of the SAE's products too; auto: bfloat16 where the hardware computes"
+        " in it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     flag(
@@ -203,6 +268,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(data, "streaming", True, "read the data set as needed rather than download it whole", type=boolean)
     flag(data, "fallback_dataset", None, "data set to take where --dataset_path cannot be opened")
     flag(data, "held_out_fraction", 0.1, "share of documents kept for evaluation, never trained on", type=fraction)
+    flag(data, "held_out_seed", None, "which documents these are (default: --seed)", type=non_negative)
     flag(data, "context_size", 2048, "tokens in one context of the language model", type=positive)
     flag(
         data,
@@ -229,7 +295,8 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         sae,
         "target_l0",
         None,
-        "adjust that weight while training until so many features are active a token",
+        "adjust that weight while training until so many features are active a token (jumprelu: with SAELens's"
+        " recommended loss, unless --set chooses another)",
         type=positive_float,
     )
     flag(sae, "k", 100, "active features a token (topk; on average: batchtopk)", type=positive)
@@ -273,7 +340,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(training, "lr_warm_up_steps", 0, "steps of linear warm-up", type=non_negative)
     flag(training, "lr_decay_steps", 0, "steps of linear decay to zero, at the end", type=non_negative)
     flag(training, "dead_feature_window", 1000, "steps without firing after which a feature is dead", type=positive)
-    flag(training, "seed", 42, "of the weights, the shuffling and the held-out split", type=non_negative)
+    flag(training, "seed", 42, "of the weights, the shuffling and, by default, the held-out split", type=non_negative)
     flag(
         training,
         "set",
@@ -306,6 +373,13 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         const="auto",
         metavar="DIRECTORY",
     )
+    flag(
+        output,
+        "like",
+        None,
+        "take the flags of an earlier run, but for those that are given",
+        metavar="DIRECTORY",
+    )
     flag(output, "dry_run", False, "check everything, say what would run, and stop", action="store_true")
     flag(
         output,
@@ -313,6 +387,21 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
         False,
         "refuse to train where the result is likely to be unhealthy, rather than warn",
         action="store_true",
+    )
+    flag(
+        output,
+        "eval_every",
+        0,
+        "measure on held-out text after so many tokens each time: loss recovered and the rest; 0 never does",
+        type=non_negative,
+        metavar="TOKENS",
+    )
+    flag(
+        output,
+        "logger",
+        "wandb",
+        "what records the run; tensorboard writes into the run's directory",
+        choices=("wandb", "tensorboard"),
     )
     flag(
         output,
@@ -324,4 +413,7 @@ def _build_parser(**kwargs: Any) -> argparse.ArgumentParser:
     flag(output, "wandb_project", "sae_lens_training", "wandb project")
     flag(output, "wandb_entity", None, "wandb user or team (default: your own)")
     flag(output, "run_name", None, "name of the wandb run (default: the output name and the run's id)")
+    add_talk_flags(output)
+    if parser.argument_default is not argparse.SUPPRESS:
+        parser.set_defaults(preset=None)
     return parser

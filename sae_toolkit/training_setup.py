@@ -31,15 +31,16 @@ from sae_toolkit.models import (
     load_tokenizer,
 )
 from sae_toolkit.position_filter import PositionFilter
-from sae_toolkit.prepared_run import PreparedRun, existing
+from sae_toolkit.prepared_run import PreparedRun, existing, held_out_split
 from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.run_directory import RunDirectory, find_resumption
 from sae_toolkit.runner_config import build_runner_config, hook_flag, hook_names, output_directory
-from sae_toolkit.text import HeldOutSplit, TextSource, open_text
-from sae_toolkit.token_rows import ContextFormat, collect_training_rows, special_tokens
-from sae_toolkit.wandb_run import WandbRun
+from sae_toolkit.text import TextSource, open_text
+from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
 
 log = logging.getLogger(__name__)
+
+_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # that a run measures on each time
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,13 @@ def _prepare_run(
         _check_shards(flags, cfgs, ranks)
         tokenizer = load_tokenizer(model)
         positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
+        held_out_NT = None
         if found and rows_NT is not None:
             text = found.text
         elif directory.path.exists():
-            text, rows_NT = directory.text(), directory.rows()
+            text, rows_NT, held_out_NT = directory.text(), directory.rows(), directory.held_out_rows()
         else:
-            text, rows_NT = _read_text(flags, cfg, model, tokenizer, positions)
+            text, rows_NT, held_out_NT = _read_text(flags, cfg, model, tokenizer, positions)
         for cfg in cfgs:
             cfg.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
             cfg.dataset_path = text.name
@@ -133,6 +135,7 @@ def _prepare_run(
         choose_lm_dtype(flags.lm_dtype, llm_device),
         text,
         rows_NT,
+        held_out_NT,
         positions,
         directory,
         resume_from,
@@ -161,7 +164,7 @@ def _read_text(
     model: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
     positions: PositionFilter,
-) -> tuple[TextSource, np.ndarray]:
+) -> tuple[TextSource, np.ndarray, np.ndarray | None]:
     text = open_text(
         flags.dataset_path,
         flag="--dataset_path",
@@ -171,29 +174,19 @@ def _read_text(
         streaming=flags.streaming,
         fallback=flags.fallback_dataset,
     )
-    rows_NT = collect_training_rows(
-        text,
-        tokenizer,
-        ContextFormat(cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences),
-        positions,
-        HeldOutSplit(flags.held_out_fraction, flags.seed),
-        training_tokens=cfg.training_tokens,
+    context = ContextFormat(
+        cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
     )
+    held_out, held_out_NT = held_out_split(flags), None
+    rows_NT = collect_training_rows(text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens)
     check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
-    return text, rows_NT
-
-
-def start_wandb_run(run: PreparedRun) -> WandbRun:
-    """Starts the run's record in wandb, or goes on with it."""
-    logger = run.cfg.logger
-    return WandbRun(
-        run.flags.wandb_mode if run.ranks.is_main else "disabled",
-        run_id=run.directory.name,
-        project=logger.wandb_project,
-        entity=logger.wandb_entity,
-        name=logger.run_name or run.directory.name,
-        config=run.cfg.to_dict() | {"flags": vars(run.flags)},
-    )
+    if flags.eval_every:
+        n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)
+        flag = f"--eval_every {flags.eval_every}, --dataset_path"
+        held_out_NT, _ = collect_evaluation_rows(
+            text, tokenizer, context, held_out, n_rows=n_rows, seed=flags.seed, flag=flag
+        )
+    return text, rows_NT, held_out_NT
 
 
 def _model_kwargs(flags: argparse.Namespace) -> dict[str, Any]:

@@ -6,14 +6,17 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import wandb
+import xxhash
 
 from sae_toolkit.errors import one_line
-from sae_toolkit.training_flags import FLAGS_FILENAME
+from sae_toolkit.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -22,12 +25,14 @@ log = logging.getLogger(__name__)
 _LIMITS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 
 
-class WandbRun:
+class WandbRun(RunRecord):
     """One wandb run. With mode `disabled` every method does nothing; nothing that wandb raises ends the caller's run.
 
     Args:
         mode: `online`, `offline` or `disabled`; `online` becomes `offline` where there is no login or no connection.
         run_id: the same id continues the same run.
+        uses: what it is made from, by kind: each becomes an artifact that it is derived from. Offline, where wandb
+            takes none, they are in the configuration and in the SAE's own artifact alone.
     """
 
     def __init__(
@@ -38,9 +43,12 @@ class WandbRun:
         project: str,
         entity: str | None,
         name: str | None = None,
+        job_type: str | None = None,
         config: dict[str, Any] | None = None,
+        uses: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.run: wandb.Run | None = None
+        self.uses = uses or {}
         self._has_warned = False
         if mode == "disabled":
             return
@@ -57,6 +65,7 @@ class WandbRun:
                 project=project,
                 entity=entity,
                 name=name,
+                job_type=job_type,
                 config=config,
                 settings=settings,
             )
@@ -66,6 +75,8 @@ class WandbRun:
             try:
                 if wandb.login(prompt=False):
                     self.run = start("online")
+                    # It waits for the host, which may hang.
+                    threading.Thread(target=self._safely, args=(self._use,), daemon=True).start()
                     return
                 log.info("wandb: no login (`wandb login`), so the run is recorded offline, under ./wandb")
             except Exception as error:  # wandb's, and those of its process
@@ -79,20 +90,36 @@ class WandbRun:
         assert self.run is not None
         return Path(self.run.dir).parent
 
+    def _use(self) -> None:
+        assert self.run is not None
+        for kind, metadata in self.uses.items():
+            name = _name(f"{kind}_{_digest(metadata)}")
+            self.run.use_artifact(wandb.Artifact(name, kind, metadata=dict(metadata)))
+
     def log(self, values: dict[str, Any], step: int) -> None:
         self._safely(lambda: self.run and self.run.log(values, step=step))
 
+    def log_histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        counts, edges = np.histogram(values, bins=64)
+        self.log({name: wandb.Histogram(np_histogram=(counts, edges))}, step)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self._safely(lambda: self.run and self.run.summary.update({name: table}))
+
     def summarize(self, values: dict[str, Any]) -> None:
-        """Sets values of the run's summary, which is what a table of runs shows."""
         self._safely(lambda: self.run and self.run.summary.update(values))
 
-    def save_sae(self, directory: Path) -> None:
-        """Records an SAE's directory as an artifact of type `model`."""
-
+    def save_sae(self, directory: Path, metadata: dict[str, Any], *, with_weights: bool) -> None:
         def save() -> None:
             if self.run is not None:
-                artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"sae_{self.run.name}"), type="model")
-                artifact.add_dir(str(directory))
+                artifact = wandb.Artifact(_name(f"sae_{self.run.name}"), "model", metadata=metadata | dict(self.uses))
+                if with_weights:
+                    artifact.add_dir(str(directory))
+                else:
+                    for file in sorted(directory.rglob("*.json")):
+                        artifact.add_file(str(file), str(file.relative_to(directory)))
+                    artifact.add_reference(directory.absolute().as_uri(), "files", checksum=False)
                 self.run.log_artifact(artifact)
 
         self._safely(save)
@@ -116,17 +143,10 @@ class WandbRun:
             self._has_warned = True
 
 
-def training_wandb_run(sae_path: Path) -> WandbRun:
-    """The wandb run of the training that wrote an SAE, to go on recording into; disabled where it had none."""
-    above = sae_path.absolute().parents[:2]  # one of several hooks lies a step deeper
-    path = next((found for parent in above if (found := parent / FLAGS_FILENAME).is_file()), above[0] / FLAGS_FILENAME)
-    try:
-        flags = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):  # not there, or not ours
-        flags = {}
-    return WandbRun(
-        flags.get("wandb_mode", "disabled"),
-        run_id=path.parent.name,
-        project=flags.get("wandb_project", ""),
-        entity=flags.get("wandb_entity"),
-    )
+def _name(text: str) -> str:
+    """As the name of an artifact may be."""
+    return re.sub(r"[^\w.-]", "_", text)
+
+
+def _digest(metadata: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())

@@ -33,7 +33,7 @@ def test_a_run_leaves_what_saelens_loads(script, tiny_run, architecture, normali
     )
     assert done.status == 0, done.stderr
     final = Path(done.stdout.strip())
-    assert {file.name for file in final.iterdir()} == SAELENS_FILES | {"manifest.json"}
+    assert {file.name for file in final.iterdir()} == SAELENS_FILES | {"manifest.json", "firing_history.safetensors"}
     assert (final.name, final.parent.parent.name.rsplit("_", 1)[0]) == ("final_2048", "llama_layer12_sae_saelens_500k")
 
     plain = SAE.load_from_disk(final, device="cpu")

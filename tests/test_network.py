@@ -65,4 +65,4 @@ def test_a_wandb_host_that_refuses_makes_the_record_an_offline_one(disturbed):
     assert re.search(r"is recorded offline; `wandb sync \S+` uploads it", line)
     assert KEY not in done.stderr
     (run,) = read_offline_runs(recorded)
-    assert any("losses/overall_loss" in row for row in run.history)
+    assert any("learning/overall_loss" in row for row in run.history)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from sae_toolkit.models import ModelSource, find_model
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
+from sae_toolkit.run_record import RunRecord
 from sae_toolkit.runner_config import build_runner_config
 from sae_toolkit.stop_signals import hear_stop_signals
 from sae_toolkit.training import Training, open_activations
 from sae_toolkit.training_flags import parse_training_flags
-from sae_toolkit.training_setup import prepare_run, start_wandb_run
+from sae_toolkit.training_setup import prepare_run
 
 # What the activations at layer 12 of the embedded model are like (README, What the numbers mean).
 UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share=1.0)
@@ -79,7 +80,7 @@ def test_the_seeds_recipe_on_the_embedded_model_draws_what_its_evaluation_found(
         (("--dead_feature_window", 488), "dead_feature_window", "longer than the run's 488 steps"),
         (("--dead_feature_window", 200), "dead_feature_window", "use about 19"),
         (("--dead_feature_window", 2), "dead_feature_window", "use 11 or more"),
-        (("--held_out_fraction", 0), "held_out_fraction", "no text will be left"),
+        (("--held_out_fraction", 0, "--eval_every", 0), "held_out_fraction", "no text will be left"),
     ],
 )
 def test_a_change_for_the_worse_is_warned_of_by_its_flag(words, flag, says):
@@ -135,7 +136,7 @@ def test_measuring_changes_nothing_that_is_trained(script, tiny_run):
     run = prepare_run(parse_training_flags([str(word) for word in (*tiny_run, *SANE)]))
     run.open_directory()
     with run.run_directory, hear_stop_signals() as signals:
-        unmeasured = Training(run, open_activations(run)).fit(start_wandb_run(run), signals)
+        unmeasured = Training(run, open_activations(run)).fit(RunRecord(), signals)
     one, other = (load_file(Path(path) / "sae_weights.safetensors") for path in (done.stdout.strip(), unmeasured))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

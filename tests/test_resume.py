@@ -58,7 +58,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(trainings, flag
     flags = [*flags, "--checkpoint_every", "0"]
 
     def stop(pid):
-        while not re.search(r"Training SAE: +[1-9]", trainings.shown()):
+        while not re.search(r"training: \d", trainings.shown()):
             time.sleep(0.005)
         os.kill(pid, number)
 
@@ -106,7 +106,7 @@ def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, r
     )
     os.close(theirs)
     shown = b""
-    while not re.search(rb"Training SAE: +[1-9]", shown):
+    while not re.search(rb"training \d+%", shown):
         shown += os.read(ours, 1000)
     os.close(ours)
     assert process.wait(60) == 128 + signal.SIGHUP
@@ -193,7 +193,7 @@ def test_what_the_terminal_showed_is_in_run_log(stopped_run, trainings):
     lines = [line.strip() for line in trainings.shown().split("\n") if line.startswith(("model ", "resuming after"))]
     assert len(lines) == 2
     assert all(line in log for line in lines)
-    assert re.search(r"Training SAE: 100%.*explained variance", log)
+    assert re.search(r"training: 100.0% .*explained_variance=", log)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(stopped_run, trainings, whole):

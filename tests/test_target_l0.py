@@ -6,10 +6,10 @@ from conftest import ROOT
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
+from sae_toolkit.target_l0 import JUMPRELU
 from sae_toolkit.trainer import Trainer
 
 BATCH, N_STEPS = 128, 500
-FASTER_THRESHOLDS = {"jumprelu_ste_to_input": True, "jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def acts_ND(language_model, tokenizer):
         ("standard", {"l1_coefficient": 0.2}, 40),
         ("standard", {"l1_coefficient": 20.0}, 40),
         ("gated", {"l1_coefficient": 5.0}, 80),
-        ("jumprelu", {"l0_coefficient": 1.0, **FASTER_THRESHOLDS}, 40),
+        ("jumprelu", {"l0_coefficient": 1.0, **JUMPRELU}, 40),
     ],
 )
 def test_the_running_l0_comes_to_within_a_tenth_of_the_target(acts_ND, architecture, settings, target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,18 +17,28 @@ _FULL, _LAST = 1, 4
 
 @dataclass
 class OfflineRun:
-    """One offline run's directory, its history rows and its summary, values as JSON text."""
+    """One offline run: its history rows, its summary and its configuration, values as JSON text, and its artifacts."""
 
     id: str
+    files: Path
     history: list[dict[str, str]] = field(default_factory=list)
     summary: dict[str, str] = field(default_factory=dict)
+    config: dict[str, str] = field(default_factory=dict)
+    artifacts: list[Any] = field(default_factory=list)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A table of the summary: `columns` and `data`."""
+        path = self.summary.get(f"{name}/path")  # or, in the summary of a run that logged it there, within the value
+        return json.loads(
+            (self.files / (json.loads(path) if path else json.loads(self.summary[name])["path"])).read_text()
+        )
 
 
 def read_offline_runs(directory: Path) -> list[OfflineRun]:
     """The offline runs below {directory}/wandb, oldest first."""
     runs = []
     for file in sorted(directory.glob("wandb/offline-run-*/run-*.wandb")):
-        run = OfflineRun(file.stem.removeprefix("run-"))
+        run = OfflineRun(file.stem.removeprefix("run-"), file.parent / "files")
         for data in _records(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
@@ -35,6 +46,14 @@ def read_offline_runs(directory: Path) -> list[OfflineRun]:
                 run.history.append(_items(record.history.item))
             if record.HasField("summary"):
                 run.summary |= _items(record.summary.update)
+            if record.HasField("run"):
+                run.config |= _items(record.run.config.update)
+            if record.HasField("config"):
+                run.config |= _items(record.config.update)
+            if record.HasField("artifact"):
+                run.artifacts.append(record.artifact)
+            if record.HasField("request") and record.request.HasField("log_artifact"):
+                run.artifacts.append(record.request.log_artifact.artifact)
         runs.append(run)
     return runs
 

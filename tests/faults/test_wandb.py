@@ -109,7 +109,7 @@ def test_the_training_comes_out_the_same(tiny_run, tmp_path, record_fault, fault
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         shown = ""
-        while not re.search(r"Training SAE: +[1-9]", shown):
+        while not re.search(r"training: \d", shown):
             character = process.stderr.read(1)
             assert character, shown
             shown += character

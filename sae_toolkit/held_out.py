@@ -1,0 +1,83 @@
+"""What the evaluation would say of SAEs that are still in training, on a little text that they are not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from sae_toolkit.activation_cache import CachedActivations
+from sae_toolkit.checkpoints import finished_copy
+from sae_toolkit.evaluation import evaluate_saes
+from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.models import load_tokenizer
+from sae_toolkit.multi_trainer import MultiTrainer
+from sae_toolkit.prepared_run import PreparedRun
+from sae_toolkit.sae_formats import SAEFile
+from sae_toolkit.text import HeldOutSplit
+from sae_toolkit.token_rows import ContextFormat, special_tokens
+
+
+class HeldOutText:
+    """Measures the SAEs of a run, as the evaluation does; nothing of the run is changed.
+
+    Args:
+        run: with rows of held-out text.
+        source: of its activations; it has all layers of the language model.
+    """
+
+    def __init__(self, run: PreparedRun, source: LanguageModel | CachedActivations) -> None:
+        assert run.held_out_NT is not None
+        self.run = run
+        self.source = source
+        self.tokenizer = load_tokenizer(run.model)
+        self.rows_NT = run.held_out_NT
+
+    def measure(self, trainer: MultiTrainer, max_norms: dict[str, float | None]) -> dict[str, dict[str, float]]:
+        """The evaluation's metrics of the SAE at each hook.
+
+        Args:
+            trainer: of the SAEs.
+            max_norms: above which activations at a hook are left out.
+        """
+        model = self.source.model if isinstance(self.source, CachedActivations) else self.source
+        found = {}
+        with torch.random.fork_rng():
+            for name, each in trainer.trainers.items():
+                prepared = self._prepare(name, EvaluatedSAE(
+                    SAEFile(name, self.run.directory, "SAELens", "in training"),
+                    finished_copy(each),
+                    replace(self.run.positions, max_activation_norm=max_norms[name]),
+                ))  # fmt: skip
+                at_hook = LanguageModel(model.model, name)
+                (evaluation,) = evaluate_saes(
+                    prepared, at_hook, batch_size=min(self.run.cfg.store_batch_size_prompts, 8)
+                )
+                found[name] = evaluation.metrics
+        return found
+
+    def _prepare(self, hook_name: str, evaluated: EvaluatedSAE) -> PreparedEvaluation:
+        run, n_rows = self.run, len(self.rows_NT)
+        return PreparedEvaluation(
+            saes=(evaluated,),
+            protocol="health",
+            device=str(run.cfg.device),
+            model=run.model,
+            tokenizer=self.tokenizer,
+            hook_name=hook_name,
+            text=run.text,
+            held_out=HeldOutSplit(run.flags.held_out_fraction, run.flags.seed),
+            context=ContextFormat(run.cfg.context_size),
+            rows_NT=self.rows_NT,
+            unit_N=np.arange(n_rows),
+            units="sequences",
+            n_loss_rows=n_rows,
+            n_sae_rows=n_rows,
+            special_token_ids=special_tokens(True, self.tokenizer),
+            unscored_token_ids=(),
+            features=(),
+            n_features=0,
+            seed=run.flags.seed,
+        )

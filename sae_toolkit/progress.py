@@ -1,0 +1,159 @@
+"""How far a long piece of work has come: live on a terminal, else a line every few seconds that can be searched."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+import psutil
+import torch
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sae_toolkit.console import terminal
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_OF_RATE = 15.0  # over which the speed is taken
+
+
+class Progress:
+    """Shows a piece of work while it goes on; used as a context.
+
+    On a terminal that is a view of a few lines, which disappears at the end: a bar, readings, speed, memory, the time
+    left and the last warnings. Elsewhere, and in a run's log, a line at the first readings, then every 10 seconds
+    and at the end: `training: 24.7% tokens=123904 loss=61.2 l0=64.0 tokens_per_second=7020 seconds_left=54`.
+
+    Args:
+        doing: what is done, a word.
+        total: how much there is, in `unit`s.
+        done: how much was done before.
+        unit: plural.
+        device: whose memory is shown: what torch allocates on a CUDA device, what this process holds on a CPU; None
+            shows none.
+        speaks: False for a process beside which another one says the same. One within another says nothing either.
+    """
+
+    def __init__(
+        self,
+        doing: str,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "tokens",
+        device: str | None = None,
+        speaks: bool = True,
+    ) -> None:
+        self.doing = doing
+        self.total = total
+        self.done = done
+        self.unit = unit
+        self.readings: Mapping[str, str] = {}
+        self._device = device
+        self._speaks = speaks
+        self._started = time.monotonic()
+        self._points = deque([(self._started, done)])
+        self._line_at = -_SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> Progress:
+        self._speaks &= terminal.claim_progress(self)
+        self._live = None
+        if self._speaks and terminal.is_live:
+            self._live = Live(get_renderable=self._view, console=terminal.console, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+        terminal.release_progress(self)
+        if kind is None and self._speaks and self._line_at >= 0:  # one that was short says nothing
+            self._say()
+
+    @property
+    def per_second(self) -> float:
+        """Its speed of late; 0 before there is any."""
+        (then, before), (now, done) = self._points[0], self._points[-1]
+        return (done - before) / (now - then) if now > then else 0.0
+
+    def advance(self, n: int, readings: Mapping[str, str] | None = None) -> None:
+        """n more are done; readings by name replace those before."""
+        now = time.monotonic()
+        self.done += n
+        self._points.append((now, self.done))
+        while len(self._points) > 2 and now - self._points[1][0] > _SECONDS_OF_RATE:
+            self._points.popleft()
+        if readings is not None:
+            self.readings = readings
+        waited_for = max(self._line_at + _SECONDS_BETWEEN_LINES, 0 if readings else self._started + 1)
+        if self._speaks and now >= waited_for:
+            self._say()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Other work, whose time says nothing of this one's speed."""
+        started = time.monotonic()
+        yield
+        waited = time.monotonic() - started
+        self._points = deque((then + waited, done) for then, done in self._points)
+
+    def _say(self) -> None:
+        self._line_at = time.monotonic()
+        log.log(logging.DEBUG if self._live else logging.INFO, "%s", self.line())
+
+    def line(self) -> str:
+        """Where it stands, as names and values."""
+        values = {self.unit: str(self.done), **self.readings, f"{self.unit}_per_second": f"{self.per_second:.0f}"}
+        if self._device is not None:
+            values["memory_gib"] = f"{self.memory_gib:.2f}"
+        if (left := self._seconds_left()) is not None:
+            values["seconds_left"] = f"{left:.0f}"
+        pairs = (f"{name.replace(' ', '_')}={value.replace(' ', '')}" for name, value in values.items())
+        return f"{self.doing}: {self._share:.1%} {' '.join(pairs)}"
+
+    @property
+    def _share(self) -> float:
+        return min(self.done / self.total, 1.0) if self.total else 1.0
+
+    def _seconds_left(self) -> float | None:
+        return max(self.total - self.done, 0) / self.per_second if self.per_second else None
+
+    @property
+    def memory_gib(self) -> float:
+        """What is taken on the device now."""
+        if self._device is not None and torch.device(self._device).type == "cuda":
+            return torch.cuda.memory_allocated(self._device) / 2**30
+        return psutil.Process().memory_info().rss / 2**30
+
+    def _view(self) -> RenderableType:
+        left = self._seconds_left()
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True, justify="right")
+        bar.add_row(
+            Text(f"{self.doing} {self._share:.0%}", "bold"),
+            ProgressBar(total=max(self.total, 1), completed=min(self.done, self.total)),
+            Text(f"{duration(left)} left" if left is not None else ""),
+        )
+        facts = [f"{name} {value}" for name, value in self.readings.items()]
+        facts += [f"{self.done:,} of {self.total:,} {self.unit}", f"{self.per_second:,.0f} {self.unit}/s"]
+        facts += [f"{self.memory_gib:.2f} GiB"] if self._device is not None else []
+        warnings = [Text(f"! {line}", "yellow", no_wrap=True, overflow="ellipsis") for line in terminal.last_warnings]
+        return Group(bar, Text("   ".join(facts)), *warnings)
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: `54 s`, `12 min 30 s`, `3 h 5 min`."""
+    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{hours[0]} h {hours[1]} min" if seconds >= 3600 else f"{minutes[0]} min {minutes[1]} s"

@@ -1,0 +1,136 @@
+"""Where a run is recorded, and what it was started with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from sae_toolkit.prepared_run import PreparedRun
+from sae_toolkit.run_record import RunRecord
+from sae_toolkit.tensorboard_run import TensorBoardRun
+from sae_toolkit.training_flags import FLAGS_FILENAME
+from sae_toolkit.wandb_run import WandbRun
+
+
+def run_config(run: PreparedRun) -> dict[str, Any]:
+    """What a run was started with: SAELens's configuration, and the flags, preset, data and code behind it."""
+    return run.cfg.to_dict() | {
+        "flags": vars(run.flags),
+        "preset": run.flags.preset,
+        "data": data_of(run),
+        "git": git_state(),
+        "resumed_from": None if run.resume_from is None else run.resume_from.name,
+    }
+
+
+def data_of(run: PreparedRun) -> dict[str, Any]:
+    """What text a run trains on, which documents of it, and the checksum of its tokens."""
+    return run.metadata() | {
+        "name": run.text.name,
+        "context_size": run.cfg.context_size,
+        "contexts": len(run.rows_NT),
+        "tokens_xxh3": xxhash.xxh3_64_hexdigest(np.ascontiguousarray(run.rows_NT).data),
+    }
+
+
+def _checkpoint(run: PreparedRun) -> dict[str, Any]:
+    """Which checkpoint a run goes on from."""
+    return {"run": run.directory.name, "tokens": int(run.resume_from.name) if run.resume_from else 0}
+
+
+def git_state() -> dict[str, Any] | None:
+    """The commit that this code is of, and whether it was changed since; None where it is no clone."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).resolve().parent.parent
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def start_record(run: PreparedRun) -> RunRecord:
+    """Starts a training run's record, or goes on with it."""
+    if not run.ranks.is_main:
+        return RunRecord()
+    if run.flags.logger == "tensorboard":
+        n_steps = int(run.resume_from.name) // run.cfg.train_batch_size_tokens if run.resume_from else 0
+        return TensorBoardRun(run.directory, config=run_config(run), first_step=n_steps)
+    logger = run.cfg.logger
+    return WandbRun(
+        run.flags.wandb_mode,
+        run_id=run.directory.name,
+        project=logger.wandb_project,
+        entity=logger.wandb_entity,
+        name=logger.run_name or run.directory.name,
+        job_type="training",
+        config=run_config(run),
+        uses={"data": data_of(run)} | ({"checkpoint": _checkpoint(run)} if run.resume_from else {}),
+    )
+
+
+def record_runs(
+    kind: str,
+    directory: Path,
+    flags: argparse.Namespace,
+    saes: Mapping[str, Path],
+    table: tuple[Sequence[str], Sequence[Sequence[Any]]],
+) -> None:
+    """Records a sweep or a comparison in a wandb run of its own, which names the runs of its trainings.
+
+    Args:
+        kind: what it is, a word.
+        directory: its own.
+        flags: of the trainings.
+        saes: the finished SAEs of these, by what each is called.
+        table: columns and rows.
+    """
+    if flags.logger != "wandb":
+        return
+    runs = {name: path.absolute().parent.name for name, path in saes.items()}  # the directory of a run has its id
+    where = f"{flags.wandb_entity + '/' if flags.wandb_entity else ''}{flags.wandb_project}"
+    record = WandbRun(
+        flags.wandb_mode,
+        run_id=xxhash.xxh3_64_hexdigest(str(directory.absolute()).encode())[:8],
+        project=flags.wandb_project,
+        entity=flags.wandb_entity,
+        name=directory.name,
+        job_type=kind,
+        config={"flags": vars(flags), "training_runs": runs, "git": git_state()},
+    )
+    record.log_table(f"{kind}/table", *table)
+    columns = ["training", "run", "checkpoint"]
+    rows = [[name, f"{where}/{runs[name]}", str(path)] for name, path in saes.items()]
+    record.log_table(f"{kind}/training_runs", columns, rows)
+    record.finish()
+
+
+def record_of_training(sae_path: Path) -> RunRecord:
+    """The record of the training that wrote an SAE, to go on with; one that records nothing where it had none."""
+    above = sae_path.absolute().parents[:2]  # one of several hooks lies a step deeper
+    path = next((found for parent in above if (found := parent / FLAGS_FILENAME).is_file()), None)
+    try:
+        flags = dict(json.loads(path.read_text())) if path else {}
+    except (OSError, ValueError, TypeError, RecursionError):  # not ours
+        flags = {}
+    if path is None or not flags:
+        return RunRecord()
+    if flags.get("logger") == "tensorboard":
+        return TensorBoardRun(path.parent)
+    return WandbRun(
+        flags.get("wandb_mode", "disabled"),
+        run_id=path.parent.name,
+        project=flags.get("wandb_project", ""),
+        entity=flags.get("wandb_entity"),
+    )

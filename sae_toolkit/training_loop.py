@@ -1,0 +1,212 @@
+"""SAELens's `fit`, with progress that moves, checkpoints that resume, signals that are heard, and a record."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens.saes.sae import TrainStepOutput
+
+from sae_toolkit.errors import RunFailed, UserError
+from sae_toolkit.held_out import HeldOutText
+from sae_toolkit.panels import of_held_out, panels
+from sae_toolkit.progress import Progress
+from sae_toolkit.run_record import RunRecord
+from sae_toolkit.stop_signals import Stopped, StopSignals
+from sae_toolkit.trainer import Trainer
+from sae_toolkit.training_flags import HELD_OUT_METRICS_FILENAME
+
+if TYPE_CHECKING:
+    from sae_toolkit.training import Training
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_READINGS = 1.0
+_NOT_FINITE_AT_MOST = 10  # steps in a row
+_HISTOGRAMS = 20  # of firing rates, over a run
+
+
+class TrainingLoop:
+    """Takes a run from where it is to its last step.
+
+    Args:
+        training: the run.
+        record: where it is recorded.
+        signals: what may stop it.
+    """
+
+    def __init__(self, training: Training, record: RunRecord, signals: StopSignals) -> None:
+        self.run, self.cfg, self.ranks = training.run, training.cfg, training.ranks
+        self.trainer, self.stream, self.checkpoints = training.trainer, training.stream, training.checkpoints
+        self.max_norms = training.max_norms
+        self.record = record
+        self.signals = signals
+        self._waits_for_no_device = torch.device(self.cfg.device).type == "cpu"
+        self._histogram_every = math.ceil(self.cfg.total_training_steps / _HISTOGRAMS)
+        self._firing_rates = {name: _FiringRates(each) for name, each in self.trainer.trainers.items()}
+        self._held_out = None
+        if self.run.flags.eval_every and self.ranks.is_main:
+            self._held_out = HeldOutText(self.run, training.activations)
+
+    def to_the_end(self) -> None:
+        """Steps until all tokens are used.
+
+        Raises:
+            Stopped: a signal came; a checkpoint is saved, if there was room for it.
+            RunFailed: the losses are not finite any more.
+        """
+        trainer = self.trainer
+        progress = Progress(
+            "training",
+            self.stream.total,
+            done=trainer.n_training_samples,
+            device=self.cfg.device,
+            speaks=self.ranks.is_main,
+        )
+        self.ranks.wait()  # for one that reads a checkpoint, or starts wandb; within a step there is less patience
+        if self.ranks.is_main:
+            self.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
+        with progress:
+            while trainer.n_training_samples < self.stream.total:
+                self._step(progress)
+            if sparsity := trainer.read_sparsity(final=True):
+                self.record.log(panels(sparsity), step=trainer.n_training_steps)
+
+    def _step(self, progress: Progress) -> None:
+        trainer, checkpoints = self.trainer, self.checkpoints
+        if sparsity := trainer.read_sparsity():
+            self.record.log(panels(sparsity), step=trainer.n_training_steps)
+        before = trainer.n_training_samples
+        outputs = trainer.step(self.stream.at_each_hook(next(self.stream)))
+        to_record = (trainer.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
+        show, save, signal_number = self.ranks.largest(  # each rank has its own clock and hears its own signals
+            time.monotonic() - self._read_at >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, self.signals.received
+        )
+        if to_record or show:
+            readings = trainer.read(outputs)
+            self._read_at = time.monotonic()
+            self._shown = _shown(readings, self.cfg.sae.d_sae)
+            if to_record:
+                self._record(readings, progress)
+        if to_record or show or self._waits_for_no_device:
+            self._check_losses(outputs)
+        if (trainer.n_training_steps + 1) % self._histogram_every == 0:
+            self._record_firing_rates()
+        trainer.advance()
+        progress.advance(self.cfg.train_batch_size_tokens, self._shown)
+        every = self.run.flags.eval_every
+        if every and trainer.n_training_samples // every > before // every:
+            with progress.paused():
+                self._measure_held_out()
+
+        if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:
+            trainer.checkpoint_thresholds.pop(0)
+            checkpoints.save(milestone=True)
+        elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # else the last stays
+            checkpoints.save()
+        if signal_number:
+            raise Stopped(signal_number)
+
+    _read_at = 0.0
+    _shown: Mapping[str, str] | None = None
+
+    def _record(self, readings: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
+        step, d_sae = self.trainer.n_training_steps, self.cfg.sae.d_sae
+        readings = {
+            name: {**reading, "sparsity/dead_share": reading["sparsity/dead_features"] / d_sae}
+            for name, reading in readings.items()
+        }
+        speed = {"details/tokens_per_second": progress.per_second, "details/memory_gib": progress.memory_gib}
+        values = panels(readings) | panels({"": speed})
+        self.record.log(values, step)
+        if self.ranks.is_main:
+            metrics = self.trainer.flat(readings) | speed | {"d_sae": d_sae}
+            self.run.run_directory.record_metrics(step, metrics)
+
+    def _record_firing_rates(self) -> None:
+        rates = {name: {"sparsity/log10_firing_rate": rates.log10()} for name, rates in self._firing_rates.items()}
+        for name, values_F in panels(rates).items():
+            self.record.log_histogram(name, values_F.numpy(), self.trainer.n_training_steps)
+
+    def _measure_held_out(self) -> None:
+        """Measures on rank 0, while the others wait."""
+        if self._held_out is not None:
+            self.stream.wait()
+            try:
+                measured = self._held_out.measure(self.trainer, self.max_norms)
+            except UserError as error:  # of the evaluation, which would end there
+                log.warning("not measured on held-out text: %s", error)
+            else:
+                self._record_held_out(measured)
+        self.ranks.wait()
+
+    def _record_held_out(self, measured: Mapping[str, Mapping[str, float]]) -> None:
+        step, n_tokens = self.trainer.n_training_steps - 1, self.trainer.n_training_samples
+        found = {name: of_held_out(metrics) for name, metrics in measured.items()}
+        self.record.log(panels(found), step)
+        for name, metrics in measured.items():
+            line = {"n_training_samples": n_tokens, "hook_name": name} | found[name]
+            self.run.run_directory.record_metrics(step, line, HELD_OUT_METRICS_FILENAME)
+            log.info(
+                "held out%s after %s tokens: loss recovered %.2f%%, L0 %.1f, explained variance %.3f, dead %.1f%%",
+                "" if self.trainer.is_single else f" at {name}",
+                f"{n_tokens:,}",
+                100 * metrics["loss_recovered"],
+                metrics["l0"],
+                metrics["explained_variance"],
+                100 * metrics["dead_features"],
+            )
+
+    def _check_losses(self, outputs: Mapping[str, TrainStepOutput]) -> None:
+        """Stops a run whose losses are not finite any more."""
+        trainer, checkpoints = self.trainer, self.checkpoints
+        if (n := trainer.n_not_finite_in_a_row) < _NOT_FINITE_AT_MOST:
+            return
+        if checkpoints.newest is None:
+            checkpoints.save()  # none of those steps was applied
+        name = next(name for name, each in trainer.trainers.items() if int(each.n_not_finite_in_a_row) == n)
+        raise RunFailed(
+            f"{n} steps in a row had a loss or gradient that is not finite"
+            f" ({'' if trainer.is_single else name + ', '}loss {outputs[name].loss.item():g}, learning rate"
+            f" {trainer.first.optimizer.param_groups[0]['lr']:g}, after {trainer.n_training_samples:,} tokens) and were"
+            " not applied; lower --lr, or look at the activations (--lm_dtype, --max_activation_norm_multiple); the"
+            f" last good checkpoint is {checkpoints.newest}"
+        )
+
+
+class _FiringRates:
+    """Firings a token of each feature since they were last asked for."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._n_tokens = 0
+        self._counts_F: torch.Tensor | None = None
+
+    def log10(self) -> torch.Tensor:
+        """Of each feature, [F], on the CPU; one that never fired has half a firing."""
+        counts_F, n_tokens = self.trainer.firing_counts().double().cpu(), int(self.trainer.n_frac_active_samples)
+        new_F, n_new = counts_F, n_tokens
+        if self._counts_F is not None and n_tokens > self._n_tokens:  # else SAELens's window began anew
+            new_F, n_new = counts_F - self._counts_F, n_tokens - self._n_tokens
+        self._counts_F, self._n_tokens = counts_F, n_tokens
+        return (new_F.clamp(min=0.5) / n_new).log10()
+
+
+def _shown(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> dict[str, str]:
+    """What a progress view shows of readings, from the lowest to the highest of the SAEs."""
+
+    def spread(form: str, values: list[float]) -> str:
+        low, high = format(min(values), form), format(max(values), form)
+        return low if low == high else f"{low} to {high}"
+
+    each = readings.values()
+    return {
+        "loss": spread(".4g", [reading["losses/overall_loss"] for reading in each]),
+        "L0": spread(".1f", [reading["metrics/l0"] for reading in each]),
+        "explained variance": spread(".3f", [reading["metrics/explained_variance"] for reading in each]),
+        "dead": spread(".1%", [reading["sparsity/dead_features"] / d_sae for reading in each]),
+    }
