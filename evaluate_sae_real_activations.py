@@ -7,9 +7,15 @@
   # SAEBench's protocol, and SAEBench itself
     python evaluate_sae_real_activations.py --sae_path ./my_sae --protocol saebench --saebench core
 
+  # published with a model card of what was measured
+    python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --push_to_hub my_name/my_sae
+
   # several SAEs in one pass of the model: a run with all its checkpoints or layers, or SAEs of any library
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0
     python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
+
+  # an SAE of a library that does not keep what it was trained on, on the text that another one did not see
+    python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
 
 SAEs may be SAELens's (a directory, or release:sae_id), sparsify's or dictionary_learning's; which, is found.
 Model, hook, text and the documents held out of training come from the checkpoint unless given. The table
@@ -24,7 +30,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_toolkit.console import Parser, run_script, set_up_logging
+from sae_toolkit.console import Parser, add_talk_flags, run_script, set_up_logging
 from sae_toolkit.errors import UserError
 
 log = logging.getLogger("sae_toolkit")
@@ -41,6 +47,11 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         metavar="SAE",
         help="directory of an SAE or of a run, release:sae_id, Hugging Face id[:hookpoint], or a pattern",
+    )
+    add(
+        "--like",
+        metavar="SAE",
+        help="measure them as this SAE is: its model, hook, text, held-out documents and positions stand for theirs",
     )
     add("--model_name", help="Hugging Face id, directory, .gguf file or embedded model (default: the SAE's)")
     add("--layer", type=int, help="layer of the hook (default: the SAE's)")
@@ -87,7 +98,9 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="where the results go, the reports beside them (default: evaluation.json beside the checkpoint)",
     )
-    add("--verbose", action="store_true", help="say more")
+    add("--no_diagnosis", action="store_true", help="do not look for what makes an unhealthy SAE so")
+    add("--push_to_hub", metavar="OWNER/NAME", help="publish the SAEs there, with a model card of what was measured")
+    add_talk_flags(parser)
     flags = parser.parse_args(argv)
     for name in ("num_samples", "context_length", "batch_size", "dead_tokens"):
         if (value := getattr(flags, name)) is not None and value < 1:
@@ -98,12 +111,14 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("num_samples", "context_length", "batch_size", "dead_tokens", "seed"):
         if (getattr(flags, name) or 0) > _LARGEST:
             raise UserError(f"--{name} {getattr(flags, name)}: must be at most {_LARGEST:,}")
+    if flags.push_to_hub and flags.protocol != "health":
+        raise UserError(f"--push_to_hub {flags.push_to_hub}: the model card has the numbers of --protocol health")
     return flags
 
 
 def main() -> int:
     flags = parse_flags()
-    set_up_logging(flags.verbose)
+    set_up_logging(flags.verbose, flags.quiet)
 
     # SAELens takes seconds to import: not for --help or a mistyped flag.
     from rich.console import Console
@@ -112,11 +127,14 @@ def main() -> int:
     from sae_toolkit.evaluation import evaluate_saes
     from sae_toolkit.evaluation_setup import prepare_evaluations
     from sae_toolkit.models import LanguageModels, choose_lm_dtype
+    from sae_toolkit.publish import check_may_publish, publish
     from sae_toolkit.report import render, render_several
     from sae_toolkit.results import Result, choose_outputs, write_over_layers, write_results
     from sae_toolkit.saebench import check_evals, parse_evals, run_saebench
 
     evals = parse_evals(flags.saebench) if flags.saebench is not None else ()
+    if flags.push_to_hub:
+        check_may_publish(flags.push_to_hub)
     groups = prepare_evaluations(flags)
     outputs = choose_outputs(flags.output_json, groups)
     check_evals(evals, groups)
@@ -125,7 +143,11 @@ def main() -> int:
     results: list[Result] = []
     for group, paths in zip(groups, outputs, strict=True):
         model = models.load(group.model, group.hook_name)
-        results += write_results(group, evaluate_saes(group, model, batch_size=flags.batch_size), paths)
+        of_group = write_results(group, evaluate_saes(group, model, batch_size=flags.batch_size), paths)
+        for result in of_group:
+            if not flags.no_diagnosis and result.is_unhealthy:
+                result.diagnose(model, flags.batch_size)
+        results += of_group
     del models, model  # sae-bench loads its own
     for result in results:
         if evals:
@@ -147,6 +169,8 @@ def main() -> int:
     Console(width=None if sys.stdout.isatty() else 100).print(
         render(summaries[0]) if len(summaries) == 1 else render_several(summaries)
     )
+    if flags.push_to_hub:
+        log.info("published: %s", publish(flags.push_to_hub, results))
     return 0
 
 

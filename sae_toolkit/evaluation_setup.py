@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sae_lens import SAE
+from sae_lens.saes.sae import SAEMetadata
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
@@ -103,9 +105,12 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     widths: dict[tuple[Any, ...], int] = {}
     texts: dict[tuple[Any, ...], _Text] = {}
     groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
+    like = _record_of(flags) if flags.like else None
     for file, sae in _load_saes(files):
         _check_features(flags.features, sae, file)
-        if file.is_download:
+        if like is not None:
+            sae.cfg.metadata = copy(like)
+        elif file.is_download:
             where = f"--sae_path {file.name}"
             check_names_of_download(sae, where, model_name=flags.model_name, dataset=flags.dataset)
         model_name = flags.model_name or sae.cfg.metadata.model_name
@@ -139,6 +144,18 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     return [
         _prepare_group(flags, device, models[key[0]], key[1], texts[key], members) for key, members in groups.items()
     ]
+
+
+def _record_of(flags: argparse.Namespace) -> SAEMetadata:
+    """What the SAE of --like says of its model, hook, text and positions."""
+    file, *others = find_saes([flags.like], layer=flags.layer, flag="--like")
+    if others:
+        raise UserError(f"--like {flags.like}: {1 + len(others)} SAEs; name one of them, such as {file.name}")
+    sae = load_sae_file(file, "cpu", "--like")
+    check_metadata(sae, f"--like {file.name}")
+    if file.is_download:
+        check_names_of_download(sae, f"--like {file.name}", model_name=flags.model_name, dataset=flags.dataset)
+    return sae.cfg.metadata
 
 
 def _load_saes(files: Sequence[SAEFile]) -> Iterator[tuple[SAEFile, SAE[Any]]]:

@@ -18,7 +18,17 @@ from plotly.offline import get_plotlyjs
 
 from sae_toolkit.feature_browser import Feature
 from sae_toolkit.health import STANDARDS, Standard
-from sae_toolkit.report import MARKS, beside_rows, format_interval, format_range, format_value, verdict
+from sae_toolkit.report import (
+    MARKS,
+    beside_rows,
+    format_interval,
+    format_range,
+    format_value,
+    health_table,
+    in_markdown,
+    markdown_table,
+    verdict,
+)
 from sae_toolkit.report_figures import make_figures
 
 _TEMPLATE = Path(__file__).with_name("report_page.html")
@@ -50,6 +60,7 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
         "subtitle": escape(_subtitle(summary)),
         "verdict": escape(verdict(health)),
         "verdict_status": _overall_status(health),
+        "diagnosis": _diagnosis(summary),
         "cards": "".join(_card(standard, summary) for standard in STANDARDS),
         "measured_on": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _measured_on(summary)),
         "beside": "".join(_table_row(row) for row in beside_rows(summary)),
@@ -71,46 +82,48 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The verdict, the numbers and what they were measured on."""
-    metrics, health = summary["metrics"], summary["health"]
-    standards = [
-        (
-            standard.title,
-            format_value(standard.metric, metrics[standard.metric]),
-            format_interval(standard.metric, summary),
-            format_range(standard, standard.healthy),
-            format_range(standard, standard.borderline),
-            f"{MARKS[health[standard.metric]]} {health[standard.metric]}",
-        )
-        for standard in STANDARDS
-    ]
     return "\n".join(
         [
-            f"# {_in_markdown(summary['sae']['name'])}",
+            f"# {in_markdown(summary['sae']['name'])}",
             "",
-            f"**{verdict(health)}**",
+            f"**{verdict(summary['health'])}**",
             "",
-            *_markdown_table(("Metric", "Value", "95% interval", "Healthy", "Borderline", "Status"), standards),
+            *markdown_table(*health_table(summary)),
+            *(
+                ["", "## Why, and what to change first", "", *_diagnosis_in_markdown(summary)]
+                if summary.get("diagnosis")
+                else []
+            ),
             "",
-            *_markdown_table(("Beside them", "Value", "95% interval"), beside_rows(summary)),
+            *markdown_table(("Beside them", "Value", "95% interval"), beside_rows(summary)),
             "",
-            *(f"- {title}: {_in_markdown(text)}" for title, text in _measured_on(summary)),
+            *(f"- {title}: {in_markdown(text)}" for title, text in _measured_on(summary)),
             "",
             *(
                 line
                 for title, rows in _saebench(summary)
-                for line in (f"## {title}", "", *_markdown_table(("Metric", "Value"), rows), "")
+                for line in (f"## {title}", "", *markdown_table(("Metric", "Value"), rows), "")
             ),
         ]
     )
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(_in_markdown(cell) for cell in row)} |" for row in (header, rule, *rows)]
+def _diagnosis_in_markdown(summary: Mapping[str, Any]) -> Iterator[str]:
+    for number, finding in enumerate(summary["diagnosis"], 1):
+        yield f"{number}. **{in_markdown(finding['cause'])}**: {in_markdown(finding['says'])}"
+        yield f"   `{finding['command']}`"
 
 
-def _in_markdown(text: str) -> str:
-    return re.sub(r"([|*`\[\]]|<(?=[\w/!?]))", r"\\\1", text)
+def _diagnosis(summary: Mapping[str, Any]) -> str:
+    """A list of causes, the first thing to change first; nothing where there is none to say."""
+    if not summary.get("diagnosis"):
+        return ""
+    items = "".join(
+        f"<li><strong>{escape(finding['cause'])}</strong>: {escape(finding['says'])}"
+        f"<pre><code>{escape(finding['command'])}</code></pre></li>"
+        for finding in summary["diagnosis"]
+    )
+    return f'<section class="diagnosis"><h2>Why, and what to change first</h2><ol>{items}</ol></section>'
 
 
 def _json_in_script(data: Any) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sae_toolkit.feature_browser import Context, Feature
 from sae_toolkit.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
 
 MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
@@ -72,40 +74,83 @@ def heading(summary: Mapping[str, Any]) -> str:
     return f"{summary['model']}, {summary['hook_name']}{protocol}\n{summary['dataset']}{fallback}, {which}"
 
 
-def render(summary: Mapping[str, Any]) -> RenderableType:
-    """The four health metrics against their standards, the verdict, and what was measured beside them."""
-    metrics, health = summary["metrics"], summary["health"]
-    table = Table()
-    for column, justify in (
-        ("Metric", "left"),
-        ("Value", "right"),
-        ("95% interval", "right"),
-        ("Healthy", "right"),
-        ("Borderline", "right"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("Status")
-    titles = {"dead_features": f"Dead features\n(over {summary['dead_feature_estimates']['tokens']:,} tokens)"}
-    for standard in STANDARDS:
-        table.add_row(
-            titles.get(standard.metric, standard.title),
-            format_value(standard.metric, metrics[standard.metric]),
+def health_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The four metrics against their standards, as columns and rows."""
+    return ["Metric", "Value", "95% interval", "Healthy", "Borderline", "Status"], [
+        [
+            standard.title,
+            format_value(standard.metric, summary["metrics"][standard.metric]),
             format_interval(standard.metric, summary),
             format_range(standard, standard.healthy),
             format_range(standard, standard.borderline),
-            _status(health[standard.metric]),
-        )
+            f"{MARKS[summary['health'][standard.metric]]} {summary['health'][standard.metric]}",
+        ]
+        for standard in STANDARDS
+    ]
+
+
+def diagnosis_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Why it is unhealthy, as columns and rows; the first thing to change first."""
+    return ["Cause", "What the measurements say", "What to change"], [
+        [finding["cause"], finding["says"], finding["command"]] for finding in summary["diagnosis"]
+    ]
+
+
+def feature_table(features: Sequence[Feature]) -> tuple[list[str], list[list[Any]]]:
+    """What single features respond to, as columns and rows."""
+    columns = ["feature", "firing rate", "max activation", "top contexts", "raises", "lowers"]
+    return columns, [
+        [
+            feature.index,
+            feature.firing_rate,
+            feature.max_activation,
+            "\n".join(_marked(context) for context in feature.contexts[:3]),
+            ", ".join(repr(token) for token, _ in feature.raised[:5]),
+            ", ".join(repr(token) for token, _ in feature.lowered[:5]),
+        ]
+        for feature in features
+    ]
+
+
+def _marked(context: Context) -> str:
+    """A context in one line, the token of the peak in brackets."""
+    tokens = [f"[{token}]" if i == context.peak else token for i, token in enumerate(context.tokens)]
+    return " ".join("".join(tokens).split())
+
+
+def render(summary: Mapping[str, Any]) -> RenderableType:
+    """The four health metrics against their standards, the verdict, and what was measured beside them."""
+    health = summary["health"]
+    columns, rows = health_table(summary)
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("Metric", "Status") else "right")
+    for standard, row in zip(STANDARDS, rows, strict=True):
+        if standard.metric == "dead_features":
+            row[0] += f"\n(over {summary['dead_feature_estimates']['tokens']:,} tokens)"
+        table.add_row(*row[:-1], Text(row[-1], _STYLES[health[standard.metric]]))
     beside = Table(show_header=False, box=None)
     beside.add_column()
     beside.add_column(justify="right")
     beside.add_column()
-    for row in beside_rows(summary):
-        beside.add_row(*row)
-    return Group(Text(heading(summary)), table, Text(verdict(health), "bold"), Text(), beside)
+    for cells in beside_rows(summary):
+        beside.add_row(*cells)
+    parts: list[RenderableType] = [Text(heading(summary)), table, Text(verdict(health), "bold"), Text(), beside]
+    return Group(*parts, *_diagnosis(summary))
 
 
-def _status(status: str) -> Text:
-    return Text(f"{MARKS[status]} {status}", _STYLES[status])
+def _diagnosis(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Causes, each with the command that mends it, whole in its lines so that it can be copied."""
+    if "diagnosis" not in summary:
+        return
+    yield Text()
+    if not summary["diagnosis"]:
+        yield Text("Why: none of the causes that are looked for shows in the measurements", "bold")
+        return
+    yield Text("Why, and what to change first", "bold")
+    for number, finding in enumerate(summary["diagnosis"], 1):
+        yield Text.assemble((f"{number}. {finding['cause']}", "bold"), f": {finding['says']}", overflow="fold")
+        yield Text(f"   {finding['command']}", overflow="fold", no_wrap=False)
 
 
 def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -162,4 +207,20 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
         )
     headings = list(dict.fromkeys(heading(summary) for summary in summaries))
     marks = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
-    return Group(Text("\n".join(headings)), table, Text(marks))
+    first_causes = [
+        Text(f"{summary['sae']['name']}: {summary['diagnosis'][0]['cause']}: {summary['diagnosis'][0]['command']}")
+        for summary in summaries
+        if summary.get("diagnosis")
+    ]
+    return Group(Text("\n".join(headings)), table, Text(marks), *first_causes)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown, its first column to the left."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(in_markdown(cell) for cell in row)} |" for row in (header, rule, *rows)]
+
+
+def in_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([|*`\[\]]|<(?=[\w/!?]))", r"\\\1", text)

@@ -17,13 +17,20 @@ from typing import Any
 from sae_lens import __version__ as sae_lens_version
 
 from sae_toolkit.checkpoints import load_log_sparsity
+from sae_toolkit.diagnosis import as_records, diagnose
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation import Evaluation
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evidence import METADATA, Evidence
 from sae_toolkit.health import judge
 from sae_toolkit.html_report import render_html, render_markdown
+from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.probes import probe
+from sae_toolkit.recording import record_of_training
+from sae_toolkit.report import diagnosis_table, feature_table, health_table
 from sae_toolkit.sae_formats import SAEFile
-from sae_toolkit.wandb_run import training_wandb_run
+from sae_toolkit.training_flags import FLAGS_FILENAME, METRICS_FILENAME
+from sae_toolkit.training_history import load_history
 
 log = logging.getLogger(__name__)
 
@@ -120,17 +127,45 @@ class Result:
         for path, text in texts.items():
             _write_whole(path, text)
 
+    @property
+    def is_unhealthy(self) -> bool:
+        """Whether a metric of the verdict is not healthy; not under SAEBench's protocol, which has no verdict."""
+        health = self.summary["health"]
+        return self.group.protocol == "health" and health["healthy"] != health["of"]
+
+    def diagnose(self, model: LanguageModel, batch_size: int) -> None:
+        """Adds why it is unhealthy, if it is, and writes it all again.
+
+        Args:
+            model: the language model that it was evaluated on.
+            batch_size: rows in one forward pass.
+        """
+        sae, path = self.evaluated.sae, self.evaluated.file.path
+        history = load_history(path, sae)
+        if history is None or not history.readings:
+            missing = f"no {FLAGS_FILENAME} of a run" if history is None else f"no readings in {METRICS_FILENAME}"
+            log.warning("%s: %s: causes that show in the course of the training are not looked for", path, missing)
+        evidence = Evidence(
+            self.summary,
+            probe(self.group, self.evaluated, model, batch_size),
+            {name: sae.cfg.metadata.get(name) for name in METADATA},
+            history,
+        )
+        self.summary["diagnosis"] = without_nan(as_records(diagnose(evidence), evidence))
+        self.write()
+
     def add_saebench(self, results: Mapping[str, Any]) -> None:
         """Folds sae-bench's own results in, and writes it all again."""
-        self.summary["saebench"] = _without_nan(results)
+        self.summary["saebench"] = without_nan(results)
         self.write()
 
     def record(self) -> None:
-        """Records the summary in the wandb run of the SAE's training, if there was one.
+        """Records the summary in the record of the SAE's training, if there was one: the numbers, the table of health
+        and the feature browser's.
 
         That of the finished SAE is `evaluation/...`; a checkpoint's and another protocol's have its name in it.
         """
-        wandb_run = training_wandb_run(Path(self.summary["sae"]["path"]))
+        record = record_of_training(Path(self.summary["sae"]["path"]))
         protocol, path = self.summary["protocol"], Path(self.summary["sae"]["path"])
         prefix = "evaluation" if protocol == "health" else f"evaluation_{protocol}"
         of_hook = re.fullmatch(r"(final_)?\d+", path.parent.name) is not None
@@ -139,8 +174,12 @@ class Result:
             prefix = f"{prefix}_{checkpoint}"
         if of_hook:
             prefix = f"{prefix}/{path.name}"
-        wandb_run.summarize(_flatten(self.summary, prefix))
-        wandb_run.finish()
+        record.summarize(_flatten(self.summary, prefix))
+        record.log_table(f"{prefix}/health_table", *health_table(self.summary))
+        record.log_table(f"{prefix}/features", *feature_table(self.evaluation.features))
+        if self.summary.get("diagnosis"):
+            record.log_table(f"{prefix}/diagnosis", *diagnosis_table(self.summary))
+        record.finish()
 
 
 def write_results(
@@ -206,12 +245,12 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _without_nan(values: Any) -> Any:
+def without_nan(values: Any) -> Any:
     """Values as JSON can hold them: None where there is no number."""
     if isinstance(values, Mapping):
-        return {name: _without_nan(value) for name, value in values.items()}
+        return {name: without_nan(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_without_nan(value) for value in values]
+        return [without_nan(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
@@ -229,6 +268,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
             "architecture": evaluated.sae.cfg.architecture(),
             "d_in": evaluated.sae.cfg.d_in,
             "d_sae": evaluated.sae.cfg.d_sae,
+            "parameters": sum(weights.numel() for weights in evaluated.sae.parameters()),
         },
         "protocol": prepared.protocol,
         "model": prepared.model.name,
@@ -259,7 +299,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
     }
     if evaluation.saebench_core is not None:
         summary["saebench_core"] = evaluation.saebench_core
-    return _without_nan(summary)
+    return without_nan(summary)
 
 
 def _training_run(evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, float] | None:

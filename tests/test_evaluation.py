@@ -186,12 +186,30 @@ def test_the_model_runs_once_for_what_several_saes_share(evaluate, tmp_path, lay
         alone.append(result_of(path))
         (path / "evaluation.json").unlink()
     layer_calls.clear()
-    done = evaluate("--sae_path", tmp_path / "sae*")
+    done = evaluate("--sae_path", tmp_path / "sae*", "--no_diagnosis")
     for path, expected in zip(paths, alone, strict=True):
         assert result_of(path)["metrics"] == expected["metrics"]
         assert path.name in done.stdout
     # Layers up to the hook: each row once. After it: clean once, each SAE once, zeros for one row.
     assert [layer_calls[i] for i in range(4)] == [N_ROWS, N_ROWS, N_ROWS, N_ROWS + 3 * N_ROWS + 1]
+
+
+def test_without_the_logs_of_a_training_it_is_said_what_cannot_be_told(evaluate, tmp_path):
+    done = evaluate("--sae_path", save_sae(tmp_path / "sae"))
+    said = "no training_flags.json of a run: causes that show in the course of the training are not looked for"
+    assert done.stderr.count(said) == 1
+    assert "Why" in done.stdout
+
+
+def test_an_sae_that_says_nothing_is_measured_as_another_one(evaluate, tmp_path):
+    told, silent = save_sae(tmp_path / "told"), save_sae(tmp_path / "silent")
+    cfg = json.loads((silent / "cfg.json").read_text())
+    (silent / "cfg.json").write_text(json.dumps(cfg | {"metadata": {}}))
+    evaluate("--sae_path", told)
+    evaluate("--sae_path", silent, "--like", told)
+    ours, theirs = result_of(silent), result_of(told)
+    for name in ("model", "hook_name", "dataset", "held_out", "context_length", "positions", "metrics"):
+        assert ours[name] == theirs[name], name
 
 
 def test_saes_of_different_hooks_in_one_call_are_evaluated_apart_and_that_is_said(evaluate, tmp_path):

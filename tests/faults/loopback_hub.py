@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -19,6 +20,7 @@ from typing import Any
 _API = re.compile(
     r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(auth-check|revision|tree|paths-info|refs)(?:/([^/]+))?(.*))?"
 )
+_WRITE = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+")
 _RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 _REFUSALS = {  # status: the Hub's X-Error-Code for it
@@ -52,13 +54,21 @@ class Fault:
 class LoopbackHub:
     """Serves {directory}/models/{owner}/{name}/... and {directory}/datasets/{owner}/{name}/...
 
+    Whoever shows a token is `user`, and may write.
+
     Attributes:
+        user: what the hub says of them.
         injected: how many faults of each kind were really served.
         requests: every request, as `GET /path`.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.user: dict[str, Any] = {
+            "name": "somebody",
+            "orgs": [{"name": "lab"}],
+            "auth": {"accessToken": {"role": "write"}},
+        }
         self.faults: list[Fault] = []
         self.injected: Counter[str] = Counter()
         self.requests: list[str] = []
@@ -164,7 +174,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, fault: Fault | None) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        if found := _API.fullmatch(path):
+        if path == "/api/whoami-v2" and "Authorization" not in self.headers:
+            self._send(401, b"{}", {})
+        elif path == "/api/whoami-v2":
+            self._send_json(self.hub.user, fault)
+        elif path == "/api/repos/create":
+            wanted = json.loads(self._body())
+            name = f"{wanted.get('organization') or self.hub.user['name']}/{wanted['name']}"
+            (self.hub.directory / "models" / name).mkdir(parents=True)
+            self._send_json({"url": f"{self.hub.url}/{name}", "id": name}, fault)
+        elif path == "/api/validate-yaml":
+            self._body()
+            self._send_json({"errors": [], "warnings": []}, fault)
+        elif found := _WRITE.fullmatch(path):
+            self._write(self.hub.directory / "models" / found[1], found[2], fault)
+        elif found := _API.fullmatch(path):
             kind, name, what, _revision, rest = found.groups()
             repository = self.hub.repository(kind, name)
             if repository is None:
@@ -182,6 +206,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._send_file(repository, file, fault)
         else:
             self._send(404, b"{}", {})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _write(self, repository: Path, what: str, fault: Fault | None) -> None:
+        """The two steps of a commit: how each file is to come (here all within the commit), and the commit."""
+        if what == "preupload":
+            how = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            files = [{"path": file["path"]} | how for file in json.loads(self._body())["files"]]
+            self._send_json({"files": files}, fault)
+            return
+        for line in self._body().splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                file = repository / entry["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(entry["value"]["content"]))
+        commit, name = self.hub.commit(repository), repository.relative_to(self.hub.directory / "models")
+        url = f"{self.hub.url}/{name}/commit/{commit}"
+        self._send_json({"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""}, fault)
 
     def _describe(self, repository: Path, name: str, what: str | None, rest: str) -> Any:
         files = self.hub.files(repository)

@@ -1,0 +1,216 @@
+"""Evaluated SAEs on the Hugging Face Hub, in SAELens's layout, with a model card of what was measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from sae_lens import SAE
+from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
+
+from sae_toolkit.connection import ConnectionFailed, retrying
+from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.redaction import redact
+from sae_toolkit.report import health_table, markdown_table, verdict
+from sae_toolkit.results import Result
+from sae_toolkit.training_flags import FLAGS_FILENAME, as_words
+
+log = logging.getLogger(__name__)
+
+_CARD_MARK = "Measured with SAELensTrain"
+# Of this machine, or without an effect on the SAE.
+_NOT_RECIPE = {
+    *("checkpoint_path", "output_name", "resume", "dry_run", "strict", "device", "llm_device", "n_devices", "run_name"),
+    *("cache_activations", "checkpoint_every", "keep", "n_checkpoints", "trust_remote_code", "wandb_mode", "like"),
+    *("wandb_project", "wandb_entity", "logger", "verbose", "quiet", "preset", "eval_every", "fallback_dataset"),
+}
+_DEFINITIONS = """\
+- **Loss recovered**: (CE with zeros at the hook - CE with the SAE) / (CE with zeros - CE of the model alone); CE is the
+  mean next-token cross-entropy. SAEBench's `ce_loss_score`.
+- **L0**: mean number of features active on a token.
+- **Dead features**: share of features without one activation on the evaluated tokens.
+- **Decoder absorption**: mean over features of the largest cosine similarity of their decoder vector to another one.
+
+The SAE stands in, and is scored, at the positions that it was trained for: not at special tokens, the positions that
+it skips, and activations of more than `max_activation_norm` (cfg.json)."""
+
+
+def check_may_publish(repository: str) -> None:
+    """Asks the Hub whether this machine may write there, before anything is measured for it.
+
+    Raises:
+        UserError: no.
+    """
+    with _refusals(repository):
+        validate_repo_id(repository)
+        if "/" not in repository:
+            raise UserError(f"--push_to_hub {repository}: must be owner/name, such as your user name and a new name")
+        me = retrying(f"--push_to_hub {repository}", lambda: HfApi().whoami())
+    owner = repository.partition("/")[0]
+    mine = {me["name"], *(organization["name"] for organization in me.get("orgs", []))}
+    if owner.lower() not in {name.lower() for name in mine}:
+        raise UserError(
+            f"--push_to_hub {repository}: {me['name']} is logged in, and does not belong to {owner}; use"
+            f" {me['name']}/{repository.partition('/')[2]}, or log in as another (`hf auth login`)"
+        )
+    role = me.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(
+            f"--push_to_hub {repository}: the token may only read; make one that may write and log in with it"
+            " (`hf auth login`)"
+        )
+
+
+@contextmanager
+def _refusals(repository: str) -> Iterator[None]:
+    """What the Hub refuses, as one line."""
+    where = f"--push_to_hub {repository}"
+    try:
+        yield
+    except HFValidationError as error:
+        raise UserError(f"{where}: no name of a repository (owner/name): {one_line(error)}") from None
+    except LocalTokenNotFoundError:
+        raise UserError(f"{where}: no login; run `hf auth login`, or set HF_TOKEN to a token that may write") from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it to publish") from None
+    except ConnectionFailed as error:
+        raise UserError(f"{where}: the Hugging Face Hub cannot be reached ({error.reason})") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        what = {
+            401: "refuses the token; log in anew (`hf auth login`, or HF_TOKEN)",
+            403: "lets this token not write there; make one that may, or name another repository",
+            404: "knows no such repository, and lets this token make none",
+            413: "has no room for files of this size; ask for more, or publish fewer SAEs",
+        }.get(status)
+        said = one_line(error)
+        raise UserError(f"{where}: the Hugging Face Hub {what or f'refuses it: {said}'}") from None
+    except httpx2.HTTPError as error:
+        raise UserError(f"{where}: the Hugging Face Hub cannot be reached ({one_line(error)})") from None
+
+
+def publish(repository: str, results: Sequence[Result]) -> str:
+    """Uploads SAEs with their evaluations and the model card; returns the page's address.
+
+    Each SAE has a directory by the name of its hook, as `SAE.from_pretrained(repository, hook)` reads it. The card is
+    the repository's README.md, or lies beside the SAE where somebody wrote another one.
+
+    Raises:
+        UserError: the Hub refuses, or cannot be reached.
+    """
+    ids = _ids(results)
+    api, where = HfApi(), f"--push_to_hub {repository}"
+    with _refusals(repository):
+        for sae_id, result in ids.items():
+            sae: SAE[Any] | Path = result.evaluated.file.path
+            if result.evaluated.file.form.partition(",")[0] != "inference form":
+                sae = result.evaluated.sae  # of another library, or unfinished: saved as SAELens's
+            retrying(
+                where,
+                lambda sae=sae, sae_id=sae_id: upload_saes_to_huggingface(  # type: ignore[misc]
+                    {sae_id: sae}, repository, show_progress=False, add_default_readme=False
+                ),
+            )
+            log.info("uploaded %s to %s", sae_id, repository)
+        card = model_card(repository, ids)
+        names = {f"{sae_id}/evaluation.json": json.dumps(r.summary, indent=2) + "\n" for sae_id, r in ids.items()}
+        names |= dict.fromkeys(_card_paths(api, repository, ids), card)
+        for path, text in names.items():
+            retrying(
+                where,
+                lambda path=path, text=text: api.upload_file(  # type: ignore[misc]
+                    path_or_fileobj=redact(text).encode(),
+                    path_in_repo=path,
+                    repo_id=repository,
+                    commit_message=f"Add {path}",
+                ),
+            )
+    return f"{api.endpoint}/{repository}"
+
+
+def _ids(results: Sequence[Result]) -> dict[str, Result]:
+    """SAELens's ids of SAEs within a repository: their hooks, with the checkpoint where there are several of one."""
+    ids: dict[str, Result] = {}
+    hooks = [result.group.hook_name for result in results]
+    for result in results:
+        hook = result.group.hook_name
+        name = hook if hooks.count(hook) == 1 else f"{hook}/{Path(result.summary['sae']['path']).name}"
+        if name in ids:
+            raise UserError(f"--push_to_hub: two SAEs would be published as {name}; evaluate one")
+        ids[name] = result
+    return ids
+
+
+def _card_paths(api: HfApi, repository: str, ids: Mapping[str, Result]) -> list[str]:
+    if not api.file_exists(repository, "README.md") or _CARD_MARK in Path(
+        api.hf_hub_download(repository, "README.md")
+    ).read_text(encoding="utf-8"):
+        return ["README.md"]
+    log.info("%s has a README.md of its own, which stays; the card lies beside the SAE", repository)
+    return [f"{sae_id}/README.md" for sae_id in ids]
+
+
+def model_card(repository: str, ids: Mapping[str, Result]) -> str:
+    """The card in Markdown, with the Hub's metadata.
+
+    Args:
+        repository: where it will lie.
+        ids: SAEs by their id in it.
+    """
+    first = next(iter(ids.values())).summary
+    model, dataset = first["model"], first["dataset"]
+    data = ModelCardData(
+        library_name="saelens",
+        tags=["sparse-autoencoder", "mechanistic-interpretability", "saelens"],
+        base_model=model if _is_hub_id(model) else None,
+        datasets=[dataset] if _is_hub_id(dataset) else None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repository.partition('/')[2]}",
+        f"Sparse autoencoders of {model}, for [SAELens](https://github.com/decoderesearch/SAELens).",
+        *(part for sae_id, result in ids.items() for part in _section(repository, sae_id, result)),
+        f"## Definitions\n\n{_DEFINITIONS}",
+        f"{_CARD_MARK}, on text that was held out of the training where the table says so.",
+    ]
+    return ModelCard("\n\n".join(parts) + "\n").content
+
+
+def _section(repository: str, sae_id: str, result: Result) -> list[str]:
+    summary = result.summary
+    sae = summary["sae"]
+    which = "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
+    parts = [
+        f"## {sae_id}",
+        f"**{verdict(summary['health'])}**. {sae['architecture']}, {sae['d_sae']:,} features on {sae['d_in']:,}"
+        f" dimensions; measured on {summary['tokens']:,} tokens of {summary['dataset']}, {which}.",
+        "\n".join(markdown_table(*health_table(summary))),
+        f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
+    ]
+    if recipe := training_recipe(Path(sae["path"])):
+        parts.append(f"Trained with\n\n```bash\npython sae_lens_train.py {recipe}\n```")
+    return parts
+
+
+def training_recipe(sae_path: Path) -> str | None:
+    """The flags that an SAE was trained with, where they are not the defaults; None where none are on record."""
+    for directory in sae_path.absolute().parents[:2]:
+        try:
+            flags = json.loads((directory / FLAGS_FILENAME).read_text())
+        except (OSError, ValueError):
+            continue
+        return shlex.join(as_words(flags, leave_out=_NOT_RECIPE))
+    return None
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("embedded:", ".", "/")) and not Path(name).exists()

@@ -1,0 +1,148 @@
+"""An evaluated SAE is published as SAELens reads it, with a card that says what was measured; refusals are one line."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_process
+from faults.loopback_hub import LoopbackHub
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.publish import check_may_publish
+from sae_toolkit.training_flags import default_flags, parse_training_flags
+
+TOKEN = "hf_" + "a" * 34
+ID = "blocks.1.hook_resid_post"
+LOAD = f"""
+import sys
+from safetensors.torch import save_file
+from sae_lens import SAE
+sae = SAE.from_pretrained(sys.argv[1], "{ID}")
+save_file({{name: tensor.contiguous() for name, tensor in sae.state_dict().items()}}, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    hub = LoopbackHub(tmp_path_factory.mktemp("hub"))
+    (hub.directory / "models").mkdir()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, text_file, tmp_path_factory):
+    done = run_process(
+        *(sys.executable, "sae_lens_train.py", "--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file),
+        *("--context_size", 64, "--expansion_factor", 4, "--training_tokens", 2048, "--n_batches_in_buffer", 16),
+        *("--architecture", "batchtopk", "--k", 8, "--lr", 2e-3, "--device", "cpu", "--wandb_mode", "disabled"),
+        *("--checkpoint_path", tmp_path_factory.mktemp("trained")),
+    )
+    assert done.status == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def publish(hub, sae_path, repository, home):
+    return run_process(
+        *(sys.executable, "evaluate_sae_real_activations.py", "--sae_path", sae_path, "--num_samples", 12),
+        *("--n_features", 0, "--no_diagnosis", "--push_to_hub", repository),
+        **hub.environment(home),
+        HF_TOKEN=TOKEN,
+    )
+
+
+@pytest.fixture(scope="module")
+def published(hub, trained, tmp_path_factory):
+    """The repository's files, of an SAE that was published twice, and the environment of those who read it."""
+    home = tmp_path_factory.mktemp("home")
+    for _ in range(2):
+        done = publish(hub, trained, "lab/my_sae", home)
+        assert done.status == 0, done.stderr
+        assert f"published: {hub.url}/lab/my_sae" in done.stderr
+        assert TOKEN not in done.stderr
+    return hub.directory / "models" / "lab" / "my_sae", hub.environment(home)
+
+
+def test_saelens_reads_what_was_published(published, trained, tmp_path):
+    _, environment = published
+    done = run_process(sys.executable, "-c", LOAD, "lab/my_sae", tmp_path / "read.safetensors", **environment)
+    assert done.status == 0, done.stderr
+    theirs, ours = load_file(tmp_path / "read.safetensors"), load_file(trained / "sae_weights.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_the_card_says_what_was_measured_and_how_it_was_trained(published, trained):
+    repository, _ = published
+    card = ModelCard.load(repository / "README.md")
+    assert card.data.library_name == "saelens"
+    result = json.loads((trained / "evaluation.json").read_text())
+    assert json.loads((repository / ID / "evaluation.json").read_text()) == result
+    assert f"| L0 | {result['metrics']['l0']:.1f} |" in card.text
+    assert f"{result['health']['healthy']}/4 metrics healthy" in card.text
+    assert f'SAE.from_pretrained("lab/my_sae", "{ID}")' in card.text
+    (recipe,) = re.findall(r"^python sae_lens_train.py (.*)$", card.text, re.MULTILINE)
+    again, saved = (
+        parse_training_flags(shlex.split(recipe)),
+        json.loads((trained.parent / "training_flags.json").read_text()),
+    )
+    of_the_sae = ("architecture", "k", "lr", "expansion_factor", "training_tokens", "seed", "layer", "dataset_path")
+    assert {name: getattr(again, name) for name in of_the_sae} == {name: saved[name] for name in of_the_sae}
+    assert saved["checkpoint_path"] not in recipe
+    assert saved["checkpoint_path"] != default_flags()["checkpoint_path"]
+
+
+def test_a_readme_that_somebody_wrote_stays(hub, trained, tmp_path):
+    repository = hub.directory / "models" / "somebody" / "theirs"
+    repository.mkdir(parents=True)
+    (repository / "README.md").write_text("My own words.\n")
+    done = publish(hub, trained, "somebody/theirs", tmp_path)
+    assert done.status == 0, done.stderr
+    assert (repository / "README.md").read_text() == "My own words.\n"
+    assert "metrics healthy" in (repository / ID / "README.md").read_text()
+
+
+def test_a_refusal_in_the_middle_is_one_line_and_the_measurements_stay(hub, trained, tmp_path):
+    hub.inject(403, "/commit/", method="POST", times=9)
+    done = publish(hub, trained, "somebody/new", tmp_path)
+    hub.heal()
+    assert done.status == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: --push_to_hub somebody/new: the Hugging Face Hub lets this token not write there")
+    assert "Traceback" not in done.stderr
+    assert json.loads((trained / "evaluation.json").read_text())["metrics"]["l0"] > 0
+
+
+@pytest.mark.parametrize(
+    ("repository", "how", "says"),
+    [
+        ("somebody/sae", "no token", "no login; run `hf auth login`, or set HF_TOKEN to a token that may write"),
+        ("somebody/sae", "a token that is refused", "refuses the token; log in anew"),
+        ("somebody/sae", "a token that may read", "the token may only read; make one that may write"),
+        ("others/sae", "", "somebody is logged in, and does not belong to others; use somebody/sae"),
+        ("sae", "", "must be owner/name"),
+        ("some body/sae", "", "no name of a repository"),
+        ("somebody/sae", "offline", "HF_HUB_OFFLINE is set; unset it to publish"),
+        ("somebody/sae", "nobody there", "cannot be reached"),
+    ],
+)
+def test_who_may_not_publish_is_told_so_before_anything_is_measured(hub, monkeypatch, tmp_path, repository, how, says):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9" if how == "nobody there" else hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", "" if how == "no token" else TOKEN)
+    monkeypatch.setattr("sae_toolkit.connection._FIRST_WAIT", 0.0)
+    if how == "a token that may read":
+        monkeypatch.setitem(hub.user, "auth", {"accessToken": {"role": "read"}})
+    if how == "a token that is refused":
+        hub.inject(401, "whoami")
+    with pytest.raises(UserError, match=re.escape(says)) as refused:
+        check_may_publish(repository)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"--push_to_hub {repository}: ")
