@@ -4,6 +4,7 @@
 #   ./run_tests.sh            all that need no other environment
 #   ./run_tests.sh --parity   the comparisons with SAEBench and dictionary_learning, in environments of their own
 #   ./run_tests.sh --scale    many processes, machines and trials: about half an hour
+#   ./run_tests.sh --diagnosis   SAEs made sick on purpose, and the advice followed: about half an hour
 #   ./run_tests.sh --faults   kills, full disks, broken networks, damaged files: about half an hour
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -21,6 +22,7 @@ case "${1:-}" in
     set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/test_resume.py "${@:2}"
     ;;
 --scale) set -- -m "scale" "${@:2}" ;;
+--diagnosis) set -- -m "diagnosis" "${@:2}" ;;
 --parity) set -- -m parity "${@:2}" ;;
 esac
 exec "$PYTHON" -m pytest "$@"

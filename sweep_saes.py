@@ -29,6 +29,7 @@ from pathlib import Path
 from sae_toolkit.console import Parser, run_script, set_up_logging
 from sae_toolkit.errors import UserError
 from sae_toolkit.flag_values import non_negative, non_negative_float, positive
+from sae_toolkit.many_runs import claimed
 from sae_toolkit.sweep import Trial, make_trials
 from sae_toolkit.training_flags import parse_training_flags
 
@@ -77,17 +78,18 @@ def main() -> int:
     # Ray and torch take seconds to import: not for --help or a mistyped flag.
     from rich.console import Console
 
-    from sae_toolkit.sweep_report import render_sweep, write_sweep
+    from sae_toolkit.recording import record_runs
+    from sae_toolkit.sweep_report import render_sweep, sweep_table, write_sweep
 
     try:
-        from sae_toolkit.sweep_run import claimed, default_gpus, ray_cluster, run_trials
+        from sae_toolkit.sweep_run import default_gpus, ray_cluster, run_trials
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         install = f"{sys.executable} -m pip install -c constraints.txt -r requirements-sweep.txt"
         raise UserError(f"sweep_saes.py: Ray is not installed here: {install}") from None
 
-    with claimed(directory), ray_cluster(flags.address):
+    with claimed(directory, "--sweep_dir"), ray_cluster(flags.address):
         for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials
             if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` sets it
                 signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -101,6 +103,8 @@ def main() -> int:
             evaluation_flags=["--num_samples", str(flags.num_samples)] if flags.num_samples else [],
         )
     page = write_sweep(outcomes, directory)
+    saes = {f"trial {trial.number}: {trial.name}": Path(o["sae"]) for trial, o in outcomes if "sae" in o}
+    record_runs("sweep", directory, parse_training_flags(base), saes, sweep_table(outcomes))
     log.info("written to %s", page)
     Console(width=None if sys.stdout.isatty() else 120).print(render_sweep(outcomes))
     if not any("metrics" in outcome for _, outcome in outcomes):

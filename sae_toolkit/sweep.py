@@ -16,14 +16,15 @@ from typing import Any
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.health import STANDARDS
-from sae_toolkit.training_flags import known_flags, parse_training_flags
-
-RESULT_FILENAME = "result.json"
+from sae_toolkit.many_runs import pareto_front as pareto_front_of
+from sae_toolkit.many_runs import read_result
+from sae_toolkit.training_flags import LATER_FLAGS, default_flags, parse_training_flags
 
 # The sweep's own, or without an effect on the SAE.
 _NOT_SWEPT = {
     *("output_name", "checkpoint_path", "resume", "dry_run", "strict", "cache_activations", "device", "keep"),
-    *("checkpoint_every", "n_checkpoints", "wandb_mode", "wandb_project", "wandb_entity", "run_name"),
+    *("checkpoint_every", "n_checkpoints", "wandb_mode", "wandb_project", "wandb_entity", "run_name", "eval_every"),
+    *("logger", "verbose", "quiet", "preset", "like"),
     *("trust_remote_code", "layers", "hook_names", "matryoshka_widths", "streaming", "shard_features"),
 }
 # What activations depend on, beside the text: trials that share these can share a cache.
@@ -59,10 +60,7 @@ class Trial:
 
     def result(self) -> dict[str, Any] | None:
         """What it came to; None while it has not."""
-        try:
-            return json.loads((self.directory / RESULT_FILENAME).read_text())
-        except (OSError, ValueError):
-            return None
+        return read_result(self.directory)
 
 
 def make_trials(
@@ -119,8 +117,8 @@ def _name_and_values(flag: str, text: str, seen: Mapping[str, Any]) -> tuple[str
     if not equals or not all(values.split(",")):
         raise UserError(f"{flag} {text}: must be NAME=VALUES, such as k=32,64 (--grid) or lr=1e-4:1e-2 (--range)")
     name = name.removeprefix("--")
-    if name not in known_flags():
-        near = difflib.get_close_matches(name, known_flags(), n=1)
+    if name not in default_flags():
+        near = difflib.get_close_matches(name, list(default_flags()), n=1)
         hint = f"; the closest is {near[0]}" if near else ""
         raise UserError(f"{flag} {text}: sae_lens_train.py has no flag --{name}{hint}")
     if name in _NOT_SWEPT:
@@ -162,8 +160,9 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
 
 def _of_run(parsed: argparse.Namespace) -> dict[str, Any]:
     relevant = {name: value for name, value in vars(parsed).items() if name not in _NOT_SWEPT}
-    if parsed.target_l0 is None:  # as before there was such a flag, so that earlier trials are found
-        del relevant["target_l0"]
+    for name in LATER_FLAGS:
+        if relevant[name] is None:
+            del relevant[name]
     return relevant
 
 
@@ -183,11 +182,7 @@ def in_order(results: Sequence[tuple[Trial, Mapping[str, Any]]]) -> list[tuple[T
 def pareto_front(results: Sequence[tuple[Trial, Mapping[str, Any]]]) -> list[tuple[Trial, Mapping[str, Any]]]:
     """The trials that no other beats in both L0 (lower) and loss recovered (higher), by L0."""
     measured = [pair for pair in results if None not in (_l0(pair[1]), _recovered(pair[1]))]
-    front: list[tuple[Trial, Mapping[str, Any]]] = []
-    for pair in sorted(measured, key=lambda pair: (_l0(pair[1]), -_recovered(pair[1]))):
-        if not front or _recovered(pair[1]) > _recovered(front[-1][1]):
-            front.append(pair)
-    return front
+    return [measured[i] for i in pareto_front_of([(_l0(result), _recovered(result)) for _, result in measured])]
 
 
 def _l0(result: Mapping[str, Any]) -> Any:

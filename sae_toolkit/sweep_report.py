@@ -16,6 +16,7 @@ from rich.text import Text
 
 from sae_toolkit.health import STANDARDS
 from sae_toolkit.report import MARKS, format_value
+from sae_toolkit.runs_page import front_trace, legend, over_l0, runs_page
 from sae_toolkit.sweep import Trial, in_order, pareto_front
 
 Outcomes = Sequence[tuple[Trial, Mapping[str, Any]]]
@@ -30,7 +31,7 @@ def render_sweep(outcomes: Outcomes) -> RenderableType:
         table.add_column(title, justify="right")
     for row in _rows(outcomes):
         table.add_row(*row)
-    parts: list[RenderableType] = [table, Text(", ".join(f"{mark} {status}" for status, mark in MARKS.items()))]
+    parts: list[RenderableType] = [table, Text(legend())]
     if best := in_order(outcomes):
         parts.append(Text(f"best: {command(best[0][0])}", overflow="fold"))
     return Group(*parts)
@@ -39,6 +40,11 @@ def render_sweep(outcomes: Outcomes) -> RenderableType:
 def command(trial: Trial) -> str:
     """What trains the trial's SAE by itself."""
     return shlex.join(["python", "sae_lens_train.py", *trial.flags])
+
+
+def sweep_table(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each trial, the best first."""
+    return [*_names(outcomes), *(standard.title for standard in STANDARDS), "Healthy"], _rows(outcomes)
 
 
 def _names(outcomes: Outcomes) -> list[str]:
@@ -62,8 +68,8 @@ def _rows(outcomes: Outcomes) -> list[list[str]]:
 
 def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
     """Writes sweep.json, sweep.md and sweep.html; returns the last."""
-    header = [*_names(outcomes), *(standard.title for standard in STANDARDS), "Healthy"]
-    rows, best = _rows(outcomes), in_order(outcomes)
+    header, rows = sweep_table(outcomes)
+    best = in_order(outcomes)
     front = [trial.number for trial, _ in pareto_front(outcomes)]
     content = {
         "trials": [
@@ -91,7 +97,13 @@ def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
         "\n\n".join([f"# Sweep {directory.name}", markdown, *reasons, f"Best: `{best_command}`"]) + "\n"
     )
     page = directory / "sweep.html"
-    page.write_text(_page(directory.name, header, rows, reasons, best_command, outcomes), encoding="utf-8")
+    lead = "<p>Best, by the number of healthy metrics, then by loss recovered:</p>"
+    lead += f"<p><code>{escape(best_command)}</code></p>"
+    figure = front_figure(outcomes)
+    page.write_text(
+        runs_page(f"Sweep {directory.name}", lead, figure, [("", (header, rows))], reasons, words=False),
+        encoding="utf-8",
+    )
     return page
 
 
@@ -103,16 +115,9 @@ def front_figure(outcomes: Outcomes) -> go.Figure:
         if None not in (outcome["metrics"]["l0"], outcome["metrics"]["loss_recovered"])
     ]
     front = [outcome["metrics"] for _, outcome in pareto_front(outcomes)]
-    figure = go.Figure(
+    return over_l0(
         [
-            go.Scatter(
-                x=[metrics["l0"] for metrics in front],
-                y=[metrics["loss_recovered"] for metrics in front],
-                mode="lines",
-                line={"color": "#888", "shape": "hv", "dash": "dot"},
-                name="Pareto front",
-                hoverinfo="skip",
-            ),
+            front_trace([(metrics["l0"], metrics["loss_recovered"]) for metrics in front]),
             go.Scatter(
                 x=[metrics["l0"] for _, metrics in shown],
                 y=[metrics["loss_recovered"] for _, metrics in shown],
@@ -137,49 +142,4 @@ def front_figure(outcomes: Outcomes) -> go.Figure:
                 name="trials",
             ),
         ]
-    )
-    l0 = next(standard for standard in STANDARDS if standard.metric == "l0")
-    figure.add_vrect(x0=l0.healthy[0], x1=l0.healthy[1], fillcolor="#2a2", opacity=0.08, line_width=0)
-    figure.update_layout(
-        template="plotly_white",
-        xaxis={"title": "L0 (shaded: healthy)"},
-        yaxis={"title": "loss recovered", "tickformat": ".0%"},
-        showlegend=False,
-        margin={"l": 60, "r": 20, "t": 90, "b": 50},
-        height=480,
-    )
-    return figure
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sweep {name}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }}
-.table {{ overflow-x: auto }} table {{ border-collapse: collapse }} code {{ overflow-wrap: anywhere }}
-th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
-</style></head><body><h1>Sweep {name}</h1>
-<p>Best, by the number of healthy metrics, then by loss recovered:</p><p><code>{best}</code></p>
-{figure}
-<div class="table"><table><tr>{header}</tr>{rows}</table></div><p>{marks}</p>{reasons}</body></html>
-"""
-
-
-def _page(
-    name: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    reasons: Sequence[str],
-    best: str,
-    outcomes: Outcomes,
-) -> str:
-    return _PAGE.format(
-        name=escape(name),
-        best=escape(best),
-        figure=front_figure(outcomes).to_html(
-            full_html=False, include_plotlyjs=True, config={"responsive": True, "displayModeBar": False}
-        ),
-        header="".join(f"<th>{escape(cell)}</th>" for cell in header),
-        rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
-        marks=escape(", ".join(f"{mark} {status}" for status, mark in MARKS.items())),
-        reasons="".join(f"<p>{escape(reason)}</p>" for reason in reasons),
     )

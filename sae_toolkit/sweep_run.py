@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -237,23 +236,3 @@ def _last_line_of(trial: Any) -> str:
     except (OSError, TypeError, AttributeError):
         return "its machine is gone, or Ray is"
     return lines[-1][:300] if lines else "no reason given"
-
-
-@contextmanager
-def claimed(directory: Path) -> Iterator[None]:
-    """Makes this process the only one that runs a sweep there.
-
-    Raises:
-        UserError: another one does, or it cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"--sweep_dir {directory}: cannot be written to ({error.strerror})") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--sweep_dir {directory}: another sweep runs there; name another directory") from None
-        yield

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from sae_toolkit.sweep import RESULT_FILENAME, Trial, promise
-from sae_toolkit.training_flags import METRICS_FILENAME
+from sae_toolkit.many_runs import finished_sae, last_line_of, readings_of, script, start_process, write_result
+from sae_toolkit.sweep import Trial, promise
 
-_ROOT = Path(__file__).resolve().parent.parent
 _SECONDS_BETWEEN_REPORTS = 2.0
-_PR_SET_PDEATHSIG = 1
 _STOP_SECONDS = 120  # for a checkpoint to be written
 
 
@@ -33,16 +27,16 @@ class SweepTrial(tune.Trainable):
         """Takes the trial of config["number"], from 1; `settings` are those that `run_trials` makes for all."""
         self.trial = trials[config["number"] - 1]
         self.settings = settings
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.is_training = True
         self.trial.directory.mkdir(parents=True, exist_ok=True)
 
     def step(self) -> dict[str, Any]:
         """Waits a little; the metrics as they stand, or at the end what the trial came to."""
         if self.process is None:
-            finished = sorted(self.trial.directory.glob("*/*/final_*"), key=lambda path: path.stat().st_mtime)
+            finished = finished_sae(self.trial.directory)
             if finished:
-                self.sae = str(finished[-1])
+                self.sae = str(finished)
                 self._start_evaluation()
             else:
                 self._start_training()
@@ -52,9 +46,9 @@ class SweepTrial(tune.Trainable):
         except subprocess.TimeoutExpired:
             return self._progress()
         if status == 2:  # a mistake in its flags or text, which another attempt would make again
-            return self._finish({"refused": self._last_line()})
+            return self._finish({"refused": last_line_of(self._log)})
         if status != 0:
-            raise RuntimeError(f"exit status {status}: {self._last_line()}")
+            raise RuntimeError(f"exit status {status}: {last_line_of(self._log)}")
         if self.is_training:
             self.sae = self._output.read_text().strip()
             self._start_evaluation()
@@ -77,26 +71,16 @@ class SweepTrial(tune.Trainable):
     def _log(self) -> Path:
         return self._output.with_suffix(".log")
 
-    def _start(self, script: str, *flags: str) -> None:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(self.settings["cpus_per_trial"]),
-            "WANDB_RUN_GROUP": self.settings["name"],
-        }
+    def _start(self, name: str, *flags: str) -> None:
         with self._output.open("w") as output, self._log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(_ROOT / script), *flags],
+            self.process = start_process(
+                [*script(name), *flags],
+                output=output,
+                log=log,
                 cwd=self.settings["cwd"],
-                env=environment,
-                stdout=output,
-                stderr=log,
-                text=True,
-                preexec_fn=_die_with_parent,
+                OMP_NUM_THREADS=str(self.settings["cpus_per_trial"]),
+                WANDB_RUN_GROUP=self.settings["name"],
             )
-
-    def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").replace("\r", "\n").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        return next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "no output")
 
     def _progress(self) -> dict[str, Any]:
         """What a scheduler can compare; it does so by tokens, which are left out while the SAE is evaluated."""
@@ -114,12 +98,8 @@ class SweepTrial(tune.Trainable):
         }
 
     def _reading(self) -> dict[str, Any] | None:
-        files = sorted(self.trial.directory.glob(f"*/*/{METRICS_FILENAME}"), key=lambda file: file.stat().st_mtime)
-        try:
-            lines = files[-1].read_text().splitlines()
-            return json.loads(lines[-1])
-        except (IndexError, OSError, ValueError):
-            return None
+        readings = readings_of(self.trial.directory)
+        return readings[-1] if readings else None
 
     def _evaluation(self) -> dict[str, Any]:
         summary = json.loads((Path(self.sae) / "evaluation.json").read_text())
@@ -135,9 +115,7 @@ class SweepTrial(tune.Trainable):
         reading = self._reading()
         result = {"tokens": reading["details/n_training_samples"] if reading else 0, "promise": -1.0} | result
         if "metrics" in result:  # a refusal may be mended, and is tried again
-            partial = self.trial.directory / f".{RESULT_FILENAME}"
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.replace(self.trial.directory / RESULT_FILENAME)
+            write_result(self.trial.directory, result)
         return result | {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
@@ -155,8 +133,3 @@ class SweepTrial(tune.Trainable):
                 self.process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-
-
-def _die_with_parent() -> None:
-    """Where the worker or its machine's Ray dies, its processes do: nothing is left that writes to the trial's run."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

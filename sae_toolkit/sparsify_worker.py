@@ -1,0 +1,62 @@
+"""Trains one SAE with sparsify's own Trainer, which runs the language model itself.
+
+    python -m sae_toolkit.sparsify_worker JOB.json
+
+JOB.json: `model_name`, `model_kwargs`, `trust_remote_code`, `lm_dtype` and `device`; `hook_name` and `hookpoint`, ours
+and sparsify's; `rows`, a .npy file of token ids [N, T] in the order of training; `sae` and `training`, arguments of its
+configurations; `directory`, which gets sae/HOOKPOINT, trained.json (`peak_bytes` on a GPU) and, while it trains, the
+number of its steps in `steps`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sae_lens.util import str_to_dtype
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sae_toolkit.models import find_model, load_language_model
+
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
+
+
+def main(job: dict[str, Any]) -> None:
+    from sparsify import SaeConfig, TrainConfig, Trainer
+
+    directory = Path(job["directory"])
+    source = find_model(job["model_name"], job["model_kwargs"], trust_remote_code=job["trust_remote_code"])
+    model = load_language_model(source, job["hook_name"], job["device"], str_to_dtype(job["lm_dtype"]))
+    rows_NT = np.load(job["rows"]).astype(np.int64)
+    dataset = Dataset.from_dict({"input_ids": list(rows_NT)}).with_format("torch")
+    n_steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal n_steps
+        n_steps += 1
+        (directory / "steps").write_text(str(n_steps))
+
+    register_optimizer_step_post_hook(count)
+    config = TrainConfig(
+        SaeConfig(**job["sae"]),
+        hookpoints=[job["hookpoint"]],
+        save_dir=str(directory),
+        run_name="sae",
+        save_every=10**9,
+        log_to_wandb=False,
+        **job["training"],
+    )
+    # without the head, whose logits it does not use: so does its own command
+    Trainer(config, dataset, model.model.base_model).fit()
+    peak = torch.cuda.max_memory_allocated() if torch.device(job["device"]).type == "cuda" else None
+    (directory / "trained.json").write_text(json.dumps({"peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,198 @@
+"""Libraries are compared on the same activations by the same evaluation; what cannot run is a row that says so."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_process
+from sae_lens import SAE
+
+from sae_toolkit.comparison import Contender, parse_contenders
+from sae_toolkit.comparison_run import next_penalty
+from sae_toolkit.errors import UserError
+from sae_toolkit.many_runs import pareto_front
+
+
+@pytest.mark.parametrize(("a", "power"), [(3.0, -1.4), (0.5, -0.6), (80.0, -2.5)])
+def test_a_penalty_is_found_within_four_trainings_where_l0_is_a_power_of_it(a, power):
+    tried: list[tuple[float, float]] = []
+    for _ in range(4):
+        penalty = next_penalty(tried, 64, first=0.03)
+        tried.append((penalty, a * penalty**power))
+        if abs(math.log(tried[-1][1] / 64)) < math.log(1.1):
+            break
+    assert abs(math.log(tried[-1][1] / 64)) < math.log(1.1), tried
+
+
+def test_the_front_has_those_that_no_other_beats():
+    points = [(60, 0.97), (30, 0.90), (61, 0.95), (20, 0.91), (100, 0.97), (120, 0.99)]
+    assert pareto_front(points) == [3, 0, 5]
+
+
+def test_contenders_are_libraries_or_one_kind_with_a_learning_rate():
+    assert parse_contenders(["sparsify", "saelens:batchtopk@3e-4", "sparsify:topk"]) == [
+        Contender("sparsify", "topk"),
+        Contender("saelens", "batchtopk", 3e-4),
+    ]
+    assert [each.architecture for each in parse_contenders(["saelens"])] == [
+        *("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("saelen", "--libraries saelen: no such library; the closest is saelens"),
+        ("e2e", "--libraries e2e: no such library; there are saelens, sparsify, dictionary_learning"),
+        ("sparsify:gated", "--libraries sparsify:gated: sparsify trains topk here"),
+        ("saelens:batchtop", "the closest is batchtopk"),
+        ("saelens@fast", "--libraries saelens@fast: after @ comes a learning rate"),
+    ],
+)
+def test_a_contender_that_does_not_exist_is_one_line(text, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        parse_contenders([text])
+
+
+@pytest.fixture(scope="module")
+def tiny_args(tiny_model, text_file, tmp_path_factory):
+    """A flag file of a run of a second or two."""
+    flags = {
+        **{"model_name": tiny_model, "layer": 1, "dataset_path": text_file, "context_size": 64, "lr": 1e-3},
+        **{"normalize_activations": "expected_average_only_in", "expansion_factor": 8, "training_tokens": 20480},
+        **{"n_batches_in_buffer": 32, "wandb_mode": "disabled", "device": "cpu", "lm_dtype": "float32"},
+    }
+    path = tmp_path_factory.mktemp("flags") / "tiny.args"
+    path.write_text("\n".join(f"--{name} {value}" for name, value in flags.items()))
+    return path
+
+
+def compare(tiny_args, directory, *flags):
+    return run_process(
+        *(sys.executable, "compare_sae_libraries.py", f"@{tiny_args}", "--comparison_dir", directory),
+        *("--num_samples", 12, "--l0", 4, 8, *flags),
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_args, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compared") / "comparison"
+    done = compare(tiny_args, directory, "--libraries", "saelens:batchtopk", "saelens:jumprelu", "sparsify")
+    assert done.status == 0, done.stderr
+    return directory, done
+
+
+def test_a_comparison_ends_in_a_table_with_the_checkpoint_of_each_row(compared):
+    directory, done = compared
+    outcomes = json.loads((directory / "comparison.json").read_text())
+    assert [(o["contender"]["library"], o["l0"]) for o in outcomes] == [
+        *((library, l0) for l0 in (4, 8) for library in ("saelens", "saelens", "sparsify")),
+    ]
+    for outcome in outcomes:
+        assert outcome["failed"] is None
+        assert outcome["trained"]["seconds"] > 0
+        assert outcome["trained"]["peak_bytes"] > 2**26
+        sae = Path(outcome["trained"]["sae"])
+        assert json.loads((sae / "evaluation.json").read_text())["metrics"] == outcome["metrics"]
+        relative = str(sae.relative_to(directory))
+        assert relative in (directory / "comparison.md").read_text()
+        assert relative in (directory / "comparison.html").read_text()
+    assert "sparsify topk" in done.stdout
+    exact = [o["metrics"]["l0"] for o in outcomes if o["contender"]["library"] == "sparsify"]
+    assert exact == [4, 8]
+
+
+def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
+    directory, _ = compared
+    outcomes = json.loads((directory / "comparison.json").read_text())
+    results = [json.loads((Path(o["trained"]["sae"]) / "evaluation.json").read_text()) for o in outcomes]
+    for name in ("dataset", "held_out", "context_length", "positions", "tokens"):
+        assert all(result[name] == results[0][name] for result in results), name
+    assert results[0]["held_out"]["fraction"] > 0
+    assert len({result["metrics"]["ce_clean"] for result in results}) == 1
+    sae = SAE.load_from_disk(Path(outcomes[0]["trained"]["sae"]))
+    assert sae.cfg.metadata.held_out_seed == results[0]["held_out"]["seed"]
+
+
+def test_the_same_command_goes_on_with_what_is_missing(compared, tiny_args):
+    directory, _ = compared
+    before = json.loads((directory / "comparison.json").read_text())
+    done = compare(tiny_args, directory, "--libraries", "saelens:batchtopk", "saelens:jumprelu", "sparsify")
+    assert done.status == 0, done.stderr
+    assert done.stderr.count("from before") == 6
+    assert json.loads((directory / "comparison.json").read_text()) == before
+
+
+def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, tmp_path):
+    """As where pip cannot reach an index: the others are trained all the same."""
+    done = run_process(
+        *(sys.executable, "compare_sae_libraries.py", f"@{tiny_args}", "--comparison_dir", tmp_path / "comparison"),
+        *("--num_samples", 12, "--l0", 4, "--libraries", "saelens:batchtopk", "sparsify"),
+        timeout=600,
+        PYTHONPATH=str(hidden_sparsify(tmp_path)),
+    )
+    assert done.status == 0, done.stderr
+    said = "sparsify topk: not installed: python -m pip install -c constraints.txt -r requirements-comparison.txt"
+    assert said in (tmp_path / "comparison" / "comparison.md").read_text()
+    trained, missing = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert trained["metrics"]["l0"] > 0
+    assert missing["metrics"] is None
+
+
+def hidden_sparsify(tmp_path: Path) -> Path:
+    """A directory for PYTHONPATH with which Python finds no sparsify."""
+    hiding = tmp_path / "hiding"
+    hiding.mkdir()
+    (hiding / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'sparsify' else found(name, *more)\n"
+    )
+    return hiding
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--libraries", "saelenz"], "--libraries saelenz: no such library; the closest is saelens"),
+        (["--l0", "500"], "--l0 500: more than the 256 features"),
+        (["--layers", "1", "2"], "--layers, --hook_names: a comparison is of one hook"),
+        (["--layer", "2"], "--layer 2: the comparison in"),
+        (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
+        (["--l0", "0"], "--l0"),
+    ],
+)
+def test_bad_input_is_one_line(compared, tiny_args, flags, says):
+    directory, _ = compared
+    done = compare(tiny_args, directory, *flags)
+    assert done.status == 2, done.stderr
+    (error,) = done.error_lines
+    assert says in error
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cache_of_another_model_is_refused_in_one_line(compared, tiny_args, tmp_path):
+    directory, _ = compared
+    cache = ("--cache_activations", directory / "activations")
+    done = compare(tiny_args, tmp_path / "other", *cache, "--layer", 2, "--libraries", "saelens:topk")
+    assert done.status == 2
+    (error,) = done.error_lines
+    assert f"--cache_activations {directory / 'activations'}: holds activations with hook_name" in error
+
+
+@pytest.mark.parity
+def test_dictionary_learning_trains_here_by_its_own_code(tiny_args, tmp_path):
+    directory = tmp_path / "comparison"
+    done = compare(tiny_args, directory, "--libraries", "dictionary_learning", "dictionary_learning:p_anneal@1e-3")
+    assert done.status == 0, done.stderr
+    outcomes = json.loads((directory / "comparison.json").read_text())
+    assert len(outcomes) == 14
+    for outcome in outcomes:
+        assert outcome["failed"] is None
+        assert (Path(outcome["trained"]["sae"]) / "ae.pt").is_file()
+    exact = [o["metrics"]["l0"] for o in outcomes if o["contender"]["architecture"] == "topk"]
+    assert exact == [4, 8]
