@@ -88,8 +88,9 @@ def main() -> int:
     from rich.console import Console
 
     from sae_toolkit.comparison_report import Outcome, render_comparison, summary_table, write_comparison
-    from sae_toolkit.comparison_run import describe, evaluate_entries, share, train_entry
+    from sae_toolkit.comparison_run import describe, evaluate_entries, train_entry
     from sae_toolkit.recording import record_runs
+    from sae_toolkit.shared_activations import share
 
     with claimed(directory, "--comparison_dir"):
         _check_same(directory, words)

@@ -262,11 +262,15 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     tokens_BT = torch.randint(3, 40_000, (ROWS_PER_FORWARD, size["context"]))
     lm = seconds(lambda: model.activations(tokens_BT), 15) / tokens_BT.numel()
 
-    # as training takes the products: TF32 on a GPU, bfloat16 on a CPU that computes in it
-    in_bfloat16 = flags.device == "cpu" and dtype == torch.bfloat16
-    torch.set_float32_matmul_precision("medium" if in_bfloat16 else "highest" if flags.device == "cpu" else "high")
     x, W = torch.randn(batch, d_in, device=flags.device), torch.randn(d_sae, d_in, device=flags.device)
-    flops = 2 * batch * d_in * d_sae / seconds(lambda: F.linear(x, W), 5)
+
+    def flops(precision: str) -> float:
+        torch.set_float32_matmul_precision(precision)
+        return 2 * batch * d_in * d_sae / seconds(lambda: F.linear(x, W), 5)
+
+    # in the SAE's dtype, float32 (on a GPU in TF32); and as training takes the products on a CPU that can: in bfloat16
+    in_float32 = flops("highest" if flags.device == "cpu" else "high")
+    in_bfloat16 = flops("medium") if flags.device == "cpu" and dtype == torch.bfloat16 else in_float32
     source = torch.empty(2**28, dtype=torch.uint8, device=flags.device)
     target = torch.empty_like(source)
     bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source), 2)
@@ -276,8 +280,10 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     moved = 4 * (2 * d_in * d_sae * (2 + 1 + 1 + 7) + 2 * batch * d_sae)
     return {
         "lm": lm,
-        "sae": (arithmetic / flops + moved / bandwidth) / batch,
-        "gflops": flops / 1e9,
+        "sae": (arithmetic / in_float32 + moved / bandwidth) / batch,
+        "sae_bfloat16": (arithmetic / in_bfloat16 + moved / bandwidth) / batch,
+        "gflops": in_float32 / 1e9,
+        "gflops_bfloat16": in_bfloat16 / 1e9,
         "gigabytes": bandwidth / 1e9,
         "dtype": str(dtype),  # type: ignore[dict-item]
     }
@@ -445,8 +451,10 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
         f" {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']}, context {size['context']}, batch"
         f" {size['batch']:,}; {flags.steps} steps after {flags.warm_up}, medians of {flags.repeats}\n"
     )
-    floors = {name: statistics.median(run[name] for run in results["floors"]) for name in ("lm", "sae")}
+    names = ("lm", "sae", "sae_bfloat16")
+    floors = {name: statistics.median(run[name] for run in results["floors"]) for name in names}
     floor = 1 / (floors["lm"] + floors["sae"])
+    lower = 1 / (floors["lm"] + floors["sae_bfloat16"])
     print("| | tokens/s | spread | peak memory, GiB | of the floor |")
     print("| --- | --- | --- | --- | --- |")
     medians = {}
@@ -462,9 +470,13 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
         f"| floor: both parts | {floor:,.0f} | | | |\n"
         f"| floor: language model alone, {results['floors'][0]['dtype']} | {1 / floors['lm']:,.0f} | | | |\n"
         f"| floor: SAE step alone | {1 / floors['sae']:,.0f} | | | |\n"
+        f"| floor: both parts, the SAE's products in the language model's dtype | {lower:,.0f} | | | |\n"
     )
     peaks = results["floors"][0]
-    print(f"Measured peaks: {peaks['gflops']:.0f} GFLOP/s in the encoder's product, {peaks['gigabytes']:.0f} GB/s\n")
+    print(
+        f"Measured peaks: {peaks['gflops']:.0f} GFLOP/s in the encoder's product ({peaks['gflops_bfloat16']:.0f} in the"
+        f" language model's dtype), {peaks['gigabytes']:.0f} GB/s\n"
+    )
     for name in flags.contenders:
         if not name.startswith("this") and "this" in medians:
             pairs = [

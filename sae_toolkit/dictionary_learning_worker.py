@@ -54,7 +54,10 @@ class Activations:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for _ in range(self.passes.pop(0)):
-            batch = np.frombuffer(sys.stdin.buffer.read(4 * self.shape[0] * self.shape[1]), np.float32)
+            wanted = 4 * self.shape[0] * self.shape[1]
+            if len(read := sys.stdin.buffer.read(wanted)) < wanted:
+                sys.exit("error: the activations ended too early")
+            batch = np.frombuffer(read, np.float32)
             acts = torch.from_numpy(batch.reshape(self.shape).copy())
             self.last.append(acts.clone())  # the library scales what it is given
             yield acts

@@ -11,7 +11,7 @@ from conftest import run_process
 from sae_lens import SAE
 
 from sae_toolkit.comparison import Contender, parse_contenders
-from sae_toolkit.comparison_run import next_penalty
+from sae_toolkit.dictionary_learning_training import next_penalty
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs import pareto_front
 
