@@ -223,8 +223,8 @@ def comparison_figure(outcomes: Sequence[Outcome]) -> go.Figure:
             )
         )
     figure = over_l0(traces)
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.2, "yanchor": "top"}, height=620)
-    figure.update_layout(margin={"t": 30})
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    figure.update_layout(margin={"t": 30}, height=560 + 14 * len(lines))  # a phone shows the legend's rows one by one
     spans = [l0 for l0, *_ in points if l0 > 0]
     if spans and max(spans) > 4 * min(spans):
         figure.update_xaxes(type="log")

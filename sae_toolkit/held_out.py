@@ -12,11 +12,11 @@ from sae_toolkit.checkpoints import finished_copy
 from sae_toolkit.evaluation import evaluate_saes
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.memory import HELD_OUT_ROWS_AT_ONCE
 from sae_toolkit.models import load_tokenizer
 from sae_toolkit.multi_trainer import MultiTrainer
-from sae_toolkit.prepared_run import PreparedRun
+from sae_toolkit.prepared_run import PreparedRun, held_out_split
 from sae_toolkit.sae_formats import SAEFile
-from sae_toolkit.text import HeldOutSplit
 from sae_toolkit.token_rows import ContextFormat, special_tokens
 
 
@@ -52,9 +52,7 @@ class HeldOutText:
                     replace(self.run.positions, max_activation_norm=max_norms[name]),
                 ))  # fmt: skip
                 at_hook = LanguageModel(model.model, name)
-                (evaluation,) = evaluate_saes(
-                    prepared, at_hook, batch_size=min(self.run.cfg.store_batch_size_prompts, 8)
-                )
+                (evaluation,) = evaluate_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
                 found[name] = evaluation.metrics
         return found
 
@@ -68,7 +66,7 @@ class HeldOutText:
             tokenizer=self.tokenizer,
             hook_name=hook_name,
             text=run.text,
-            held_out=HeldOutSplit(run.flags.held_out_fraction, run.flags.seed),
+            held_out=held_out_split(run.flags),
             context=ContextFormat(run.cfg.context_size),
             rows_NT=self.rows_NT,
             unit_N=np.arange(n_rows),

@@ -27,6 +27,7 @@ _DENSE_STEP = {
     "matryoshka_batchtopk": 13.3,
 }
 _OTHER_DENSE_STEP = 12.0
+HELD_OUT_ROWS_AT_ONCE = 2  # whose logits a measurement on the way holds, beside all that the training does
 _LOWEST = {"store_batch_size_prompts": 1, "n_batches_in_buffer": 8, "train_batch_size_tokens": 512, "d_sae": 1}
 
 
@@ -51,6 +52,7 @@ class MemoryPlan:
     evaluation_model: int  # all layers
     evaluation_logits: int
     evaluates: bool  # while it trains
+    held_out_logits: int
     on_cpu: bool
 
     @property
@@ -59,9 +61,10 @@ class MemoryPlan:
         calibrating = held + self.norm_estimate + self.forward_pass
         filling = held + self.adam + self.forward_pass
         stepping = held + self.adam + self.gradients + self.step
-        evaluating = held + self.adam + self.sae + self.evaluation_logits if self.evaluates else 0  # of a copy
+        evaluating = held + self.adam + self.sae + self.held_out_logits if self.evaluates else 0  # of a copy
         if self.on_cpu:  # what was freed after the norm estimate stays with the process, in pieces
             stepping += self.norm_estimate
+            evaluating += self.norm_estimate if self.evaluates else 0
         return self.process + max(self.loading, calibrating, filling, stepping, evaluating)
 
     @property
@@ -148,6 +151,7 @@ def plan_memory(
     width = 6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     mixed = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     parameters = _n_parameters(cfg) * sae_bytes
+    logits_of_row = cfg.context_size * config.vocab_size * (2 * lm_bytes + 4)
     return MemoryPlan(
         process=psutil.Process().memory_info().rss if on_cpu else 0,
         model=whole if evaluates else 0 if cached else up_to_hook,
@@ -161,7 +165,8 @@ def plan_memory(
         step=_step_bytes(cfg),
         evaluation_model=whole,
         evaluates=evaluates,
-        evaluation_logits=8 * cfg.context_size * config.vocab_size * (2 * lm_bytes + 4),
+        evaluation_logits=8 * logits_of_row,
+        held_out_logits=HELD_OUT_ROWS_AT_ONCE * logits_of_row,
         on_cpu=on_cpu,
     )
 

@@ -8,10 +8,12 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import wandb
 import xxhash
 
@@ -19,6 +21,9 @@ from sae_toolkit.errors import one_line
 from sae_toolkit.run_record import RunRecord
 
 log = logging.getLogger(__name__)
+
+# wandb's reports of its own errors: at the end of a process they wait half a minute for a host that is away.
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 # Seconds that wandb may keep a run waiting at its start and at its end (by default 90, and for ever). Between them its
 # own process retries in the background. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT choose others.
@@ -50,6 +55,8 @@ class WandbRun(RunRecord):
         self.run: wandb.Run | None = None
         self.uses = uses or {}
         self._has_warned = False
+        self._artifacts: threading.Thread | None = None  # tells the host of them, which may hang
+        self._artifact_error: str | None = None
         if mode == "disabled":
             return
         limits: dict[str, Any] = {
@@ -75,8 +82,7 @@ class WandbRun(RunRecord):
             try:
                 if wandb.login(prompt=False):
                     self.run = start("online")
-                    # It waits for the host, which may hang.
-                    threading.Thread(target=self._safely, args=(self._use,), daemon=True).start()
+                    self._in_background(self._use)
                     return
                 log.info("wandb: no login (`wandb login`), so the run is recorded offline, under ./wandb")
             except Exception as error:  # wandb's, and those of its process
@@ -122,17 +128,46 @@ class WandbRun(RunRecord):
                     artifact.add_reference(directory.absolute().as_uri(), "files", checksum=False)
                 self.run.log_artifact(artifact)
 
-        self._safely(save)
+        if self._artifacts is None:
+            self._safely(save)
+        else:
+            self._in_background(save)
+
+    def _in_background(self, action: Callable[[], None]) -> None:
+        """Runs what waits for the host, one after the other, while the caller's run goes on and hears its signals."""
+        before = self._artifacts
+
+        def work() -> None:
+            if before is not None:
+                before.join()
+            try:
+                action()
+            except Exception as error:
+                self._artifact_error = one_line(error)
+
+        self._artifacts = threading.Thread(target=work, daemon=True)
+        self._artifacts.start()
 
     def finish(self) -> None:
-        """Waits for the record to be uploaded; not for ever."""
+        """Waits for the record to be uploaded; not for ever, and no longer once a signal came."""
         if self.run is None:
             return
         try:
+            if self._artifacts is not None:
+                self._artifacts.join(_LIMITS["init_timeout"])
             self.run.finish()
+            if self._artifact_error:
+                log.warning("wandb: %s; the run's artifacts may be missing from its record", self._artifact_error)
         except Exception as error:  # a host that is away ends in a TimeoutError; anything else may have come earlier
             what = "record is whole" if isinstance(error, TimeoutError) else "record up to then is"
             log.warning("wandb: %s; the %s on disk: `wandb sync %s` uploads it", one_line(error), what, self._directory)
+        except BaseException:
+            for process in psutil.Process().children():
+                if "wandb" in process.name():  # which this one would wait for at its end
+                    process.kill()
+            with suppress(Exception):
+                wandb.teardown()
+            raise
 
     def _safely(self, action: Callable[[], Any]) -> None:
         try:
