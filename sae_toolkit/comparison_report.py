@@ -87,7 +87,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str
     for (contender, l0), group in by_contender(outcomes).items():
         evaluated = [outcome for outcome in group if outcome.evaluation]
         if not evaluated:
-            rows.append([contender.name, str(l0), *[""] * 5, group[0].failed or "failed", "", "", ""])
+            rows.append([contender.name, str(l0), *[""] * 5, "failed, see below", "", "", ""])
             continue
         cells = []
         for standard in STANDARDS:

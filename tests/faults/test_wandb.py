@@ -140,7 +140,7 @@ def test_a_signal_while_wandb_is_waited_for_costs_no_sae(tiny_run, tmp_path, rec
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(tmp_path.glob("checkpoints/*/*/final_*")):
             time.sleep(0.05)
-        time.sleep(2)
+        time.sleep(6)  # until it is wandb that is waited for
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
