@@ -90,7 +90,7 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 
-_READINGS = 10
+_READINGS = 10  # at least, of a short run
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
 # Flags that do not change what is trained: two runs that differ in these alone share a directory.
