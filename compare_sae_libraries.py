@@ -4,7 +4,7 @@
     # SAELens, sparsify and dictionary_learning on the embedded model, at one L0, on 250,000 tokens
     python compare_sae_libraries.py @presets/demo.args --quick
 
-    # the whole picture: five L0s, three seeds
+    # the whole picture: four L0s, three seeds
     python compare_sae_libraries.py @presets/demo.args --l0 20 40 80 160 --seeds 3
 
     # some kinds of SAE alone; with another learning rate than their library's, after an @
@@ -30,6 +30,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from sae_toolkit.comparison import Entry, make_entries, parse_contenders
 from sae_toolkit.console import Parser, add_talk_flags, run_script, set_up_logging
@@ -41,6 +42,7 @@ from sae_toolkit.training_flags import parse_training_flags
 log = logging.getLogger("sae_toolkit")
 
 _QUICK_TOKENS = 250_000
+_SETTINGS = "settings.json"
 
 
 def parse_flags() -> tuple[argparse.Namespace, list[str]]:
@@ -93,11 +95,10 @@ def main() -> int:
     from sae_toolkit.shared_activations import share
 
     with claimed(directory, "--comparison_dir"):
-        _check_same(directory, words)
-        shared = share(words, directory)
-        width = shared.run.cfg.sae.d_sae
-        if l0s[-1] > width:
-            raise UserError(f"--l0 {l0s[-1]}: more than the {width:,} features (--expansion_factor)")
+        settings = _settings(words)
+        _check_same(directory, settings)
+        shared = share(words, directory, highest_l0=l0s[-1])
+        (directory / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")  # of a comparison that can run
         failed: dict[Entry, str] = {}
         for number, entry in enumerate(entries, 1):
             log.info("SAE %d of %d: %s%s", number, len(entries), entry.name, ", from before" * bool(entry.trained()))
@@ -119,24 +120,29 @@ def main() -> int:
     return 0
 
 
-def _check_same(directory: Path, words: list[str]) -> None:
-    """Refuses to mix the SAEs of other settings into a comparison."""
-    settings = {
+def _settings(words: list[str]) -> dict[str, Any]:
+    """The flags that all SAEs of a comparison must have in common."""
+    return {
         name: value
         for name, value in vars(parse_training_flags(words)).items()
         if name not in ("verbose", "quiet", "seed", "device", "preset") and not name.startswith(("wandb", "logger"))
     }
-    file = directory / "settings.json"
-    if file.exists():
-        before = json.loads(file.read_text())
+
+
+def _check_same(directory: Path, settings: dict[str, Any]) -> None:
+    """Refuses to mix the SAEs of other settings into a comparison."""
+    file = directory / _SETTINGS
+    try:
+        before = json.loads(file.read_text()) if file.exists() else settings
         changed = sorted(name for name in settings if settings[name] != before.get(name))
-        if changed:
-            name = changed[0]
-            raise UserError(
-                f"--{name} {settings[name]}: the comparison in {directory} has {before.get(name)}; name another"
-                " --comparison_dir"
-            )
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"--comparison_dir {directory}: {_SETTINGS} is damaged; name another directory") from None
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"--{name} {settings[name]}: the comparison in {directory} has {before.get(name)}; name another"
+            " --comparison_dir"
+        )
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     batch, d_in, d_sae = size["batch"], size["d_in"], size["d_sae"]
 
     def seconds(work: Any, for_seconds: float) -> float:
-        """Median over as long a time as a contender takes: a processor keeps no burst's speed."""
+        """Median over about as long a time as a contender takes."""
         times: list[float] = []
         while sum(times) < for_seconds or len(times) < 4:
             _synchronize(flags)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sae_toolkit.errors import UserError
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.progress import Progress
 from sae_toolkit.training import Training, open_activations
@@ -46,15 +47,16 @@ class Shared:
         return Training(run, open_activations(run))
 
 
-def share(words: Sequence[str], directory: Path) -> Shared:
+def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
     """Checks what all SAEs are trained on, and computes the activations that are not in the cache.
 
     Args:
         words: of the command line of sae_lens_train.py.
         directory: of the comparison.
+        highest_l0: that an SAE is to have.
 
     Raises:
-        UserError: training would refuse the flags, or the cache is of other activations.
+        UserError: there are fewer features than that, training would refuse the flags, or the cache is of other activations.
     """
     words = [*words, "--checkpoint_path", str(directory / "runs"), "--eval_every", "0"]
     flags = parse_training_flags(words)
@@ -62,6 +64,8 @@ def share(words: Sequence[str], directory: Path) -> Shared:
         words += ["--cache_activations", str(directory / "activations")]
         flags = parse_training_flags(words)
     run = prepare_run(flags)
+    if highest_l0 > run.cfg.sae.d_sae:
+        raise UserError(f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features (--expansion_factor)")
     activations = open_activations(run)
     rows = torch.from_numpy(run.rows_NT.astype(np.int64))
     with Progress("activations", len(rows), unit="contexts", device=run.cfg.device) as progress:

@@ -182,6 +182,7 @@ def test_a_cache_of_another_model_is_refused_in_one_line(compared, tiny_args, tm
     assert done.status == 2
     (error,) = done.error_lines
     assert f"--cache_activations {directory / 'activations'}: holds activations with hook_name" in error
+    assert not (tmp_path / "other" / "settings.json").exists()  # the mended command is no other comparison
 
 
 @pytest.mark.parity
