@@ -56,7 +56,8 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
         highest_l0: that an SAE is to have.
 
     Raises:
-        UserError: there are fewer features than that, training would refuse the flags, or the cache is of other activations.
+        UserError: there are fewer features than that, training would refuse the flags, or the cache is of other
+            activations.
     """
     words = [*words, "--checkpoint_path", str(directory / "runs"), "--eval_every", "0"]
     flags = parse_training_flags(words)
