@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sae_toolkit.ranks import Ranks
 
+_BLOCK = 8  # features; of 4, 8 and 16 the fastest at 4,608 features and k 64
+
 
 class GlobalBatchTopK(BatchTopK):
     """SAELens's BatchTopK over a batch that several ranks share.
@@ -62,6 +64,25 @@ def largest(flat: Tensor, n: int) -> Tensor:
         ties = np.arange(len(chosen)) if only_nan else np.flatnonzero(values[chosen] == threshold)
         chosen = np.delete(chosen, ties[n - len(chosen) :])
     return torch.from_numpy(chosen)
+
+
+def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row and their columns, [B, k], in no order; which of equal ones is left open.
+
+    The k largest lie in the k blocks of features with the largest maxima: one pass over all values finds these, and
+    `torch.topk`, which is slow at wide rows, sees the maxima and then those blocks alone.
+    """
+    n_rows, n_features = values_BF.shape
+    n_blocks, rest = divmod(n_features, _BLOCK)
+    if rest or n_blocks < 4 * k:
+        values, features = values_BF.topk(min(k, n_features), dim=-1, sorted=False)
+        return values, features
+    # A block is every n_blocks-th feature, so that its maximum vectorizes.
+    blocks_BWN = values_BF.view(n_rows, _BLOCK, n_blocks)
+    blocks_BK = blocks_BWN.amax(1).topk(k, dim=-1, sorted=False).indices
+    candidates = blocks_BWN.gather(2, blocks_BK[:, None].expand(-1, _BLOCK, -1)).flatten(1)
+    values_BK, places_BK = candidates.topk(k, dim=-1, sorted=False)
+    return values_BK, blocks_BK.gather(1, places_BK % k) + places_BK.div(k, rounding_mode="floor") * n_blocks
 
 
 def among_largest(values_BC: Tensor, n: int, ranks: Ranks) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_toolkit.active_features import ActiveFeatures, decode, pre_activations
 from sae_toolkit.ranks import ALONE, Ranks
-from sae_toolkit.selection import GlobalBatchTopK, among_largest, largest
+from sae_toolkit.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
 # Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured
 # (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.
@@ -95,7 +95,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         """The active places, and the scaled pre-activations there."""
         n_rows, n_features = scaled_BF.shape
         k, shape = int(self.cfg.k), (n_rows, n_features)
-        values_BK, features_BK = scaled_BF.topk(min(k, n_features), dim=-1, sorted=False)
+        values_BK, features_BK = largest_of_rows(scaled_BF, k)
         rows_BK = torch.arange(n_rows, device=scaled_BF.device)[:, None].expand_as(features_BK)
         if self.shards.is_alone:
             return ActiveFeatures(features_BK.flatten(), rows_BK.flatten(), shape), values_BK.flatten()

@@ -11,7 +11,7 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
 from sae_toolkit.embedded import embedded_wikipedia
-from sae_toolkit.selection import largest
+from sae_toolkit.selection import largest, largest_of_rows
 from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, sparse_class
 from sae_toolkit.trainer import Trainer
 
@@ -135,3 +135,18 @@ def test_the_largest_are_found_whatever_is_equal(values):
     for n in (1, 64, 999):  # fewer than there are, and more
         assert len(largest(values, n)) == n
         assert values[largest(values, n)].isnan().sum() == min(n, 250)
+
+
+@pytest.mark.parametrize("n_features", [4096, 4097, 200])  # in blocks, and not
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_largest_of_a_row_are_those_that_topk_finds(n_features, equal):
+    values_BF = torch.randn(50, n_features)
+    if equal:
+        values_BF = values_BF.round()
+    values_BF[3, :70] = torch.nan
+    values_BF[4] = -torch.inf
+    values_BK, features_BK = largest_of_rows(values_BF, 64)
+    assert torch.equal(values_BF.gather(1, features_BK).nan_to_num(99.0), values_BK.nan_to_num(99.0))
+    assert all(len(set(row.tolist())) == 64 for row in features_BK)
+    wanted_BK = values_BF.topk(64).values
+    assert torch.equal(values_BK.sort(descending=True).values.nan_to_num(99.0), wanted_BK.nan_to_num(99.0))
