@@ -453,24 +453,30 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
     )
     names = ("lm", "sae", "sae_bfloat16")
     floors = {name: statistics.median(run[name] for run in results["floors"]) for name in names}
-    floor = 1 / (floors["lm"] + floors["sae"])
-    lower = 1 / (floors["lm"] + floors["sae_bfloat16"])
-    print("| | tokens/s | spread | peak memory, GiB | of the floor |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| | tokens/s | spread | peak memory, GiB | of the floor | of the lower |")
+    print("| --- | --- | --- | --- | --- | --- |")
     medians = {}
     for name in flags.contenders:
         figures = [run["tokens_per_second"] for run in results[name]]
         medians[name] = statistics.median(figures)
+        shares = [
+            [
+                run["tokens_per_second"] * (floor["lm"] + floor[sae])
+                for run, floor in zip(results[name], results["floors"], strict=True)
+            ]
+            for sae in ("sae", "sae_bfloat16")
+        ]
         print(
             f"| {CONTENDERS[name]} | {medians[name]:,.0f} | {min(figures):,.0f} to {max(figures):,.0f} |"
             f" {statistics.median(run['peak_gib'] for run in results[name]):.2f} |"
-            f" {'' if name == 'this_cached' else f'{medians[name] / floor:.0%}'} |"
+            + "".join(f" {'' if name == 'this_cached' else _with_spread(each)} |" for each in shares)
         )
     print(
-        f"| floor: both parts | {floor:,.0f} | | | |\n"
-        f"| floor: language model alone, {results['floors'][0]['dtype']} | {1 / floors['lm']:,.0f} | | | |\n"
-        f"| floor: SAE step alone | {1 / floors['sae']:,.0f} | | | |\n"
-        f"| floor: both parts, the SAE's products in the language model's dtype | {lower:,.0f} | | | |\n"
+        f"| floor: both parts | {1 / (floors['lm'] + floors['sae']):,.0f} | | | | |\n"
+        f"| floor: language model alone, {results['floors'][0]['dtype']} | {1 / floors['lm']:,.0f} | | | | |\n"
+        f"| floor: SAE step alone | {1 / floors['sae']:,.0f} | | | | |\n"
+        "| lower floor: both parts, the SAE's products in the language model's dtype |"
+        f" {1 / (floors['lm'] + floors['sae_bfloat16']):,.0f} | | | | |\n"
     )
     peaks = results["floors"][0]
     print(
@@ -484,6 +490,11 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
                 for a, b in zip(results["this"], results[name], strict=True)
             ]
             print(f"{statistics.median(pairs):.2f} x {CONTENDERS[name]} ({min(pairs):.2f} to {max(pairs):.2f})")
+
+
+def _with_spread(shares: list[float]) -> str:
+    """Of what the floor measured just before allowed."""
+    return f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
 
 
 def _processor() -> str:
