@@ -143,7 +143,7 @@ def _high_learning_rate(e: Evidence) -> Finding | None:
     return Finding(
         "the learning rate is too high",
         ALL_METRICS,
-        f"the explained variance does not settle: from one reading to the next it moves by {min(swings, 99):.2g}"
+        f"the explained variance does not settle: a reading is {min(swings, 99):.2g} off the middle of its neighbours"
         f" (median, second half); a step of lr {flags.lr:g} turns a feature by {flags.lr * root:.2g} of its length",
         ("--lr", f"{float(f'{lower:.1g}'):g}"),
         1.0,
@@ -151,9 +151,11 @@ def _high_learning_rate(e: Evidence) -> Finding | None:
 
 
 def _swings(history: TrainingHistory) -> float | None:
-    """By how much the explained variance moves from a reading to the next, in the second half at the full rate."""
+    """By how much a reading of the explained variance is off the middle of its neighbours (a curve that climbs is not),
+    in the second half at the full rate.
+    """
     _, unexplained = history.curve()
-    return float(np.median(np.abs(np.diff(unexplained)))) if len(unexplained) > 3 else None
+    return float(np.median(np.abs(np.diff(unexplained, n=2)))) / 2 if len(unexplained) > 3 else None
 
 
 def _window(e: Evidence) -> Finding | None:
