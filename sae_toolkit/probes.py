@@ -34,7 +34,8 @@ class Probes:
         explained: the SAE's explained variance there.
         explained_of_others: likewise without the massive ones.
         explained_by_strongest: likewise, by the 64 strongest features of each token alone.
-        explained_at: by hook, without the massive ones: where the SAE is evaluated, and the same place in other layers.
+        explained_at: by hook, without the massive ones: where the SAE is evaluated, the same place in other layers, and
+            where it was trained.
         twins: share of features whose decoder vector has a cosine above 0.9 to another one's.
         twins_together: how often a feature that has such a twin fires on the tokens on which the twin does, as a share;
             None where there are none that fire.
@@ -62,7 +63,8 @@ def probe(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, model: Language
         batch_size: rows in one forward pass.
     """
     sae = evaluated.sae.to(prepared.device)
-    names = hooks_around(prepared.hook_name, len(model.layers))
+    around = hooks_around(prepared.hook_name, len(model.layers))
+    names = list(dict.fromkeys([*around, sae.cfg.metadata.hook_name or prepared.hook_name]))
     acts_by_hook = dict(_activations(prepared, evaluated, model, names, batch_size, sae.cfg.d_in))
     acts_ND = acts_by_hook[prepared.hook_name]
     norms_N = acts_ND.norm(dim=-1)
@@ -112,10 +114,10 @@ def _activations(
     rows_NT = prepared.rows_NT[:n_rows].astype(np.int64)
     keep_N = torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT).ravel())
     for name in names:
-        at_hook = LanguageModel(model.model, name)
         try:
+            at_hook = LanguageModel(model.model, name)
             acts = torch.cat([at_hook.activations(rows).cpu() for rows in torch.from_numpy(rows_NT).split(batch_size)])
-        except UserError:  # nothing of that shape comes by there
+        except UserError:  # not in this model, or nothing of that shape comes by there
             continue
         if acts.shape[-1] == d_in:
             yield name, acts.flatten(0, 1)[keep_N].double()

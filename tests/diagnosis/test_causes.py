@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import run_process
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_toolkit.models import find_model, load_language_model, load_tokenizer
 from sae_toolkit.target_l0 import JUMPRELU
@@ -116,19 +117,21 @@ def test_a_sample_that_is_too_small_is_found_and_its_command_settles_it(healthy)
 
 
 def test_an_sae_of_another_layer_is_found_to_be_one(healthy):
-    first, *_ = diagnosis(healthy, "--layer", 14)
+    first, *_ = diagnosis(healthy, "--layer", 20)  # at 14 its four metrics are healthy too
     assert first["cause"] == "evaluated at another hook than it was trained at"
     assert first["command"].endswith("--layer 12")
 
 
 def test_an_sae_of_another_model_is_found_to_be_one(directory, healthy, embedded_source):
     """The same architecture with other weights: the writing ones of the lower layers are half as large again."""
-    model = load_language_model(embedded_source, "blocks.12.hook_resid_post", "cpu", torch.float32).model
+    quantized = load_language_model(embedded_source, "blocks.12.hook_resid_post", "cpu", torch.float32).model
+    config = quantized.config.to_dict()
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "quantization_config"}))
+    model.load_state_dict(quantized.state_dict())
     with torch.no_grad():
         for layer in model.model.layers[:13]:
             layer.mlp.down_proj.weight *= 1.5
             layer.self_attn.o_proj.weight *= 1.5
-    del model.config.quantization_config
     other = directory / "other_model"
     model.save_pretrained(other)
     load_tokenizer(find_model("embedded:smollm2-135m")).save_pretrained(other)
