@@ -123,15 +123,15 @@ def test_an_sae_of_another_layer_is_found_to_be_one(healthy):
 
 
 def test_an_sae_of_another_model_is_found_to_be_one(directory, healthy, embedded_source):
-    """The same architecture with other weights: the writing ones of the lower layers are half as large again."""
+    """The same architecture with other weights: the writing ones of the lower layers are four times as large."""
     quantized = load_language_model(embedded_source, "blocks.12.hook_resid_post", "cpu", torch.float32).model
     config = quantized.config.to_dict()
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "quantization_config"}))
     model.load_state_dict(quantized.state_dict())
     with torch.no_grad():
         for layer in model.model.layers[:13]:
-            layer.mlp.down_proj.weight *= 1.5
-            layer.self_attn.o_proj.weight *= 1.5
+            layer.mlp.down_proj.weight *= 4
+            layer.self_attn.o_proj.weight *= 4
     other = directory / "other_model"
     model.save_pretrained(other)
     load_tokenizer(find_model("embedded:smollm2-135m")).save_pretrained(other)
