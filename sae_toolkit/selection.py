@@ -69,8 +69,8 @@ def largest(flat: Tensor, n: int) -> Tensor:
 def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row and their columns, [B, k], in no order; which of equal ones is left open.
 
-    The k largest lie in the k blocks of features with the largest maxima: one pass over all values finds these, and
-    `torch.topk`, which is slow at wide rows, sees the maxima and then those blocks alone.
+    The k largest lie in the k blocks of features with the largest maxima: one pass over all values finds the maxima,
+    and only these and then those blocks are sorted by size, which is slow.
     """
     n_rows, n_features = values_BF.shape
     n_blocks, rest = divmod(n_features, _BLOCK)
@@ -79,10 +79,26 @@ def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values, features
     # A block is every n_blocks-th feature, so that its maximum vectorizes.
     blocks_BWN = values_BF.view(n_rows, _BLOCK, n_blocks)
-    blocks_BK = blocks_BWN.amax(1).topk(k, dim=-1, sorted=False).indices
+    blocks_BK = _columns_of_largest(blocks_BWN.amax(1), k)
     candidates = blocks_BWN.gather(2, blocks_BK[:, None].expand(-1, _BLOCK, -1)).flatten(1)
-    values_BK, places_BK = candidates.topk(k, dim=-1, sorted=False)
-    return values_BK, blocks_BK.gather(1, places_BK % k) + places_BK.div(k, rounding_mode="floor") * n_blocks
+    places_BK = _columns_of_largest(candidates, k)
+    features_BK = blocks_BK.gather(1, places_BK % k) + places_BK.div(k, rounding_mode="floor") * n_blocks
+    return candidates.gather(1, places_BK), features_BK
+
+
+def _columns_of_largest(values_BC: Tensor, k: int) -> Tensor:
+    """Columns [B, k] of each row's k largest values."""
+    if values_BC.device.type == "cpu" and values_BC.dtype != torch.bfloat16:
+        # As in `largest`, faster than torch's topk. Where a row holds nan, or two of its values tie for the last
+        # place, as many columns are not found, and torch decides.
+        values = values_BC.numpy()
+        n_rows, n_columns = values.shape
+        found = np.flatnonzero(values >= np.partition(values, -k)[:, -k, None])
+        if len(found) == n_rows * k:
+            columns = found.reshape(n_rows, k) - np.arange(0, values.size, n_columns)[:, None]
+            if columns.min() >= 0 and columns.max() < n_columns:
+                return torch.from_numpy(columns)
+    return values_BC.topk(k, dim=-1, sorted=False).indices
 
 
 def among_largest(values_BC: Tensor, n: int, ranks: Ranks) -> Tensor:

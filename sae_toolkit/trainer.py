@@ -223,7 +223,9 @@ class Trainer(SAETrainer[Any, Any]):
                 weight.grad = grad.t().view(grad.shape)
 
     def _grad_norm(self) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.sae.parameters() if p.grad is not None])
+        # Of a matrix that of each feature first, which on a CPU takes half the time.
+        norms = [p.grad.norm(dim=p.grad.stride().index(1)) for p in self.sae.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(norms)
 
     @torch.no_grad()
     def _of_whole_batch(
