@@ -247,7 +247,8 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     def seconds(work: Any, for_seconds: float) -> float:
         """Median over about as long a time as a contender takes."""
         times: list[float] = []
-        while sum(times) < for_seconds or len(times) < 4:
+        end = time.perf_counter() + for_seconds
+        while time.perf_counter() < end or len(times) < 4:
             _synchronize(flags)
             start = time.perf_counter()
             work()
@@ -260,7 +261,7 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     model = load_language_model(find_model(str(work_dir / "model")), hook, flags.device, dtype)
     model.keep_only_up_to_hook()
     tokens_BT = torch.randint(3, 40_000, (ROWS_PER_FORWARD, size["context"]))
-    lm = seconds(lambda: model.activations(tokens_BT), 15) / tokens_BT.numel()
+    lm = seconds(lambda: model.activations(tokens_BT), min(15.0, 0.15 * flags.steps)) / tokens_BT.numel()
 
     x, W = torch.randn(batch, d_in, device=flags.device), torch.randn(d_sae, d_in, device=flags.device)
 
@@ -379,8 +380,9 @@ def _profile() -> dict[str, float]:
     timed(LanguageModel, "activations", "next batch: language model")
     timed(ActivationStream, "__next__", "next batch")
     timed(torch.Tensor, "backward", "step: backward")
+    timed(Trainer, "_grad_norm", "step: norm of the gradient")
     timed(torch.optim.Adam, "step", "step: Adam")
-    timed(torch.nn.utils, "clip_grad_norm_", "step: clipping")
+    timed(torch.nn.utils, "clip_grads_with_norm_", "step: clipping")
     timed(sae_toolkit.trainer, "_count_firings", "step: counting firings")
     timed(Trainer, "step", "step")
     timed(Trainer, "build_train_step_log_dict", "reading the metrics")
