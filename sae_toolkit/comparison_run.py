@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from sae_toolkit.shared_activations import Shared
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)
 
 
 def describe(shared: Shared) -> list[str]:
@@ -89,17 +91,14 @@ def _evaluate(entries: Sequence[Entry], shared: Shared, words: Sequence[str]) ->
     said = shared.directory / "evaluation.log"
     command = [*script("evaluate_sae_real_activations.py"), "--sae_path", *paths, "--like", shared.reference]
     command += ["--no_diagnosis", "--n_features", "0", "--device", shared.run.cfg.device, *words]
-    n_done = 0
-
-    def all_done() -> int:
-        return sum(entry.evaluation() is not None for entry in entries)
-
-    with said.open("w") as out, Progress("evaluation", len(entries), unit="SAEs") as progress:
+    with said.open("w") as out, Progress(f"evaluation of {len(paths)} SAEs", 1) as progress:
         process = start_process(command, output=out, log=out)
         while process.poll() is None:
-            progress.advance(all_done() - progress.done)
+            percent, tokens = (["0", "0"], *_EVALUATED.findall(said.read_text(errors="replace")))[-1]
+            if float(percent):
+                progress.total = round(100 * int(tokens) / float(percent))
+                progress.advance(int(tokens) - progress.done)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        n_done = all_done()
-    if process.returncode == 0:
-        return None if n_done == len(entries) else "was not evaluated"
-    return last_line_of(said).removeprefix("error: ")
+    if process.returncode != 0:
+        return last_line_of(said).removeprefix("error: ")
+    return None if all(entry.evaluation() for entry in entries) else "was not evaluated"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
@@ -88,19 +87,25 @@ class Work:
         environment: dict[str, str],
     ) -> tuple[float, int]:
         started = time.monotonic()
+        peak = 0
         with self.log.open("w") as out, Progress(self.entry.name, self.total) as progress:
             process = start_process(self.command, output=out, log=out, stdin=stdin or subprocess.DEVNULL, **environment)
             start(process)
-            while True:
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                if pid:
-                    break
+            while process.poll() is None:
+                peak = max(peak, _peak_resident(process.pid))
                 progress.advance(done() - progress.done)
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
-            process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             raise TrainingFailed(f"{last_line_of(self.log).removeprefix('error: ')} ({self.log})")
-        return time.monotonic() - started, usage.ru_maxrss * 1024
+        return time.monotonic() - started, peak
+
+
+def _peak_resident(pid: int) -> int:
+    """In bytes, of this program alone, from Linux; 0 elsewhere. What wait4 says counts what its parent held, too."""
+    with suppress(OSError, StopIteration):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    return 0
 
 
 def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:

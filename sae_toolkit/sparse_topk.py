@@ -26,6 +26,10 @@ from sae_toolkit.selection import GlobalBatchTopK, among_largest, largest, large
 # (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.
 CROSSOVER = {"cpu": 8, "cuda": 256}
 
+# The auxiliary loss takes a multiple of this many features: on a CPU oneDNN keeps what it prepared for each size of a
+# product, 2 GiB after some hundred sizes, and on a CUDA device the allocator keeps memory of each.
+_FEW_SIZES = 256
+
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
     """SAELens's TopKTrainingSAE; the step's result is the same but for rounding.
@@ -108,8 +112,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def _auxiliary_loss(self, step_input: TrainStepInput, sae_out: Tensor) -> Tensor:
         """SAELens's `calculate_topk_aux_loss`, computed on the dead features' rows alone.
 
-        On a device the number of dead features stays there: as many rows as `dead_bound` allows are taken, and
-        those beyond the dead are masked.
+        On a device the number of dead features stays there: at least as many rows as `dead_bound` allows are taken,
+        and those beyond the dead are masked.
         """
         dead_F = step_input.dead_neuron_mask
         if dead_F is None:
@@ -117,7 +121,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         bound, most = self.dead_bound or 2 * (int(dead_F.sum()),)
         if bound == 0:
             return sae_out.new_zeros(())
-        n_here = min(most, len(dead_F))
+        n_here = min(-(-most // _FEW_SIZES) * _FEW_SIZES, len(dead_F))
         dead_C = torch.nonzero_static(dead_F, size=n_here, fill_value=0).squeeze(1)
         is_dead_C = torch.arange(n_here, device=dead_C.device) < dead_F.sum()
         n_dead = self.shards.sum(dead_F.sum())

@@ -287,7 +287,7 @@ class Trainer(SAETrainer[Any, Any]):
         self._counts_of_dead.append(_Reading(self._count(soon)))
         if len(self._counts_of_dead) <= _STEPS_BEHIND:
             return None
-        total, most = (-(-n // 256) * 256 for n in self._counts_of_dead.popleft().values())  # few sizes to allocate
+        total, most = self._counts_of_dead.popleft().values()
         return total, most
 
     def _count(self, features_F: torch.Tensor) -> torch.Tensor:
