@@ -4,6 +4,7 @@ import copy
 import json
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, TrainingSAE
@@ -103,6 +104,19 @@ def test_a_step_that_is_not_finite_is_not_applied(acts_ND):
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.sae.state_dict().items())
     assert trainer.n_not_finite == 1
     assert np.isfinite(losses(trainer, acts_ND, 3)).all()
+
+
+def test_memory_does_not_grow_with_each_number_of_dead_features(acts_ND):
+    """oneDNN keeps what it prepared for each size of a product in bfloat16."""
+    _, trainer = trainers("topk", torch.float32, dead_feature_window=5)
+    trainer.products_in_bfloat16 = True
+    held = []
+    for n_dead in range(1, D_SAE, 8):
+        trainer.n_forward_passes_since_fired[:] = 0
+        trainer.n_forward_passes_since_fired[:n_dead] = 9
+        trainer.step(acts_ND[:BATCH])
+        held.append(psutil.Process().memory_info().rss)
+    assert held[-1] - held[10] < 100 * 2**20
 
 
 def test_steps_change_nothing_that_saelens_saves(acts_ND, tmp_path):
