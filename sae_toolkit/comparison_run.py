@@ -40,7 +40,8 @@ def describe(shared: Shared) -> list[str]:
         f" (lr {THEIR_LR:g} unless one is named); warm-ups are the share of the steps that they are there. Where L0 is"
         " an outcome its penalty is searched by whole trainings, of which the nearest counts.",
         "Seconds are of the process that trains, its start included; activations were computed before, but not for"
-        " sparsify. Peak memory is " + ("resident." if cfg.device == "cpu" else "that of the GPU."),
+        " sparsify. Peak memory is "
+        + ("resident, SAELens's with the file of activations, mapped." if cfg.device == "cpu" else "that of the GPU."),
     ]
 
 
