@@ -70,7 +70,7 @@ def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row and their columns, [B, k], in no order; which of equal ones is left open.
 
     The k largest lie in the k blocks of features with the largest maxima: one pass over all values finds the maxima,
-    and only these and then those blocks are sorted by size, which is slow.
+    and the slow search for the k largest sees these and then those blocks alone.
     """
     n_rows, n_features = values_BF.shape
     n_blocks, rest = divmod(n_features, _BLOCK)
