@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times training with this project, stock SAELens and sparsify on the same job, against the floor of the hardware.
 
-    python benchmarks/train_speed.py                             # the embedded model on this machine, about an hour
+    python benchmarks/train_speed.py                             # the embedded model on this machine, half an hour
     python benchmarks/train_speed.py --device cuda               # Llama-3-8B's shapes, random weights, on one GPU
     python benchmarks/train_speed.py --repeats 1 --steps 24      # a first look
     python benchmarks/train_speed.py --profile                   # where this project's time goes

@@ -19,7 +19,7 @@ from sae_toolkit.shared_activations import Shared
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)
+_EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)  # the evaluation's line of progress
 
 
 def describe(shared: Shared) -> list[str]:
@@ -95,7 +95,7 @@ def _evaluate(entries: Sequence[Entry], shared: Shared, words: Sequence[str]) ->
     with said.open("w") as out, Progress(f"evaluation of {len(paths)} SAEs", 1) as progress:
         process = start_process(command, output=out, log=out)
         while process.poll() is None:
-            percent, tokens = (["0", "0"], *_EVALUATED.findall(said.read_text(errors="replace")))[-1]
+            percent, tokens = (("0", "0"), *_EVALUATED.findall(said.read_text(errors="replace")))[-1]
             if float(percent):
                 progress.total = round(100 * int(tokens) / float(percent))
                 progress.advance(int(tokens) - progress.done)
