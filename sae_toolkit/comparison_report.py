@@ -211,7 +211,11 @@ def comparison_figure(outcomes: Sequence[Outcome]) -> go.Figure:
                 y=[recovered for _, recovered, *_ in line],
                 error_y={"array": [spread for *_, spread, _ in line], "visible": any(s for *_, s, _ in line)},
                 mode="lines+markers",
-                marker={"symbol": _SYMBOLS[contender.library], "size": 9, "color": _COLORS[contender.architecture]},
+                marker={
+                    "symbol": _SYMBOLS[contender.library] + ("" if contender.lr is None else "-open"),
+                    "size": 9,
+                    "color": _COLORS[contender.architecture],
+                },
                 line={
                     "width": 1,
                     "color": _COLORS[contender.architecture],
@@ -230,5 +234,5 @@ def comparison_figure(outcomes: Sequence[Outcome]) -> go.Figure:
         figure.update_xaxes(type="log")
         healthy = next(standard for standard in STANDARDS if standard.metric == "l0").healthy
         low, high = (math.log10(f(spans + list(healthy))) for f in (min, max))
-        figure.update_xaxes(range=[low - 0.1, high + 0.1])
+        figure.update_xaxes(range=[low - 0.1, high + 0.1], tickvals=[5 * 2**n for n in range(12)])
     return figure

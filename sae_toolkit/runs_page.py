@@ -15,7 +15,8 @@ _PAGE = """<!doctype html>
 <title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222 }}
 .table {{ overflow-x: auto }} table {{ border-collapse: collapse }} code {{ overflow-wrap: anywhere }}
-th, td {{ padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th, td {{ padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th {{ white-space: normal; vertical-align: bottom }}
 .words th:first-child, .words td:first-child {{ text-align: left }}
 </style></head><body><h1>{title}</h1>
 {lead}
