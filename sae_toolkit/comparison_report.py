@@ -234,5 +234,6 @@ def comparison_figure(outcomes: Sequence[Outcome]) -> go.Figure:
         figure.update_xaxes(type="log")
         healthy = next(standard for standard in STANDARDS if standard.metric == "l0").healthy
         low, high = (math.log10(f(spans + list(healthy))) for f in (min, max))
-        figure.update_xaxes(range=[low - 0.1, high + 0.1], tickvals=[5 * 2**n for n in range(12)])
+        ticks = [5 * 2**n for n in range(12)]  # L0s as one asks for them: 10, 20, 40, ...
+        figure.update_xaxes(range=[low - 0.1, high + 0.1], tickvals=ticks)
     return figure

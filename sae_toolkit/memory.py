@@ -144,8 +144,7 @@ def plan_memory(
     whole, up_to_hook = (n * lm_bytes for n in n_parameters)
     loading = whole
     if on_cpu and "gguf_file" in model.location:  # read in float32; beside it the largest matrix, twice if it stays so
-        copies = 2 * lm_bytes if lm_bytes == 4 else lm_bytes
-        loading = 4 * n_parameters[0] + copies * config.vocab_size * config.hidden_size
+        loading = 4 * n_parameters[0] + (8 if lm_bytes == 4 else lm_bytes) * config.vocab_size * config.hidden_size
     elif on_cpu and not evaluates:  # safetensors are mapped: what is not used is not read
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
