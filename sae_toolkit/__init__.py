@@ -1,4 +1,6 @@
-"""What the training and evaluation scripts share, in the order data flows.
+"""What the scripts are made of: a package for each stage, in the order in which data flows (docs/code.md)."""
 
-text -> token_rows -> language_model -> activations -> training -> checkpoints -> evaluation -> health -> report
-"""
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The clone, where the scripts and the environments lie."""

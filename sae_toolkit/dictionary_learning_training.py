@@ -12,7 +12,7 @@ from typing import Any
 
 from sae_toolkit.comparison import Entry
 from sae_toolkit.library_trainings import Work
-from sae_toolkit.many_runs import ROOT, read_result
+from sae_toolkit.many_runs import read_result
 from sae_toolkit.own_environments import OwnEnvironment
 from sae_toolkit.shared_activations import Shared
 
@@ -54,7 +54,7 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
         directory.mkdir()
         job = _dictionary_learning_job(entry, shared, directory, penalty)
         (directory / "job.json").write_text(json.dumps(job, indent=1))
-        command = [python, ROOT / "sae_toolkit" / "dictionary_learning_worker.py", directory / "job.json"]
+        command = [python, Path(__file__).with_name("dictionary_learning_worker.py"), directory / "job.json"]
         work = Work(entry, command, shared.n_steps * cfg.train_batch_size_tokens)
         seconds, peak = work.run_fed(shared, job)
         trained = json.loads((directory / "trained.json").read_text())

@@ -11,16 +11,16 @@ import signal
 import socket
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from sae_toolkit import ROOT
 from sae_toolkit.console import run_script
 from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.flag_checks import check_world_size
 from sae_toolkit.redaction import redact
 from sae_toolkit.training_flags import parse_training_flags
 
-_SCRIPT = Path(__file__).resolve().parent.parent / "sae_lens_train.py"
+_SCRIPT = ROOT / "sae_lens_train.py"
 _GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from sae_lens.util import dtype_to_str
 
+from sae_toolkit import ROOT
 from sae_toolkit.comparison import ARCHITECTURES, Entry
-from sae_toolkit.many_runs import ROOT, finished_sae, last_line_of, readings_of, script, start_process
+from sae_toolkit.many_runs import finished_sae, last_line_of, readings_of, script, start_process
 from sae_toolkit.models import load_tokenizer
 from sae_toolkit.progress import Progress
 from sae_toolkit.shared_activations import Shared

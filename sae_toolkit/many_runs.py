@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
 from sae_toolkit.training_flags import METRICS_FILENAME
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT_FILENAME = "result.json"
 _PR_SET_PDEATHSIG = 1
 

@@ -11,11 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
 
 log = logging.getLogger(__name__)
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class OwnEnvironment:
     python_versions: tuple[tuple[int, int], ...]
     because: str
     takes: str
-    root: Path = _ROOT
+    root: Path = ROOT
 
     @property
     def venv(self) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from sae_toolkit import ROOT
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_record import RunRecord
 from sae_toolkit.tensorboard_run import TensorBoardRun
@@ -49,9 +50,8 @@ def git_state() -> dict[str, Any] | None:
     """The commit that this code is of, and whether it was changed since; None where it is no clone."""
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).resolve().parent.parent
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:

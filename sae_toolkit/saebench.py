@@ -16,6 +16,7 @@ import numpy as np
 from sae_lens import SAE
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
+from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation_setup import PreparedEvaluation
 from sae_toolkit.hub import check_repository
@@ -23,7 +24,6 @@ from sae_toolkit.own_environments import OwnEnvironment
 
 log = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = OwnEnvironment(
     "saebench",
     "sae-bench",
@@ -285,7 +285,7 @@ def run_saebench(
         done = subprocess.run(
             [str(python), "-m", "sae_toolkit.saebench_worker", str(job)],
             cwd=directory,
-            env=os.environ | {"PYTHONPATH": str(_ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=2,
             check=False,
         )

@@ -16,6 +16,7 @@ import torch
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
+from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.sweep import Trial
 from sae_toolkit.sweep_trial import SweepTrial
@@ -41,7 +42,6 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's run has its own log
-    root = str(Path(__file__).resolve().parent.parent)
     if address is not None:
         _check_address(address)
     try:
@@ -50,7 +50,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             include_dashboard=False if address is None else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": root}},
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
         )
     except ray.exceptions.AuthenticationError:
         raise UserError(
