@@ -15,8 +15,8 @@ import logging
 from pathlib import Path
 
 from sae_toolkit.console import run_script, set_up_logging
-from sae_toolkit.launch import rank_in_environment, was_restarted
 from sae_toolkit.stop_signals import Stopped, StopSignals, hear_stop_signals
+from sae_toolkit.torchrun import rank_in_environment, was_restarted
 from sae_toolkit.training_flags import parse_training_flags, run_directory_of
 
 log = logging.getLogger("sae_toolkit")

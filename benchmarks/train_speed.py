@@ -239,7 +239,8 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from sae_toolkit.models import choose_lm_dtype, find_model, load_language_model
+    from sae_toolkit.devices import choose_lm_dtype
+    from sae_toolkit.models import find_model, load_language_model
 
     size = job(flags)
     batch, d_in, d_sae = size["batch"], size["d_in"], size["d_sae"]
@@ -302,7 +303,7 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from sae_toolkit.models import choose_lm_dtype
+    from sae_toolkit.devices import choose_lm_dtype
 
     if flags.contender == "floors":
         return run_floors(flags, work_dir)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from sae_toolkit.devices import is_out_of_memory
 from sae_toolkit.errors import UserError
-from sae_toolkit.memory import is_out_of_memory
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.ranks import ALONE, Ranks
 from sae_toolkit.shuffle_buffer import ShuffleBuffer, on_device

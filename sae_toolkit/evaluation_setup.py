@@ -18,9 +18,10 @@ from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from transformers import PreTrainedTokenizerBase
 
+from sae_toolkit.devices import choose_device
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import hook_width
-from sae_toolkit.models import ModelSource, check_token_ids, choose_device, find_model, load_tokenizer
+from sae_toolkit.models import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.sae_formats import SAEFile, load_sae_file
 from sae_toolkit.sae_metadata import check_metadata, check_names_of_download

@@ -24,21 +24,6 @@ _SCRIPT = ROOT / "sae_lens_train.py"
 _GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died
 
 
-def is_under_torchrun() -> bool:
-    """Whether torchrun started this process; others set WORLD_SIZE and RANK too."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def rank_in_environment() -> int:
-    """The rank that torchrun gave this process; 0 where it did not start it."""
-    return int(os.environ.get("RANK", 0)) if is_under_torchrun() else 0
-
-
-def was_restarted() -> bool:
-    """Whether torchrun started this process in place of one that failed (--max_restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def main() -> int:
     if len(sys.argv) < 2:
         raise UserError("usage: python -m sae_toolkit.launch NUM_PROCESSES [flags of sae_lens_train.py]")

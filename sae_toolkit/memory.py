@@ -216,15 +216,3 @@ def _halved(cfg: LanguageModelSAERunnerConfig[Any], name: str) -> LanguageModelS
         return halved if halved.sae.d_sae >= getattr(cfg.sae, "k", 1) and halved.sae.d_sae > 0 else None
     setattr(halved, name, getattr(cfg, name) // 2)
     return halved if getattr(halved, name) >= _LOWEST[name] else None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: torch's, on whichever device, or numpy's."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that a run on a device can take."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss

@@ -18,18 +18,11 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from transformers import PreTrainedTokenizerBase
 
+from sae_toolkit.devices import choose_device, choose_llm_device, choose_lm_dtype
 from sae_toolkit.errors import UserError
 from sae_toolkit.flag_checks import check_world_size
 from sae_toolkit.language_model import hook_width
-from sae_toolkit.models import (
-    ModelSource,
-    check_token_ids,
-    choose_device,
-    choose_llm_device,
-    choose_lm_dtype,
-    find_model,
-    load_tokenizer,
-)
+from sae_toolkit.models import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.prepared_run import PreparedRun, existing, held_out_split
 from sae_toolkit.ranks import ALONE, Ranks

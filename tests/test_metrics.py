@@ -9,12 +9,7 @@ from sae_toolkit import decoder_cosines, metrics
 from sae_toolkit.dead_features import DeadFeatureEstimates, FiringStatistics
 from sae_toolkit.decoder_cosines import measure_cosines, random_largest_cosine
 from sae_toolkit.health import STANDARDS, judge
-from sae_toolkit.metrics import (
-    LossStatistics,
-    ReconstructionStatistics,
-    compare_predictions,
-    point_and_interval,
-)
+from sae_toolkit.metrics import LossStatistics, ReconstructionStatistics, compare_predictions, point_and_interval
 
 
 @pytest.fixture(params=[2**27, 200])
