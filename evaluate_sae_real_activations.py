@@ -30,8 +30,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_toolkit.console import Parser, add_talk_flags, run_script, set_up_logging
 from sae_toolkit.errors import UserError
+from sae_toolkit.terminal.console import Parser, add_talk_flags, run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 

@@ -13,8 +13,8 @@ from sae_toolkit.dictionary_learning_training import THEIR_LR, train_dictionary_
 from sae_toolkit.errors import UserError
 from sae_toolkit.library_trainings import TrainingFailed, train_saelens, train_sparsify
 from sae_toolkit.many_runs import last_line_of, script, start_process, write_result
-from sae_toolkit.progress import Progress
 from sae_toolkit.shared_activations import Shared
+from sae_toolkit.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from sae_toolkit.metrics import (
     histogram,
     point_and_interval,
 )
-from sae_toolkit.progress import Progress
 from sae_toolkit.saebench_core import SAEBenchStatistics, token_stats
+from sae_toolkit.terminal.progress import Progress
 
 # Where not one position counted in so many batches, none will.
 _BATCHES_WITHOUT_A_POSITION = 4

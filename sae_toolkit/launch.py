@@ -14,10 +14,10 @@ import tempfile
 from typing import Any
 
 from sae_toolkit import ROOT
-from sae_toolkit.console import run_script
 from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.flag_checks import check_world_size
-from sae_toolkit.redaction import redact
+from sae_toolkit.terminal.console import run_script
+from sae_toolkit.terminal.redaction import redact
 from sae_toolkit.training_flags import parse_training_flags
 
 _SCRIPT = ROOT / "sae_lens_train.py"

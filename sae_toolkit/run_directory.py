@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from sae_toolkit.console import open_run_log
 from sae_toolkit.errors import UserError
 from sae_toolkit.runner_config import output_directory
+from sae_toolkit.terminal.console import open_run_log
 from sae_toolkit.text import TextSource
 from sae_toolkit.training_flags import (
     FLAGS_FILENAME,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.position_filter import PositionFilter
-from sae_toolkit.progress import Progress
+from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text import Document, HeldOutSplit, TextSource
 
 _DOCUMENTS_AT_ONCE = 64

@@ -27,8 +27,8 @@ from sae_toolkit.run_checkpoints import RunCheckpoints
 from sae_toolkit.run_record import RunRecord
 from sae_toolkit.sharded_sae import shard_sae
 from sae_toolkit.sparse_topk import sparse_class
-from sae_toolkit.stop_signals import StopSignals
 from sae_toolkit.target_l0 import NEAR_TARGET
+from sae_toolkit.terminal.stop_signals import StopSignals
 from sae_toolkit.training_loop import TrainingLoop
 from sae_toolkit.trust import tensors_only
 

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit.console import Parser, add_talk_flags
 from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.flag_checks import check_flags, check_paths
@@ -24,6 +23,7 @@ from sae_toolkit.flag_values import (
     positive,
     positive_float,
 )
+from sae_toolkit.terminal.console import Parser, add_talk_flags
 
 # SAELens's registry of training classes; written out because importing SAELens takes seconds, and --help should not.
 ARCHITECTURES = (

@@ -17,13 +17,13 @@ from sae_files import random_dictionary, save_dictionary
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file
 
-from sae_toolkit.console import run_script, set_up_logging
 from sae_toolkit.errors import UserError
 from sae_toolkit.models import find_model, load_language_model
-from sae_toolkit.redaction import redact
 from sae_toolkit.results import _write_whole
 from sae_toolkit.sae_formats import load_sae_file
 from sae_toolkit.sae_search import find_saes
+from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.redaction import redact
 
 HOOK = "blocks.1.hook_resid_post"
 SECRETS = {

@@ -46,7 +46,7 @@ BAD_LINES = {
 
 READ = """
 import json, sys
-from sae_toolkit.console import set_up_logging
+from sae_toolkit.terminal.console import set_up_logging
 from sae_toolkit.text import open_text
 set_up_logging()
 print(json.dumps(list(open_text(sys.argv[1], flag="--dataset_path").documents())))

@@ -99,7 +99,7 @@ TRANSIENT = {
 
 READ_ALL = """
 import hashlib, sys
-from sae_toolkit.console import set_up_logging
+from sae_toolkit.terminal.console import set_up_logging
 from sae_toolkit.text import open_text
 set_up_logging()
 digest, n = hashlib.sha256(), 0

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.faults
 
 RECORD = """
 import json, time
-from sae_toolkit.console import set_up_logging
+from sae_toolkit.terminal.console import set_up_logging
 from sae_toolkit.wandb_run import WandbRun
 set_up_logging()
 times = [time.monotonic()]

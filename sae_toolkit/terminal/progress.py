@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sae_toolkit.console import terminal
+from sae_toolkit.terminal.console import terminal
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import IO, Any, NoReturn, cast
 from rich.console import Console
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.redaction import holds_secret, redact
+from sae_toolkit.terminal.redaction import holds_secret, redact
 
 
 class Parser(argparse.ArgumentParser):

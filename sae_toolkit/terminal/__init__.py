@@ -1,0 +1,1 @@
+"""What the scripts show: log lines, progress, errors in one line, and the signals that stop a run."""
