@@ -211,7 +211,7 @@ def prepare() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sae_toolkit.embedded import EMBEDDED_MODEL
+    from sae_toolkit.files.embedded import EMBEDDED_MODEL
     from sae_toolkit.models import find_model, load_tokenizer
 
     tokenizer = load_tokenizer(find_model(EMBEDDED_MODEL))

@@ -98,7 +98,7 @@ def prepare(flags: argparse.Namespace, work_dir: Path) -> None:
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
+    from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
     from sae_toolkit.models import find_model, load_language_model, load_tokenizer
     from sae_toolkit.text import open_text
     from sae_toolkit.token_rows import ContextFormat, token_rows

@@ -28,9 +28,9 @@ from safetensors.torch import load_file, save_file
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
 from sae_toolkit.multi_trainer import MultiTrainer
 from sae_toolkit.trainer import Trainer
-from sae_toolkit.whole_directory import NotSaved, check_manifest, whole_directory
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_toolkit.comparison import Entry
+from sae_toolkit.files.own_environments import OwnEnvironment
 from sae_toolkit.library_trainings import Work
 from sae_toolkit.many_runs import read_result
-from sae_toolkit.own_environments import OwnEnvironment
 from sae_toolkit.shared_activations import Shared
 
 log = logging.getLogger(__name__)

@@ -26,12 +26,12 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from sae_toolkit.connection import retrying
-from sae_toolkit.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.hub import check_repository, download_small_files
+from sae_toolkit.files.connection import retrying
+from sae_toolkit.files.embedded import EMBEDDED_MODEL, embedded_model_file
+from sae_toolkit.files.hub import check_repository, download_small_files
+from sae_toolkit.files.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
 from sae_toolkit.language_model import LanguageModel, model_without_weights
-from sae_toolkit.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
-from sae_toolkit.connection import ConnectionFailed, retrying
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.connection import ConnectionFailed, retrying
 from sae_toolkit.report import health_table, markdown_table, verdict
 from sae_toolkit.results import Result
 from sae_toolkit.terminal.redaction import redact

@@ -19,6 +19,13 @@ from typing import IO, Any
 import numpy as np
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.files.whole_directory import (
+    MANIFEST_FILENAME,
+    NotSaved,
+    check_manifest,
+    remove_partial_directories,
+    whole_directory,
+)
 from sae_toolkit.runner_config import output_directory
 from sae_toolkit.terminal.console import open_run_log
 from sae_toolkit.text import TextSource
@@ -28,13 +35,6 @@ from sae_toolkit.training_flags import (
     METRICS_FILENAME,
     run_directory_of,
     save_flags,
-)
-from sae_toolkit.whole_directory import (
-    MANIFEST_FILENAME,
-    NotSaved,
-    check_manifest,
-    remove_partial_directories,
-    whole_directory,
 )
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from sae_lens import SAE
 from safetensors import SafetensorError, safe_open
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.trust import is_hub_name
+from sae_toolkit.files.trust import is_hub_name
 
 # Of the SAE itself, in either form and in those of SAELens before 6.0.
 _CFG_TYPES: dict[str, tuple[type, ...]] = {

@@ -18,8 +18,9 @@ from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.files.hub import check_repository
+from sae_toolkit.files.trust import leaves_its_directory
 from sae_toolkit.foreign_saes import hook_of_hookpoint
-from sae_toolkit.hub import check_repository
 from sae_toolkit.sae_formats import (
     FILES,
     WHAT_IS_AN_SAE,
@@ -29,7 +30,6 @@ from sae_toolkit.sae_formats import (
     library_with,
     recognize_sae,
 )
-from sae_toolkit.trust import leaves_its_directory
 
 log = logging.getLogger(__name__)
 

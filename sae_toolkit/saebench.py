@@ -19,8 +19,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation_setup import PreparedEvaluation
-from sae_toolkit.hub import check_repository
-from sae_toolkit.own_environments import OwnEnvironment
+from sae_toolkit.files.hub import check_repository
+from sae_toolkit.files.own_environments import OwnEnvironment
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 
-from sae_toolkit.connection import retrying
-from sae_toolkit.embedded import EMBEDDED_TEXT, embedded_wikipedia
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.hub import check_repository
+from sae_toolkit.files.connection import retrying
+from sae_toolkit.files.embedded import EMBEDDED_TEXT, embedded_wikipedia
+from sae_toolkit.files.hub import check_repository
 from sae_toolkit.text_records import (
     Bad,
     Document,

@@ -14,8 +14,8 @@ import datasets
 import fsspec
 import numpy as np
 
-from sae_toolkit.connection import Retries
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.connection import Retries
 
 log = logging.getLogger(__name__)
 

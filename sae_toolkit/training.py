@@ -19,6 +19,7 @@ from sae_toolkit.activation_cache import ActivationCache, CachedActivations
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.checkpoints import load_training_checkpoint
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.trust import tensors_only
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import load_language_model
 from sae_toolkit.multi_trainer import MultiTrainer
@@ -30,7 +31,6 @@ from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.target_l0 import NEAR_TARGET
 from sae_toolkit.terminal.stop_signals import StopSignals
 from sae_toolkit.training_loop import TrainingLoop
-from sae_toolkit.trust import tensors_only
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.flag_checks import check_flags, check_paths
 from sae_toolkit.flag_values import (
     Interval,

@@ -22,7 +22,7 @@ import torch
 from trainings import ROOT, Trainings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sae_toolkit.embedded import EMBEDDED_MODEL
+from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.models import ModelSource, find_model, load_language_model, load_tokenizer
 

@@ -12,7 +12,7 @@ from conftest import run_process
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
 
-from sae_toolkit.hub import check_repository
+from sae_toolkit.files.hub import check_repository
 
 TRAINING_MISTAKES = {
     "no such model": ({"model_name": "./nowhere"}, "--model_name ./nowhere: neither a file or directory"),

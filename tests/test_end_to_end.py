@@ -15,7 +15,7 @@ from sae_lens.evals import get_eval_everything_config
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_toolkit.embedded import EMBEDDED_TEXT
+from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.health import STANDARDS
 from sae_toolkit.text import HeldOutSplit, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows

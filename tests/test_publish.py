@@ -137,7 +137,7 @@ def test_who_may_not_publish_is_told_so_before_anything_is_measured(hub, monkeyp
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", "" if how == "no token" else TOKEN)
-    monkeypatch.setattr("sae_toolkit.connection._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("sae_toolkit.files.connection._FIRST_WAIT", 0.0)
     if how == "a token that may read":
         monkeypatch.setitem(hub.user, "auth", {"accessToken": {"role": "read"}})
     if how == "a token that is refused":

@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from sae_toolkit.embedded import EMBEDDED_TEXT
 from sae_toolkit.errors import UserError
+from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.text import HeldOutSplit, open_text
 from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, collect_training_rows, token_rows

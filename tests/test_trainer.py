@@ -11,7 +11,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, Tr
 from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
-from sae_toolkit.embedded import embedded_wikipedia
+from sae_toolkit.files.embedded import embedded_wikipedia
 from sae_toolkit.selection import largest, largest_of_rows
 from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, sparse_class
 from sae_toolkit.trainer import Trainer

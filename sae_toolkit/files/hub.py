@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sae_toolkit.connection import ConnectionFailed, retrying
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.connection import ConnectionFailed, retrying
 
 Kind = Literal["model", "dataset"]
 
