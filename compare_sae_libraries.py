@@ -34,10 +34,10 @@ from typing import Any
 
 from sae_toolkit.comparison import Entry, make_entries, parse_contenders
 from sae_toolkit.errors import UserError
-from sae_toolkit.flag_values import positive
 from sae_toolkit.many_runs import claimed
+from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.values import positive
 from sae_toolkit.terminal.console import Parser, add_talk_flags, run_script, set_up_logging
-from sae_toolkit.training_flags import parse_training_flags
 
 log = logging.getLogger("sae_toolkit")
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from sae_toolkit.settings.training import parse_training_flags, run_directory_of
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
 from sae_toolkit.torchrun import rank_in_environment, was_restarted
-from sae_toolkit.training_flags import parse_training_flags, run_directory_of
 
 log = logging.getLogger("sae_toolkit")
 

@@ -27,11 +27,11 @@ import sys
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.flag_values import non_negative, non_negative_float, positive
 from sae_toolkit.many_runs import claimed
+from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.values import non_negative, non_negative_float, positive
 from sae_toolkit.sweep import Trial, make_trials
 from sae_toolkit.terminal.console import Parser, run_script, set_up_logging
-from sae_toolkit.training_flags import parse_training_flags
 
 log = logging.getLogger("sae_toolkit")
 

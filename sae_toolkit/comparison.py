@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.flag_values import positive_float
 from sae_toolkit.many_runs import read_result
+from sae_toolkit.settings.values import positive_float
 
 TITLES = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 # Kinds by library -> SAELens's name of the architecture.

@@ -15,10 +15,10 @@ from typing import Any
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import RunFailed, UserError, one_line
-from sae_toolkit.flag_checks import check_world_size
+from sae_toolkit.settings.checks import check_world_size
+from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.terminal.console import run_script
 from sae_toolkit.terminal.redaction import redact
-from sae_toolkit.training_flags import parse_training_flags
 
 _SCRIPT = ROOT / "sae_lens_train.py"
 _GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died

@@ -19,10 +19,10 @@ from sae_toolkit import ROOT
 from sae_toolkit.comparison import ARCHITECTURES, Entry
 from sae_toolkit.many_runs import finished_sae, last_line_of, readings_of, script, start_process
 from sae_toolkit.models import load_tokenizer
+from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.shared_activations import Shared
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.token_rows import special_tokens
-from sae_toolkit.training_flags import parse_training_flags
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 

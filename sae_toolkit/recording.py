@@ -15,8 +15,8 @@ import xxhash
 from sae_toolkit import ROOT
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_record import RunRecord
+from sae_toolkit.settings.training import FLAGS_FILENAME
 from sae_toolkit.tensorboard_run import TensorBoardRun
-from sae_toolkit.training_flags import FLAGS_FILENAME
 from sae_toolkit.wandb_run import WandbRun
 
 

@@ -29,7 +29,7 @@ from sae_toolkit.probes import probe
 from sae_toolkit.recording import record_of_training
 from sae_toolkit.report import diagnosis_table, feature_table, health_table
 from sae_toolkit.sae_formats import SAEFile
-from sae_toolkit.training_flags import FLAGS_FILENAME, METRICS_FILENAME
+from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.training_history import load_history
 
 log = logging.getLogger(__name__)

@@ -27,15 +27,15 @@ from sae_toolkit.files.whole_directory import (
     whole_directory,
 )
 from sae_toolkit.runner_config import output_directory
-from sae_toolkit.terminal.console import open_run_log
-from sae_toolkit.text import TextSource
-from sae_toolkit.training_flags import (
+from sae_toolkit.settings.training import (
     FLAGS_FILENAME,
     HELD_OUT_METRICS_FILENAME,
     METRICS_FILENAME,
     run_directory_of,
     save_flags,
 )
+from sae_toolkit.terminal.console import open_run_log
+from sae_toolkit.text import TextSource
 
 log = logging.getLogger(__name__)
 

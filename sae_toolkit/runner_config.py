@@ -20,8 +20,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.settings.training import LATER_FLAGS
 from sae_toolkit.target_l0 import JUMPRELU
-from sae_toolkit.training_flags import LATER_FLAGS
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.health import STANDARDS
 from sae_toolkit.many_runs import pareto_front as pareto_front_of
 from sae_toolkit.many_runs import read_result
-from sae_toolkit.training_flags import LATER_FLAGS, default_flags, parse_training_flags
+from sae_toolkit.settings.training import LATER_FLAGS, default_flags, parse_training_flags
 
 # The sweep's own, or without an effect on the SAE.
 _NOT_SWEPT = {

@@ -11,7 +11,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_toolkit.runner_config import _HONOURED
-from sae_toolkit.training_flags import ARCHITECTURES
+from sae_toolkit.settings.training import ARCHITECTURES
 
 # What a shell can pass on, but for "/" and "~": nonsense must not become a path out of the test's directory.
 _TEXT = st.text(st.characters(exclude_characters="\0/~"), max_size=12)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
-from sae_toolkit.training_flags import ARCHITECTURES
+from sae_toolkit.settings.training import ARCHITECTURES
 
 ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
 SAELENS_FILES = {"cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}

@@ -10,7 +10,7 @@ from trainings import run_flags
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.ranks import Ranks
-from sae_toolkit.training_flags import parse_training_flags
+from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.training_setup import prepare_run
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")

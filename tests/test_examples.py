@@ -10,8 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from sae_toolkit.flag_checks import check_world_size
-from sae_toolkit.training_flags import parse_training_flags
+from sae_toolkit.settings.checks import check_world_size
+from sae_toolkit.settings.training import parse_training_flags
 
 EXAMPLES = ROOT / "examples"
 

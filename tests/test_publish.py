@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.publish import check_may_publish
-from sae_toolkit.training_flags import default_flags, parse_training_flags
+from sae_toolkit.settings.training import default_flags, parse_training_flags
 
 TOKEN = "hf_" + "a" * 34
 ID = "blocks.1.hook_resid_post"

@@ -18,7 +18,7 @@ from conftest import run_process
 from sae_lens import TrainingSAE
 from trainings import ROOT, assert_same, run_flags
 
-from sae_toolkit.flag_values import Interval
+from sae_toolkit.settings.values import Interval
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from typing import Any
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
-from sae_toolkit.flag_checks import check_flags, check_paths
-from sae_toolkit.flag_values import (
+from sae_toolkit.settings.checks import check_flags, check_paths
+from sae_toolkit.settings.values import (
     Interval,
     boolean,
     boolean_or_ids,
