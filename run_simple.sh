@@ -48,4 +48,4 @@ export CUDA_VISIBLE_DEVICES=$gpu_ids
 if [[ $num_gpus -eq 1 && "${NNODES:-1}" == 1 ]]; then
     exec "$PYTHON" sae_lens_train.py "$@"
 fi
-exec "$PYTHON" -m sae_toolkit.launch "$num_gpus" "$@"
+exec "$PYTHON" -m sae_toolkit.distributed.launch "$num_gpus" "$@"

@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from sae_toolkit.distributed.torchrun import rank_in_environment, was_restarted
 from sae_toolkit.settings.training import parse_training_flags, run_directory_of
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
-from sae_toolkit.torchrun import rank_in_environment, was_restarted
 
 log = logging.getLogger("sae_toolkit")
 
@@ -37,8 +37,8 @@ def train(signals: StopSignals) -> int:
         set_up_logging(flags.verbose, flags.quiet, speaks=rank_in_environment() == 0)
 
         # SAELens takes seconds to import: not for --help or a mistyped flag.
+        from sae_toolkit.distributed.ranks import join_ranks
         from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
-        from sae_toolkit.ranks import join_ranks
         from sae_toolkit.recording import start_record
         from sae_toolkit.training import Training, open_activations
         from sae_toolkit.training_setup import prepare_run

@@ -12,7 +12,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-from sae_toolkit.ranks import ALONE, Ranks
+from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.sharded_sae import ShardedTrainer, is_shard
 from sae_toolkit.trainer import Trainer
 

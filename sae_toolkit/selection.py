@@ -10,7 +10,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
-from sae_toolkit.ranks import Ranks
+from sae_toolkit.distributed.ranks import Ranks
 
 _BLOCK = 8  # features; of 4, 8 and 16 the fastest at 4,608 features and k 64
 

@@ -18,7 +18,7 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_toolkit.ranks import Ranks
+from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
 from sae_toolkit.trainer import Trainer
 

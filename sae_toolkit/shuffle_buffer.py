@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sae_toolkit.ranks import ALONE, Ranks
+from sae_toolkit.distributed.ranks import ALONE, Ranks
 
 
 class ShuffleBuffer:

@@ -19,7 +19,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from sae_toolkit.active_features import ActiveFeatures, decode, pre_activations
-from sae_toolkit.ranks import ALONE, Ranks
+from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
 # Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured

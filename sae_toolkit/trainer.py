@@ -16,7 +16,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
-from sae_toolkit.ranks import ALONE, Ranks
+from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.selection import select_among
 from sae_toolkit.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.target_l0 import L0Control

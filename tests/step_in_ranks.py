@@ -11,7 +11,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
-from sae_toolkit.ranks import join_ranks
+from sae_toolkit.distributed.ranks import join_ranks
 from sae_toolkit.sharded_sae import ShardedTrainer, shard_sae
 from sae_toolkit.sparse_topk import sparse_class
 from sae_toolkit.trainer import Trainer

@@ -8,8 +8,8 @@ from conftest import ROOT, run_process
 from step_in_ranks import BATCH, N_STEPS, NAMES
 from trainings import run_flags
 
+from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.errors import UserError
-from sae_toolkit.ranks import Ranks
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.training_setup import prepare_run
 

@@ -23,7 +23,7 @@ class Launch:
     def __init__(self, n: int, flags: list[object], prefix: tuple[str, ...] = (), **environment: str) -> None:
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "sae_toolkit.launch", str(n), *map(str, flags)],
+            [*prefix, sys.executable, "-m", "sae_toolkit.distributed.launch", str(n), *map(str, flags)],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
             stdout=subprocess.PIPE,

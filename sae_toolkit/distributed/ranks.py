@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sae_toolkit.distributed.torchrun import is_under_torchrun, rank_in_environment
 from sae_toolkit.errors import RunFailed, one_line
-from sae_toolkit.torchrun import is_under_torchrun, rank_in_environment
 
 T = TypeVar("T")
 

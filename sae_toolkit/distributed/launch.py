@@ -1,6 +1,6 @@
 """Starts sae_lens_train.py on several GPUs or machines, under torchrun, and says in one line how it ended.
 
-python -m sae_toolkit.launch NUM_PROCESSES [flags of sae_lens_train.py]
+python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GONE = "another process of this run is gone"  # what the others say of it; of n
 
 def main() -> int:
     if len(sys.argv) < 2:
-        raise UserError("usage: python -m sae_toolkit.launch NUM_PROCESSES [flags of sae_lens_train.py]")
+        raise UserError("usage: python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]")
     n_processes, flags = _whole_number(sys.argv[1], "NUM_GPUS", 1), sys.argv[2:]
     n_machines = _variable("NNODES", 1, 1)
     check_world_size(parse_training_flags(flags), n_processes * n_machines)  # told once, and before anything starts

@@ -1,0 +1,1 @@
+"""The ranks that train one SAE together: how torchrun starts them and how they exchange tensors."""
