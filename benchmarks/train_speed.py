@@ -100,8 +100,8 @@ def prepare(flags: argparse.Namespace, work_dir: Path) -> None:
 
     from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
     from sae_toolkit.models import find_model, load_language_model, load_tokenizer
-    from sae_toolkit.text import open_text
-    from sae_toolkit.token_rows import ContextFormat, token_rows
+    from sae_toolkit.text.rows import ContextFormat, token_rows
+    from sae_toolkit.text.sources import open_text
 
     size, source = job(flags), find_model(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(source)

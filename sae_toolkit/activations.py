@@ -14,8 +14,8 @@ import torch
 from sae_toolkit.devices import is_out_of_memory
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
-from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.shuffle_buffer import ShuffleBuffer, on_device
+from sae_toolkit.text.positions import PositionFilter
 
 log = logging.getLogger(__name__)
 

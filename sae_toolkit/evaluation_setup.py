@@ -23,12 +23,12 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.files.trust import model_kwargs_of_sae
 from sae_toolkit.language_model import hook_width
 from sae_toolkit.models import ModelSource, check_token_ids, find_model, load_tokenizer
-from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.sae_formats import SAEFile, load_sae_file
 from sae_toolkit.sae_metadata import check_metadata, check_names_of_download
 from sae_toolkit.sae_search import find_saes
-from sae_toolkit.text import HeldOutSplit, TextSource, open_text
-from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, special_tokens
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, special_tokens
+from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
 
 # What needs only the SAE is measured on more tokens than losses, which need the model's upper layers and logits.
 TOKENS = 50_000

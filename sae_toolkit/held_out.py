@@ -17,7 +17,7 @@ from sae_toolkit.models import load_tokenizer
 from sae_toolkit.multi_trainer import MultiTrainer
 from sae_toolkit.prepared_run import PreparedRun, held_out_split
 from sae_toolkit.sae_formats import SAEFile
-from sae_toolkit.token_rows import ContextFormat, special_tokens
+from sae_toolkit.text.rows import ContextFormat, special_tokens
 
 
 class HeldOutText:

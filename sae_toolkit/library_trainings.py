@@ -22,7 +22,7 @@ from sae_toolkit.models import load_tokenizer
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.shared_activations import Shared
 from sae_toolkit.terminal.progress import Progress
-from sae_toolkit.token_rows import special_tokens
+from sae_toolkit.text.rows import special_tokens
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 

@@ -23,10 +23,10 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import parameters_up_to_hook
 from sae_toolkit.memory import MemoryPlan, plan_memory, suggest_flags
 from sae_toolkit.models import ModelSource
-from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.run_directory import RunDirectory
 from sae_toolkit.settings.values import Interval
-from sae_toolkit.text import HeldOutSplit, TextSource
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.sources import HeldOutSplit, TextSource
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from sae_toolkit.settings.training import (
     save_flags,
 )
 from sae_toolkit.terminal.console import open_run_log
-from sae_toolkit.text import TextSource
+from sae_toolkit.text.sources import TextSource
 
 log = logging.getLogger(__name__)
 

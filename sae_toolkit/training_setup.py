@@ -23,13 +23,13 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.language_model import hook_width
 from sae_toolkit.models import ModelSource, check_token_ids, find_model, load_tokenizer
-from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.prepared_run import PreparedRun, existing, held_out_split
 from sae_toolkit.run_directory import RunDirectory, find_resumption
 from sae_toolkit.runner_config import build_runner_config, hook_flag, hook_names, output_directory
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.text import TextSource, open_text
-from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
+from sae_toolkit.text.sources import TextSource, open_text
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError
 from sae_toolkit.models import find_model, load_language_model
-from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.shuffle_buffer import ShuffleBuffer
+from sae_toolkit.text.positions import PositionFilter
 
 SPECIAL = (1, 2)
 
@@ -141,7 +141,7 @@ import logging, resource, sys
 import numpy as np, torch
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.models import find_model, load_language_model
-from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.text.positions import PositionFilter
 
 logging.basicConfig(stream=sys.stdout)
 model = load_language_model(find_model(sys.argv[1]), "blocks.2.hook_resid_post", "cpu", torch.float32)

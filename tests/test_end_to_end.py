@@ -17,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.health import STANDARDS
-from sae_toolkit.text import HeldOutSplit, open_text
-from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
+from sae_toolkit.text.sources import HeldOutSplit, open_text
 
 N_SEQUENCES, CONTEXT = 12, 128
 

@@ -12,7 +12,7 @@ from trainings import assert_same, run_flags
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.models import find_model, load_language_model
-from sae_toolkit.position_filter import PositionFilter
+from sae_toolkit.text.positions import PositionFilter
 
 
 def final(done):

@@ -9,9 +9,9 @@ import pytest
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
-from sae_toolkit.position_filter import PositionFilter
-from sae_toolkit.text import HeldOutSplit, open_text
-from sae_toolkit.token_rows import ContextFormat, collect_evaluation_rows, collect_training_rows, token_rows
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, token_rows
+from sae_toolkit.text.sources import HeldOutSplit, open_text
 
 BOS = 1
 TEXTS = [f"Document {i} tells of {word}." for i, word in enumerate(["rivers", "kings", "trees", "stars"] * 5)]

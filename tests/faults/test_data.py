@@ -16,9 +16,9 @@ from conftest import run_process
 from faults.loopback_hub import LoopbackHub
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.position_filter import PositionFilter
-from sae_toolkit.text import HeldOutSplit, open_text
-from sae_toolkit.token_rows import ContextFormat, collect_training_rows
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import ContextFormat, collect_training_rows
+from sae_toolkit.text.sources import HeldOutSplit, open_text
 
 pytestmark = pytest.mark.faults
 
@@ -47,7 +47,7 @@ BAD_LINES = {
 READ = """
 import json, sys
 from sae_toolkit.terminal.console import set_up_logging
-from sae_toolkit.text import open_text
+from sae_toolkit.text.sources import open_text
 set_up_logging()
 print(json.dumps(list(open_text(sys.argv[1], flag="--dataset_path").documents())))
 """

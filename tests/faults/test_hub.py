@@ -100,7 +100,7 @@ TRANSIENT = {
 READ_ALL = """
 import hashlib, sys
 from sae_toolkit.terminal.console import set_up_logging
-from sae_toolkit.text import open_text
+from sae_toolkit.text.sources import open_text
 set_up_logging()
 digest, n = hashlib.sha256(), 0
 for document in open_text(sys.argv[1], flag="--dataset_path").documents():

@@ -17,7 +17,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_TEXT, embedded_wikipedia
 from sae_toolkit.files.hub import check_repository
-from sae_toolkit.text_records import (
+from sae_toolkit.text.records import (
     Bad,
     Document,
     Records,

@@ -16,9 +16,9 @@ from sae_lens.util import get_special_token_ids
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.position_filter import PositionFilter
 from sae_toolkit.terminal.progress import Progress
-from sae_toolkit.text import Document, HeldOutSplit, TextSource
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.sources import Document, HeldOutSplit, TextSource
 
 _DOCUMENTS_AT_ONCE = 64
 
