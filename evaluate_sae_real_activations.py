@@ -124,10 +124,10 @@ def main() -> int:
     from rich.console import Console
     from sae_lens.util import dtype_to_str
 
-    from sae_toolkit.devices import choose_lm_dtype
     from sae_toolkit.evaluation import evaluate_saes
     from sae_toolkit.evaluation_setup import prepare_evaluations
-    from sae_toolkit.models import LanguageModels
+    from sae_toolkit.model.devices import choose_lm_dtype
+    from sae_toolkit.model.loading import LanguageModels
     from sae_toolkit.publish import check_may_publish, publish
     from sae_toolkit.report import render, render_several
     from sae_toolkit.results import Result, choose_outputs, write_over_layers, write_results

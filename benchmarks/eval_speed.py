@@ -53,9 +53,9 @@ def prepare(flags: argparse.Namespace) -> Any:
 
 def run_this(flags: argparse.Namespace) -> dict[str, float]:
     """This project's evaluation: both passes, intervals, estimates and the feature browser's data."""
-    from sae_toolkit.devices import choose_lm_dtype
     from sae_toolkit.evaluation import evaluate_saes
-    from sae_toolkit.models import load_language_model
+    from sae_toolkit.model.devices import choose_lm_dtype
+    from sae_toolkit.model.loading import load_language_model
 
     prepared = prepare(flags)
     dtype = choose_lm_dtype(flags.lm_dtype, prepared.device)
@@ -95,8 +95,8 @@ def run_run_evals(flags: argparse.Namespace) -> dict[str, float]:
     """sae-lens's `run_evals` with all metrics on."""
     from sae_lens import run_evals
 
-    from sae_toolkit.devices import choose_lm_dtype
-    from sae_toolkit.models import load_language_model
+    from sae_toolkit.model.devices import choose_lm_dtype
+    from sae_toolkit.model.loading import load_language_model
 
     prepared = prepare(flags)
     dtype = choose_lm_dtype(flags.lm_dtype, prepared.device)

@@ -28,7 +28,7 @@ import torch
 from eval_speed import prepare, run_evals_inputs
 from sae_lens import run_evals
 
-from sae_toolkit.models import load_language_model
+from sae_toolkit.model.loading import load_language_model
 
 # Run by dictionary_learning's Python: a directory with ae.pt and config.json, a file of activations [B, N, D].
 _DICTIONARY_LEARNING = """

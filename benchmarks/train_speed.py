@@ -99,7 +99,7 @@ def prepare(flags: argparse.Namespace, work_dir: Path) -> None:
     from transformers import AutoConfig, LlamaForCausalLM
 
     from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
-    from sae_toolkit.models import find_model, load_language_model, load_tokenizer
+    from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
     from sae_toolkit.text.rows import ContextFormat, token_rows
     from sae_toolkit.text.sources import open_text
 
@@ -239,8 +239,8 @@ def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from sae_toolkit.devices import choose_lm_dtype
-    from sae_toolkit.models import find_model, load_language_model
+    from sae_toolkit.model.devices import choose_lm_dtype
+    from sae_toolkit.model.loading import find_model, load_language_model
 
     size = job(flags)
     batch, d_in, d_sae = size["batch"], size["d_in"], size["d_sae"]
@@ -303,7 +303,7 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from sae_toolkit.devices import choose_lm_dtype
+    from sae_toolkit.model.devices import choose_lm_dtype
 
     if flags.contender == "floors":
         return run_floors(flags, work_dir)
@@ -359,7 +359,7 @@ def _profile() -> dict[str, float]:
 
     import sae_toolkit.trainer
     from sae_toolkit.activations import ActivationStream
-    from sae_toolkit.language_model import LanguageModel
+    from sae_toolkit.model.language_model import LanguageModel
     from sae_toolkit.trainer import Trainer
 
     spent: dict[str, float] = defaultdict(float)

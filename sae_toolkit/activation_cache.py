@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 

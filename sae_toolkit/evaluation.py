@@ -15,7 +15,6 @@ from sae_toolkit.decoder_cosines import DirectionCosines, measure_cosines
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.feature_browser import Feature, FeatureRecorder
-from sae_toolkit.language_model import HookState, LanguageModel
 from sae_toolkit.metrics import (
     LossStatistics,
     ReconstructionStatistics,
@@ -24,6 +23,7 @@ from sae_toolkit.metrics import (
     histogram,
     point_and_interval,
 )
+from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.saebench_core import SAEBenchStatistics, token_stats
 from sae_toolkit.terminal.progress import Progress
 

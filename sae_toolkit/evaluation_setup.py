@@ -18,11 +18,11 @@ from sae_lens import SAE
 from sae_lens.saes.sae import SAEMetadata
 from transformers import PreTrainedTokenizerBase
 
-from sae_toolkit.devices import choose_device
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.trust import model_kwargs_of_sae
-from sae_toolkit.language_model import hook_width
-from sae_toolkit.models import ModelSource, check_token_ids, find_model, load_tokenizer
+from sae_toolkit.model.devices import choose_device
+from sae_toolkit.model.language_model import hook_width
+from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.sae_formats import SAEFile, load_sae_file
 from sae_toolkit.sae_metadata import check_metadata, check_names_of_download
 from sae_toolkit.sae_search import find_saes

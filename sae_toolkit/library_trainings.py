@@ -18,7 +18,7 @@ from sae_lens.util import dtype_to_str
 from sae_toolkit import ROOT
 from sae_toolkit.comparison import ARCHITECTURES, Entry
 from sae_toolkit.many_runs import finished_sae, last_line_of, readings_of, script, start_process
-from sae_toolkit.models import load_tokenizer
+from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.shared_activations import Shared
 from sae_toolkit.terminal.progress import Progress

@@ -18,10 +18,10 @@ from sae_lens.util import str_to_dtype
 
 from sae_toolkit.activation_cache import CachedActivations
 from sae_toolkit.activations import ActivationStream
-from sae_toolkit.devices import is_out_of_memory
 from sae_toolkit.errors import UserError
-from sae_toolkit.language_model import LanguageModel
-from sae_toolkit.models import load_language_model
+from sae_toolkit.model.devices import is_out_of_memory
+from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.runner_config import hook_flag

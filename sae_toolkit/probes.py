@@ -12,8 +12,8 @@ from sae_lens import SAE
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.language_model import LanguageModel
 from sae_toolkit.metrics import chunk_length
+from sae_toolkit.model.language_model import LanguageModel
 
 MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by default
 TWINS = 0.9  # cosine of decoder vectors

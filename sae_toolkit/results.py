@@ -24,7 +24,7 @@ from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evidence import METADATA, Evidence
 from sae_toolkit.health import judge
 from sae_toolkit.html_report import render_html, render_markdown
-from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.probes import probe
 from sae_toolkit.recording import record_of_training
 from sae_toolkit.report import diagnosis_table, feature_table, health_table

@@ -28,9 +28,9 @@ from sae_lens import SAE, ActivationsStore
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 
-from sae_toolkit.devices import choose_device
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.models import find_model, load_language_model, load_tokenizer
+from sae_toolkit.model.devices import choose_device
+from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
 from sae_toolkit.terminal.console import set_up_logging
 
 log = logging.getLogger("sae_toolkit.saebench_worker")

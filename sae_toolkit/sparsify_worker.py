@@ -22,7 +22,7 @@ from datasets import Dataset
 from sae_lens.util import str_to_dtype
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.model.loading import find_model, load_language_model
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 

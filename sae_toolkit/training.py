@@ -20,8 +20,8 @@ from sae_toolkit.activations import ActivationStream
 from sae_toolkit.checkpoints import load_training_checkpoint
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.trust import tensors_only
-from sae_toolkit.language_model import LanguageModel
-from sae_toolkit.models import load_language_model
+from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.multi_trainer import MultiTrainer
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_checkpoints import RunCheckpoints

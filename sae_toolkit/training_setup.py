@@ -18,11 +18,11 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from transformers import PreTrainedTokenizerBase
 
-from sae_toolkit.devices import choose_device, choose_llm_device, choose_lm_dtype
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
-from sae_toolkit.language_model import hook_width
-from sae_toolkit.models import ModelSource, check_token_ids, find_model, load_tokenizer
+from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype
+from sae_toolkit.model.language_model import hook_width
+from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.prepared_run import PreparedRun, existing, held_out_split
 from sae_toolkit.run_directory import RunDirectory, find_resumption
 from sae_toolkit.runner_config import build_runner_config, hook_flag, hook_names, output_directory

@@ -23,8 +23,8 @@ from trainings import ROOT, Trainings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
-from sae_toolkit.language_model import LanguageModel
-from sae_toolkit.models import ModelSource, find_model, load_language_model, load_tokenizer
+from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.model.loading import ModelSource, find_model, load_language_model, load_tokenizer
 
 HOOK = "blocks.12.hook_resid_post"
 

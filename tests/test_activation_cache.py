@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sae_toolkit.activation_cache import ActivationCache, CachedActivations
 from sae_toolkit.errors import UserError
-from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.model.loading import find_model, load_language_model
 
 ROWS_NT = np.random.default_rng(0).integers(3, 40_000, (6, 16)).astype(np.uint32)
 

@@ -12,7 +12,7 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 
 from sae_toolkit.activations import ActivationStream
 from sae_toolkit.errors import UserError
-from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.shuffle_buffer import ShuffleBuffer
 from sae_toolkit.text.positions import PositionFilter
 
@@ -140,7 +140,7 @@ _UNDER_A_LIMIT = """
 import logging, resource, sys
 import numpy as np, torch
 from sae_toolkit.activations import ActivationStream
-from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.text.positions import PositionFilter
 
 logging.basicConfig(stream=sys.stdout)

@@ -10,10 +10,10 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sae_toolkit.devices import choose_lm_dtype
 from sae_toolkit.errors import UserError
-from sae_toolkit.language_model import LanguageModel, hook_width
-from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.model.devices import choose_lm_dtype
+from sae_toolkit.model.language_model import LanguageModel, hook_width
+from sae_toolkit.model.loading import find_model, load_language_model
 
 HOOKS = [
     "blocks.12.hook_resid_pre",

@@ -12,7 +12,7 @@ import torch
 from conftest import HOOK, ROOT
 from safetensors.torch import load_file
 
-from sae_toolkit.models import ModelSource, find_model
+from sae_toolkit.model.loading import ModelSource, find_model
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.run_record import RunRecord
 from sae_toolkit.runner_config import build_runner_config

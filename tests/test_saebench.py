@@ -12,7 +12,7 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
-from sae_toolkit.language_model import LanguageModel
+from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.saebench import ENVIRONMENT, EVALS, parse_evals, refuse_what_cannot_run, run_saebench
 
 KEYS = {

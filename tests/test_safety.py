@@ -18,7 +18,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.models import find_model, load_language_model
+from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.results import _write_whole
 from sae_toolkit.sae_formats import load_sae_file
 from sae_toolkit.sae_search import find_saes

@@ -10,7 +10,7 @@ from conftest import run_process
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_toolkit.models import find_model, load_language_model, load_tokenizer
+from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
 from sae_toolkit.target_l0 import JUMPRELU
 
 pytestmark = pytest.mark.diagnosis
