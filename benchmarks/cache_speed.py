@@ -26,7 +26,7 @@ from datasets import load_dataset
 from sae_lens import ActivationsStore, CacheActivationsRunner, CacheActivationsRunnerConfig
 from sae_lens.load_model import load_model
 
-from sae_toolkit.activation_cache import ActivationCache, CachedActivations
+from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.model.loading import find_model, load_language_model
 
 HOOK, ROWS_AT_ONCE = "model.layers.12", 8

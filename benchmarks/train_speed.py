@@ -358,7 +358,7 @@ def _profile() -> dict[str, float]:
     import torch
 
     import sae_toolkit.trainer
-    from sae_toolkit.activations import ActivationStream
+    from sae_toolkit.activations.stream import ActivationStream
     from sae_toolkit.model.language_model import LanguageModel
     from sae_toolkit.trainer import Trainer
 

@@ -26,7 +26,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
 from sae_toolkit.multi_trainer import MultiTrainer

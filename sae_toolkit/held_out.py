@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sae_toolkit.activation_cache import CachedActivations
+from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.checkpoints import finished_copy
 from sae_toolkit.evaluation import evaluate_saes
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation

@@ -16,8 +16,8 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.util import str_to_dtype
 
-from sae_toolkit.activation_cache import CachedActivations
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.cache import CachedActivations
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import is_out_of_memory
 from sae_toolkit.model.language_model import LanguageModel

@@ -16,7 +16,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.util import dtype_to_str
 
-from sae_toolkit.activation_cache import check_cache_directory
+from sae_toolkit.activations.cache import check_cache_directory
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.memory import MemoryPlan, plan_memory, suggest_flags

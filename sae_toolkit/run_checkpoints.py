@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.checkpoints import finish_saes, save_final_checkpoint, save_training_checkpoint
 from sae_toolkit.errors import RunFailed
 from sae_toolkit.files.whole_directory import NotSaved

@@ -15,8 +15,8 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError
 
-from sae_toolkit.activation_cache import ActivationCache, CachedActivations
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.cache import ActivationCache, CachedActivations
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.checkpoints import load_training_checkpoint
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.trust import tensors_only

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_toolkit.activation_cache import ActivationCache, CachedActivations
+from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.loading import find_model, load_language_model
 

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT, run_process
 from sae_lens.training.mixing_buffer import mixing_buffer
 
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.shuffle_buffer import ShuffleBuffer
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.loading import find_model, load_language_model
-from sae_toolkit.shuffle_buffer import ShuffleBuffer
 from sae_toolkit.text.positions import PositionFilter
 
 SPECIAL = (1, 2)
@@ -139,7 +139,7 @@ def test_activations_that_are_not_finite_are_said(tiny_model, rows_NT):
 _UNDER_A_LIMIT = """
 import logging, resource, sys
 import numpy as np, torch
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.text.positions import PositionFilter
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainings import assert_same, run_flags
 
-from sae_toolkit.activations import ActivationStream
+from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.text.positions import PositionFilter
 

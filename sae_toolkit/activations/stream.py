@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from sae_toolkit.activations.shuffle_buffer import ShuffleBuffer, on_device
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import is_out_of_memory
-from sae_toolkit.shuffle_buffer import ShuffleBuffer, on_device
 from sae_toolkit.text.positions import PositionFilter
 
 log = logging.getLogger(__name__)
