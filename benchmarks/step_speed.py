@@ -26,8 +26,8 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
-from sae_toolkit import sparse_topk
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps import sparse_topk
+from sae_toolkit.steps.trainer import Trainer
 
 
 def parse_flags() -> argparse.Namespace:

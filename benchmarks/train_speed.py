@@ -357,10 +357,10 @@ def _profile() -> dict[str, float]:
     """Seconds in each part of this project's step, as they come: parts within parts are counted in both."""
     import torch
 
-    import sae_toolkit.trainer
+    import sae_toolkit.steps.trainer
     from sae_toolkit.activations.stream import ActivationStream
     from sae_toolkit.model.language_model import LanguageModel
-    from sae_toolkit.trainer import Trainer
+    from sae_toolkit.steps.trainer import Trainer
 
     spent: dict[str, float] = defaultdict(float)
 
@@ -384,7 +384,7 @@ def _profile() -> dict[str, float]:
     timed(Trainer, "_grad_norm", "step: norm of the gradient")
     timed(torch.optim.Adam, "step", "step: Adam")
     timed(torch.nn.utils, "clip_grads_with_norm_", "step: clipping")
-    timed(sae_toolkit.trainer, "_count_firings", "step: counting firings")
+    timed(sae_toolkit.steps.trainer, "_count_firings", "step: counting firings")
     timed(Trainer, "step", "step")
     timed(Trainer, "build_train_step_log_dict", "reading the metrics")
     return spent

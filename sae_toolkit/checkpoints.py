@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
-from sae_toolkit.multi_trainer import MultiTrainer
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.multi_trainer import MultiTrainer
+from sae_toolkit.steps.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

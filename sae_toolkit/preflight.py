@@ -25,7 +25,7 @@ from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.runner_config import hook_flag
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.training import create_sae
 
 log = logging.getLogger(__name__)

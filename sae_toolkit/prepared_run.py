@@ -19,12 +19,12 @@ from sae_lens.util import dtype_to_str
 from sae_toolkit.activations.cache import check_cache_directory
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
-from sae_toolkit.memory import MemoryPlan, plan_memory, suggest_flags
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory
 from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.run_directory import RunDirectory
 from sae_toolkit.settings.values import Interval
+from sae_toolkit.steps.memory import MemoryPlan, plan_memory, suggest_flags
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 

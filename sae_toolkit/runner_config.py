@@ -21,7 +21,7 @@ from sae_lens.training.optim import get_lr_scheduler
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.settings.training import LATER_FLAGS
-from sae_toolkit.target_l0 import JUMPRELU
+from sae_toolkit.steps.target_l0 import JUMPRELU
 
 log = logging.getLogger(__name__)
 

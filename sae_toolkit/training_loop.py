@@ -16,9 +16,9 @@ from sae_toolkit.held_out import HeldOutText
 from sae_toolkit.panels import of_held_out, panels
 from sae_toolkit.run_record import RunRecord
 from sae_toolkit.settings.training import HELD_OUT_METRICS_FILENAME
+from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals
-from sae_toolkit.trainer import Trainer
 
 if TYPE_CHECKING:
     from sae_toolkit.training import Training

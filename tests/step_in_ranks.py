@@ -12,9 +12,9 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
 from sae_toolkit.distributed.ranks import join_ranks
-from sae_toolkit.sharded_sae import ShardedTrainer, shard_sae
-from sae_toolkit.sparse_topk import sparse_class
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.sharded_sae import ShardedTrainer, shard_sae
+from sae_toolkit.steps.sparse_topk import sparse_class
+from sae_toolkit.steps.trainer import Trainer
 
 BATCH, N_STEPS = 128, 50
 SETTINGS = {

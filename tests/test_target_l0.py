@@ -6,8 +6,8 @@ from conftest import ROOT
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
-from sae_toolkit.target_l0 import JUMPRELU
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.target_l0 import JUMPRELU
+from sae_toolkit.steps.trainer import Trainer
 
 BATCH, N_STEPS = 128, 500
 

@@ -12,9 +12,9 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
 from sae_toolkit.files.embedded import embedded_wikipedia
-from sae_toolkit.selection import largest, largest_of_rows
-from sae_toolkit.sparse_topk import SparseTopKTrainingSAE, sparse_class
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.selection import largest, largest_of_rows
+from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, sparse_class
+from sae_toolkit.steps.trainer import Trainer
 
 D_IN, D_SAE, BATCH = 576, 1152, 128
 SETTINGS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
-from sae_toolkit.target_l0 import JUMPRELU
+from sae_toolkit.steps.target_l0 import JUMPRELU
 
 pytestmark = pytest.mark.diagnosis
 

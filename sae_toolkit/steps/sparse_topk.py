@@ -18,9 +18,9 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput, Tr
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
-from sae_toolkit.active_features import ActiveFeatures, decode, pre_activations
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
+from sae_toolkit.steps.active_features import ActiveFeatures, decode, pre_activations
+from sae_toolkit.steps.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
 # Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured
 # (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.

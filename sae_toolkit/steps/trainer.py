@@ -17,9 +17,9 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.selection import select_among
-from sae_toolkit.sparse_topk import SparseTopKTrainingSAE
-from sae_toolkit.target_l0 import L0Control
+from sae_toolkit.steps.selection import select_among
+from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
+from sae_toolkit.steps.target_l0 import L0Control
 
 _ADJUSTED = ("l0", "l1")  # SAELens's schedules of the sparsity weights l0_coefficient and l1_coefficient
 _COUNTS = ("n_not_finite", "n_not_finite_in_a_row")

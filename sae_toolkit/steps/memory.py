@@ -14,7 +14,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.util import str_to_dtype
 
 from sae_toolkit.model.loading import ModelSource
-from sae_toolkit.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
+from sae_toolkit.steps.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
 
 # How many [B, F] tensors a step of SAELens's own classes adds to the peak, forward and backward; fitted to runs on a
 # CPU (BENCHMARKS.md, memory).

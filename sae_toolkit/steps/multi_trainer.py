@@ -13,8 +13,8 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.sharded_sae import ShardedTrainer, is_shard
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.sharded_sae import ShardedTrainer, is_shard
+from sae_toolkit.steps.trainer import Trainer
 
 
 class MultiTrainer(MultiSAETrainer):

@@ -19,8 +19,8 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
 
 from sae_toolkit.distributed.ranks import Ranks
-from sae_toolkit.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
-from sae_toolkit.trainer import Trainer
+from sae_toolkit.steps.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
+from sae_toolkit.steps.trainer import Trainer
 
 _OF_ALL_FEATURES = ("b_dec", "topk_threshold")  # the tensors that have no axis of features
 _COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
