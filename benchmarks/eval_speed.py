@@ -130,7 +130,7 @@ def main() -> None:
         print(json.dumps(result))
         return
 
-    from sae_toolkit.sae_search import find_saes
+    from sae_toolkit.saes.search import find_saes
 
     paths = [str(file.path) for file in find_saes(flags.sae_path)]
     contenders = {"run_evals, one SAE": ("run_evals", paths[-1:]), "this project, one SAE": ("this", paths[-1:])}

@@ -23,9 +23,9 @@ from sae_toolkit.files.trust import model_kwargs_of_sae
 from sae_toolkit.model.devices import choose_device
 from sae_toolkit.model.language_model import hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
-from sae_toolkit.sae_formats import SAEFile, load_sae_file
-from sae_toolkit.sae_metadata import check_metadata, check_names_of_download
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.formats import SAEFile, load_sae_file
+from sae_toolkit.saes.metadata import check_metadata, check_names_of_download
+from sae_toolkit.saes.search import find_saes
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, special_tokens
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from sae_toolkit.activations.cache import CachedActivations
-from sae_toolkit.checkpoints import finished_copy
 from sae_toolkit.evaluation import evaluate_saes
 from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.prepared_run import PreparedRun, held_out_split
-from sae_toolkit.sae_formats import SAEFile
+from sae_toolkit.saes.checkpoints import finished_copy
+from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.text.rows import ContextFormat, special_tokens

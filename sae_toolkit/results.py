@@ -16,7 +16,6 @@ from typing import Any
 
 from sae_lens import __version__ as sae_lens_version
 
-from sae_toolkit.checkpoints import load_log_sparsity
 from sae_toolkit.diagnosis import as_records, diagnose
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation import Evaluation
@@ -28,7 +27,8 @@ from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.probes import probe
 from sae_toolkit.recording import record_of_training
 from sae_toolkit.report import diagnosis_table, feature_table, health_table
-from sae_toolkit.sae_formats import SAEFile
+from sae_toolkit.saes.checkpoints import load_log_sparsity
+from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.training_history import load_history
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
-from sae_toolkit.checkpoints import load_training_checkpoint
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.trust import tensors_only
 from sae_toolkit.model.language_model import LanguageModel
@@ -25,6 +24,7 @@ from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.run_checkpoints import RunCheckpoints
 from sae_toolkit.run_record import RunRecord
+from sae_toolkit.saes.checkpoints import load_training_checkpoint
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from sae_toolkit.sae_formats import load_sae_file
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.formats import load_sae_file
+from sae_toolkit.saes.search import find_saes
 
 D, F, K = 16, 48, 6
 ACTS = 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(0)) + 1

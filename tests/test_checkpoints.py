@@ -9,9 +9,9 @@ from sae_lens import SAE
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from safetensors.torch import load_file, save_file
 
-from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
+from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.settings.training import ARCHITECTURES
 
 ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,8 @@ from sae_files import ACTS, D, F, K, assert_agree, load, random_dictionary, save
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.sae_formats import load_sae_file
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.formats import load_sae_file
+from sae_toolkit.saes.search import find_saes
 
 
 def by_formula(dict_class: str, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

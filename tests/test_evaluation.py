@@ -17,12 +17,12 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation_setup import _same_data
 from sae_toolkit.results import choose_outputs
-from sae_toolkit.sae_formats import SAEFile
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.checkpoints import load_sae
+from sae_toolkit.saes.formats import SAEFile
+from sae_toolkit.saes.search import find_saes
 
 CONTEXT, N_ROWS, BATCH = 48, 20, 4
 BOS, EOS = 1, 2

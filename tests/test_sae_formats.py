@@ -22,8 +22,8 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.sae_formats import load_sae_file
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.formats import load_sae_file
+from sae_toolkit.saes.search import find_saes
 
 
 def truncate(file: Path) -> None:

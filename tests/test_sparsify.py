@@ -10,9 +10,9 @@ from sae_files import ACTS, F, K, assert_agrees_with_sparsify, load, random_spar
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.foreign_saes import hook_of_hookpoint
-from sae_toolkit.sae_formats import load_sae_file
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.foreign import hook_of_hookpoint
+from sae_toolkit.saes.formats import load_sae_file
+from sae_toolkit.saes.search import find_saes
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])

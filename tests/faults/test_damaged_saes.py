@@ -28,9 +28,9 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.sae_formats import load_sae_file
-from sae_toolkit.sae_metadata import check_metadata
-from sae_toolkit.sae_search import find_saes
+from sae_toolkit.saes.formats import load_sae_file
+from sae_toolkit.saes.metadata import check_metadata
+from sae_toolkit.saes.search import find_saes
 
 pytestmark = pytest.mark.faults
 

@@ -16,9 +16,9 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError
 
-from sae_toolkit.checkpoints import load_sae
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.foreign_saes import (
+from sae_toolkit.saes.checkpoints import load_sae
+from sae_toolkit.saes.foreign import (
     DICTIONARY_LEARNING_FILES,
     SPARSIFY_FILES,
     dictionary_learning_form,
@@ -27,7 +27,7 @@ from sae_toolkit.foreign_saes import (
     read_json,
     sparsify_form,
 )
-from sae_toolkit.sae_metadata import check_are_floats, check_cfg
+from sae_toolkit.saes.metadata import check_are_floats, check_cfg
 
 # A directory that holds all files of a library is an SAE of it.
 FILES = {

@@ -20,8 +20,8 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.trust import leaves_its_directory
-from sae_toolkit.foreign_saes import hook_of_hookpoint
-from sae_toolkit.sae_formats import (
+from sae_toolkit.saes.foreign import hook_of_hookpoint
+from sae_toolkit.saes.formats import (
     FILES,
     WHAT_IS_AN_SAE,
     SAEFile,
