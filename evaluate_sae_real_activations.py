@@ -124,14 +124,14 @@ def main() -> int:
     from rich.console import Console
     from sae_lens.util import dtype_to_str
 
-    from sae_toolkit.evaluation import evaluate_saes
-    from sae_toolkit.evaluation_setup import prepare_evaluations
+    from sae_toolkit.evaluation.run import evaluate_saes
+    from sae_toolkit.evaluation.saebench.run import check_evals, parse_evals, run_saebench
+    from sae_toolkit.evaluation.setup import prepare_evaluations
     from sae_toolkit.model.devices import choose_lm_dtype
     from sae_toolkit.model.loading import LanguageModels
     from sae_toolkit.publish import check_may_publish, publish
     from sae_toolkit.report import render, render_several
     from sae_toolkit.results import Result, choose_outputs, write_over_layers, write_results
-    from sae_toolkit.saebench import check_evals, parse_evals, run_saebench
 
     evals = parse_evals(flags.saebench) if flags.saebench is not None else ()
     if flags.push_to_hub:

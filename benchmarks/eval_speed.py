@@ -42,7 +42,7 @@ def parse_flags() -> argparse.Namespace:
 
 def prepare(flags: argparse.Namespace) -> Any:
     from evaluate_sae_real_activations import parse_flags as parse_evaluation_flags
-    from sae_toolkit.evaluation_setup import prepare_evaluations
+    from sae_toolkit.evaluation.setup import prepare_evaluations
 
     sizes = (f"--{name}={getattr(flags, name)}" for name in ("num_samples", "batch_size", "lm_dtype", "device"))
     groups = prepare_evaluations(parse_evaluation_flags(["--sae_path", *flags.sae_path, *sizes]))
@@ -53,7 +53,7 @@ def prepare(flags: argparse.Namespace) -> Any:
 
 def run_this(flags: argparse.Namespace) -> dict[str, float]:
     """This project's evaluation: both passes, intervals, estimates and the feature browser's data."""
-    from sae_toolkit.evaluation import evaluate_saes
+    from sae_toolkit.evaluation.run import evaluate_saes
     from sae_toolkit.model.devices import choose_lm_dtype
     from sae_toolkit.model.loading import load_language_model
 

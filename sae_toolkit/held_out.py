@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from sae_toolkit.activations.cache import CachedActivations
-from sae_toolkit.evaluation import evaluate_saes
-from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evaluation.run import evaluate_saes
+from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.prepared_run import PreparedRun, held_out_split

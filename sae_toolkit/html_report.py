@@ -16,8 +16,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from sae_toolkit.feature_browser import Feature
-from sae_toolkit.health import STANDARDS, Standard
+from sae_toolkit.evaluation.feature_browser import Feature
+from sae_toolkit.evaluation.health import STANDARDS, Standard
 from sae_toolkit.report import (
     MARKS,
     beside_rows,

@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
 
-from sae_toolkit.health import LEAST_REPLACED_SHARE, STANDARDS
+from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS
 
 # 3.8 tokens a feature ended with 88.8% dead in the document that this project started from; 108 with 0.0% and 217
 # with 0.2% on the embedded model.

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sae_toolkit.feature_browser import Context, Feature
-from sae_toolkit.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
+from sae_toolkit.evaluation.feature_browser import Context, Feature
+from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
 
 MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
 _STYLES = {"healthy": "green", "borderline": "yellow", "unhealthy": "red", "unsettled": "yellow"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from plotly import graph_objects as go
 
-from sae_toolkit.health import STANDARDS, Standard
+from sae_toolkit.evaluation.health import STANDARDS, Standard
 from sae_toolkit.report import format_range, format_value
 
 

@@ -18,13 +18,13 @@ from sae_lens import __version__ as sae_lens_version
 
 from sae_toolkit.diagnosis import as_records, diagnose
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation import Evaluation
-from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evaluation.health import judge
+from sae_toolkit.evaluation.probes import probe
+from sae_toolkit.evaluation.run import Evaluation
+from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evidence import METADATA, Evidence
-from sae_toolkit.health import judge
 from sae_toolkit.html_report import render_html, render_markdown
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.probes import probe
 from sae_toolkit.recording import record_of_training
 from sae_toolkit.report import diagnosis_table, feature_table, health_table
 from sae_toolkit.saes.checkpoints import load_log_sparsity

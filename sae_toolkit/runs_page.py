@@ -7,7 +7,7 @@ from html import escape
 
 from plotly import graph_objects as go
 
-from sae_toolkit.health import STANDARDS
+from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.report import MARKS
 
 _PAGE = """<!doctype html>

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.health import STANDARDS
+from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.many_runs import pareto_front as pareto_front_of
 from sae_toolkit.many_runs import read_result
 from sae_toolkit.settings.training import LATER_FLAGS, default_flags, parse_training_flags

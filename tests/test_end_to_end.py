@@ -15,8 +15,8 @@ from sae_lens.evals import get_eval_everything_config
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
-from sae_toolkit.health import STANDARDS
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
 from sae_toolkit.text.sources import HeldOutSplit, open_text
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation_setup import _same_data
+from sae_toolkit.evaluation.setup import _same_data
 from sae_toolkit.results import choose_outputs
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.formats import SAEFile

@@ -5,11 +5,16 @@ import math
 import pytest
 import torch
 
-from sae_toolkit import decoder_cosines, metrics
-from sae_toolkit.dead_features import DeadFeatureEstimates, FiringStatistics
-from sae_toolkit.decoder_cosines import measure_cosines, random_largest_cosine
-from sae_toolkit.health import STANDARDS, judge
-from sae_toolkit.metrics import LossStatistics, ReconstructionStatistics, compare_predictions, point_and_interval
+from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates, FiringStatistics
+from sae_toolkit.evaluation.decoder_cosines import measure_cosines, random_largest_cosine
+from sae_toolkit.evaluation.health import STANDARDS, judge
+from sae_toolkit.evaluation.metrics import (
+    LossStatistics,
+    ReconstructionStatistics,
+    compare_predictions,
+    point_and_interval,
+)
+from sae_toolkit.evaluation.run import decoder_cosines, metrics
 
 
 @pytest.fixture(params=[2**27, 200])

@@ -11,9 +11,9 @@ from conftest import HOOK, ROOT, run_process
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.saebench.run import ENVIRONMENT, EVALS, parse_evals, refuse_what_cannot_run, run_saebench
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.saebench import ENVIRONMENT, EVALS, parse_evals, refuse_what_cannot_run, run_saebench
 
 KEYS = {
     "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},
@@ -164,7 +164,7 @@ def test_a_store_that_serves_other_rows_is_caught():
 import numpy as np, torch
 from datasets import Dataset
 from sae_lens import TopKSAE, TopKSAEConfig
-from sae_toolkit.saebench_worker import RowStore
+from sae_toolkit.evaluation.saebench.worker import RowStore
 sae = TopKSAE(TopKSAEConfig(k=2, d_in=4, d_sae=8))
 sae.cfg.metadata.hook_name, sae.cfg.metadata.prepend_bos = "blocks.0.hook_resid_post", False
 given = np.arange(24).reshape(4, 6)

@@ -1,6 +1,6 @@
-"""Runs sae-bench's evals on one SAE. Runs in sae-bench's environment, started by sae_toolkit/saebench.py:
+"""Runs evals of sae-bench on one SAE. `run.py` beside it starts it in the environment of sae-bench:
 
-python -m sae_toolkit.saebench_worker JOB.json
+python -m sae_toolkit.evaluation.saebench.worker JOB.json
 
 JOB.json holds the fields of `Job`. In the output directory it leaves RESULT.json, {eval: its metrics}, and
 under the eval's name sae-bench's own result file; where it fails, ERROR.json with the error in one line.
@@ -33,7 +33,7 @@ from sae_toolkit.model.devices import choose_device
 from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
 from sae_toolkit.terminal.console import set_up_logging
 
-log = logging.getLogger("sae_toolkit.saebench_worker")
+log = logging.getLogger("sae_toolkit.evaluation.saebench.worker")
 
 # The name of the SAE in sae-bench's result files.
 _SAE_NAME = "sae_toolkit"

@@ -11,8 +11,8 @@ import torch
 from sae_lens import SAE
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.metrics import chunk_length
+from sae_toolkit.evaluation.metrics import chunk_length
+from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 
 MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by default

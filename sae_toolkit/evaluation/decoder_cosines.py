@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sae_toolkit.metrics import chunk_length, histogram
+from sae_toolkit.evaluation.metrics import chunk_length, histogram
 
 # All pairs are compared where that takes seconds: so many multiplications and additions.
 _AFFORDABLE = {"cpu": 2e12, "cuda": 5e14}

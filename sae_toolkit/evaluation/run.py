@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_toolkit.dead_features import DeadFeatureEstimates, FiringStatistics
-from sae_toolkit.decoder_cosines import DirectionCosines, measure_cosines
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.evaluation_setup import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.feature_browser import Feature, FeatureRecorder
-from sae_toolkit.metrics import (
+from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates, FiringStatistics
+from sae_toolkit.evaluation.decoder_cosines import DirectionCosines, measure_cosines
+from sae_toolkit.evaluation.feature_browser import Feature, FeatureRecorder
+from sae_toolkit.evaluation.metrics import (
     LossStatistics,
     ReconstructionStatistics,
     chunk_length,
@@ -23,8 +22,9 @@ from sae_toolkit.metrics import (
     histogram,
     point_and_interval,
 )
+from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics, token_stats
+from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import HookState, LanguageModel
-from sae_toolkit.saebench_core import SAEBenchStatistics, token_stats
 from sae_toolkit.terminal.progress import Progress
 
 # Where not one position counted in so many batches, none will.

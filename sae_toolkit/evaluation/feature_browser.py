@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from sae_toolkit.metrics import chunk_length
+from sae_toolkit.evaluation.metrics import chunk_length
 
 # Many features may turn out silent, and the sample is to reach over the firing rates of those that are not.
 _TRACKED_PER_SAMPLED = 4

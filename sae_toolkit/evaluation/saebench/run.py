@@ -18,7 +18,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation_setup import PreparedEvaluation
+from sae_toolkit.evaluation.setup import PreparedEvaluation
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.own_environments import OwnEnvironment
 
@@ -283,7 +283,7 @@ def run_saebench(
         log.info("running sae-bench: %s", ", ".join(evals))
         # Standard output is for our table, so what sae-bench prints goes to standard error, 2.
         done = subprocess.run(
-            [str(python), "-m", "sae_toolkit.saebench_worker", str(job)],
+            [str(python), "-m", "sae_toolkit.evaluation.saebench.worker", str(job)],
             cwd=directory,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=2,

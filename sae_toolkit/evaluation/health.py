@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sae_toolkit.dead_features import DeadFeatureEstimates
+from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
 
 LEAST_REPLACED_SHARE = 0.98
 LEAST_SEQUENCES = 10  # with fewer, an interval drawn from them says little

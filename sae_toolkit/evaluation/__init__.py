@@ -1,0 +1,1 @@
+"""SAEs measured on real activations: the metrics, their intervals and the verdict."""
