@@ -91,8 +91,8 @@ def main() -> int:
 
     from sae_toolkit.comparison_report import Outcome, render_comparison, summary_table, write_comparison
     from sae_toolkit.comparison_run import describe, evaluate_entries, train_entry
-    from sae_toolkit.recording import record_runs
     from sae_toolkit.shared_activations import share
+    from sae_toolkit.training.record.start import record_runs
 
     with claimed(directory, "--comparison_dir"):
         settings = _settings(words)

@@ -38,10 +38,10 @@ def train(signals: StopSignals) -> int:
 
         # SAELens takes seconds to import: not for --help or a mistyped flag.
         from sae_toolkit.distributed.ranks import join_ranks
-        from sae_toolkit.preflight import check_activations, check_before_loading, dry_run
-        from sae_toolkit.recording import start_record
-        from sae_toolkit.training import Training, open_activations
-        from sae_toolkit.training_setup import prepare_run
+        from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
+        from sae_toolkit.training.record.start import start_record
+        from sae_toolkit.training.run import Training, open_activations
+        from sae_toolkit.training.setup import prepare_run
 
         with join_ranks() as ranks:  # the other processes of this run, where torchrun started several
             run = prepare_run(flags, ranks)

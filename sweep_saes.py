@@ -78,8 +78,8 @@ def main() -> int:
     # Ray and torch take seconds to import: not for --help or a mistyped flag.
     from rich.console import Console
 
-    from sae_toolkit.recording import record_runs
     from sae_toolkit.sweep_report import render_sweep, sweep_table, write_sweep
+    from sae_toolkit.training.record.start import record_runs
 
     try:
         from sae_toolkit.sweep_run import default_gpus, ray_cluster, run_trials

@@ -25,11 +25,11 @@ from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evidence import METADATA, Evidence
 from sae_toolkit.html_report import render_html, render_markdown
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.recording import record_of_training
 from sae_toolkit.report import diagnosis_table, feature_table, health_table
 from sae_toolkit.saes.checkpoints import load_log_sparsity
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME
+from sae_toolkit.training.record.start import record_of_training
 from sae_toolkit.training_history import load_history
 
 log = logging.getLogger(__name__)

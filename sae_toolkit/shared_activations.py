@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.terminal.progress import Progress
-from sae_toolkit.training import Training, open_activations
-from sae_toolkit.training_setup import prepare_run
+from sae_toolkit.training.prepared_run import PreparedRun
+from sae_toolkit.training.run import Training, open_activations
+from sae_toolkit.training.setup import prepare_run
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from sae_lens import SAE
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.runner_config import build_runner_config
 from sae_toolkit.saes.checkpoints import load_steps_since_fired
 from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME, default_flags
-from sae_toolkit.training import create_sae
+from sae_toolkit.training.configuration import build_runner_config
+from sae_toolkit.training.run import create_sae
 
 _LEAST_READINGS = 8  # that a curve is fitted to
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from sae_toolkit.runner_config import _HONOURED
 from sae_toolkit.settings.training import ARCHITECTURES
+from sae_toolkit.training.configuration import _HONOURED
 
 # What a shell can pass on, but for "/" and "~": nonsense must not become a path out of the test's directory.
 _TEXT = st.text(st.characters(exclude_characters="\0/~"), max_size=12)

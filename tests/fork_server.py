@@ -14,8 +14,8 @@ from pathlib import Path
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 # What a run imports; nothing has computed when the fork happens, so no thread is lost in it.
-import sae_toolkit.training
-import sae_toolkit.training_setup  # noqa: F401
+import sae_toolkit.training.run
+import sae_toolkit.training.setup  # noqa: F401
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sae_lens_train.py"
 

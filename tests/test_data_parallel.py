@@ -11,7 +11,7 @@ from trainings import run_flags
 from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.training import parse_training_flags
-from sae_toolkit.training_setup import prepare_run
+from sae_toolkit.training.setup import prepare_run
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 

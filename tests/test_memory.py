@@ -7,9 +7,9 @@ import torch
 
 from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import find_model
-from sae_toolkit.runner_config import build_runner_config, hook_names
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.steps.memory import plan_memory, suggest_flags
+from sae_toolkit.training.configuration import build_runner_config, hook_names
 
 
 def configuration(model, d_in, *flags, device="cpu"):

@@ -13,13 +13,13 @@ from conftest import HOOK, ROOT
 from safetensors.torch import load_file
 
 from sae_toolkit.model.loading import ModelSource, find_model
-from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
-from sae_toolkit.run_record import RunRecord
-from sae_toolkit.runner_config import build_runner_config
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.terminal.stop_signals import hear_stop_signals
-from sae_toolkit.training import Training, open_activations
-from sae_toolkit.training_setup import prepare_run
+from sae_toolkit.training.configuration import build_runner_config
+from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
+from sae_toolkit.training.record.run_record import RunRecord
+from sae_toolkit.training.run import Training, open_activations
+from sae_toolkit.training.setup import prepare_run
 
 # What the activations at layer 12 of the embedded model are like (README, What the numbers mean).
 UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share=1.0)

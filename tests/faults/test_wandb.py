@@ -23,7 +23,7 @@ pytestmark = pytest.mark.faults
 RECORD = """
 import json, time
 from sae_toolkit.terminal.console import set_up_logging
-from sae_toolkit.wandb_run import WandbRun
+from sae_toolkit.training.record.wandb_run import WandbRun
 set_up_logging()
 times = [time.monotonic()]
 run = WandbRun("online", run_id="abc12345", project="p", entity=None, name="n", config={"a": 1})

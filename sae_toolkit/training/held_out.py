@@ -12,12 +12,12 @@ from sae_toolkit.evaluation.run import evaluate_saes
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_tokenizer
-from sae_toolkit.prepared_run import PreparedRun, held_out_split
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.text.rows import ContextFormat, special_tokens
+from sae_toolkit.training.prepared_run import PreparedRun, held_out_split
 
 
 class HeldOutText:

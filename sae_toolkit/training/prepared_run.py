@@ -22,11 +22,11 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory
 from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
-from sae_toolkit.run_directory import RunDirectory
 from sae_toolkit.settings.values import Interval
 from sae_toolkit.steps.memory import MemoryPlan, plan_memory, suggest_flags
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
+from sae_toolkit.training.directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 
 from sae_toolkit.errors import RunFailed, UserError
-from sae_toolkit.held_out import HeldOutText
-from sae_toolkit.panels import of_held_out, panels
-from sae_toolkit.run_record import RunRecord
 from sae_toolkit.settings.training import HELD_OUT_METRICS_FILENAME
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals
+from sae_toolkit.training.held_out import HeldOutText
+from sae_toolkit.training.record.panels import of_held_out, panels
+from sae_toolkit.training.record.run_record import RunRecord
 
 if TYPE_CHECKING:
-    from sae_toolkit.training import Training
+    from sae_toolkit.training.run import Training
 
 log = logging.getLogger(__name__)
 

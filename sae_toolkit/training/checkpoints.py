@@ -13,10 +13,10 @@ from typing import Any
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import RunFailed
 from sae_toolkit.files.whole_directory import NotSaved
-from sae_toolkit.prepared_run import PreparedRun
 from sae_toolkit.saes.checkpoints import finish_saes, save_final_checkpoint, save_training_checkpoint
 from sae_toolkit.settings.values import Interval
 from sae_toolkit.steps.multi_trainer import MultiTrainer
+from sae_toolkit.training.prepared_run import PreparedRun
 
 log = logging.getLogger(__name__)
 

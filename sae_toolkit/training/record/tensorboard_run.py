@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.run_record import RunRecord
+from sae_toolkit.training.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 

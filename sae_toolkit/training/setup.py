@@ -23,13 +23,13 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype
 from sae_toolkit.model.language_model import hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
-from sae_toolkit.prepared_run import PreparedRun, existing, held_out_split
-from sae_toolkit.run_directory import RunDirectory, find_resumption
-from sae_toolkit.runner_config import build_runner_config, hook_flag, hook_names, output_directory
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
 from sae_toolkit.text.sources import TextSource, open_text
+from sae_toolkit.training.configuration import build_runner_config, hook_flag, hook_names, output_directory
+from sae_toolkit.training.directory import RunDirectory, find_resumption
+from sae_toolkit.training.prepared_run import PreparedRun, existing, held_out_split
 
 log = logging.getLogger(__name__)
 

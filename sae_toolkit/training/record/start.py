@@ -13,11 +13,11 @@ import numpy as np
 import xxhash
 
 from sae_toolkit import ROOT
-from sae_toolkit.prepared_run import PreparedRun
-from sae_toolkit.run_record import RunRecord
 from sae_toolkit.settings.training import FLAGS_FILENAME
-from sae_toolkit.tensorboard_run import TensorBoardRun
-from sae_toolkit.wandb_run import WandbRun
+from sae_toolkit.training.prepared_run import PreparedRun
+from sae_toolkit.training.record.run_record import RunRecord
+from sae_toolkit.training.record.tensorboard_run import TensorBoardRun
+from sae_toolkit.training.record.wandb_run import WandbRun
 
 
 def run_config(run: PreparedRun) -> dict[str, Any]:

@@ -21,16 +21,16 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.trust import tensors_only
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
-from sae_toolkit.prepared_run import PreparedRun
-from sae_toolkit.run_checkpoints import RunCheckpoints
-from sae_toolkit.run_record import RunRecord
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
 from sae_toolkit.steps.target_l0 import NEAR_TARGET
 from sae_toolkit.terminal.stop_signals import StopSignals
-from sae_toolkit.training_loop import TrainingLoop
+from sae_toolkit.training.checkpoints import RunCheckpoints
+from sae_toolkit.training.loop import TrainingLoop
+from sae_toolkit.training.prepared_run import PreparedRun
+from sae_toolkit.training.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from sae_toolkit.files.whole_directory import (
     remove_partial_directories,
     whole_directory,
 )
-from sae_toolkit.runner_config import output_directory
 from sae_toolkit.settings.training import (
     FLAGS_FILENAME,
     HELD_OUT_METRICS_FILENAME,
@@ -36,6 +35,7 @@ from sae_toolkit.settings.training import (
 )
 from sae_toolkit.terminal.console import open_run_log
 from sae_toolkit.text.sources import TextSource
+from sae_toolkit.training.configuration import output_directory
 
 log = logging.getLogger(__name__)
 

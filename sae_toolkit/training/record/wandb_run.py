@@ -18,7 +18,7 @@ import wandb
 import xxhash
 
 from sae_toolkit.errors import one_line
-from sae_toolkit.run_record import RunRecord
+from sae_toolkit.training.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 

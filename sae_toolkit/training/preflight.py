@@ -22,11 +22,11 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import is_out_of_memory
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
-from sae_toolkit.prepared_run import PreparedRun
-from sae_toolkit.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
-from sae_toolkit.runner_config import hook_flag
 from sae_toolkit.steps.trainer import Trainer
-from sae_toolkit.training import create_sae
+from sae_toolkit.training.configuration import hook_flag
+from sae_toolkit.training.prepared_run import PreparedRun
+from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
+from sae_toolkit.training.run import create_sae
 
 log = logging.getLogger(__name__)
 
