@@ -16,13 +16,14 @@ from typing import Any
 
 from sae_lens import __version__ as sae_lens_version
 
-from sae_toolkit.diagnosis import as_records, diagnose
+from sae_toolkit.diagnosis.diagnose import as_records, diagnose
+from sae_toolkit.diagnosis.evidence import METADATA, Evidence
+from sae_toolkit.diagnosis.history import load_history
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.health import judge
 from sae_toolkit.evaluation.probes import probe
 from sae_toolkit.evaluation.run import Evaluation
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.evidence import METADATA, Evidence
 from sae_toolkit.html_report import render_html, render_markdown
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.report import diagnosis_table, feature_table, health_table
@@ -30,7 +31,6 @@ from sae_toolkit.saes.checkpoints import load_log_sparsity
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.training.record.start import record_of_training
-from sae_toolkit.training_history import load_history
 
 log = logging.getLogger(__name__)
 

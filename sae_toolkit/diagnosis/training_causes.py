@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
+from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, outside, percent, standard_of
+from sae_toolkit.diagnosis.history import TrainingHistory
 from sae_toolkit.evaluation.probes import MASSIVE, STRONGEST, TWINS
-from sae_toolkit.evidence import ALL_METRICS, Evidence, Finding, outside, percent, standard_of
 from sae_toolkit.training.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOKENS_A_FEATURE, MOST_MASSIVE_SHARE
-from sae_toolkit.training_history import TrainingHistory
 
 _TARGET_L0 = 64
 _WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae_toolkit.diagnosis.history import TrainingHistory
 from sae_toolkit.evaluation.health import STANDARDS, Standard
 from sae_toolkit.evaluation.probes import Probes
-from sae_toolkit.training_history import TrainingHistory
 
 # What of an SAE's metadata tells of its training.
 METADATA = (

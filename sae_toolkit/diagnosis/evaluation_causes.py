@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, percent, standard_of, titles
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, LEAST_SEQUENCES
 from sae_toolkit.evaluation.probes import MASSIVE
-from sae_toolkit.evidence import ALL_METRICS, Evidence, Finding, percent, standard_of, titles
 
 # Medians of norms over a few thousand tokens of one text and another lie within some per cent of one another.
 _NORM_TOLERANCE = math.log(1.15)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit import evaluation_causes, training_causes
-from sae_toolkit.evidence import Evidence, Finding
+from sae_toolkit.diagnosis import evaluation_causes, training_causes
+from sae_toolkit.diagnosis.evidence import Evidence, Finding
 
 _TIERS = (evaluation_causes.CAUSES, training_causes.GIVEN, training_causes.SETTINGS)
 

@@ -1,0 +1,1 @@
+"""Why an SAE is unhealthy: the evidence, the causes that explain it, and the command that mends each."""
