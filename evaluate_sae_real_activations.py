@@ -129,9 +129,9 @@ def main() -> int:
     from sae_toolkit.evaluation.setup import prepare_evaluations
     from sae_toolkit.model.devices import choose_lm_dtype
     from sae_toolkit.model.loading import LanguageModels
-    from sae_toolkit.publish import check_may_publish, publish
-    from sae_toolkit.report import render, render_several
-    from sae_toolkit.results import Result, choose_outputs, write_over_layers, write_results
+    from sae_toolkit.reports.publish import check_may_publish, publish
+    from sae_toolkit.reports.results import Result, choose_outputs, write_over_layers, write_results
+    from sae_toolkit.reports.tables import render, render_several
 
     evals = parse_evals(flags.saebench) if flags.saebench is not None else ()
     if flags.push_to_hub:

@@ -20,7 +20,7 @@ from rich.text import Text
 from sae_toolkit.comparison import Contender, Entry
 from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.many_runs import pareto_front
-from sae_toolkit.report import MARKS, format_value, markdown_table
+from sae_toolkit.reports.tables import MARKS, format_value, markdown_table
 from sae_toolkit.runs_page import front_trace, legend, over_l0, runs_page
 
 _WORST_FIRST = ("unhealthy", "unsettled", "borderline", "healthy")

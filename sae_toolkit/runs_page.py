@@ -8,7 +8,7 @@ from html import escape
 from plotly import graph_objects as go
 
 from sae_toolkit.evaluation.health import STANDARDS
-from sae_toolkit.report import MARKS
+from sae_toolkit.reports.tables import MARKS
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_toolkit.evaluation.health import STANDARDS
-from sae_toolkit.report import MARKS, format_value
+from sae_toolkit.reports.tables import MARKS, format_value
 from sae_toolkit.runs_page import front_trace, legend, over_l0, runs_page
 from sae_toolkit.sweep import Trial, in_order, pareto_front
 

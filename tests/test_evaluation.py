@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.setup import _same_data
-from sae_toolkit.results import choose_outputs
+from sae_toolkit.reports.results import choose_outputs
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.saes.search import find_saes

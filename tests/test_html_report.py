@@ -13,7 +13,7 @@ import torch
 from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
 from sae_toolkit.evaluation.decoder_cosines import measure_cosines
 from sae_toolkit.evaluation.feature_browser import Context, Feature, FeatureRecorder, decode_tokens, logit_effects
-from sae_toolkit.html_report import render_html, render_markdown
+from sae_toolkit.reports.page import render_html, render_markdown
 
 HOSTILE = "</script><script>document.title='taken'</script><!--"
 D, F = 32, 300

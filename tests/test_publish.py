@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.publish import check_may_publish
+from sae_toolkit.reports.publish import check_may_publish
 from sae_toolkit.settings.training import default_flags, parse_training_flags
 
 TOKEN = "hf_" + "a" * 34

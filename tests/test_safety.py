@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.loading import find_model, load_language_model
-from sae_toolkit.results import _write_whole
+from sae_toolkit.reports.results import _write_whole
 from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.search import find_saes
 from sae_toolkit.terminal.console import run_script, set_up_logging

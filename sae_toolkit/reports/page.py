@@ -18,7 +18,8 @@ from plotly.offline import get_plotlyjs
 
 from sae_toolkit.evaluation.feature_browser import Feature
 from sae_toolkit.evaluation.health import STANDARDS, Standard
-from sae_toolkit.report import (
+from sae_toolkit.reports.figures import make_figures
+from sae_toolkit.reports.tables import (
     MARKS,
     beside_rows,
     format_interval,
@@ -29,9 +30,8 @@ from sae_toolkit.report import (
     markdown_table,
     verdict,
 )
-from sae_toolkit.report_figures import make_figures
 
-_TEMPLATE = Path(__file__).with_name("report_page.html")
+_TEMPLATE = Path(__file__).with_name("page.html")
 # How far the scale of a standard is drawn, where the value lies on it.
 _SCALE_ENDS = {"loss_recovered": 1.0, "l0": 240.0, "dead_features": 0.4, "decoder_absorption": 0.6}
 

@@ -19,8 +19,8 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import ConnectionFailed, retrying
-from sae_toolkit.report import health_table, markdown_table, verdict
-from sae_toolkit.results import Result
+from sae_toolkit.reports.results import Result
+from sae_toolkit.reports.tables import health_table, markdown_table, verdict
 from sae_toolkit.settings.training import FLAGS_FILENAME, as_words
 from sae_toolkit.terminal.redaction import redact
 

@@ -24,9 +24,9 @@ from sae_toolkit.evaluation.health import judge
 from sae_toolkit.evaluation.probes import probe
 from sae_toolkit.evaluation.run import Evaluation
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.html_report import render_html, render_markdown
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.report import diagnosis_table, feature_table, health_table
+from sae_toolkit.reports.page import render_html, render_markdown
+from sae_toolkit.reports.tables import diagnosis_table, feature_table, health_table
 from sae_toolkit.saes.checkpoints import load_log_sparsity
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME

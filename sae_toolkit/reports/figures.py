@@ -10,7 +10,7 @@ from typing import Any
 from plotly import graph_objects as go
 
 from sae_toolkit.evaluation.health import STANDARDS, Standard
-from sae_toolkit.report import format_range, format_value
+from sae_toolkit.reports.tables import format_range, format_value
 
 
 def make_figures(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> list[tuple[str, str, go.Figure]]:
