@@ -32,9 +32,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit.comparison import Entry, make_entries, parse_contenders
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs import claimed
+from sae_toolkit.many_runs.comparison.contenders import Entry, make_entries, parse_contenders
+from sae_toolkit.many_runs.processes import claimed
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.settings.values import positive
 from sae_toolkit.terminal.console import Parser, add_talk_flags, run_script, set_up_logging
@@ -89,9 +89,9 @@ def main() -> int:
     # torch and SAELens take seconds to import: not for --help or a mistyped flag.
     from rich.console import Console
 
-    from sae_toolkit.comparison_report import Outcome, render_comparison, summary_table, write_comparison
-    from sae_toolkit.comparison_run import describe, evaluate_entries, train_entry
-    from sae_toolkit.shared_activations import share
+    from sae_toolkit.many_runs.comparison.report import Outcome, render_comparison, summary_table, write_comparison
+    from sae_toolkit.many_runs.comparison.run import describe, evaluate_entries, train_entry
+    from sae_toolkit.many_runs.comparison.shared_activations import share
     from sae_toolkit.training.record.start import record_runs
 
     with claimed(directory, "--comparison_dir"):

@@ -27,10 +27,10 @@ import sys
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs import claimed
+from sae_toolkit.many_runs.processes import claimed
+from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.settings.values import non_negative, non_negative_float, positive
-from sae_toolkit.sweep import Trial, make_trials
 from sae_toolkit.terminal.console import Parser, run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
@@ -78,11 +78,11 @@ def main() -> int:
     # Ray and torch take seconds to import: not for --help or a mistyped flag.
     from rich.console import Console
 
-    from sae_toolkit.sweep_report import render_sweep, sweep_table, write_sweep
+    from sae_toolkit.many_runs.sweep.report import render_sweep, sweep_table, write_sweep
     from sae_toolkit.training.record.start import record_runs
 
     try:
-        from sae_toolkit.sweep_run import default_gpus, ray_cluster, run_trials
+        from sae_toolkit.many_runs.sweep.run import default_gpus, ray_cluster, run_trials
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run_process
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.sweep import Trial, in_order, make_trials, pareto_front
+from sae_toolkit.many_runs.sweep.trials import Trial, in_order, make_trials, pareto_front
 
 DEMO = [f"@{ROOT}/presets/demo.args"]
 

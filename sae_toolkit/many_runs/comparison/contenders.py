@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs import read_result
+from sae_toolkit.many_runs.processes import read_result
 from sae_toolkit.settings.values import positive_float
 
 TITLES = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}

@@ -16,8 +16,8 @@ from typing import Any
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.health import STANDARDS
-from sae_toolkit.many_runs import pareto_front as pareto_front_of
-from sae_toolkit.many_runs import read_result
+from sae_toolkit.many_runs.processes import pareto_front as pareto_front_of
+from sae_toolkit.many_runs.processes import read_result
 from sae_toolkit.settings.training import LATER_FLAGS, default_flags, parse_training_flags
 
 # The sweep's own, or without an effect on the SAE.

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_toolkit.comparison import Entry
 from sae_toolkit.files.own_environments import OwnEnvironment
-from sae_toolkit.library_trainings import Work
-from sae_toolkit.many_runs import read_result
-from sae_toolkit.shared_activations import Shared
+from sae_toolkit.many_runs.comparison.contenders import Entry
+from sae_toolkit.many_runs.comparison.library_trainings import Work
+from sae_toolkit.many_runs.comparison.shared_activations import Shared
+from sae_toolkit.many_runs.processes import read_result
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sae_toolkit.comparison import Contender, Entry
 from sae_toolkit.evaluation.health import STANDARDS
-from sae_toolkit.many_runs import pareto_front
+from sae_toolkit.many_runs.comparison.contenders import Contender, Entry
+from sae_toolkit.many_runs.page import front_trace, legend, over_l0, runs_page
+from sae_toolkit.many_runs.processes import pareto_front
 from sae_toolkit.reports.tables import MARKS, format_value, markdown_table
-from sae_toolkit.runs_page import front_trace, legend, over_l0, runs_page
 
 _WORST_FIRST = ("unhealthy", "unsettled", "borderline", "healthy")
 _SYMBOLS = {"saelens": "circle", "sparsify": "diamond", "dictionary_learning": "square"}

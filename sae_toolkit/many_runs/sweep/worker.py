@@ -9,8 +9,8 @@ from typing import Any
 
 from ray import tune
 
-from sae_toolkit.many_runs import finished_sae, last_line_of, readings_of, script, start_process, write_result
-from sae_toolkit.sweep import Trial, promise
+from sae_toolkit.many_runs.processes import finished_sae, last_line_of, readings_of, script, start_process, write_result
+from sae_toolkit.many_runs.sweep.trials import Trial, promise
 
 _SECONDS_BETWEEN_REPORTS = 2.0
 _STOP_SECONDS = 120  # for a checkpoint to be written

@@ -18,9 +18,9 @@ from ray.tune.schedulers import ASHAScheduler
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.many_runs.sweep.trials import Trial
+from sae_toolkit.many_runs.sweep.worker import SweepTrial
 from sae_toolkit.settings.training import parse_training_flags
-from sae_toolkit.sweep import Trial
-from sae_toolkit.sweep_trial import SweepTrial
 
 log = logging.getLogger(__name__)
 

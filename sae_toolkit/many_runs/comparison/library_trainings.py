@@ -16,11 +16,11 @@ import numpy as np
 from sae_lens.util import dtype_to_str
 
 from sae_toolkit import ROOT
-from sae_toolkit.comparison import ARCHITECTURES, Entry
-from sae_toolkit.many_runs import finished_sae, last_line_of, readings_of, script, start_process
+from sae_toolkit.many_runs.comparison.contenders import ARCHITECTURES, Entry
+from sae_toolkit.many_runs.comparison.shared_activations import Shared
+from sae_toolkit.many_runs.processes import finished_sae, last_line_of, readings_of, script, start_process
 from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.settings.training import parse_training_flags
-from sae_toolkit.shared_activations import Shared
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.rows import special_tokens
 
@@ -175,7 +175,12 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
         "directory": str(entry.directory),
     }
     (entry.directory / "job.json").write_text(json.dumps(job, indent=1))
-    command = [*script("")[:1], "-m", "sae_toolkit.sparsify_worker", str(entry.directory / "job.json")]
+    command = [
+        *script("")[:1],
+        "-m",
+        "sae_toolkit.many_runs.comparison.sparsify_worker",
+        str(entry.directory / "job.json"),
+    ]
 
     def done() -> int:
         with suppress(OSError, ValueError):

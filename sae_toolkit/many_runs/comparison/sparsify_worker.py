@@ -1,6 +1,6 @@
 """Trains one SAE with sparsify's own Trainer, which runs the language model itself.
 
-    python -m sae_toolkit.sparsify_worker JOB.json
+    python -m sae_toolkit.many_runs.comparison.sparsify_worker JOB.json
 
 JOB.json: `model_name`, `model_kwargs`, `trust_remote_code`, `lm_dtype` and `device`; `hook_name` and `hookpoint`, ours
 and sparsify's; `rows`, a .npy file of token ids [N, T] in the order of training; `sae` and `training`, arguments of its

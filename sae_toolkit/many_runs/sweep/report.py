@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_toolkit.evaluation.health import STANDARDS
+from sae_toolkit.many_runs.page import front_trace, legend, over_l0, runs_page
+from sae_toolkit.many_runs.sweep.trials import Trial, in_order, pareto_front
 from sae_toolkit.reports.tables import MARKS, format_value
-from sae_toolkit.runs_page import front_trace, legend, over_l0, runs_page
-from sae_toolkit.sweep import Trial, in_order, pareto_front
 
 Outcomes = Sequence[tuple[Trial, Mapping[str, Any]]]
 

@@ -2,7 +2,7 @@
 
 It imports nothing of this project, and reads activations from its standard input:
 
-    python sae_toolkit/dictionary_learning_worker.py JOB.json < activations
+    python sae_toolkit/many_runs/comparison/dictionary_learning_worker.py JOB.json < activations
 
 JOB.json: `trainer` (a name in TRAINERS), `arguments` of it, `batch` and `d_in` of the activations, `norm_batches` that
 come first, for the library's estimate of their norm, `steps` batches after them, and `directory`, which gets the

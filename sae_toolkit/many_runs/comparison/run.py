@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sae_toolkit.comparison import Entry
-from sae_toolkit.dictionary_learning_training import THEIR_LR, train_dictionary_learning
 from sae_toolkit.errors import UserError
-from sae_toolkit.library_trainings import TrainingFailed, train_saelens, train_sparsify
-from sae_toolkit.many_runs import last_line_of, script, start_process, write_result
-from sae_toolkit.shared_activations import Shared
+from sae_toolkit.many_runs.comparison.contenders import Entry
+from sae_toolkit.many_runs.comparison.dictionary_learning_training import THEIR_LR, train_dictionary_learning
+from sae_toolkit.many_runs.comparison.library_trainings import TrainingFailed, train_saelens, train_sparsify
+from sae_toolkit.many_runs.comparison.shared_activations import Shared
+from sae_toolkit.many_runs.processes import last_line_of, script, start_process, write_result
 from sae_toolkit.terminal.progress import Progress
 
 log = logging.getLogger(__name__)

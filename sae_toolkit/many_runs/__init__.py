@@ -1,0 +1,1 @@
+"""What sweeps and comparisons share: processes, results on disk, a page."""

@@ -1,0 +1,1 @@
+"""A sweep over settings: its trials, run on Ray Tune, and its report."""
