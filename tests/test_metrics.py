@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sae_toolkit.evaluation import decoder_cosines, metrics
 from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates, FiringStatistics
 from sae_toolkit.evaluation.decoder_cosines import measure_cosines, random_largest_cosine
 from sae_toolkit.evaluation.health import STANDARDS, judge
@@ -14,7 +15,6 @@ from sae_toolkit.evaluation.metrics import (
     compare_predictions,
     point_and_interval,
 )
-from sae_toolkit.evaluation.run import decoder_cosines, metrics
 
 
 @pytest.fixture(params=[2**27, 200])
