@@ -24,7 +24,7 @@ if [[ $# -gt 0 && "$1" != -* && "$1" != @* ]]; then
     fi
 fi
 
-set_up_environment requirements.txt requirements-embedded.txt
+set_up_environment requirements.txt requirements/embedded.txt
 gpus=$(cuda_devices)
 flags=("$@")
 if [[ " $*" == *" --like"* ]]; then

@@ -36,7 +36,7 @@ else
     [[ $(printf '%s\n' "${ids[@]}" | sort -u | wc -l) -eq $num_gpus ]] || fail "GPU_IDS $gpu_ids: an id stands there twice"
 fi
 
-set_up_environment requirements.txt requirements-embedded.txt
+set_up_environment requirements.txt requirements/embedded.txt
 if [[ -n "$gpu_ids" ]]; then
     gpus=$(cuda_devices)
     n_gpus=$(grep -c . <<<"$gpus" || true)

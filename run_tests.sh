@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
 source ./setup_environment.sh
 
-set_up_environment requirements.txt requirements-embedded.txt requirements-sweep.txt requirements-dev.txt
+set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/dev.txt
 case "${1:-}" in
 "") # two at a time, each on one core: most of their time goes into starting Python
     export OMP_NUM_THREADS=1

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the shell scripts: finds or makes a Python environment with what requirements*.txt ask for.
+# Sourced by the shell scripts: finds or makes a Python environment with what requirements.txt and requirements/*.txt ask for.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

@@ -86,7 +86,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        install = f"{sys.executable} -m pip install -c constraints.txt -r requirements-sweep.txt"
+        install = f"{sys.executable} -m pip install -c constraints.txt -r requirements/sweep.txt"
         raise UserError(f"sweep_saes.py: Ray is not installed here: {install}") from None
 
     with claimed(directory, "--sweep_dir"), ray_cluster(flags.address):

@@ -25,7 +25,7 @@ MAX_RESTARTS=3
 export NNODES MASTER_ADDR MASTER_PORT MAX_RESTARTS
 
 # Once, on one machine: the others would write to the same environment.
-srun --nodes=1 --ntasks=1 bash -c 'source ./setup_environment.sh && set_up_environment requirements.txt requirements-embedded.txt'
+srun --nodes=1 --ntasks=1 bash -c 'source ./setup_environment.sh && set_up_environment requirements.txt requirements/embedded.txt'
 
 # NODE_RANK is known to each task alone; --signal=TERM reaches each, which saves a checkpoint and ends.
 ids=$(seq -s, 0 $((gpus - 1)))

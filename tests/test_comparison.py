@@ -138,7 +138,7 @@ def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, 
         PYTHONPATH=str(hidden_sparsify(tmp_path)),
     )
     assert done.status == 0, done.stderr
-    said = "sparsify topk: not installed: python -m pip install -c constraints.txt -r requirements-comparison.txt"
+    said = "sparsify topk: not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt"
     assert said in (tmp_path / "comparison" / "comparison.md").read_text()
     trained, missing = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
     assert trained["metrics"]["l0"] > 0

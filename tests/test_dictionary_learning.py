@@ -141,7 +141,7 @@ def dictionary_learning_python() -> Path:
     if not complete.is_file():
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
         (environment / ".gitignore").write_text("*\n")
-        requirements = ROOT / "requirements-dictionary-learning.txt"
+        requirements = ROOT / "requirements/dictionary-learning.txt"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements], check=True)
         complete.touch()
     return python

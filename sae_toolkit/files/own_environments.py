@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OwnEnvironment:
-    """An environment in `.venv-NAME`, filled with what `requirements-NAME.txt` lists.
+    """An environment in `.venv-NAME`, filled with what `requirements/NAME.txt` lists.
 
     Args:
         name: of both.
@@ -46,7 +46,7 @@ class OwnEnvironment:
 
     @property
     def requirements(self) -> Path:
-        return self.root / f"requirements-{self.name}.txt"
+        return self.root / "requirements" / f"{self.name}.txt"
 
     def python(self) -> Path:
         """Its Python; it is made first where it is missing, incomplete or of other versions.

@@ -143,7 +143,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
     """Trains by sparsify's Trainer on the live model; returns what `train_saelens` does."""
     if find_spec("sparsify") is None:
-        raise TrainingFailed("not installed: python -m pip install -c constraints.txt -r requirements-comparison.txt")
+        raise TrainingFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
     run = shared.run
     layer = run.cfg.hook_name.removeprefix("blocks.").removesuffix(".hook_resid_post")
     if not layer.isdigit():
