@@ -19,7 +19,7 @@ case "${1:-}" in
     ;;
 --faults) # most of their time goes into waiting
     export OMP_NUM_THREADS=1
-    set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/test_resume.py "${@:2}"
+    set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/training/test_resume.py "${@:2}"
     ;;
 --scale) set -- -m "scale" "${@:2}" ;;
 --diagnosis) set -- -m "diagnosis" "${@:2}" ;;

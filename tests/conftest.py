@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,27 +17,13 @@ os.environ["SAE_TOOLKIT_RETRY_WAIT"] = "0.01"
 os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
 
 import torch
-from trainings import ROOT, Trainings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import ModelSource, find_model, load_language_model, load_tokenizer
-
-HOOK = "blocks.12.hook_resid_post"
-
-
-@dataclass
-class Outcome:
-    """How a script ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def error_lines(self) -> list[str]:
-        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+from support.processes import HOOK, ROOT, Outcome
+from support.trainings import Trainings
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +116,30 @@ def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[object]:
     return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
 
+@pytest.fixture
+def tiny_args(tiny_model, text_file, tmp_path):
+    """A flag file of a run of a second or two."""
+    flags = {
+        "model_name": tiny_model,
+        "layer": 1,
+        "dataset_path": text_file,
+        "context_size": 64,
+        "architecture": "batchtopk",
+        "k": 8,
+        "expansion_factor": 8,
+        "normalize_activations": "expected_average_only_in",
+        "training_tokens": 20480,
+        "n_batches_in_buffer": 32,
+        "lr": 1e-3,
+        "wandb_mode": "disabled",
+        "device": "cpu",
+        "lm_dtype": "float32",
+    }
+    path = tmp_path / "tiny.args"
+    path.write_text("\n".join(f"--{name} {value}" for name, value in flags.items()))
+    return path
+
+
 @pytest.fixture(scope="session")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
     trainings = Trainings(tmp_path_factory.mktemp("trainings"))
@@ -154,17 +162,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line("| --- | --- | --- | --- |")
         for row in rows:
             terminalreporter.line(f"| {' | '.join(map(str, row))} |")
-
-
-def run_process(*command: object, timeout: float = 300, **environment: str) -> Outcome:
-    """Runs a command as a process of its own, in the project's root."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)

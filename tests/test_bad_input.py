@@ -8,11 +8,11 @@ import threading
 import huggingface_hub
 import pytest
 import torch
-from conftest import run_process
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
 
 from sae_toolkit.files.hub import check_repository
+from support.processes import run_process
 
 TRAINING_MISTAKES = {
     "no such model": ({"model_name": "./nowhere"}, "--model_name ./nowhere: neither a file or directory"),

@@ -3,7 +3,7 @@
 import re
 import sys
 
-from conftest import run_process
+from support.processes import run_process
 
 
 def test_the_training_benchmark_prints_contenders_floors_and_ratios():

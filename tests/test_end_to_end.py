@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import run_process
 from sae_lens import SAE, ActivationsStore, run_evals
 from sae_lens.evals import get_eval_everything_config
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -19,6 +18,7 @@ from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
 from sae_toolkit.text.sources import HeldOutSplit, open_text
+from support.processes import run_process
 
 N_SEQUENCES, CONTEXT = 12, 128
 

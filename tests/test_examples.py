@@ -8,10 +8,10 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
 
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.training import parse_training_flags
+from support.processes import ROOT
 
 EXAMPLES = ROOT / "examples"
 

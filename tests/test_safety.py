@@ -12,8 +12,6 @@ import pytest
 import torch
 import transformers
 import xxhash
-from hostile_files import TouchesFile, edit_json, edit_metadata, edit_tensors, model_with_code
-from sae_files import random_dictionary, save_dictionary
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file
 
@@ -24,6 +22,8 @@ from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.search import find_saes
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.terminal.redaction import redact
+from support.hostile_files import TouchesFile, edit_json, edit_metadata, edit_tensors, model_with_code
+from support.sae_files import random_dictionary, save_dictionary
 
 HOOK = "blocks.1.hook_resid_post"
 SECRETS = {

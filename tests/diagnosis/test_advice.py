@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.diagnosis
+
 ROOT = Path(__file__).resolve().parents[2]
 MOST_ROUNDS = 3
 

@@ -1,7 +1,8 @@
 """Hundreds of combinations of flags, each trained to the end or refused in one line that names what was given."""
 
 import pytest
-from flag_combinations import run_combinations
+
+from support.flag_combinations import run_combinations
 
 pytestmark = pytest.mark.faults
 

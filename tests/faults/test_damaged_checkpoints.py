@@ -6,12 +6,12 @@ import signal
 import time
 
 import pytest
-from trainings import assert_same, run_flags
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import MANIFEST_FILENAME, check_manifest
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.training.directory import RunDirectory
+from support.trainings import assert_same, run_flags
 
 pytestmark = pytest.mark.faults
 RANGES = 16  # of each file

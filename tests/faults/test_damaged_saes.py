@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile_files import edit_json, edit_metadata, edit_tensors, join_safetensors, split_safetensors
-from sae_files import random_dictionary, random_sparse_coder, save_dictionary
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -31,6 +29,8 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.metadata import check_metadata
 from sae_toolkit.saes.search import find_saes
+from support.hostile_files import edit_json, edit_metadata, edit_tensors, join_safetensors, split_safetensors
+from support.sae_files import random_dictionary, random_sparse_coder, save_dictionary
 
 pytestmark = pytest.mark.faults
 

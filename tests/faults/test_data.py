@@ -12,13 +12,13 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from conftest import run_process
-from faults.loopback_hub import LoopbackHub
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_training_rows
 from sae_toolkit.text.sources import HeldOutSplit, open_text
+from support.loopback_hub import LoopbackHub
+from support.processes import run_process
 
 pytestmark = pytest.mark.faults
 

@@ -13,9 +13,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, run_process
-from faults.loopback_hub import LoopbackHub
 from safetensors.torch import load_file
+
+from support.loopback_hub import LoopbackHub
+from support.processes import Outcome, run_process
 
 pytestmark = pytest.mark.faults
 

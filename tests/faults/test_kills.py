@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from trainings import assert_same, run_flags
+
+from support.trainings import assert_same, run_flags
 
 ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "standard", "gated")
 

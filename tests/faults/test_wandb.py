@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_process
-from faults.loopback_wandb import KEY, LoopbackWandb
 from safetensors.torch import load_file
-from wandb_reader import read_offline_runs
+
+from support.loopback_wandb import KEY, LoopbackWandb
+from support.processes import ROOT, run_process
+from support.wandb_reader import read_offline_runs
 
 pytestmark = pytest.mark.faults
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
-from test_sweep import tiny_args  # noqa: F401  a fixture
-from trainings import assert_same
+
+from support.processes import ROOT
+from support.trainings import assert_same
 
 pytestmark = pytest.mark.scale
 
@@ -82,7 +82,7 @@ def trainings_of(directory: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def whole(tiny_args, tmp_path):  # noqa: F811
+def whole(tiny_args, tmp_path):
     """The SAEs of a sweep that was left alone."""
     sweep = Sweep(tiny_args, tmp_path / "whole", *GRID)
     status, _, stderr = sweep.finish()
@@ -90,7 +90,7 @@ def whole(tiny_args, tmp_path):  # noqa: F811
     return sweep.saes()
 
 
-def test_a_training_that_is_killed_goes_on_and_takes_nothing_down(tiny_args, tmp_path, whole):  # noqa: F811
+def test_a_training_that_is_killed_goes_on_and_takes_nothing_down(tiny_args, tmp_path, whole):
     sweep = Sweep(tiny_args, tmp_path / "killed", *GRID)
     sweep.wait_for_a_checkpoint()
     trainings_of(tmp_path / "killed")[0].kill()
@@ -102,7 +102,7 @@ def test_a_training_that_is_killed_goes_on_and_takes_nothing_down(tiny_args, tmp
 
 
 @pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_a_sweep_that_is_ended_goes_on_with_the_same_command(tiny_args, tmp_path, whole, number, exit_status):  # noqa: F811
+def test_a_sweep_that_is_ended_goes_on_with_the_same_command(tiny_args, tmp_path, whole, number, exit_status):
     sweep = Sweep(tiny_args, tmp_path / "ended", *GRID)
     sweep.wait_for_a_checkpoint()
     os.kill(sweep.process.pid, number)
@@ -119,7 +119,7 @@ def test_a_sweep_that_is_ended_goes_on_with_the_same_command(tiny_args, tmp_path
         assert_same(whole[k], sae)
 
 
-def test_trials_that_promise_too_little_are_stopped_and_can_go_on(tiny_args, tmp_path):  # noqa: F811
+def test_trials_that_promise_too_little_are_stopped_and_can_go_on(tiny_args, tmp_path):
     grid = ["--grid", "lr=3e-3,1e-3,1e-6", "k=16"]
     status, _, stderr = Sweep(tiny_args, tmp_path / "sweep", *grid, "--early_stop").finish()
     assert status == 0, stderr
@@ -151,7 +151,7 @@ def cluster(monkeypatch):
         subprocess.run([*RAY, "stop", "--force"], check=False, capture_output=True)
 
 
-def test_a_machine_that_is_lost_takes_no_trial_with_it(cluster, tiny_args, tmp_path, whole):  # noqa: F811
+def test_a_machine_that_is_lost_takes_no_trial_with_it(cluster, tiny_args, tmp_path, whole):
     address, raylet = cluster
     sweep = Sweep(tiny_args, tmp_path / "lost", *GRID, "--address", address)
 

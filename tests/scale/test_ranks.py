@@ -6,8 +6,9 @@ import json
 import time
 
 import pytest
-from many_processes import Launch, after_a_checkpoint, assert_close, kill_rank
-from trainings import assert_same, run_flags
+
+from support.many_processes import Launch, after_a_checkpoint, assert_close, kill_rank
+from support.trainings import assert_same, run_flags
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_process
-from many_processes import Launch, after_a_checkpoint, assert_close, kill_rank
-from trainings import run_flags
+
+from support.many_processes import Launch, after_a_checkpoint, assert_close, kill_rank
+from support.processes import ROOT, run_process
+from support.trainings import run_flags
 
 pytestmark = [
     pytest.mark.scale,

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import ROOT
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from sae_toolkit.steps.trainer import Trainer
+from support.processes import ROOT
 
 BATCH, N_STEPS = 128, 500
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import HOOK, ROOT
 from safetensors.torch import load_file
 
 from sae_toolkit.model.loading import ModelSource, find_model
@@ -20,6 +19,7 @@ from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
+from support.processes import HOOK, ROOT
 
 # What the activations at layer 12 of the embedded model are like (README, What the numbers mean).
 UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share=1.0)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_process
 from safetensors.torch import load_file
-from wandb_reader import read_offline_runs
+
+from support.processes import ROOT, run_process
+from support.wandb_reader import read_offline_runs
 
 PANELS = re.findall(r"`((?:learning|sparsity|alive|speed|held_out)/\w+)`", (ROOT / "README.md").read_text())
 TRAIN = [

@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from huggingface_hub.constants import HF_HUB_CACHE
 from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from sae_toolkit.reports.results import choose_outputs
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.saes.search import find_saes
+from support.processes import ROOT
 
 CONTEXT, N_ROWS, BATCH = 48, 20, 4
 BOS, EOS = 1, 2

@@ -7,10 +7,10 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, run_process
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.sweep.trials import Trial, in_order, make_trials, pareto_front
+from support.processes import ROOT, run_process
 
 DEMO = [f"@{ROOT}/presets/demo.args"]
 
@@ -90,30 +90,6 @@ def test_the_best_is_the_healthiest_and_the_front_is_what_no_other_beats(tmp_pat
     numbered = [(Trial(n, {}, [], tmp_path, None), found) for n, found in enumerate(measured, 1)]
     assert [trial.number for trial, _ in in_order(numbered)] == [3, 4, 1, 2, 6]
     assert [trial.number for trial, _ in pareto_front(numbered)] == [6, 2, 3]
-
-
-@pytest.fixture
-def tiny_args(tiny_model, text_file, tmp_path):
-    """A flag file of a run of a second or two."""
-    flags = {
-        "model_name": tiny_model,
-        "layer": 1,
-        "dataset_path": text_file,
-        "context_size": 64,
-        "architecture": "batchtopk",
-        "k": 8,
-        "expansion_factor": 8,
-        "normalize_activations": "expected_average_only_in",
-        "training_tokens": 20480,
-        "n_batches_in_buffer": 32,
-        "lr": 1e-3,
-        "wandb_mode": "disabled",
-        "device": "cpu",
-        "lm_dtype": "float32",
-    }
-    path = tmp_path / "tiny.args"
-    path.write_text("\n".join(f"--{name} {value}" for name, value in flags.items()))
-    return path
 
 
 def sweep(tiny_args, directory, *flags):

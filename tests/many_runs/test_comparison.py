@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_process
 from sae_lens import SAE
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.comparison.contenders import Contender, parse_contenders
 from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty
 from sae_toolkit.many_runs.processes import pareto_front
+from support.processes import run_process
 
 
 @pytest.mark.parametrize(("a", "power"), [(3.0, -1.4), (0.5, -0.6), (80.0, -2.5)])

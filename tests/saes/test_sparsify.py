@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from sae_files import ACTS, F, K, assert_agrees_with_sparsify, load, random_sparse_coder
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.saes.foreign import hook_of_hookpoint
 from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.search import find_saes
+from support.sae_files import ACTS, F, K, assert_agrees_with_sparsify, load, random_sparse_coder
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])

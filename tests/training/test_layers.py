@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import assert_same, run_flags
 
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.text.positions import PositionFilter
+from support.trainings import assert_same, run_flags
 
 
 def final(done):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
+
+from support.processes import ROOT
 
 
 class Launch:

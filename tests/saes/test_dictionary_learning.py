@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_process
-from sae_files import ACTS, D, F, K, assert_agree, load, random_dictionary, save_dictionary
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.search import find_saes
+from support.processes import ROOT, run_process
+from support.sae_files import ACTS, D, F, K, assert_agree, load, random_dictionary, save_dictionary
 
 
 def by_formula(dict_class: str, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +153,7 @@ def test_what_dictionary_learning_trains_computes_the_same_here(dictionary_learn
     codes = (rng.random((2048, 40)) < 0.15) * rng.random((2048, 40)) * 4
     acts = (codes @ rng.standard_normal((40, 24)) + 2 * rng.standard_normal(24)).astype(np.float32)
     np.save(tmp_path / "acts.npy", acts)
-    script = ROOT / "tests/write_dictionary_learning_saes.py"
+    script = ROOT / "tests/support/write_dictionary_learning_saes.py"
     done = run_process(dictionary_learning_python, script, tmp_path / "saes", tmp_path / "acts.npy", timeout=900)
     assert done.status == 0, done.stderr[-2000:]
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from sae_files import (
+from sae_lens import StandardSAE, StandardSAEConfig
+from safetensors.torch import load_file
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.saes.formats import load_sae_file
+from sae_toolkit.saes.search import find_saes
+from support.sae_files import (
     D,
     F,
     assert_agree,
@@ -18,12 +24,6 @@ from sae_files import (
     save_dictionary,
     save_saelens,
 )
-from sae_lens import StandardSAE, StandardSAEConfig
-from safetensors.torch import load_file
-
-from sae_toolkit.errors import UserError
-from sae_toolkit.saes.formats import load_sae_file
-from sae_toolkit.saes.search import find_saes
 
 
 def truncate(file: Path) -> None:

@@ -7,7 +7,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_process
 from sae_lens.training.mixing_buffer import mixing_buffer
 
 from sae_toolkit.activations.shuffle_buffer import ShuffleBuffer
@@ -15,6 +14,7 @@ from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.text.positions import PositionFilter
+from support.processes import ROOT, run_process
 
 SPECIAL = (1, 2)
 

@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_process
-from step_in_ranks import BATCH, N_STEPS, NAMES
-from trainings import run_flags
 
 from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.training import parse_training_flags
 from sae_toolkit.training.setup import prepare_run
+from support.processes import ROOT, run_process
+from support.step_in_ranks import BATCH, N_STEPS, NAMES
+from support.trainings import run_flags
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
@@ -29,7 +29,7 @@ def results(language_model, tokenizer, tmp_path_factory):
         done = run_process(
             *TORCHRUN,
             f"--nproc-per-node={n}",
-            ROOT / "tests" / "step_in_ranks.py",
+            ROOT / "tests" / "support" / "step_in_ranks.py",
             directory / "acts.pt",
             directory / f"{n}.pt",
             PYTHONPATH=str(ROOT),

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_process
-from faults.loopback_hub import LoopbackHub
-from faults.loopback_wandb import KEY, LoopbackWandb
 from safetensors.torch import load_file
-from wandb_reader import read_offline_runs
+
+from support.loopback_hub import LoopbackHub
+from support.loopback_wandb import KEY, LoopbackWandb
+from support.processes import run_process
+from support.wandb_reader import read_offline_runs
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_process
 from sae_lens import TrainingSAE
-from trainings import ROOT, assert_same, run_flags
 
+from sae_toolkit import ROOT
 from sae_toolkit.settings.values import Interval
+from support.processes import run_process
+from support.trainings import assert_same, run_flags
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import os
 import runpy
 import signal
 import sys
-from pathlib import Path
 
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 # What a run imports; nothing has computed when the fork happens, so no thread is lost in it.
 import sae_toolkit.training.run
 import sae_toolkit.training.setup  # noqa: F401
+from sae_toolkit import ROOT
 
-SCRIPT = Path(__file__).resolve().parents[1] / "sae_lens_train.py"
+SCRIPT = ROOT / "sae_lens_train.py"
 
 
 def run(flags: list[str], output: str) -> None:

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_process
+
+from support.processes import run_process
 
 # All keys of core.
 AGREE = {

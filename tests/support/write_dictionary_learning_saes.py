@@ -1,7 +1,7 @@
 """Trains one SAE of each kind with dictionary_learning itself and writes down what it computes with them.
 
 It runs in an environment of its own (requirements/dictionary-learning.txt) and imports nothing of this project:
-    python tests/write_dictionary_learning_saes.py OUT_DIR ACTS.npy
+    python tests/support/write_dictionary_learning_saes.py OUT_DIR ACTS.npy
 
 ACTS.npy holds float32 activations [N, D]. For each kind, OUT_DIR/<kind>/trainer_0 gets `ae.pt` and `config.json`, which
 the library writes, and beside them

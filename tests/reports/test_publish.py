@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_process
-from faults.loopback_hub import LoopbackHub
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.reports.publish import check_may_publish
 from sae_toolkit.settings.training import default_flags, parse_training_flags
+from support.loopback_hub import LoopbackHub
+from support.processes import run_process
 
 TOKEN = "hf_" + "a" * 34
 ID = "blocks.1.hook_resid_post"

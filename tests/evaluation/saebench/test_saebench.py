@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import HOOK, ROOT, run_process
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.saebench.run import ENVIRONMENT, EVALS, parse_evals, refuse_what_cannot_run, run_saebench
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.model.language_model import LanguageModel
+from support.processes import HOOK, ROOT, run_process
 
 KEYS = {
     "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},

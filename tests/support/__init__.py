@@ -1,0 +1,1 @@
+"""What the tests share: processes, files and hosts to test with."""
