@@ -25,7 +25,6 @@ comparison.md and comparison.html into its directory, with the SAEs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -35,9 +34,9 @@ from typing import Any
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.comparison.contenders import Entry, make_entries, parse_contenders
 from sae_toolkit.many_runs.processes import claimed
-from sae_toolkit.settings.training import parse_training_flags
-from sae_toolkit.settings.values import positive
-from sae_toolkit.terminal.console import Parser, add_talk_flags, run_script, set_up_logging
+from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.comparison import parse_comparison_flags
+from sae_toolkit.terminal.console import run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 
@@ -45,43 +44,24 @@ _QUICK_TOKENS = 250_000
 _SETTINGS = "settings.json"
 
 
-def parse_flags() -> tuple[argparse.Namespace, list[str]]:
-    """The comparison's own flags, and those of the trainings."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--libraries",
-        nargs="+",
-        default=["saelens", "sparsify", "dictionary_learning"],
-        metavar="LIBRARY[:KIND][@LR]",
-        help="saelens, sparsify, dictionary_learning, all kinds of SAE of each or the one named (default: all three)",
-    )
-    add("--l0", nargs="+", type=positive, help="features active a token (default: 20 40 80 160; with --quick 64)")
-    add("--seeds", type=positive, default=1, metavar="N", help="of each, from --seed on (default: 1)")
-    add("--quick", action="store_true", help="one L0 and 250,000 tokens, unless others are given")
-    add("--comparison_dir", type=Path, help="directory of the comparison (default: comparisons/OUTPUT_NAME)")
-    add("--num_samples", type=positive, help="sequences of the evaluation (default: the evaluation's)")
-    add("--dry_run", action="store_true", help="list the SAEs, and stop")
-    add_talk_flags(parser)
-    return parser.parse_known_args()
-
-
 def main() -> int:
-    flags, words = parse_flags()
-    set_up_logging(flags.verbose, flags.quiet)
+    settings, words = parse_comparison_flags(__doc__)
+    set_up_logging(settings.run.verbose, settings.run.quiet)
     given = parse_training_flags(words)
-    if given.layers or given.hook_names:
+    if given.model.layers or given.model.hook_names:
         raise UserError("--layers, --hook_names: a comparison is of one hook; give --layer")
-    if given.resume or given.shard_features:
+    if given.run.resume or given.sae.shard_features:
         raise UserError("--resume, --shard_features: not in a comparison, which goes on by itself; leave them out")
-    if flags.quick and "--training_tokens" not in words:
-        decay = given.lr_decay_steps * _QUICK_TOKENS // given.training_tokens
+    if settings.run.quick and "--training_tokens" not in words:
+        decay = given.optimization.lr_decay_steps * _QUICK_TOKENS // given.optimization.training_tokens
         words = [*words, "--training_tokens", str(_QUICK_TOKENS), "--lr_decay_steps", str(decay)]
-    contenders = parse_contenders(flags.libraries)
-    directory = (flags.comparison_dir or Path("comparisons") / given.output_name).absolute()
-    l0s = sorted(set(flags.l0 or ([64] if flags.quick else [20, 40, 80, 160])))
-    entries = make_entries(contenders, l0s, range(given.seed, given.seed + flags.seeds), directory)
-    if flags.dry_run:
+    contenders = parse_contenders(settings.contenders.libraries)
+    directory = (settings.run.comparison_dir or Path("comparisons") / given.run.output_name).absolute()
+    l0s = sorted(set(settings.contenders.l0 or ([64] if settings.run.quick else [20, 40, 80, 160])))
+    entries = make_entries(
+        contenders, l0s, range(given.optimization.seed, given.optimization.seed + settings.contenders.seeds), directory
+    )
+    if settings.run.dry_run:
         for number, entry in enumerate(entries, 1):
             print(f"{number}: {entry.name}")
         return 0
@@ -95,10 +75,10 @@ def main() -> int:
     from sae_toolkit.training.record.start import record_runs
 
     with claimed(directory, "--comparison_dir"):
-        settings = _settings(words)
-        _check_same(directory, settings)
+        in_common = _in_common(words)
+        _check_same(directory, in_common)
         shared = share(words, directory, highest_l0=l0s[-1])
-        (directory / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")  # of a comparison that can run
+        (directory / _SETTINGS).write_text(json.dumps(in_common, indent=1) + "\n")  # of a comparison that can run
         failed: dict[Entry, str] = {}
         for number, entry in enumerate(entries, 1):
             log.info("SAE %d of %d: %s%s", number, len(entries), entry.name, ", from before" * bool(entry.trained()))
@@ -107,12 +87,12 @@ def main() -> int:
             except UserError as error:
                 failed[entry] = str(error).removeprefix(f"{entry.name}: ")
                 log.warning("%s", error)
-        more = ["--num_samples", str(flags.num_samples)] if flags.num_samples else []
+        more = ["--num_samples", str(settings.run.num_samples)] if settings.run.num_samples else []
         failed |= evaluate_entries(entries, shared, more)
         outcomes = [Outcome(entry, entry.trained(), entry.evaluation(), failed.get(entry)) for entry in entries]
         page = write_comparison(outcomes, directory, describe(shared))
         runs = {o.entry.name: Path(o.trained["sae"]) for o in outcomes if o.trained and o.entry.is_own}
-        record_runs("comparison", directory, given, runs, summary_table(outcomes))
+        record_runs("comparison", directory, given.recording, given.as_flags(), runs, summary_table(outcomes))
     log.info("written to %s", page)
     Console(width=None if sys.stdout.isatty() else 200).print(render_comparison(outcomes))
     if not any(outcome.evaluation for outcome in outcomes):
@@ -120,27 +100,27 @@ def main() -> int:
     return 0
 
 
-def _settings(words: list[str]) -> dict[str, Any]:
+def _in_common(words: list[str]) -> dict[str, Any]:
     """The flags that all SAEs of a comparison must have in common."""
     return {
         name: value
-        for name, value in vars(parse_training_flags(words)).items()
+        for name, value in parse_training_flags(words).as_flags().items()
         if name not in ("verbose", "quiet", "seed", "device", "preset") and not name.startswith(("wandb", "logger"))
     }
 
 
-def _check_same(directory: Path, settings: dict[str, Any]) -> None:
-    """Refuses to mix the SAEs of other settings into a comparison."""
+def _check_same(directory: Path, flags: dict[str, Any]) -> None:
+    """Refuses to mix SAEs that were trained with other flags into a comparison."""
     file = directory / _SETTINGS
     try:
-        before = json.loads(file.read_text()) if file.exists() else settings
-        changed = sorted(name for name in settings if settings[name] != before.get(name))
+        before = json.loads(file.read_text()) if file.exists() else flags
+        changed = sorted(name for name in flags if flags[name] != before.get(name))
     except (OSError, ValueError, AttributeError):
         raise UserError(f"--comparison_dir {directory}: {_SETTINGS} is damaged; name another directory") from None
     if changed:
         name = changed[0]
         raise UserError(
-            f"--{name} {settings[name]}: the comparison in {directory} has {before.get(name)}; name another"
+            f"--{name} {flags[name]}: the comparison in {directory} has {before.get(name)}; name another"
             " --comparison_dir"
         )
 

@@ -12,10 +12,9 @@ Progress goes to standard error; the only line on standard output is the finishe
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from sae_toolkit.distributed.torchrun import rank_in_environment, was_restarted
-from sae_toolkit.settings.training import parse_training_flags, run_directory_of
+from sae_toolkit.settings.command_line import after_restart, parse_training_flags
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
 
@@ -30,33 +29,33 @@ def main() -> int:
 def train(signals: StopSignals) -> int:
     training = None
     try:
-        flags = parse_training_flags()
-        if was_restarted():  # from the newest checkpoint, whichever one it was started from
-            explicit = flags.resume not in (None, "auto")
-            flags.resume = str(run_directory_of(Path(flags.resume))) if explicit else "auto"
-        set_up_logging(flags.verbose, flags.quiet, speaks=rank_in_environment() == 0)
+        settings = parse_training_flags()
+        if was_restarted():
+            settings = after_restart(settings)
+        set_up_logging(settings.recording.verbose, settings.recording.quiet, speaks=rank_in_environment() == 0)
 
         # SAELens takes seconds to import: not for --help or a mistyped flag.
         from sae_toolkit.distributed.ranks import join_ranks
+        from sae_toolkit.training.loop import fit
         from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
         from sae_toolkit.training.record.start import start_record
         from sae_toolkit.training.run import Training, open_activations
         from sae_toolkit.training.setup import prepare_run
 
         with join_ranks() as ranks:  # the other processes of this run, where torchrun started several
-            run = prepare_run(flags, ranks)
+            run = prepare_run(settings, ranks)
             with run.run_directory:
-                check_before_loading(run)
-                if flags.dry_run:
-                    dry_run(run)
+                check_before_loading(run, settings.run)
+                if settings.run.dry_run:
+                    dry_run(run, settings.run)
                     return 0
                 activations = open_activations(run)
-                check_activations(run, activations)
+                check_activations(run, activations, settings.run)
                 training = Training(run, activations)
                 run.open_directory()
                 record = start_record(run)
                 try:
-                    final = training.fit(record, signals)
+                    final = fit(training, record, signals)
                 finally:
                     record.finish()
     except Stopped as stopped:

@@ -20,7 +20,6 @@ same command. The table goes to standard output; sweep.json, sweep.md and sweep.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -29,48 +28,30 @@ from pathlib import Path
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.processes import claimed
 from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
-from sae_toolkit.settings.training import parse_training_flags
-from sae_toolkit.settings.values import non_negative, non_negative_float, positive
-from sae_toolkit.terminal.console import Parser, run_script, set_up_logging
+from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.sweep import parse_sweep_flags
+from sae_toolkit.terminal.console import run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 
 
-def parse_flags() -> tuple[argparse.Namespace, list[str]]:
-    """The sweep's own flags, and those of all trials."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("--grid", nargs="+", action="extend", default=[], metavar="NAME=V1,V2", help="values to combine, of any flag")
-    add("--range", nargs="+", action="extend", default=[], metavar="NAME=LOW:HIGH", help="ends to draw between")
-    add("--sample", type=positive, metavar="N", help="draw N trials at random rather than run all combinations")
-    add("--sample_seed", type=non_negative, default=0, help="of these draws (default: 0)")
-    add("--early_stop", action="store_true", help="stop trials that promise too little (ASHA)")
-    add("--sweep_dir", help="directory of the sweep (default: sweeps/OUTPUT_NAME)")
-    add("--no_cache", action="store_true", help="do not keep activations; trials compute their own")
-    add("--address", help="a Ray cluster: auto, or host:port of its head (default: this machine alone)")
-    add("--cpus_per_trial", type=positive, default=1, help="cores of each trial (default: 1)")
-    add("--gpus_per_trial", type=non_negative_float, help="GPUs of each trial (default: 1 where there are any)")
-    add("--num_samples", type=positive, help="sequences of each evaluation (default: the evaluation's)")
-    add("--dry_run", action="store_true", help="list the trials, and stop")
-    return parser.parse_known_args()
-
-
 def main() -> int:
-    flags, base = parse_flags()
+    settings, base = parse_sweep_flags(__doc__)
     set_up_logging()
-    name = parse_training_flags(base).output_name
-    directory = Path(flags.sweep_dir or f"sweeps/{name}")
+    training = parse_training_flags(base)
+    name = training.run.output_name
+    directory = Path(settings.run.sweep_dir or f"sweeps/{name}")
     trials = make_trials(
         base,
         directory.absolute(),
-        grids=flags.grid,
-        ranges=flags.range,
-        n_samples=flags.sample,
-        seed=flags.sample_seed,
-        caches=not flags.no_cache,
+        grids=settings.trials.grid,
+        ranges=settings.trials.range,
+        n_samples=settings.trials.sample,
+        seed=settings.trials.sample_seed,
+        caches=not settings.trials.no_cache,
     )
     log.info("%d trials, %d of them finished before, in %s", len(trials), _n_finished(trials), directory)
-    if flags.dry_run:
+    if settings.run.dry_run:
         for trial in trials:
             print(f"{trial.number}: {trial.name}")
         return 0
@@ -89,7 +70,7 @@ def main() -> int:
         install = f"{sys.executable} -m pip install -c constraints.txt -r requirements/sweep.txt"
         raise UserError(f"sweep_saes.py: Ray is not installed here: {install}") from None
 
-    with claimed(directory, "--sweep_dir"), ray_cluster(flags.address):
+    with claimed(directory, "--sweep_dir"), ray_cluster(settings.run.address):
         for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials
             if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` sets it
                 signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -97,14 +78,14 @@ def main() -> int:
             trials,
             directory,
             name=name,
-            cpus_per_trial=flags.cpus_per_trial,
-            gpus_per_trial=default_gpus() if flags.gpus_per_trial is None else flags.gpus_per_trial,
-            early_stop=flags.early_stop,
-            evaluation_flags=["--num_samples", str(flags.num_samples)] if flags.num_samples else [],
+            cpus_per_trial=settings.run.cpus_per_trial,
+            gpus_per_trial=default_gpus() if settings.run.gpus_per_trial is None else settings.run.gpus_per_trial,
+            early_stop=settings.run.early_stop,
+            evaluation_flags=["--num_samples", str(settings.run.num_samples)] if settings.run.num_samples else [],
         )
     page = write_sweep(outcomes, directory)
     saes = {f"trial {trial.number}: {trial.name}": Path(o["sae"]) for trial, o in outcomes if "sae" in o}
-    record_runs("sweep", directory, parse_training_flags(base), saes, sweep_table(outcomes))
+    record_runs("sweep", directory, training.recording, training.as_flags(), saes, sweep_table(outcomes))
     log.info("written to %s", page)
     Console(width=None if sys.stdout.isatty() else 120).print(render_sweep(outcomes))
     if not any("metrics" in outcome for _, outcome in outcomes):

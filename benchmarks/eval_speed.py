@@ -41,11 +41,12 @@ def parse_flags() -> argparse.Namespace:
 
 
 def prepare(flags: argparse.Namespace) -> Any:
-    from evaluate_sae_real_activations import parse_flags as parse_evaluation_flags
     from sae_toolkit.evaluation.setup import prepare_evaluations
+    from sae_toolkit.settings.evaluation import parse_evaluation_flags
 
     sizes = (f"--{name}={getattr(flags, name)}" for name in ("num_samples", "batch_size", "lm_dtype", "device"))
-    groups = prepare_evaluations(parse_evaluation_flags(["--sae_path", *flags.sae_path, *sizes]))
+    settings = parse_evaluation_flags("", ["--sae_path", *flags.sae_path, *sizes])
+    groups = prepare_evaluations(settings.saes, settings.text, settings.measurements)
     if len(groups) > 1:
         sys.exit("error: --sae_path: the SAEs do not share model, hook and text")
     return groups[0]

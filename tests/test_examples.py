@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 from support.processes import ROOT
 
 EXAMPLES = ROOT / "examples"

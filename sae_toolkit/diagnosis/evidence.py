@@ -77,7 +77,7 @@ class Evidence:
         return self.summary["sae"]["d_in"]
 
     def flag(self, name: str) -> Any:
-        return None if self.history is None else getattr(self.history.flags, name)
+        return None if self.history is None else self.history.settings.as_flags()[name]
 
     @property
     def architecture(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,9 @@ import torch
 from sae_lens import SAE
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.saes.checkpoints import load_steps_since_fired
-from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME, default_flags
+from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.run import create_sae
 
@@ -29,7 +29,7 @@ class TrainingHistory:
 
     Args:
         directory: of the run.
-        flags: of the run.
+        settings: of the run.
         n_steps: how many it took.
         readings: SAELens's, by step, with `n_training_samples`; empty where the run recorded none.
         steps_since_fired_F: for how many steps each feature had been silent at the end, [F]; None where that is not on
@@ -38,7 +38,7 @@ class TrainingHistory:
     """
 
     directory: Path
-    flags: argparse.Namespace
+    settings: TrainingSettings
     n_steps: int
     readings: Sequence[Mapping[str, float]]
     steps_since_fired_F: torch.Tensor | None
@@ -47,7 +47,8 @@ class TrainingHistory:
     @property
     def full_rate_steps(self) -> tuple[int, int]:
         """The first and the last step at the full learning rate."""
-        return self.flags.lr_warm_up_steps, self.n_steps - self.flags.lr_decay_steps
+        optimization = self.settings.optimization
+        return optimization.lr_warm_up_steps, self.n_steps - optimization.lr_decay_steps
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and unexplained variance over the second half of the steps at the full learning rate."""
@@ -83,19 +84,20 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
     if directory is None:
         return None
     try:
-        flags = argparse.Namespace(**(default_flags() | json.loads((directory / FLAGS_FILENAME).read_text())))
-    except (OSError, ValueError, TypeError):
+        settings = TrainingSettings.from_flags(json.loads((directory / FLAGS_FILENAME).read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: JSON, and no object
         return None
+    optimization = settings.optimization
     steps_since_fired_F = load_steps_since_fired(sae_path)
     if steps_since_fired_F is not None and len(steps_since_fired_F) != sae.cfg.d_sae:
         steps_since_fired_F = None
     return TrainingHistory(
         directory=directory,
-        flags=flags,
-        n_steps=math.ceil(flags.training_tokens / flags.train_batch_size_tokens),
+        settings=settings,
+        n_steps=math.ceil(optimization.training_tokens / optimization.train_batch_size_tokens),
         readings=_readings(directory / METRICS_FILENAME, sae.cfg.metadata.hook_name),
         steps_since_fired_F=steps_since_fired_F,
-        turned_F=_turned(flags, sae),
+        turned_F=_turned(settings, sae),
     )
 
 
@@ -112,16 +114,19 @@ def _readings(path: Path, hook_name: str) -> list[dict[str, float]]:
     return found
 
 
-def _turned(flags: argparse.Namespace, sae: SAE[Any]) -> torch.Tensor | None:
+def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
     """The weights that a run began with follow from its seed, on the kind of device that it ran on."""
-    if flags.device.startswith("cuda") or (flags.device == "auto" and torch.cuda.is_available()):
+    trained_on = settings.model.device
+    if trained_on.startswith("cuda") or (trained_on == "auto" and torch.cuda.is_available()):
         device = "cuda" if torch.cuda.is_available() else None
     else:
         device = "cpu"
     if device is None:
         return None
     try:
-        cfg = build_runner_config(flags, sae.cfg.metadata.hook_name, d_in=sae.cfg.d_in, device=device, run_id="begin")
+        cfg = build_runner_config(
+            settings, sae.cfg.metadata.hook_name, d_in=sae.cfg.d_in, device=device, run_id="begin"
+        )
         with torch.random.fork_rng():
             began_FD = create_sae(cfg).W_dec.detach().float().cpu()
     except (UserError, torch.OutOfMemoryError):  # such as pretrained weights that are gone

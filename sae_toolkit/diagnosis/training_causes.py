@@ -112,22 +112,22 @@ def _low_learning_rate(e: Evidence) -> Finding | None:
     history = e.history
     if history is None or history.turned_F is None:
         return None
-    flags, root = history.flags, math.sqrt(e.d_in)
-    full_steps = history.n_steps - (flags.lr_warm_up_steps + flags.lr_decay_steps) / 2
+    optimization, root = history.settings.optimization, math.sqrt(e.d_in)
+    full_steps = history.n_steps - (optimization.lr_warm_up_steps + optimization.lr_decay_steps) / 2
     fitting = min(_TURN_A_STEP / root, _TURN_IN_ALL / (full_steps * root))
     turned = float(history.turned_F.median())
-    if fitting < 2 * flags.lr or turned < 0.35:
+    if fitting < 2 * optimization.lr or turned < 0.35:
         return None
     gain = history.gain_of_doubling()
     words = ["--lr", f"{float(f'{fitting:.1g}'):g}"]
-    if not flags.lr_decay_steps:
+    if not optimization.lr_decay_steps:
         words += ["--lr_decay_steps", str(max(history.n_steps // 5, 1))]
     return Finding(
         "the learning rate is too low",
         ALL_METRICS,
         f"half of the decoder vectors still have a cosine of {turned:.2f} or more to the random ones that they began as"
         + (f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else "")
-        + f", with lr {flags.lr:g}",
+        + f", with lr {optimization.lr:g}",
         tuple(words),
         turned,
     )
@@ -138,13 +138,13 @@ def _high_learning_rate(e: Evidence) -> Finding | None:
     swings = None if history is None else _swings(history)
     if history is None or swings is None or swings < 0.05:
         return None
-    flags, root = history.flags, math.sqrt(e.d_in)
-    lower = min(_TURN_A_STEP / root, flags.lr / 3)
+    lr, root = history.settings.optimization.lr, math.sqrt(e.d_in)
+    lower = min(_TURN_A_STEP / root, lr / 3)
     return Finding(
         "the learning rate is too high",
         ALL_METRICS,
         f"the explained variance does not settle: a reading is {min(swings, 99):.2g} off the middle of its neighbours"
-        f" (median, second half); a step of lr {flags.lr:g} turns a feature by {flags.lr * root:.2g} of its length",
+        f" (median, second half); a step of lr {lr:g} turns a feature by {lr * root:.2g} of its length",
         ("--lr", f"{float(f'{lower:.1g}'):g}"),
         1.0,
     )
@@ -163,7 +163,7 @@ def _window(e: Evidence) -> Finding | None:
     history = e.history
     if history is None or "dead_features" not in e.unhealthy or _auxiliary(e) in (None, 0):
         return None
-    window, n_steps = history.flags.dead_feature_window, history.n_steps
+    window, n_steps = history.settings.optimization.dead_feature_window, history.n_steps
     acted = _share_of_auxiliary_loss(history)
     if window <= LARGEST_WINDOW_SHARE * n_steps or acted > 0.75:
         return None
@@ -238,12 +238,12 @@ def _too_few_tokens(e: Evidence) -> Finding | None:
     history = e.history
     if history is None:
         return None
-    tokens = history.flags.training_tokens
+    tokens = history.settings.optimization.training_tokens
     gain, each = history.gain_of_doubling(), tokens / e.d_sae
     if not (each < LEAST_TOKENS_A_FEATURE or (gain is not None and gain > 0.3)):
         return None
     fewer = max(tokens // (2 * LEAST_TOKENS_A_FEATURE * e.d_in), 1)
-    if fewer < history.flags.expansion_factor:
+    if fewer < history.settings.sae.expansion_factor:
         flags: tuple[str, ...] = ("--expansion_factor", str(fewer))
     else:
         more = max(2 * LEAST_TOKENS_A_FEATURE * e.d_sae, 2 * tokens)

@@ -16,7 +16,7 @@ from typing import Any
 from sae_toolkit import ROOT
 from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.console import run_script
 from sae_toolkit.terminal.redaction import redact
 
@@ -29,7 +29,8 @@ def main() -> int:
         raise UserError("usage: python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]")
     n_processes, flags = _whole_number(sys.argv[1], "NUM_GPUS", 1), sys.argv[2:]
     n_machines = _variable("NNODES", 1, 1)
-    check_world_size(parse_training_flags(flags), n_processes * n_machines)  # told once, and before anything starts
+    settings = parse_training_flags(flags)  # a mistake is said once, and before anything starts
+    check_world_size(settings, n_processes * n_machines)
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it says in pages is said below in a line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import re
@@ -26,6 +25,7 @@ from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, 
 from sae_toolkit.saes.formats import SAEFile, load_sae_file
 from sae_toolkit.saes.metadata import check_metadata, check_names_of_download
 from sae_toolkit.saes.search import find_saes
+from sae_toolkit.settings.evaluation import EvaluatedSAESettings, EvaluationTextSettings, MeasurementSettings
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, special_tokens
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
@@ -91,7 +91,9 @@ class _Text:
         return source.name, source.config, source.split, source.column, self.held_out, self.context
 
 
-def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
+def prepare_evaluations(
+    sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings, measurements: MeasurementSettings
+) -> list[PreparedEvaluation]:
     """Loads the SAEs, checks that they fit their models and hooks, and tokenizes the text.
 
     Returns:
@@ -100,31 +102,33 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
     Raises:
         UserError: the evaluation could not succeed.
     """
-    device = choose_device(flags.device)
-    files = find_saes(flags.sae_path, layer=flags.layer)
+    device = choose_device(sae_settings.device)
+    files = find_saes(list(sae_settings.sae_path), layer=sae_settings.layer)
     models: dict[tuple[Any, ...], ModelSource] = {}
     widths: dict[tuple[Any, ...], int] = {}
     texts: dict[tuple[Any, ...], _Text] = {}
     groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
-    like = _record_of(flags) if flags.like else None
+    like = _record_of(sae_settings.like, sae_settings, text_settings) if sae_settings.like else None
     for file, sae in _load_saes(files):
-        _check_features(flags.features, sae, file)
+        _check_features(measurements.features, sae, file)
         if like is not None:
             sae.cfg.metadata = copy(like)
         elif file.is_download:
             where = f"--sae_path {file.name}"
-            check_names_of_download(sae, where, model_name=flags.model_name, dataset=flags.dataset)
-        model_name = flags.model_name or sae.cfg.metadata.model_name
+            check_names_of_download(sae, where, model_name=sae_settings.model_name, dataset=text_settings.dataset)
+        model_name = sae_settings.model_name or sae.cfg.metadata.model_name
         if not model_name:
             raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
-        model_kwargs = {} if flags.model_name else _model_kwargs(sae, file)
-        with _of_the_sae(file, unless=flags.model_name):
+        model_kwargs = {} if sae_settings.model_name else _model_kwargs(sae, file)
+        with _of_the_sae(file, unless=sae_settings.model_name):
             model_key = model_name, tuple(sorted(model_kwargs.items()))
             if model_key not in models:
-                models[model_key] = find_model(model_name, model_kwargs, trust_remote_code=flags.trust_remote_code)
+                models[model_key] = find_model(
+                    model_name, model_kwargs, trust_remote_code=sae_settings.trust_remote_code
+                )
         model = models[model_key]
-        with _of_the_sae(file, unless=flags.layer):
-            hook_name = _hook_name(sae, flags.layer)
+        with _of_the_sae(file, unless=sae_settings.layer):
+            hook_name = _hook_name(sae, sae_settings.layer)
             if (model_key, hook_name) not in widths:
                 widths[model_key, hook_name] = hook_width(model.config, hook_name, model.trust_remote_code)
         d_in = widths[model_key, hook_name]
@@ -135,27 +139,30 @@ def prepare_evaluations(flags: argparse.Namespace) -> list[PreparedEvaluation]:
             )
         with _of_the_sae(file, unless=None):
             _check_separator(sae, model)
-        with _of_the_sae(file, unless=flags.dataset or flags.context_length):
-            text = _choose_text(sae, flags, model)
+        with _of_the_sae(file, unless=text_settings.dataset or text_settings.context_length):
+            text = _choose_text(sae, text_settings, model)
         key = (model_key, hook_name, text.key)
         texts[key] = texts.get(key, text)
         groups.setdefault(key, []).append(EvaluatedSAE(file, sae, PositionFilter(skip_positions=text.skip_positions)))
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
     return [
-        _prepare_group(flags, device, models[key[0]], key[1], texts[key], members) for key, members in groups.items()
+        _prepare_group(text_settings, measurements, device, models[key[0]], key[1], texts[key], members)
+        for key, members in groups.items()
     ]
 
 
-def _record_of(flags: argparse.Namespace) -> SAEMetadata:
+def _record_of(like: str, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings) -> SAEMetadata:
     """What the SAE of --like says of its model, hook, text and positions."""
-    file, *others = find_saes([flags.like], layer=flags.layer, flag="--like")
+    file, *others = find_saes([like], layer=sae_settings.layer, flag="--like")
     if others:
-        raise UserError(f"--like {flags.like}: {1 + len(others)} SAEs; name one of them, such as {file.name}")
+        raise UserError(f"--like {like}: {1 + len(others)} SAEs; name one of them, such as {file.name}")
     sae = load_sae_file(file, "cpu", "--like")
     check_metadata(sae, f"--like {file.name}")
     if file.is_download:
-        check_names_of_download(sae, f"--like {file.name}", model_name=flags.model_name, dataset=flags.dataset)
+        check_names_of_download(
+            sae, f"--like {file.name}", model_name=sae_settings.model_name, dataset=text_settings.dataset
+        )
     return sae.cfg.metadata
 
 
@@ -227,11 +234,11 @@ def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
     return f"SAEs of different {' and '.join(differing)}, evaluated in {len(groups)} passes ({names})"
 
 
-def _choose_text(sae: SAE[Any], flags: argparse.Namespace, model: ModelSource) -> _Text:
+def _choose_text(sae: SAE[Any], text_settings: EvaluationTextSettings, model: ModelSource) -> _Text:
     metadata = sae.cfg.metadata
-    source, held_out = _open_text(sae, flags)
-    context_size = flags.context_length or metadata.context_size or source.row_length or 128
-    if source.row_length and not _same_data(source.name, metadata.dataset_path) and not flags.context_length:
+    source, held_out = _open_text(sae, text_settings)
+    context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
+    if source.row_length and not _same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
         context_size = source.row_length  # given tokens are used as they are
     context = ContextFormat(
         context_size=context_size,
@@ -254,7 +261,8 @@ def _choose_text(sae: SAE[Any], flags: argparse.Namespace, model: ModelSource) -
 
 
 def _prepare_group(
-    flags: argparse.Namespace,
+    text_settings: EvaluationTextSettings,
+    measurements: MeasurementSettings,
     device: str,
     model: ModelSource,
     hook_name: str,
@@ -274,9 +282,9 @@ def _prepare_group(
         for member in members
     ]
     usable = text.context.context_size - text.skip_positions
-    n_loss_rows = flags.num_samples or math.ceil(LOSS_TOKENS / usable)
-    n_sae_rows = flags.num_samples or math.ceil(1.05 * TOKENS / usable)
-    n_dead_rows = math.ceil(flags.dead_tokens / usable) if flags.dead_tokens else n_sae_rows
+    n_loss_rows = text_settings.num_samples or math.ceil(LOSS_TOKENS / usable)
+    n_sae_rows = text_settings.num_samples or math.ceil(1.05 * TOKENS / usable)
+    n_dead_rows = math.ceil(text_settings.dead_tokens / usable) if text_settings.dead_tokens else n_sae_rows
     rows_NT, document_N = collect_evaluation_rows(
         text.source,
         tokenizer,
@@ -284,19 +292,19 @@ def _prepare_group(
         text.held_out,
         n_rows=n_sae_rows,
         n_more_rows=max(0, n_dead_rows - n_sae_rows),
-        seed=flags.seed,
+        seed=text_settings.seed,
     )
     if len(rows_NT) < max(n_sae_rows, n_dead_rows):
         log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
     check_token_ids(rows_NT, model, f"--dataset {text.source.name}")
     n_documents = len(np.unique(document_N[:n_loss_rows]))
     by_document = n_documents >= LEAST_DOCUMENTS and not text.source.tokenized
-    if flags.protocol == "saebench":
+    if measurements.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of its passes read the same rows
     log.debug("%d contexts of %d tokens", *rows_NT.shape)
     return PreparedEvaluation(
         saes=tuple(members),
-        protocol=flags.protocol,
+        protocol=measurements.protocol,
         device=device,
         model=model,
         tokenizer=tokenizer,
@@ -313,9 +321,9 @@ def _prepare_group(
         unscored_token_ids=tuple(
             {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
         ),
-        features=tuple(flags.features),
-        n_features=flags.n_features,
-        seed=flags.seed,
+        features=tuple(measurements.features),
+        n_features=measurements.n_features,
+        seed=text_settings.seed,
     )
 
 
@@ -334,25 +342,25 @@ def _hook_name(sae: SAE[Any], layer: int | None) -> str:
     return at_layer
 
 
-def _open_text(sae: SAE[Any], flags: argparse.Namespace) -> tuple[TextSource, HeldOutSplit | None]:
+def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[TextSource, HeldOutSplit | None]:
     """Opens the text, and says which of its documents the SAE did not train on.
 
     The data set of the training is read as the training read it, and only its held-out documents are used.
     Of another one, the split made for testing is taken.
     """
     metadata = sae.cfg.metadata
-    name = flags.dataset or metadata.dataset_path
+    name = text_settings.dataset or metadata.dataset_path
     if not name:
         raise UserError("--dataset: the SAE's cfg.json does not say what it was trained on; name a data set")
     is_own = _same_data(name, metadata.dataset_path)
     source = open_text(
         name,
         flag="--dataset",
-        config=flags.dataset_config or (metadata.dataset_config if is_own else None),
-        split=flags.dataset_split or (metadata.dataset_split if is_own else None),
-        column=flags.text_column or (metadata.text_column if is_own else None),
+        config=text_settings.dataset_config or (metadata.dataset_config if is_own else None),
+        split=text_settings.dataset_split or (metadata.dataset_split if is_own else None),
+        column=text_settings.text_column or (metadata.text_column if is_own else None),
         preferred_splits=("train",) if is_own else ("test", "validation", "train"),
-        fallback=flags.fallback_dataset,
+        fallback=text_settings.fallback_dataset,
     )
     if is_own and metadata.fallback_from:
         source = replace(source, fallback_from=metadata.fallback_from)

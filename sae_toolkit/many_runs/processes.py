@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.training import METRICS_FILENAME
+from sae_toolkit.files.names import METRICS_FILENAME
 
 RESULT_FILENAME = "result.json"
 _PR_SET_PDEATHSIG = 1

@@ -19,20 +19,18 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import ConnectionFailed, retrying
+from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.reports.results import Result
 from sae_toolkit.reports.tables import health_table, markdown_table, verdict
-from sae_toolkit.settings.training import FLAGS_FILENAME, as_words
+from sae_toolkit.settings.command_line import flags_with, training_words
+from sae_toolkit.settings.fields import Scope
 from sae_toolkit.terminal.redaction import redact
 
 log = logging.getLogger(__name__)
 
 _CARD_MARK = "Measured with SAELensTrain"
 # Of this machine, or without an effect on the SAE.
-_NOT_RECIPE = {
-    *("checkpoint_path", "output_name", "resume", "dry_run", "strict", "device", "llm_device", "n_devices", "run_name"),
-    *("cache_activations", "checkpoint_every", "keep", "n_checkpoints", "trust_remote_code", "wandb_mode", "like"),
-    *("wandb_project", "wandb_entity", "logger", "verbose", "quiet", "preset", "eval_every", "fallback_dataset"),
-}
+_NOT_RECIPE = flags_with(Scope.RUN, Scope.PROCESS, Scope.COMMAND) - {"shard_features"} | {"fallback_dataset"}
 _DEFINITIONS = """\
 - **Loss recovered**: (CE with zeros at the hook - CE with the SAE) / (CE with zeros - CE of the model alone); CE is the
   mean next-token cross-entropy. SAEBench's `ce_loss_score`.
@@ -208,7 +206,7 @@ def training_recipe(sae_path: Path) -> str | None:
             flags = json.loads((directory / FLAGS_FILENAME).read_text())
         except (OSError, ValueError):
             continue
-        return shlex.join(as_words(flags, leave_out=_NOT_RECIPE))
+        return shlex.join(training_words(flags, leave_out=_NOT_RECIPE))
     return None
 
 

@@ -24,12 +24,12 @@ from sae_toolkit.evaluation.health import judge
 from sae_toolkit.evaluation.probes import probe
 from sae_toolkit.evaluation.run import Evaluation
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.reports.page import render_html, render_markdown
 from sae_toolkit.reports.tables import diagnosis_table, feature_table, health_table
 from sae_toolkit.saes.checkpoints import load_log_sparsity
 from sae_toolkit.saes.formats import SAEFile
-from sae_toolkit.settings.training import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.training.record.start import record_of_training
 
 log = logging.getLogger(__name__)

@@ -1,99 +1,120 @@
-"""The flags of a training run held against one another, as far as that goes without the model and the data."""
+"""Checks of a training run's settings against one another that need neither the model nor the data."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.settings.training import ModelSettings, OptimizationSettings, SAESettings, TrainingSettings
 
 _SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
-# Tokens of a batch that a process has on average: so many that it has none once in 10^13 batches.
+_LONGEST_NAME = 255  # bytes, on Linux and macOS
+
+# Tokens of a batch that a rank has on average: with so many, a rank has none once in 10^13 batches.
 _LEAST_SHARE = 32
 
 
-def check_paths(flags: argparse.Namespace) -> None:
-    """Refuses names that no file system takes, and that raise where one is asked.
+def check_paths(settings: TrainingSettings) -> None:
+    """Refuses names that no file system takes, and for which the standard library raises.
 
     Raises:
         UserError: there is one.
     """
-    for name in "model_name dataset_path fallback_dataset cache_activations checkpoint_path output_name resume".split():
-        value = getattr(flags, name)
-        longest = 255 - len("_12345678") if name == "output_name" else 255
+    run, model, text = settings.run, settings.model, settings.text
+    for name, value, longest in (
+        ("model_name", model.model_name, _LONGEST_NAME),
+        ("dataset_path", text.dataset_path, _LONGEST_NAME),
+        ("fallback_dataset", text.fallback_dataset, _LONGEST_NAME),
+        ("cache_activations", model.cache_activations, _LONGEST_NAME),
+        ("checkpoint_path", run.checkpoint_path, _LONGEST_NAME),
+        ("output_name", run.output_name, _LONGEST_NAME - len("_12345678")),
+        ("resume", run.resume, _LONGEST_NAME),
+    ):
         if value is not None and any(len(os.fsencode(part)) > longest for part in value.split("/")):
             raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes")
 
 
-def check_flags(flags: argparse.Namespace) -> None:
-    """Holds the flags of one run against one another.
+def check_settings(settings: TrainingSettings) -> None:
+    """Checks the settings of one run against one another.
 
     Raises:
-        UserError: two of them cannot both be meant.
+        UserError: two of them exclude each other.
     """
-    if flags.normalize_activations == "expected_average_only_out":
+    name = settings.run.output_name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UserError(f"--output_name {name!r}: must be a plain name, without a path")
+    _check_hooks(settings.model)
+    _check_sae(settings.sae)
+    _check_held_out(settings)
+    skip_positions, context_size = settings.text.skip_positions, settings.text.context_size
+    if skip_positions >= context_size:
+        raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size} tokens")
+    _check_steps(settings.optimization)
+
+
+def _check_hooks(model: ModelSettings) -> None:
+    given = [name for name in ("hook_name", "hook_names", "layers") if getattr(model, name) is not None]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]}: only one of them can say where SAEs are trained")
+    for name in ("hook_names", "layers"):
+        if (values := getattr(model, name)) and len(set(values)) < len(values):
+            raise UserError(f"--{name} {' '.join(map(str, values))}: the same one stands there twice")
+
+
+def _check_sae(sae: SAESettings) -> None:
+    if sae.normalize_activations == "expected_average_only_out":
         raise UserError(
             "--normalize_activations expected_average_only_out: SAELens has no such mode;"
             " use expected_average_only_in, whose scale is folded into the saved weights on both sides"
         )
-    if Path(flags.output_name).name != flags.output_name or flags.output_name in ("", ".", ".."):
-        raise UserError(f"--output_name {flags.output_name!r}: must be a plain name, without a path")
-    hooks = [name for name in ("hook_name", "hook_names", "layers") if getattr(flags, name) is not None]
-    if len(hooks) > 1:
-        raise UserError(f"--{hooks[0]} and --{hooks[1]}: only one of them can say where SAEs are trained")
-    for name in ("hook_names", "layers"):
-        if (given := getattr(flags, name)) and len(set(given)) < len(given):
-            raise UserError(f"--{name} {' '.join(map(str, given))}: one stands there twice")
-    if flags.shard_features and (
-        flags.architecture not in ("topk", "batchtopk") or flags.dtype not in ("float32", "float64")
+    if sae.shard_features and (
+        sae.architecture not in ("topk", "batchtopk") or sae.dtype not in ("float32", "float64")
     ):
         raise UserError(
-            f"--shard_features: for --architecture topk and batchtopk in float32 or float64, not {flags.architecture}"
-            f" in {flags.dtype}; leave it out"
+            f"--shard_features: for --architecture topk and batchtopk in float32 or float64, not {sae.architecture}"
+            f" in {sae.dtype}; leave it out"
         )
-    if flags.eval_every and flags.held_out_fraction == 0:
-        raise UserError(f"--eval_every {flags.eval_every}: --held_out_fraction 0 leaves no text to measure on; use 0.1")
-    if flags.eval_every and flags.shard_features:
-        raise UserError(
-            f"--eval_every {flags.eval_every}, --shard_features: no process holds all features; leave one of them out"
-        )
-    if flags.target_l0 is not None:
-        _check_target_l0(flags)
-    if flags.skip_positions >= flags.context_size:
-        raise UserError(
-            f"--skip_positions {flags.skip_positions}: leaves nothing of a context of {flags.context_size} tokens"
-        )
-    n_steps = flags.training_tokens // flags.train_batch_size_tokens  # as SAELens counts them
-    if flags.training_tokens < flags.train_batch_size_tokens:
-        raise UserError(
-            f"--training_tokens {flags.training_tokens}: less than one batch of"
-            f" --train_batch_size_tokens {flags.train_batch_size_tokens}"
-        )
-    if flags.lr_warm_up_steps + flags.lr_decay_steps > n_steps:
-        raise UserError(
-            f"--lr_warm_up_steps {flags.lr_warm_up_steps} and --lr_decay_steps {flags.lr_decay_steps}:"
-            f" together more than the run's {n_steps} steps"
-        )
-
-
-def _check_target_l0(flags: argparse.Namespace) -> None:
-    if flags.architecture not in _SPARSITY_WEIGHTS:
-        instead = "; --k is its L0" if "topk" in flags.architecture else ""
-        raise UserError(f"--target_l0 {flags.target_l0:g}: {flags.architecture} has no sparsity weight{instead}")
-    weight = _SPARSITY_WEIGHTS[flags.architecture]
-    if getattr(flags, weight) == 0:
+    if sae.target_l0 is None:
+        return
+    if sae.architecture not in _SPARSITY_WEIGHTS:
+        instead = "; --k is its L0" if "topk" in sae.architecture else ""
+        raise UserError(f"--target_l0 {sae.target_l0:g}: {sae.architecture} has no sparsity weight{instead}")
+    weight = _SPARSITY_WEIGHTS[sae.architecture]
+    if getattr(sae, weight) == 0:
         raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start with another, such as 1")
 
 
-def check_world_size(flags: argparse.Namespace, size: int) -> None:
-    """Holds the sizes that are of all processes together against how many there are.
+def _check_held_out(settings: TrainingSettings) -> None:
+    eval_every = settings.recording.eval_every
+    if eval_every and settings.text.held_out_fraction == 0:
+        raise UserError(f"--eval_every {eval_every}: --held_out_fraction 0 leaves no text to measure on; use 0.1")
+    if eval_every and settings.sae.shard_features:
+        raise UserError(
+            f"--eval_every {eval_every}, --shard_features: no rank holds all features; leave one of them out"
+        )
+
+
+def _check_steps(optimization: OptimizationSettings) -> None:
+    tokens, batch = optimization.training_tokens, optimization.train_batch_size_tokens
+    if tokens < batch:
+        raise UserError(f"--training_tokens {tokens}: less than one batch of --train_batch_size_tokens {batch}")
+    n_steps = tokens // batch  # as SAELens counts them
+    warm_up, decay = optimization.lr_warm_up_steps, optimization.lr_decay_steps
+    if warm_up + decay > n_steps:
+        raise UserError(
+            f"--lr_warm_up_steps {warm_up} and --lr_decay_steps {decay}: together more than the run's {n_steps} steps"
+        )
+
+
+def check_world_size(settings: TrainingSettings, size: int) -> None:
+    """Checks the sizes that are of all ranks together against the number of ranks.
 
     Raises:
-        UserError: they do not share them evenly.
+        UserError: the ranks cannot share them evenly.
     """
-    batch, contexts = flags.train_batch_size_tokens, flags.store_batch_size_prompts
+    batch, contexts = settings.optimization.train_batch_size_tokens, settings.model.store_batch_size_prompts
     if batch < _LEAST_SHARE * size and size > 1:
         raise UserError(
             f"--train_batch_size_tokens {batch}: less than {_LEAST_SHARE} for each of {size} processes; use"

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 
 @dataclass(frozen=True)
@@ -84,3 +84,14 @@ def boolean_or_ids(text: str) -> bool | list[int]:
         return [non_negative(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None
+
+
+Positive = Annotated[int, positive]
+NonNegative = Annotated[int, non_negative]
+PositiveFloat = Annotated[float, positive_float]
+NonNegativeFloat = Annotated[float, non_negative_float]
+NormMultiple = Annotated[float, norm_multiple]
+Fraction = Annotated[float, fraction]
+TrueOrFalse = Annotated[bool, boolean]
+TrueFalseOrIds = Annotated[bool | list[int], boolean_or_ids]
+IntervalText = Annotated[str, Interval.checked]

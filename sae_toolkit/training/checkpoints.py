@@ -37,7 +37,7 @@ class RunCheckpoints:
         self.stream = stream
         self.newest = run.resume_from
         self.final: Path | None = None
-        self._every = Interval.parse(run.flags.checkpoint_every)
+        self._every = Interval.parse(run.saving.checkpoint_every)
         self._saved_at = time.monotonic()
         self._saved_tokens = int(run.resume_from.name) if run.resume_from else 0
 
@@ -62,7 +62,7 @@ class RunCheckpoints:
             self.newest = self._with_room(
                 lambda: save_training_checkpoint(trainer, stream_state, self.run.cfgs, run=key, milestone=milestone)
             )
-            self.run.run_directory.keep_newest(self.run.flags.keep)
+            self.run.run_directory.keep_newest(self.run.saving.keep)
         except NotSaved as error:
             kept = f"the last is {self.newest}" if self.newest else "there is none yet"
             n_tokens = f"{trainer.n_training_samples:,}"
@@ -114,6 +114,6 @@ class RunCheckpoints:
             command = ["./run_simple.sh", "NUM_GPUS", "GPU_IDS", "--resume", str(self.newest or self.run.directory)]
         if self.run.is_sharded:
             command.append("--shard_features")
-        if self.run.flags.trust_remote_code:
+        if self.run.model.trust_remote_code:
             command.append("--trust_remote_code")
         return f"to go on: {shlex.join(command)}"

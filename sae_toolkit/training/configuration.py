@@ -1,10 +1,8 @@
-"""Flags to SAELens's own configuration of a run, so that nothing SAELens can do is out of reach."""
+"""Settings to SAELens's own configuration of a run, so that `--set` reaches whatever SAELens can do."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import typing
@@ -20,7 +18,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.settings.training import LATER_FLAGS
+from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 from sae_toolkit.steps.target_l0 import JUMPRELU
 
 log = logging.getLogger(__name__)
@@ -93,49 +91,14 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _READINGS = 10  # at least, of a short run
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
-# Flags that do not change what is trained: two runs that differ in these alone share a directory.
-_NOT_IN_HASH = set(
-    "device llm_device n_devices shard_features n_checkpoints checkpoint_path output_name resume dry_run strict"
-    " wandb_mode wandb_project wandb_entity run_name cache_activations checkpoint_every keep trust_remote_code"
-    " eval_every logger verbose quiet preset like".split()
-)
-
-
-def configuration_hash(flags: argparse.Namespace) -> str:
-    """Eight hex digits that are the same for runs of the same model, data, SAE and settings."""
-    relevant = {name: value for name, value in vars(flags).items() if name not in _NOT_IN_HASH}
-    for name in LATER_FLAGS:
-        if relevant[name] is None:
-            del relevant[name]
-    if flags.cache_activations is not None:  # wherever it lies, it rounds to bfloat16
-        relevant["cache_activations"] = True
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def output_directory(flags: argparse.Namespace) -> Path:
-    """Where the runs with these flags are kept: checkpoints/{output_name}_{8 hex}."""
-    return Path(flags.checkpoint_path) / f"{flags.output_name}_{configuration_hash(flags)}"
-
-
-def hook_names(flags: argparse.Namespace) -> list[str]:
-    """The hooks that an SAE each is trained at."""
-    if flags.hook_names or flags.hook_name:
-        return flags.hook_names or [flags.hook_name]
-    return [f"blocks.{layer}.hook_resid_post" for layer in flags.layers or [flags.layer]]
-
-
-def hook_flag(flags: argparse.Namespace) -> str:
-    """The flag that says where SAEs are trained."""
-    return next((f"--{name}" for name in ("hook_names", "hook_name", "layers") if getattr(flags, name)), "--layer")
-
 
 def build_runner_config(
-    flags: argparse.Namespace, hook_name: str, *, d_in: int, device: str, run_id: str
+    settings: TrainingSettings, hook_name: str, *, d_in: int, device: str, run_id: str
 ) -> LanguageModelSAERunnerConfig[TrainingSAEConfig]:
-    """Builds SAELens's configuration from the flags.
+    """Builds SAELens's configuration from the settings.
 
     Args:
-        flags: from `parse_training_flags`.
+        settings: of the run.
         hook_name: of the SAE.
         d_in: width of the activations at the hook.
         device: the device of the SAE, resolved.
@@ -144,109 +107,141 @@ def build_runner_config(
     Raises:
         UserError: a value cannot be right beside the others, or `--set` names a field that is not settable.
     """
-    sae_class, sae_config_class = get_sae_training_class(flags.architecture)
-    fields: dict[str, Any] = {
-        "model_name": flags.model_name,
-        "hook_name": hook_name,
-        "dataset_path": flags.dataset_path,
-        "streaming": flags.streaming,
-        "is_dataset_tokenized": False,
-        "context_size": flags.context_size,
-        "n_batches_in_buffer": flags.n_batches_in_buffer,
-        "training_tokens": flags.training_tokens,
-        "store_batch_size_prompts": flags.store_batch_size_prompts,
-        "seqpos_slice": (flags.skip_positions or None, None),
-        "device": device,
-        "seed": flags.seed,
-        "dtype": flags.dtype,
-        "train_batch_size_tokens": flags.train_batch_size_tokens,
-        "lr": flags.lr,
-        "lr_warm_up_steps": flags.lr_warm_up_steps,
-        "lr_decay_steps": flags.lr_decay_steps,
-        "dead_feature_window": flags.dead_feature_window,
-        "n_checkpoints": flags.n_checkpoints,
-        "checkpoint_path": str(output_directory(flags)),
-        "save_final_checkpoint": True,
-        "output_path": None,
-        "verbose": False,
-        "exclude_special_tokens": flags.exclude_special_tokens,
-        "n_batches_for_norm_estimate": min(20, flags.training_tokens // flags.train_batch_size_tokens),
-        "model_from_pretrained_kwargs": {},
-    }
-    logger: dict[str, Any] = {
-        "log_to_wandb": flags.wandb_mode != "disabled",
-        "log_weights_to_wandb": False,
-        "wandb_project": flags.wandb_project,
-        "wandb_entity": flags.wandb_entity,
-        "run_name": flags.run_name or f"{flags.output_name}-{run_id}",
-        "wandb_id": run_id,
-        "wandb_log_frequency": max(1, min(10, flags.training_tokens // flags.train_batch_size_tokens // _READINGS)),
-    }
-    sae = _sae_fields(flags, hook_name, d_in, device)
+    sae_settings, assignments = settings.sae, settings.optimization.set
+    sae_class, sae_config_class = get_sae_training_class(sae_settings.architecture)
+    fields, logger = _runner_fields(settings, hook_name, device), _logger_fields(settings, run_id)
+    sae = _sae_fields(sae_settings, hook_name, d_in, device)
     owners = {
         "": (fields, LanguageModelSAERunnerConfig),
         "logger": (logger, LoggingConfig),
         "sae": (sae, sae_config_class),
     }
-    for assignment in flags.set:
+    for assignment in assignments:
         _assign(assignment, owners)
     try:
         cfg = LanguageModelSAERunnerConfig(sae=sae_config_class(**sae), logger=LoggingConfig(**logger), **fields)
         _check(cfg)
-        if flags.target_l0 is not None and getattr(cfg.sae, "jumprelu_sparsity_loss_mode", None) == "quadratic":
-            raise UserError(
-                f"--target_l0 {flags.target_l0:g}: the quadratic loss has a target of its own, --set sae.target_l0"
-            )
+        if (target := sae_settings.target_l0) is not None and (
+            getattr(cfg.sae, "jumprelu_sparsity_loss_mode", None) == "quadratic"
+        ):
+            raise UserError(f"--target_l0 {target:g}: the quadratic loss has a target of its own, --set sae.target_l0")
         with torch.device("meta"):  # the SAE checks its own settings; on meta it costs no memory
             sae_class(dataclasses.replace(cfg.sae, device="meta"))
     except ValueError as error:
-        given = " ".join((f"--architecture {flags.architecture}", *(f"--set {assignment}" for assignment in flags.set)))
+        given = " ".join(
+            (f"--architecture {sae_settings.architecture}", *(f"--set {assignment}" for assignment in assignments))
+        )
         raise UserError(f"{given}: SAELens refuses this configuration: {one_line(error)}") from None
     return cfg
 
 
-def _sae_fields(flags: argparse.Namespace, hook_name: str, d_in: int, device: str) -> dict[str, Any]:
-    d_sae = flags.expansion_factor * d_in
+def _runner_fields(settings: TrainingSettings, hook_name: str, device: str) -> dict[str, Any]:
+    model, text, optimization = settings.model, settings.text, settings.optimization
+    return {
+        "model_name": model.model_name,
+        "hook_name": hook_name,
+        "dataset_path": text.dataset_path,
+        "streaming": text.streaming,
+        "is_dataset_tokenized": False,
+        "context_size": text.context_size,
+        "n_batches_in_buffer": optimization.n_batches_in_buffer,
+        "training_tokens": optimization.training_tokens,
+        "store_batch_size_prompts": model.store_batch_size_prompts,
+        "seqpos_slice": (text.skip_positions or None, None),
+        "device": device,
+        "seed": optimization.seed,
+        "dtype": settings.sae.dtype,
+        "train_batch_size_tokens": optimization.train_batch_size_tokens,
+        "lr": optimization.lr,
+        "lr_warm_up_steps": optimization.lr_warm_up_steps,
+        "lr_decay_steps": optimization.lr_decay_steps,
+        "dead_feature_window": optimization.dead_feature_window,
+        "n_checkpoints": settings.run.n_checkpoints,
+        "checkpoint_path": str(settings.output_directory),
+        "save_final_checkpoint": True,
+        "output_path": None,
+        "verbose": False,
+        "exclude_special_tokens": text.exclude_special_tokens,
+        "n_batches_for_norm_estimate": min(20, _n_whole_batches(optimization)),
+        "model_from_pretrained_kwargs": {},
+    }
+
+
+def _logger_fields(settings: TrainingSettings, run_id: str) -> dict[str, Any]:
+    recording = settings.recording
+    return {
+        "log_to_wandb": recording.wandb_mode != "disabled",
+        "log_weights_to_wandb": False,
+        "wandb_project": recording.wandb_project,
+        "wandb_entity": recording.wandb_entity,
+        "run_name": recording.run_name or f"{settings.run.output_name}-{run_id}",
+        "wandb_id": run_id,
+        "wandb_log_frequency": max(1, min(10, _n_whole_batches(settings.optimization) // _READINGS)),
+    }
+
+
+def _n_whole_batches(optimization: OptimizationSettings) -> int:
+    return optimization.training_tokens // optimization.train_batch_size_tokens
+
+
+def _sae_fields(settings: SAESettings, hook_name: str, d_in: int, device: str) -> dict[str, Any]:
+    d_sae = settings.expansion_factor * d_in
     if d_sae * d_in > _LARGEST:
-        raise UserError(f"--expansion_factor {flags.expansion_factor}: {d_sae:,} features fit in no memory; lower it")
-    if flags.target_l0 is not None and flags.target_l0 > d_sae:
-        raise UserError(f"--target_l0 {flags.target_l0:g}: more than the {d_sae:,} features")
-    fields: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "dtype": flags.dtype, "device": device}
-
-    fields["normalize_activations"] = flags.normalize_activations
-    if flags.normalize_activations == "expected_average_in_and_out":
-        log.info(
-            "--normalize_activations expected_average_in_and_out is expected_average_only_in in SAELens: the scale is"
-            " folded into the saved weights, so that the saved SAE takes raw activations in and gives raw ones out"
+        raise UserError(
+            f"--expansion_factor {settings.expansion_factor}: {d_sae:,} features fit in no memory; lower it"
         )
-        fields["normalize_activations"] = "expected_average_only_in"
+    if settings.target_l0 is not None and settings.target_l0 > d_sae:
+        raise UserError(f"--target_l0 {settings.target_l0:g}: more than the {d_sae:,} features")
+    return {
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": settings.dtype,
+        "device": device,
+        "normalize_activations": _normalization(settings.normalize_activations),
+        **_sparsity_fields(settings, d_in, d_sae),
+        **({"reshape_activations": "hook_z"} if hook_name.endswith("hook_z") else {}),
+    }
 
-    if flags.architecture in ("standard", "gated"):
-        fields["l1_coefficient"] = flags.l1_coefficient
-    elif flags.architecture == "jumprelu":
-        fields["l0_coefficient"] = flags.l0_coefficient
-        if flags.target_l0 is not None:
+
+def _normalization(mode: str) -> str:
+    """SAELens's name of a mode of --normalize_activations."""
+    if mode != "expected_average_in_and_out":
+        return mode
+    log.info(
+        "--normalize_activations expected_average_in_and_out is expected_average_only_in in SAELens: the scale is"
+        " folded into the saved weights, so that the saved SAE takes raw activations in and gives raw ones out"
+    )
+    return "expected_average_only_in"
+
+
+def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, Any]:
+    """What the architecture takes to be sparse, and refusals of what it does not."""
+    architecture, fields = settings.architecture, dict[str, Any]()
+    if architecture in ("standard", "gated"):
+        fields["l1_coefficient"] = settings.l1_coefficient
+    elif architecture == "jumprelu":
+        fields["l0_coefficient"] = settings.l0_coefficient
+        if settings.target_l0 is not None:
             fields |= JUMPRELU
-    elif flags.architecture in _TOPK_FAMILY:
-        if flags.k > d_sae:
+    elif architecture in _TOPK_FAMILY:
+        if settings.k > d_sae:
             raise UserError(
-                f"--k {flags.k}: more than the {d_sae} features (--expansion_factor {flags.expansion_factor} x {d_in})"
+                f"--k {settings.k}: more than the {d_sae} features (--expansion_factor {settings.expansion_factor} x"
+                f" {d_in})"
             )
-        if fields["normalize_activations"] in ("layer_norm", "constant_norm_rescale"):
+        if settings.normalize_activations in ("layer_norm", "constant_norm_rescale"):
             raise UserError(
-                f"--normalize_activations {flags.normalize_activations}: SAELens's auxiliary loss of"
-                f" {flags.architecture} does not support it; use expected_average_only_in"
+                f"--normalize_activations {settings.normalize_activations}: SAELens's auxiliary loss of"
+                f" {architecture} does not support it; use expected_average_only_in"
             )
-        fields["k"] = flags.k
-    if flags.architecture == "matryoshka_batchtopk":
-        widths = flags.matryoshka_widths or [d_sae // 16, d_sae // 4, d_sae]
+        fields["k"] = settings.k
+    if architecture == "matryoshka_batchtopk":
+        widths = list(settings.matryoshka_widths or (d_sae // 16, d_sae // 4, d_sae))
         if sorted(set(widths)) != widths or widths[-1] > d_sae:
             raise UserError(f"--matryoshka_widths {widths}: must ascend, to at most the {d_sae} features")
         fields["matryoshka_widths"] = widths
-    elif flags.matryoshka_widths:
-        raise UserError(f"--matryoshka_widths: only for --architecture matryoshka_batchtopk, not {flags.architecture}")
-    if hook_name.endswith("hook_z"):
-        fields["reshape_activations"] = "hook_z"
+    elif settings.matryoshka_widths:
+        raise UserError(f"--matryoshka_widths: only for --architecture matryoshka_batchtopk, not {architecture}")
     return fields
 
 

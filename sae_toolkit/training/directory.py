@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import logging
@@ -10,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.files.names import FLAGS_FILENAME, HELD_OUT_METRICS_FILENAME, METRICS_FILENAME
 from sae_toolkit.files.whole_directory import (
     MANIFEST_FILENAME,
     NotSaved,
@@ -26,16 +26,9 @@ from sae_toolkit.files.whole_directory import (
     remove_partial_directories,
     whole_directory,
 )
-from sae_toolkit.settings.training import (
-    FLAGS_FILENAME,
-    HELD_OUT_METRICS_FILENAME,
-    METRICS_FILENAME,
-    run_directory_of,
-    save_flags,
-)
+from sae_toolkit.settings.command_line import run_directory_of, save_flags
 from sae_toolkit.terminal.console import open_run_log
 from sae_toolkit.text.sources import TextSource
-from sae_toolkit.training.configuration import output_directory
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +49,7 @@ class RunDirectory:
         self._lock: IO[str] | None = None
 
     def create(
-        self, flags: argparse.Namespace, text: TextSource, rows_NT: np.ndarray, held_out_NT: np.ndarray | None
+        self, flags: Mapping[str, Any], text: TextSource, rows_NT: np.ndarray, held_out_NT: np.ndarray | None
     ) -> None:
         """Makes the directory with all that a resumption needs beside a checkpoint, and claims it.
 
@@ -198,32 +191,34 @@ class Resumption:
     checkpoint: Path | None
 
 
-def find_resumption(flags: argparse.Namespace) -> Resumption | None:
-    """What `--resume` asks for, claimed for this process.
+def find_resumption(resume: str | None, output_directory: Path) -> Resumption | None:
+    """Returns what `--resume` asks for, claimed for this process; None where it asks for nothing or finds nothing.
+
+    Args:
+        resume: the value of the flag.
+        output_directory: where the runs with the same settings are.
 
     Raises:
         UserError: there is nothing to resume, it is damaged, or another process writes there.
     """
-    if flags.resume is None:
+    if resume is None:
         return None
-    if flags.resume == "auto":
-        unfinished = sorted(_unfinished_runs(output_directory(flags)), key=_progress, reverse=True)
+    if resume == "auto":
+        unfinished = sorted(_unfinished_runs(output_directory), key=_progress, reverse=True)
         if not unfinished:
-            log.info("no unfinished run with these flags in %s; beginning a new one", output_directory(flags))
+            log.info("no unfinished run with these flags in %s; beginning a new one", output_directory)
             return None
         directory = unfinished[0]
     else:
-        directory = RunDirectory(run_directory_of(Path(flags.resume)))
+        directory = RunDirectory(run_directory_of(Path(resume)))
     if directory.is_finished:
-        raise UserError(
-            f"--resume {flags.resume}: this run is finished; its SAE is {next(directory.path.glob('final_*'))}"
-        )
+        raise UserError(f"--resume {resume}: this run is finished; its SAE is {next(directory.path.glob('final_*'))}")
     directory.claim()
     try:
-        if flags.resume == "auto" or directory.path == Path(flags.resume):
+        if resume == "auto" or directory.path == Path(resume):
             return Resumption(directory, directory.newest_checkpoint())
-        directory.check_checkpoint(Path(flags.resume))
-        return Resumption(directory, Path(flags.resume))
+        directory.check_checkpoint(Path(resume))
+        return Resumption(directory, Path(resume))
     except BaseException:
         directory.release()
         raise

@@ -17,7 +17,7 @@ from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.text.rows import ContextFormat, special_tokens
-from sae_toolkit.training.prepared_run import PreparedRun, held_out_split
+from sae_toolkit.training.prepared_run import PreparedRun
 
 
 class HeldOutText:
@@ -66,7 +66,7 @@ class HeldOutText:
             tokenizer=self.tokenizer,
             hook_name=hook_name,
             text=run.text,
-            held_out=held_out_split(run.flags),
+            held_out=run.held_out,
             context=ContextFormat(run.cfg.context_size),
             rows_NT=self.rows_NT,
             unit_N=np.arange(n_rows),
@@ -77,5 +77,5 @@ class HeldOutText:
             unscored_token_ids=(),
             features=(),
             n_features=0,
-            seed=run.flags.seed,
+            seed=run.cfg.seed,
         )

@@ -6,28 +6,88 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 
+from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.errors import RunFailed, UserError
-from sae_toolkit.settings.training import HELD_OUT_METRICS_FILENAME
+from sae_toolkit.files.names import HELD_OUT_METRICS_FILENAME
+from sae_toolkit.steps.multi_trainer import MultiTrainer
+from sae_toolkit.steps.target_l0 import NEAR_TARGET
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals
 from sae_toolkit.training.held_out import HeldOutText
 from sae_toolkit.training.record.panels import of_held_out, panels
 from sae_toolkit.training.record.run_record import RunRecord
-
-if TYPE_CHECKING:
-    from sae_toolkit.training.run import Training
+from sae_toolkit.training.run import Training
 
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_READINGS = 1.0
 _NOT_FINITE_AT_MOST = 10  # steps in a row
 _HISTOGRAMS = 20  # of firing rates, over a run
+
+
+def fit(training: Training, record: RunRecord, signals: StopSignals) -> Path:
+    """Trains the SAE to the end and saves it.
+
+    Args:
+        training: the run.
+        record: where it is recorded.
+        signals: what may stop it.
+
+    Returns:
+        Directory of the finished SAE; of several, the directory that holds one for each hook.
+
+    Raises:
+        Stopped: a signal came; a checkpoint is saved, if there was room for it.
+        RunFailed: the losses are not finite any more, or the finished SAE cannot be written.
+    """
+    run = training.run
+    with signals.deferred():
+        TrainingLoop(training, record, signals).to_the_end()
+        _describe_what_was_left_out(training)
+        _describe_l0(training.trainer)
+        final = training.checkpoints.save_final()
+    metadata = {"training": run.metadata(), "resumed_from": run.resume_from and run.resume_from.name}
+    record.save_sae(final, metadata, with_weights=training.cfg.logger.log_weights_to_wandb)
+    return final
+
+
+def _describe_what_was_left_out(training: Training) -> None:
+    stream = training.stream
+    if stream.max_activation_norms is not None:
+        log.info(
+            "left out %s of %s activations as massive (norm above %s)",
+            f"{stream.n_massive:,}",
+            f"{stream.n_massive + stream.n_kept:,}",
+            " or ".join(f"{norm:.4g}" for norm in stream.max_activation_norms),
+        )
+    if n := training.trainer.n_not_finite:
+        log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
+    if isinstance(stream.source, CachedActivations):
+        log.info(stream.source.describe())
+
+
+def _describe_l0(trainers: MultiTrainer) -> None:
+    for name, trainer in trainers.trainers.items():
+        if (control := trainer.l0_control) is None:
+            continue
+        ((weight, value),) = trainer.found_weight.items()
+        log.log(
+            logging.INFO if control.is_near else logging.WARNING,
+            "--target_l0 %g: %sthe running L0 ended at %.1f, and --%s at %.3g%s",
+            control.target,
+            "" if trainers.is_single else f"{name}: ",
+            control.l0,
+            weight,
+            value,
+            "" if control.is_near else f"; not within {NEAR_TARGET:.0%}: train longer, or raise --lr",
+        )
 
 
 class TrainingLoop:
@@ -49,7 +109,7 @@ class TrainingLoop:
         self._histogram_every = math.ceil(self.cfg.total_training_steps / _HISTOGRAMS)
         self._firing_rates = {name: _FiringRates(each) for name, each in self.trainer.trainers.items()}
         self._held_out = None
-        if self.run.flags.eval_every and self.ranks.is_main:
+        if self.run.recording.eval_every and self.ranks.is_main:
             self._held_out = HeldOutText(self.run, training.activations)
 
     def to_the_end(self) -> None:
@@ -98,7 +158,7 @@ class TrainingLoop:
             self._record_firing_rates()
         trainer.advance()
         progress.advance(self.cfg.train_batch_size_tokens, self._shown)
-        every = self.run.flags.eval_every
+        every = self.run.recording.eval_every
         if every and trainer.n_training_samples // every > before // every:
             with progress.paused():
                 self._measure_held_out()

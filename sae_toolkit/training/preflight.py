@@ -22,8 +22,8 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import is_out_of_memory
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
+from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.trainer import Trainer
-from sae_toolkit.training.configuration import hook_flag
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.run import create_sae
@@ -34,62 +34,81 @@ _MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by 
 _MOST_STEPS, _SECONDS_OF_STEPS = 5, 2.0
 
 
-def check_before_loading(run: PreparedRun) -> None:
-    """Says what will run, what it takes, and what its flags are likely to end in, with nothing large loaded yet.
+def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
+    """Logs what will run, what it takes, and what is likely to come out unhealthy, with nothing large loaded yet.
+
+    Args:
+        run: what will run.
+        settings: whether warnings are refused, and whether the run ends here.
 
     Raises:
         UserError: it does not fit on the disk or in memory; or --strict was given and there is a warning.
     """
     if not run.ranks.is_main:
         return
-    log.info(run.describe())
+    log.info(run.describe(details=settings.dry_run))
     run.check_memory()
     run.check_disk()
     if run.resume_from is None:
-        _warn(recipe_warnings(run.flags, run.cfg), run.flags.strict)
+        _warn(recipe_warnings(run.cfg, run.held_out.fraction), settings.strict)
 
 
-def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations | None) -> None:
+def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations, settings: RunSettings) -> None:
     """Measures one batch of activations and a few training steps, and says how long the run will take and what does
     not fit the activations. Nothing that the run trains on or draws at random is changed. Where there are several
     ranks, rank 0 does so with its share.
 
     Args:
         run: what will run.
-        source: the activations of the run, or None where they cannot be had yet.
+        source: the activations of the run.
+        settings: whether warnings are refused.
 
     Raises:
         UserError: a step does not fit in memory; or --strict was given and there is a warning.
     """
     if run.resume_from is None and run.ranks.is_main:
-        _check_activations(run, source)
+        measured, speed = measure(run, source)
+        log.info(speed.describe(run.cfg, run.ranks.size))
+        _warn_of_activations(run, measured, settings.strict)
     run.ranks.wait()
 
 
-def _check_activations(run: PreparedRun, source: LanguageModel | CachedActivations | None) -> None:
-    measured: Sequence[MeasuredActivations | None] = [None] * len(run.cfgs)
-    if source is None:
-        log.info("time    not measured, the model is not downloaded yet")
-    else:
-        measured, speed = measure(run, source)
-        log.info(speed.describe(run))
+def _warn_of_activations(run: PreparedRun, measured: Sequence[MeasuredActivations | None], strict: bool) -> None:
     warnings = []
     for cfg, found in zip(run.cfgs, measured, strict=True):
         where = "" if len(run.cfgs) == 1 else f"at {cfg.hook_name}: "
-        warnings += [where + warning for warning in activation_warnings(run.flags, cfg, found)]
-    _warn(list(dict.fromkeys(warnings)), run.flags.strict)
+        found_warnings = activation_warnings(
+            cfg,
+            found,
+            finds_weight=run.target_l0 is not None,
+            max_norm_multiple=run.max_norm_multiple,
+            skip_positions=run.positions.skip_positions,
+        )
+        warnings += [where + warning for warning in found_warnings]
+    _warn(list(dict.fromkeys(warnings)), strict)
 
 
-def dry_run(run: PreparedRun) -> None:
-    """What a run checks before its first step, without leaving anything behind; the model is not downloaded."""
-    if not run.ranks.is_main:
+def dry_run(run: PreparedRun, settings: RunSettings) -> None:
+    """Checks what a run checks before its first step, and leaves nothing behind; the model is not downloaded.
+
+    Args:
+        run: what would run.
+        settings: whether warnings are refused.
+
+    Raises:
+        UserError: as `check_activations`.
+    """
+    if not run.ranks.is_main or run.resume_from is not None:
         return
-    source = None
-    if run.resume_from is None and run.model.is_here():
-        source = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.flags.n_devices)
+    measured: Sequence[MeasuredActivations | None] = [None] * len(run.cfgs)
+    if run.model.is_here():
+        source = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.n_devices)
         source.keep_only_up_to_hook()
-    if run.resume_from is None:
-        _check_activations(run, source)
+        measured, speed = measure(run, source)
+        log.info(speed.describe(run.cfg, run.ranks.size, reads_cache=run.is_cached))
+    else:
+        log.info("time    not measured, the model is not downloaded yet")
+    _warn_of_activations(run, measured, settings.strict)
 
 
 def _warn(warnings: list[str], strict: bool) -> None:
@@ -107,12 +126,17 @@ class Speed:
     tokens_a_second: float  # of the language model or of the cache
     seconds_a_step: float
 
-    def describe(self, run: PreparedRun) -> str:
-        n_steps = math.ceil(run.cfg.training_tokens / run.cfg.train_batch_size_tokens)
-        rate = math.inf if run.flags.dry_run and run.is_cached else self.tokens_a_second * run.ranks.size
-        seconds = run.cfg.training_tokens / rate + n_steps * self.seconds_a_step
-        parts = [f"activations {rate:,.0f} tokens/s" if math.isfinite(rate) else "activations read from the cache"]
-        return f"time    about {_duration(seconds)}: {parts[0]}, {1000 * self.seconds_a_step:,.1f} ms a step"
+    def describe(self, cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int, *, reads_cache: bool = False) -> str:
+        """Returns how long a run of a configuration takes, in a line.
+
+        Args:
+            reads_cache: whether an earlier run left all activations in the cache, while those here were computed.
+        """
+        n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
+        rate = math.inf if reads_cache else self.tokens_a_second * n_ranks
+        seconds = cfg.training_tokens / rate + n_steps * self.seconds_a_step
+        source = "activations read from the cache" if reads_cache else f"activations {rate:,.0f} tokens/s"
+        return f"time    about {_duration(seconds)}: {source}, {1000 * self.seconds_a_step:,.1f} ms a step"
 
 
 def _duration(seconds: float) -> str:
@@ -129,7 +153,7 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         UserError: the activations are not finite, or a step does not fit in memory.
     """
     cfg = run.cfg
-    multiple = run.flags.max_activation_norm_multiple or None
+    multiple = run.max_norm_multiple
     found, seconds_a_step = [], 0.0
     with _without_trace(source):
         first = _stream(run, source, batch_size=1, rows_per_forward=1)
@@ -137,7 +161,7 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         first.close()
         if first_ND.shape[1] != sum(run.widths):
             raise UserError(
-                f"{hook_flag(run.flags)}: the activations at {' '.join(run.hook_names)} have a width of"
+                f"{run.hook_flag}: the activations at {' '.join(run.hook_names)} have a width of"
                 f" {first_ND.shape[1]}, where the modules have {sum(run.widths)}; name another"
             )
         stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts // run.ranks.size)

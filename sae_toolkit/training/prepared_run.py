@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory
 from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
+from sae_toolkit.settings.training import RecordingSettings, RunSettings
 from sae_toolkit.settings.values import Interval
 from sae_toolkit.steps.memory import MemoryPlan, plan_memory, suggest_flags
 from sae_toolkit.text.positions import PositionFilter
@@ -33,19 +34,52 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that is ready to start."""
+    """A run that is ready to start.
 
-    flags: argparse.Namespace
-    cfgs: list[LanguageModelSAERunnerConfig[Any]]  # of each SAE; they differ in the hook and its width
+    Args:
+        cfgs: of each SAE; they differ in the hook and its width.
+        hook_flag: the flag that named the hooks.
+        model: where the language model comes from.
+        llm_device: of the language model.
+        lm_dtype: of the language model.
+        n_devices: over how many CUDA devices the language model is spread.
+        cache_directory: where activations are kept; None to keep none.
+        text: what is trained on.
+        rows_NT: its token ids.
+        held_out: which documents are kept for evaluation.
+        held_out_NT: rows of held-out text to measure on; where there are ranks, rank 0 has them.
+        positions: which positions are trained on.
+        max_norm_multiple: times the median norm, above which activations are left out; None leaves none out.
+        target_l0: the L0 that the sparsity weight is adjusted to; None leaves the weight as it is.
+        shards_features: whether the ranks share the features.
+        run_directory: of the run; it need not exist yet.
+        resume_from: a checkpoint; None at the first step.
+        saving: when the run is saved, and where.
+        recording: where the run is recorded.
+        started_with: the flags of the run by name, for the record.
+        ranks: which train the SAE.
+    """
+
+    cfgs: list[LanguageModelSAERunnerConfig[Any]]
+    hook_flag: str
     model: ModelSource
     llm_device: str
     lm_dtype: torch.dtype
+    n_devices: int
+    cache_directory: Path | None
     text: TextSource
     rows_NT: np.ndarray
-    held_out_NT: np.ndarray | None  # rows of held-out text to measure on; where there are ranks, rank 0 has them
+    held_out: HeldOutSplit
+    held_out_NT: np.ndarray | None
     positions: PositionFilter
+    max_norm_multiple: float | None
+    target_l0: float | None
+    shards_features: bool
     run_directory: RunDirectory
-    resume_from: Path | None  # a checkpoint; None at the first step
+    resume_from: Path | None
+    saving: RunSettings
+    recording: RecordingSettings
+    started_with: Mapping[str, Any]
     ranks: Ranks = ALONE
 
     @property
@@ -76,7 +110,7 @@ class PreparedRun:
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
-            self.run_directory.create(self.flags, self.text, self.rows_NT, self.held_out_NT)
+            self.run_directory.create(self.started_with, self.text, self.rows_NT, self.held_out_NT)
         self.run_directory.open_log()
 
     def metadata(self) -> dict[str, Any]:
@@ -86,9 +120,9 @@ class PreparedRun:
             "dataset_split": self.text.split,
             "text_column": self.text.column,
             "fallback_from": self.text.fallback_from,
-            "held_out_fraction": self.flags.held_out_fraction,
-            "held_out_seed": held_out_split(self.flags).seed,
-            "max_activation_norm_multiple": self.flags.max_activation_norm_multiple,
+            "held_out_fraction": self.held_out.fraction,
+            "held_out_seed": self.held_out.seed,
+            "max_activation_norm_multiple": self.max_norm_multiple or 0.0,
         }
 
     def cache_parameters(self) -> dict[str, Any]:
@@ -110,7 +144,7 @@ class PreparedRun:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds some of the features; else each holds all."""
-        return self.flags.shard_features and not self.ranks.is_alone
+        return self.shards_features and not self.ranks.is_alone
 
     def share_of_rank(self, cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
         """What one rank has of a configuration: of a batch, or of the features and the active ones among them."""
@@ -155,8 +189,8 @@ class PreparedRun:
         Raises:
             UserError: the directory holds something else.
         """
-        directory = self.flags.cache_activations
-        return directory is not None and check_cache_directory(Path(directory), self.cache_parameters())
+        directory = self.cache_directory
+        return directory is not None and check_cache_directory(directory, self.cache_parameters())
 
     def check_memory(self) -> None:
         """Warns where the run is not predicted to fit, with what to lower so that it does.
@@ -166,7 +200,7 @@ class PreparedRun:
         """
         if not self._shares_device and not self.is_cached:
             takes, there = self._n_parameters[0] * self.lm_dtype.itemsize, free_memory(self.llm_device)
-            if takes > there * self.flags.n_devices:
+            if takes > there * self.n_devices:
                 log.warning(
                     "--llm_device %s: the language model takes about %.1f GiB, and %.1f GiB are free there",
                     self.llm_device,
@@ -210,8 +244,8 @@ class PreparedRun:
         sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
         checkpoint = sae + adam + self.ranks.size * memory.buffer
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
-        if Interval.parse(self.flags.checkpoint_every) != Interval():
-            n_checkpoints += self.flags.keep + 1  # the last go when the next is whole
+        if Interval.parse(self.saving.checkpoint_every) != Interval():
+            n_checkpoints += self.saving.keep + 1  # the last go when the next is whole
         plan = {"final SAE": sae, "checkpoints": n_checkpoints * checkpoint}
         if self.resume_from is None:
             plan["tokens"] = self.rows_NT.nbytes + (0 if self.held_out_NT is None else self.held_out_NT.nbytes)
@@ -223,30 +257,34 @@ class PreparedRun:
         Raises:
             UserError: it has none even for the final SAE.
         """
-        plan, free = self.disk_plan(), free_disk(Path(self.flags.checkpoint_path))
+        plan, free = self.disk_plan(), free_disk(Path(self.saving.checkpoint_path))
         least = sum(size for item, size in plan.items() if item != "checkpoints")
         if least > free:
             raise UserError(
-                f"--checkpoint_path {self.flags.checkpoint_path}: the final SAE and the run's tokens take"
+                f"--checkpoint_path {self.saving.checkpoint_path}: the final SAE and the run's tokens take"
                 f" {_size(least)}, and {_size(free)} are free there; make room or name another disk"
             )
         if sum(plan.values()) > free:
             log.warning(
                 "--n_checkpoints %d --keep %d: the checkpoints take up to %s, and %s are free on the disk",
                 self.cfg.n_checkpoints,
-                self.flags.keep,
+                self.saving.keep,
                 _size(plan["checkpoints"]),
                 _size(free),
             )
 
-    def describe(self) -> str:
-        """What will run and what it takes, in about ten lines."""
+    def describe(self, *, details: bool) -> str:
+        """Returns what will run and what it takes, in about ten lines.
+
+        Args:
+            details: whether to list the memory item by item.
+        """
         cfg, sae = self.cfg, self.cfg.sae
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         left_out = [
             *(["special tokens"] if self.positions.special_token_ids else []),
             *([f"the first {n} positions"] if (n := self.positions.skip_positions) else []),
-            *([f"norms above {m:g} x the median"] if (m := self.flags.max_activation_norm_multiple) else []),
+            *([f"norms above {m:g} x the median"] if (m := self.max_norm_multiple) else []),
         ]
         memory, disk = self.plan_memory(), self.disk_plan()
         disk_items = ", ".join(f"{item} {_size(size)}" for item, size in disk.items())
@@ -259,7 +297,7 @@ class PreparedRun:
                 f"text    {self.text.name}"
                 + (f" ({self.text.config})" if self.text.config else "")
                 + f", {len(self.rows_NT):,} contexts of {cfg.context_size},"
-                f" {self.flags.held_out_fraction:.0%} of documents held out",
+                f" {self.held_out.fraction:.0%} of documents held out",
                 f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
                 f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
                 f" lr {cfg.lr:g}" + self._processes(),
@@ -268,11 +306,11 @@ class PreparedRun:
                 f"tokens  {cfg.training_tokens:,} needed, {n_there:,} there;"
                 f" {cfg.training_tokens / sae.d_sae:,.3g} for each feature",
                 memory.describe()
-                if self.flags.dry_run
+                if details
                 else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {self._free_memory() / 2**30:.1f} free"
                 + ("" if self.ranks.is_alone else ", for each process"),
                 f"disk    up to {_size(sum(disk.values()))} ({disk_items}),"
-                f" {_size(free_disk(Path(self.flags.checkpoint_path)))} free",
+                f" {_size(free_disk(Path(self.saving.checkpoint_path)))} free",
             )
         )
 
@@ -280,12 +318,6 @@ class PreparedRun:
         if self.ranks.is_alone:
             return ""
         return f", on {self.ranks.size} processes" + (" that share its features" if self.is_sharded else "")
-
-
-def held_out_split(flags: argparse.Namespace) -> HeldOutSplit:
-    """Which documents are kept for evaluation."""
-    seed = flags.seed if flags.held_out_seed is None else flags.held_out_seed
-    return HeldOutSplit(flags.held_out_fraction, seed)
 
 
 def existing(directory: Path) -> Path:

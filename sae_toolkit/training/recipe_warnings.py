@@ -7,7 +7,6 @@ each says which.
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -64,25 +63,42 @@ class MeasuredActivations:
     kept_share: float
 
 
-def recipe_warnings(flags: argparse.Namespace, cfg: LanguageModelSAERunnerConfig[Any]) -> list[str]:
-    """What the flags and shapes alone say."""
+def recipe_warnings(cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float) -> list[str]:
+    """Returns what the settings and shapes alone say."""
     n_steps = cfg.total_training_steps
     found = [
         _too_few_tokens(cfg),
         _too_many_or_few_active(cfg),
         *_learning_rate(cfg, n_steps),
         _dead_feature_window(cfg, n_steps),
-        _nothing_held_out(flags),
+        _nothing_held_out(held_out_fraction),
     ]
     return [warning for warning in found if warning]
 
 
 def activation_warnings(
-    flags: argparse.Namespace, cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None
+    cfg: LanguageModelSAERunnerConfig[Any],
+    measured: MeasuredActivations | None,
+    *,
+    finds_weight: bool,
+    max_norm_multiple: float | None,
+    skip_positions: int,
 ) -> list[str]:
-    """What takes the activations' scale to say; where they were not measured, what may be wrong."""
-    weight = _sparsity_weight(cfg, measured) if flags.target_l0 is None else None
-    found = [weight, _massive(flags, measured), _too_little_kept(flags, measured)]
+    """Returns what takes the activations' scale to say; where they were not measured, what may be wrong.
+
+    Args:
+        cfg: of the SAE.
+        measured: the activations at its hook.
+        finds_weight: whether the run adjusts the sparsity weight itself (--target_l0).
+        max_norm_multiple: times the median norm, above which activations are left out; None leaves none out.
+        skip_positions: at the start of a context, that are left out.
+    """
+    left_out = max_norm_multiple, skip_positions
+    found = [
+        None if finds_weight else _sparsity_weight(cfg, measured),
+        _massive(*left_out, measured),
+        _too_little_kept(*left_out, cfg.context_size, measured),
+    ]
     return [warning for warning in found if warning]
 
 
@@ -156,8 +172,8 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
     return None
 
 
-def _nothing_held_out(flags: argparse.Namespace) -> str | None:
-    if flags.held_out_fraction > 0:
+def _nothing_held_out(held_out_fraction: float) -> str | None:
+    if held_out_fraction > 0:
         return None
     return "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name another; use 0.1"
 
@@ -200,17 +216,17 @@ def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredA
     )
 
 
-def _massive(flags: argparse.Namespace, measured: MeasuredActivations | None) -> str | None:
+def _massive(max_norm_multiple: float | None, skip_positions: int, measured: MeasuredActivations | None) -> str | None:
     given = " and ".join(
         part
         for part, off in (
-            ("--max_activation_norm_multiple 0", not flags.max_activation_norm_multiple),
-            ("--skip_positions 0", not flags.skip_positions),
+            ("--max_activation_norm_multiple 0", not max_norm_multiple),
+            ("--skip_positions 0", not skip_positions),
         )
         if off
     )
     if measured is None:
-        if flags.max_activation_norm_multiple:
+        if max_norm_multiple:
             return None
         return (
             f"{given}: massive activations stay in, which in Llama-like models are most of the variance; use"
@@ -218,20 +234,22 @@ def _massive(flags: argparse.Namespace, measured: MeasuredActivations | None) ->
         )
     if measured.massive_share <= MOST_MASSIVE_SHARE:
         return None
-    flag = given or f"--max_activation_norm_multiple {flags.max_activation_norm_multiple:g}"
+    flag = given or f"--max_activation_norm_multiple {max_norm_multiple:g}"
     return (
         f"{flag}: massive activations stay in and are {measured.massive_share:.1%} of the variance, which the SAE will"
         " learn instead of the rest; use --max_activation_norm_multiple 10 --skip_positions 1"
     )
 
 
-def _too_little_kept(flags: argparse.Namespace, measured: MeasuredActivations | None) -> str | None:
+def _too_little_kept(
+    max_norm_multiple: float | None, skip_positions: int, context_size: int, measured: MeasuredActivations | None
+) -> str | None:
     if measured is None or measured.kept_share >= LEAST_REPLACED_SHARE:
         return None
     flag = (
-        f"--skip_positions {flags.skip_positions}"
-        if flags.skip_positions > (1 - LEAST_REPLACED_SHARE) * flags.context_size
-        else f"--max_activation_norm_multiple {flags.max_activation_norm_multiple:g}"
+        f"--skip_positions {skip_positions}"
+        if skip_positions > (1 - LEAST_REPLACED_SHARE) * context_size
+        else f"--max_activation_norm_multiple {max_norm_multiple or 0:g}"
     )
     return (
         f"{flag}: leaves {1 - measured.kept_share:.1%} of the tokens out, and the evaluation gives no verdict above"

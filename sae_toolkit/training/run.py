@@ -1,11 +1,10 @@
-"""Drives SAELens's trainer over a stream of activations, to a finished checkpoint."""
+"""A training run at its first step, or at the checkpoint that it is resumed from."""
 
 from __future__ import annotations
 
 import logging
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,8 @@ from sae_toolkit.saes.checkpoints import load_training_checkpoint
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
-from sae_toolkit.steps.target_l0 import NEAR_TARGET
-from sae_toolkit.terminal.stop_signals import StopSignals
 from sae_toolkit.training.checkpoints import RunCheckpoints
-from sae_toolkit.training.loop import TrainingLoop
 from sae_toolkit.training.prepared_run import PreparedRun
-from sae_toolkit.training.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +38,15 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
     """
 
     def load() -> LanguageModel:
-        model = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.flags.n_devices)
+        model = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.n_devices)
         if run.held_out_NT is None:
             model.keep_only_up_to_hook()
         return model
 
-    if run.flags.cache_activations is None:
+    if run.cache_directory is None:
         with run.ranks.one_first():
             return load()
-    directory = Path(run.flags.cache_activations)
-    cache = ActivationCache(directory, run.cache_parameters(), run.rows_NT, sum(run.widths))
+    cache = ActivationCache(run.cache_directory, run.cache_parameters(), run.rows_NT, sum(run.widths))
     return CachedActivations(cache, load, run.cfg.device)
 
 
@@ -90,8 +84,8 @@ class Training:
             device=cfg.device,
         )
         trainer_cfg = cfg.to_sae_trainer_config()
-        trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # `fit` below records; SAELens's own is not used
-        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.flags.target_l0)
+        trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the loop records; SAELens's own is not used
+        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.target_l0)
         for each_trainer in self.trainer.trainers.values():
             each_trainer.products_in_bfloat16 = run.products_in_bfloat16
         self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
@@ -100,7 +94,7 @@ class Training:
                 load_training_checkpoint(run.resume_from, self.trainer, self.stream)
             log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
         else:
-            _calibrate(cfg, self.trainer, self.stream, run.flags.max_activation_norm_multiple or None)
+            _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple)
         none = [None] * len(run.cfgs)
         self.max_norms = dict(zip(run.hook_names, self.stream.max_activation_norms or none, strict=True))
         for each, median_norm in zip(run.cfgs, self.stream.median_norms or none, strict=True):
@@ -117,55 +111,6 @@ class Training:
         on_cpu = copy(cfg)
         on_cpu.device, on_cpu.sae = "cpu", replace(cfg.sae, device="cpu")
         return shard_sae(create_sae(on_cpu) if self.ranks.is_main else None, cfg.device, self.ranks)
-
-    def fit(self, record: RunRecord, signals: StopSignals) -> Path:
-        """Trains the SAE to the end and saves it.
-
-        Returns:
-            Directory of the finished SAE; of several, the directory that holds one for each hook.
-
-        Raises:
-            Stopped: a signal came; a checkpoint is saved, if there was room for it.
-            RunFailed: the losses are not finite any more, or the finished SAE cannot be written.
-        """
-        with signals.deferred():
-            TrainingLoop(self, record, signals).to_the_end()
-            self._describe_what_was_left_out()
-            self._describe_l0()
-            final = self.checkpoints.save_final()
-        metadata = {"training": self.run.metadata(), "resumed_from": self.run.resume_from and self.run.resume_from.name}
-        record.save_sae(final, metadata, with_weights=self.cfg.logger.log_weights_to_wandb)
-        return final
-
-    def _describe_what_was_left_out(self) -> None:
-        stream = self.stream
-        if stream.max_activation_norms is not None:
-            log.info(
-                "left out %s of %s activations as massive (norm above %s)",
-                f"{stream.n_massive:,}",
-                f"{stream.n_massive + stream.n_kept:,}",
-                " or ".join(f"{norm:.4g}" for norm in stream.max_activation_norms),
-            )
-        if n := self.trainer.n_not_finite:
-            log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
-        if isinstance(stream.source, CachedActivations):
-            log.info(stream.source.describe())
-
-    def _describe_l0(self) -> None:
-        for name, trainer in self.trainer.trainers.items():
-            if (control := trainer.l0_control) is None:
-                continue
-            ((weight, value),) = trainer.found_weight.items()
-            log.log(
-                logging.INFO if control.is_near else logging.WARNING,
-                "--target_l0 %g: %sthe running L0 ended at %.1f, and --%s at %.3g%s",
-                control.target,
-                "" if self.trainer.is_single else f"{name}: ",
-                control.l0,
-                weight,
-                value,
-                "" if control.is_near else f"; not within {NEAR_TARGET:.0%}: train longer, or raise --lr",
-            )
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
-"""Flags to a run that is ready: all of it checked before anything large is loaded or anything is written."""
+"""Settings to a run that is ready, checked before anything large is loaded and before anything is written."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import secrets
@@ -24,12 +23,13 @@ from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_l
 from sae_toolkit.model.language_model import hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
+from sae_toolkit.settings.training import ModelSettings, TrainingSettings
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
-from sae_toolkit.text.sources import TextSource, open_text
-from sae_toolkit.training.configuration import build_runner_config, hook_flag, hook_names, output_directory
+from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
+from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.directory import RunDirectory, find_resumption
-from sae_toolkit.training.prepared_run import PreparedRun, existing, held_out_split
+from sae_toolkit.training.prepared_run import PreparedRun, existing
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +45,17 @@ class _Found:
     text: TextSource
 
 
-def prepare_run(flags: argparse.Namespace, ranks: Ranks = ALONE) -> PreparedRun:
-    """Checks flags, model, data and output against one another, and tokenizes the training text.
+def prepare_run(settings: TrainingSettings, ranks: Ranks = ALONE) -> PreparedRun:
+    """Checks settings, model, data and output against one another, and tokenizes the training text.
+
+    This is where the settings end: what comes after takes values from the `PreparedRun`.
 
     Rank 0 does so before the others, which take its tokens: a mistake is said once, and a text is read once.
 
     Raises:
         UserError: the run could not succeed.
     """
-    run = _prepare_run(flags, ranks) if ranks.is_main else None
+    run = _prepare_run(settings, ranks) if ranks.is_main else None
     if ranks.is_alone:
         assert run is not None
         return run
@@ -61,7 +63,7 @@ def prepare_run(flags: argparse.Namespace, ranks: Ranks = ALONE) -> PreparedRun:
     found, shape = ranks.broadcast((found, run.rows_NT.shape if run else ()))
     rows_NT = torch.from_numpy(np.array(run.rows_NT).view(np.int32) if run else np.empty(shape, np.int32))
     ranks.broadcast_tensor(rows_NT)
-    return run or _prepare_run(flags, ranks, found, rows_NT.numpy().view(np.uint32))
+    return run or _prepare_run(settings, ranks, found, rows_NT.numpy().view(np.uint32))
 
 
 def _no_documents() -> Iterator[Any]:
@@ -69,34 +71,18 @@ def _no_documents() -> Iterator[Any]:
 
 
 def _prepare_run(
-    flags: argparse.Namespace, ranks: Ranks, found: _Found | None = None, rows_NT: np.ndarray | None = None
+    settings: TrainingSettings, ranks: Ranks, found: _Found | None = None, rows_NT: np.ndarray | None = None
 ) -> PreparedRun:
-    check_world_size(flags, ranks.size)
-    device = choose_device(flags.device, ranks.local_rank)
-    llm_device = choose_llm_device(flags.llm_device, flags.n_devices, device)
-    if not ranks.is_alone:
-        if flags.llm_device is not None or flags.n_devices > 1:
-            raise UserError("--llm_device, --n_devices: of several processes each has a GPU for both; leave them out")
-        if ":" in flags.device:
-            raise UserError(f"--device {flags.device}: several processes have a GPU each; use cuda")
-    model = find_model(flags.model_name, _model_kwargs(flags), trust_remote_code=flags.trust_remote_code)
-    widths = {
-        name: hook_width(model.config, name, model.trust_remote_code, hook_flag(flags)) for name in hook_names(flags)
-    }
-    if model.max_context is not None and flags.context_size > model.max_context:
-        raise UserError(
-            f"--context_size {flags.context_size}: {model.name} was made for contexts of at most {model.max_context}"
-        )
+    check_world_size(settings, ranks.size)
+    device, llm_device = _choose_devices(settings.model, ranks)
+    model, widths = _find_model(settings)
     if found:
         directory, resume_from = RunDirectory(found.directory), found.resume_from
     else:
-        _check_writable(Path(flags.checkpoint_path))
-        resumption = find_resumption(flags)
-        directory = resumption.directory if resumption else RunDirectory(output_directory(flags) / _new_run_id())
-        resume_from = resumption.checkpoint if resumption else None
+        directory, resume_from = _choose_directory(settings)
     try:
         cfgs = [
-            build_runner_config(flags, name, d_in=d_in, device=device, run_id=directory.path.name)
+            build_runner_config(settings, name, d_in=d_in, device=device, run_id=directory.path.name)
             for name, d_in in widths.items()
         ]
         cfg = cfgs[0]
@@ -104,41 +90,91 @@ def _prepare_run(
             raise UserError(
                 "--set activations_mixing_fraction=0: a batch that is not mixed lies with one process; leave it out"
             )
-        _check_shards(flags, cfgs, ranks)
+        if settings.sae.shard_features:
+            _check_shards(settings.sae.expansion_factor, cfgs, ranks)
         tokenizer = load_tokenizer(model)
-        positions = PositionFilter(special_tokens(flags.exclude_special_tokens, tokenizer), flags.skip_positions)
+        skip_positions = settings.text.skip_positions
+        positions = PositionFilter(special_tokens(settings.text.exclude_special_tokens, tokenizer), skip_positions)
         held_out_NT = None
         if found and rows_NT is not None:
             text = found.text
         elif directory.path.exists():
             text, rows_NT, held_out_NT = directory.text(), directory.rows(), directory.held_out_rows()
         else:
-            text, rows_NT, held_out_NT = _read_text(flags, cfg, model, tokenizer, positions)
-        for cfg in cfgs:
-            cfg.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
-            cfg.dataset_path = text.name
+            text, rows_NT, held_out_NT = _read_text(settings, cfg, model, tokenizer, positions)
+        for each in cfgs:
+            each.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
+            each.dataset_path = text.name
     except BaseException:
         directory.release()
         raise
     return PreparedRun(
-        flags,
-        cfgs,
-        model,
-        llm_device,
-        choose_lm_dtype(flags.lm_dtype, llm_device),
-        text,
-        rows_NT,
-        held_out_NT,
-        positions,
-        directory,
-        resume_from,
-        ranks,
+        cfgs=cfgs,
+        hook_flag=settings.model.hook_flag,
+        model=model,
+        llm_device=llm_device,
+        lm_dtype=choose_lm_dtype(settings.model.lm_dtype, llm_device),
+        n_devices=settings.model.n_devices,
+        cache_directory=None if (cache := settings.model.cache_activations) is None else Path(cache),
+        text=text,
+        rows_NT=rows_NT,
+        held_out=_held_out_split(settings),
+        held_out_NT=held_out_NT,
+        positions=positions,
+        max_norm_multiple=settings.text.max_activation_norm_multiple or None,
+        target_l0=settings.sae.target_l0,
+        shards_features=settings.sae.shard_features,
+        run_directory=directory,
+        resume_from=resume_from,
+        saving=settings.run,
+        recording=settings.recording,
+        started_with=settings.as_flags(),
+        ranks=ranks,
     )
 
 
-def _check_shards(flags: argparse.Namespace, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
-    if not flags.shard_features:
-        return
+def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
+    """The devices of the SAE and of the language model."""
+    device = choose_device(settings.device, ranks.local_rank)
+    llm_device = choose_llm_device(settings.llm_device, settings.n_devices, device)
+    if not ranks.is_alone:
+        if settings.llm_device is not None or settings.n_devices > 1:
+            raise UserError("--llm_device, --n_devices: of several processes each has a GPU for both; leave them out")
+        if ":" in settings.device:
+            raise UserError(f"--device {settings.device}: several processes have a GPU each; use cuda")
+    return device, llm_device
+
+
+def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]]:
+    """The language model, and the width of the activations at each hook."""
+    chosen, context_size = settings.model, settings.text.context_size
+    model = find_model(
+        chosen.model_name, _model_kwargs(settings.optimization.set), trust_remote_code=chosen.trust_remote_code
+    )
+    widths = {
+        name: hook_width(model.config, name, model.trust_remote_code, chosen.hook_flag)
+        for name in chosen.all_hook_names
+    }
+    if model.max_context is not None and context_size > model.max_context:
+        raise UserError(
+            f"--context_size {context_size}: {model.name} was made for contexts of at most {model.max_context}"
+        )
+    return model, widths
+
+
+def _choose_directory(settings: TrainingSettings) -> tuple[RunDirectory, Path | None]:
+    """The run's directory, and the checkpoint that it is resumed from."""
+    _check_writable(Path(settings.run.checkpoint_path))
+    if resumption := find_resumption(settings.run.resume, settings.output_directory):
+        return resumption.directory, resumption.checkpoint
+    return RunDirectory(settings.output_directory / _new_run_id()), None
+
+
+def _held_out_split(settings: TrainingSettings) -> HeldOutSplit:
+    return HeldOutSplit(settings.text.held_out_fraction, settings.held_out_seed)
+
+
+def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
     if ranks.is_alone:
         log.warning("--shard_features: a single process holds all features; ./run_simple.sh NUM_GPUS starts several")
     for cfg in cfgs:
@@ -147,44 +183,46 @@ def _check_shards(flags: argparse.Namespace, cfgs: Sequence[LanguageModelSAERunn
         if cfg.sae.d_sae % ranks.size:
             raise UserError(
                 f"--shard_features: {ranks.size} processes do not divide {cfg.sae.d_sae:,} features evenly; use another"
-                f" number of them, or another --expansion_factor than {flags.expansion_factor}"
+                f" number of them, or another --expansion_factor than {expansion_factor}"
             )
 
 
 def _read_text(
-    flags: argparse.Namespace,
+    settings: TrainingSettings,
     cfg: LanguageModelSAERunnerConfig[Any],
     model: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
     positions: PositionFilter,
 ) -> tuple[TextSource, np.ndarray, np.ndarray | None]:
+    """The text, its rows of tokens to train on, and those to measure on where the run does so."""
+    chosen, seed, eval_every = settings.text, settings.optimization.seed, settings.recording.eval_every
     text = open_text(
-        flags.dataset_path,
+        chosen.dataset_path,
         flag="--dataset_path",
-        config=flags.dataset_config,
-        split=flags.dataset_split,
-        column=flags.text_column,
-        streaming=flags.streaming,
-        fallback=flags.fallback_dataset,
+        config=chosen.dataset_config,
+        split=chosen.dataset_split,
+        column=chosen.text_column,
+        streaming=chosen.streaming,
+        fallback=chosen.fallback_dataset,
     )
     context = ContextFormat(
         cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
     )
-    held_out, held_out_NT = held_out_split(flags), None
+    held_out, held_out_NT = _held_out_split(settings), None
     rows_NT = collect_training_rows(text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens)
     check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
-    if flags.eval_every:
+    if eval_every:
         n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)
-        flag = f"--eval_every {flags.eval_every}, --dataset_path"
+        flag = f"--eval_every {eval_every}, --dataset_path"
         held_out_NT, _ = collect_evaluation_rows(
-            text, tokenizer, context, held_out, n_rows=n_rows, seed=flags.seed, flag=flag
+            text, tokenizer, context, held_out, n_rows=n_rows, seed=seed, flag=flag
         )
     return text, rows_NT, held_out_NT
 
 
-def _model_kwargs(flags: argparse.Namespace) -> dict[str, Any]:
+def _model_kwargs(assignments: Sequence[str]) -> dict[str, Any]:
     """`--set model_from_pretrained_kwargs=...`, which is needed before the configuration can be built."""
-    for assignment in reversed(flags.set):
+    for assignment in reversed(assignments):
         key, _, value = assignment.partition("=")
         if key == "model_from_pretrained_kwargs":
             try:

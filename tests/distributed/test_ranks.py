@@ -7,7 +7,7 @@ import torch
 
 from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.training.setup import prepare_run
 from support.processes import ROOT, run_process
 from support.step_in_ranks import BATCH, N_STEPS, NAMES

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.reports.publish import check_may_publish
-from sae_toolkit.settings.training import default_flags, parse_training_flags
+from sae_toolkit.settings.command_line import default_flags, parse_training_flags
 from support.loopback_hub import LoopbackHub
 from support.processes import run_process
 
@@ -89,11 +89,11 @@ def test_the_card_says_what_was_measured_and_how_it_was_trained(published, train
     assert f'SAE.from_pretrained("lab/my_sae", "{ID}")' in card.text
     (recipe,) = re.findall(r"^python sae_lens_train.py (.*)$", card.text, re.MULTILINE)
     again, saved = (
-        parse_training_flags(shlex.split(recipe)),
+        parse_training_flags(shlex.split(recipe)).as_flags(),
         json.loads((trained.parent / "training_flags.json").read_text()),
     )
     of_the_sae = ("architecture", "k", "lr", "expansion_factor", "training_tokens", "seed", "layer", "dataset_path")
-    assert {name: getattr(again, name) for name in of_the_sae} == {name: saved[name] for name in of_the_sae}
+    assert {name: again[name] for name in of_the_sae} == {name: saved[name] for name in of_the_sae}
     assert saved["checkpoint_path"] not in recipe
     assert saved["checkpoint_path"] != default_flags()["checkpoint_path"]
 

@@ -7,14 +7,14 @@ import torch
 
 from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import find_model
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.steps.memory import plan_memory, suggest_flags
-from sae_toolkit.training.configuration import build_runner_config, hook_names
+from sae_toolkit.training.configuration import build_runner_config
 
 
 def configuration(model, d_in, *flags, device="cpu"):
     parsed = parse_training_flags(["--model_name", str(model), *map(str, flags)])
-    return build_runner_config(parsed, hook_names(parsed)[0], d_in=d_in, device=device, run_id="run")
+    return build_runner_config(parsed, parsed.model.all_hook_names[0], d_in=d_in, device=device, run_id="run")
 
 
 def planned(cfg, source, cached=False):

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from sae_toolkit.model.loading import ModelSource, find_model
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.stop_signals import hear_stop_signals
 from sae_toolkit.training.configuration import build_runner_config
+from sae_toolkit.training.loop import fit
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.run import Training, open_activations
@@ -28,9 +29,15 @@ FILTERED = MeasuredActivations(median_norm=math.sqrt(576), massive_share=0.0, ke
 
 def warnings(*words, d_in=576, measured=FILTERED):
     """The flags that are warned of, with the lines."""
-    flags = parse_training_flags([str(word) for word in words])
-    cfg = build_runner_config(flags, HOOK, d_in=d_in, device="cpu", run_id="run")
-    lines = recipe_warnings(flags, cfg) + activation_warnings(flags, cfg, measured)
+    settings = parse_training_flags([str(word) for word in words])
+    cfg = build_runner_config(settings, HOOK, d_in=d_in, device="cpu", run_id="run")
+    lines = recipe_warnings(cfg, settings.text.held_out_fraction) + activation_warnings(
+        cfg,
+        measured,
+        finds_weight=settings.sae.target_l0 is not None,
+        max_norm_multiple=settings.text.max_activation_norm_multiple or None,
+        skip_positions=settings.text.skip_positions,
+    )
     assert all("\n" not in line for line in lines)
     return {line.split()[0].removeprefix("--"): line for line in lines}
 
@@ -136,7 +143,7 @@ def test_measuring_changes_nothing_that_is_trained(script, tiny_run):
     run = prepare_run(parse_training_flags([str(word) for word in (*tiny_run, *SANE)]))
     run.open_directory()
     with run.run_directory, hear_stop_signals() as signals:
-        unmeasured = Training(run, open_activations(run)).fit(RunRecord(), signals)
+        unmeasured = fit(Training(run, open_activations(run)), RunRecord(), signals)
     one, other = (load_file(Path(path) / "sae_weights.safetensors") for path in (done.stdout.strip(), unmeasured))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -144,7 +144,7 @@ def _dictionary_learning_job(entry: Entry, shared: Shared, directory: Path, pena
     return {
         "trainer": name,
         "arguments": arguments,
-        "layer": shared.flags.layer,
+        "layer": shared.settings.model.layer,
         "context_size": cfg.context_size,
         "batch": cfg.train_batch_size_tokens,
         "d_in": cfg.sae.d_in,

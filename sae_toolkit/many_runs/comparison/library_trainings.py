@@ -20,7 +20,7 @@ from sae_toolkit.many_runs.comparison.contenders import ARCHITECTURES, Entry
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.processes import finished_sae, last_line_of, readings_of, script, start_process
 from sae_toolkit.model.loading import load_tokenizer
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.rows import special_tokens
 
@@ -137,7 +137,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
     readings = readings_of(entry.directory)
     if shared.run.cfg.device != "cpu":
         peak = int(2**30 * max((reading["details/memory_gib"] for reading in readings), default=0.0))
-    return {"sae": str(sae), "seconds": seconds, "peak_bytes": peak, "lr": parse_training_flags(words).lr}
+    return {"sae": str(sae), "seconds": seconds, "peak_bytes": peak, "lr": parse_training_flags(words).optimization.lr}
 
 
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
     training: dict[str, Any] = {
         "batch_size": rows,
         "init_seeds": [entry.seed],
-        "exclude_tokens": list(special_tokens(shared.flags.exclude_special_tokens, load_tokenizer(run.model))),
+        "exclude_tokens": list(special_tokens(shared.settings.text.exclude_special_tokens, load_tokenizer(run.model))),
     }
     if entry.contender.lr is not None:
         training["lr"] = entry.contender.lr

@@ -24,15 +24,16 @@ _EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)  #
 
 def describe(shared: Shared) -> list[str]:
     """What the numbers of a comparison are of, a paragraph each."""
-    cfg, flags = shared.run.cfg, shared.flags
+    cfg, ours = shared.run.cfg, shared.settings.optimization
     return [
         f"{shared.run.model.name}, {cfg.hook_name}; {cfg.training_tokens:,} tokens of {shared.run.text.name} in"
         f" {shared.n_steps:,} steps of {cfg.train_batch_size_tokens:,}; {cfg.sae.d_sae:,} features on"
         f" {cfg.sae.d_in:,} dimensions. All are measured on the same documents, which none was trained on, and at the"
         " same positions.",
-        f"SAELens is trained by sae_lens_train.py with lr {flags.lr:g} (or the one named), {flags.lr_warm_up_steps}"
-        f" steps of warm-up, {flags.lr_decay_steps} of decay, a dead-feature window of {flags.dead_feature_window} and"
-        f" activations normalized by {flags.normalize_activations}; an L0 that is an outcome by --target_l0.",
+        f"SAELens is trained by sae_lens_train.py with lr {ours.lr:g} (or the one named), {ours.lr_warm_up_steps}"
+        f" steps of warm-up, {ours.lr_decay_steps} of decay, a dead-feature window of {ours.dead_feature_window} and"
+        f" activations normalized by {shared.settings.sae.normalize_activations}; an L0 that is an outcome by"
+        " --target_l0.",
         "sparsify trains with its own Trainer and defaults (signum, its own learning rate) on the same rows of tokens"
         " but from the live model, whose time is in its seconds, at all positions but special tokens: it cannot leave"
         " massive activations out.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.run import Training, open_activations
@@ -24,14 +24,14 @@ class Shared:
 
     Args:
         words: of the command line of sae_lens_train.py.
-        flags: parsed from these.
+        settings: parsed from these.
         run: the same, prepared; not to be started.
         directory: of the comparison.
         reference: an SAE, not trained, whose record says on what all are measured.
     """
 
     words: list[str]
-    flags: argparse.Namespace
+    settings: TrainingSettings
     run: PreparedRun
     directory: Path
     reference: Path
@@ -60,20 +60,20 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
             activations.
     """
     words = [*words, "--checkpoint_path", str(directory / "runs"), "--eval_every", "0"]
-    flags = parse_training_flags(words)
-    if flags.cache_activations is None:
+    settings = parse_training_flags(words)
+    if settings.model.cache_activations is None:
         words += ["--cache_activations", str(directory / "activations")]
-        flags = parse_training_flags(words)
-    run = prepare_run(flags)
+        settings = parse_training_flags(words)
+    run = prepare_run(settings)
     if highest_l0 > run.cfg.sae.d_sae:
         raise UserError(f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features (--expansion_factor)")
     activations = open_activations(run)
     rows = torch.from_numpy(run.rows_NT.astype(np.int64))
     with Progress("activations", len(rows), unit="contexts", device=run.cfg.device) as progress:
-        for batch_BT in rows.split(flags.store_batch_size_prompts):
+        for batch_BT in rows.split(settings.model.store_batch_size_prompts):
             activations.activations(batch_BT)
             progress.advance(len(batch_BT))
     reference = directory / ".measured_like"
     sae = next(iter(Training(run, activations).saes.values()))
     sae.save_inference_model(reference)
-    return Shared(words, flags, run, directory, reference)
+    return Shared(words, settings, run, directory, reference)

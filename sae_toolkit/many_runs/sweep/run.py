@@ -20,7 +20,7 @@ from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.many_runs.sweep.trials import Trial
 from sae_toolkit.many_runs.sweep.worker import SweepTrial
-from sae_toolkit.settings.training import parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def run_trials(
     }
     scheduler = None
     if early_stop:
-        tokens = max(parse_training_flags(trial.flags).training_tokens for trial in trials)
+        tokens = max(parse_training_flags(trial.flags).optimization.training_tokens for trial in trials)
         scheduler = ASHAScheduler(  # at a quarter and at a half of the tokens; never while it is evaluated
             time_attr="tokens",
             grace_period=max(1, tokens // 4),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import itertools
@@ -18,15 +17,9 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.many_runs.processes import pareto_front as pareto_front_of
 from sae_toolkit.many_runs.processes import read_result
-from sae_toolkit.settings.training import LATER_FLAGS, default_flags, parse_training_flags
+from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 
-# The sweep's own, or without an effect on the SAE.
-_NOT_SWEPT = {
-    *("output_name", "checkpoint_path", "resume", "dry_run", "strict", "cache_activations", "device", "keep"),
-    *("checkpoint_every", "n_checkpoints", "wandb_mode", "wandb_project", "wandb_entity", "run_name", "eval_every"),
-    *("logger", "verbose", "quiet", "preset", "like"),
-    *("trust_remote_code", "layers", "hook_names", "matryoshka_widths", "streaming", "shard_features"),
-}
 # What activations depend on, beside the text: trials that share these can share a cache.
 _OF_ACTIVATIONS = "model_name layer layers hook_name hook_names lm_dtype context_size set trust_remote_code".split()
 
@@ -117,11 +110,11 @@ def _name_and_values(flag: str, text: str, seen: Mapping[str, Any]) -> tuple[str
     if not equals or not all(values.split(",")):
         raise UserError(f"{flag} {text}: must be NAME=VALUES, such as k=32,64 (--grid) or lr=1e-4:1e-2 (--range)")
     name = name.removeprefix("--")
-    if name not in default_flags():
-        near = difflib.get_close_matches(name, list(default_flags()), n=1)
+    if name not in TRAINING_FLAGS:
+        near = difflib.get_close_matches(name, list(TRAINING_FLAGS), n=1)
         hint = f"; the closest is {near[0]}" if near else ""
         raise UserError(f"{flag} {text}: sae_lens_train.py has no flag --{name}{hint}")
-    if name in _NOT_SWEPT:
+    if not TRAINING_FLAGS[name].may_be_swept:
         raise UserError(f"{flag} {text}: --{name} is not one to sweep; give it once, beside the grid")
     if name in seen:
         raise UserError(f"{flag} {text}: --{name} is swept twice")
@@ -150,20 +143,22 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
         parsed = parse_training_flags(flags)
     except UserError as error:
         raise UserError(f"trial {number} ({' '.join(f'{n}={v}' for n, v in values.items())}): {error}") from None
-    if parsed.layers or parsed.hook_names:
+    if parsed.model.layers or parsed.model.hook_names:
         raise UserError("--layers, --hook_names: a trial trains one SAE; sweep them, as in --grid layer=4,8,12")
     cache = None
     if caches:
-        cache = directory / "activations" / _key({name: getattr(parsed, name) for name in _OF_ACTIVATIONS})
+        cache = directory / "activations" / _key({name: parsed.as_flags()[name] for name in _OF_ACTIVATIONS})
     return Trial(number, values, flags, directory / "trials" / _key(_of_run(parsed) | {"cached": caches}), cache)
 
 
-def _of_run(parsed: argparse.Namespace) -> dict[str, Any]:
-    relevant = {name: value for name, value in vars(parsed).items() if name not in _NOT_SWEPT}
-    for name in LATER_FLAGS:
-        if relevant[name] is None:
-            del relevant[name]
-    return relevant
+def _of_run(settings: TrainingSettings) -> dict[str, Any]:
+    """What tells a trial from another: the flags that a sweep may vary."""
+    return {
+        name: value
+        for name, value in settings.as_flags().items()
+        if (each := TRAINING_FLAGS.get(name)) and each.may_be_swept
+        if not (each.is_later and value == each.default)
+    }
 
 
 def _key(values: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ import numpy as np
 import xxhash
 
 from sae_toolkit import ROOT
-from sae_toolkit.settings.training import FLAGS_FILENAME
+from sae_toolkit.files.names import FLAGS_FILENAME
+from sae_toolkit.settings.training import RecordingSettings
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.record.tensorboard_run import TensorBoardRun
@@ -23,8 +23,8 @@ from sae_toolkit.training.record.wandb_run import WandbRun
 def run_config(run: PreparedRun) -> dict[str, Any]:
     """What a run was started with: SAELens's configuration, and the flags, preset, data and code behind it."""
     return run.cfg.to_dict() | {
-        "flags": vars(run.flags),
-        "preset": run.flags.preset,
+        "flags": dict(run.started_with),
+        "preset": run.started_with["preset"],
         "data": data_of(run),
         "git": git_state(),
         "resumed_from": None if run.resume_from is None else run.resume_from.name,
@@ -64,12 +64,12 @@ def start_record(run: PreparedRun) -> RunRecord:
     """Starts a training run's record, or goes on with it."""
     if not run.ranks.is_main:
         return RunRecord()
-    if run.flags.logger == "tensorboard":
+    if run.recording.logger == "tensorboard":
         n_steps = int(run.resume_from.name) // run.cfg.train_batch_size_tokens if run.resume_from else 0
         return TensorBoardRun(run.directory, config=run_config(run), first_step=n_steps)
     logger = run.cfg.logger
     return WandbRun(
-        run.flags.wandb_mode,
+        run.recording.wandb_mode,
         run_id=run.directory.name,
         project=logger.wandb_project,
         entity=logger.wandb_entity,
@@ -83,7 +83,8 @@ def start_record(run: PreparedRun) -> RunRecord:
 def record_runs(
     kind: str,
     directory: Path,
-    flags: argparse.Namespace,
+    recording: RecordingSettings,
+    started_with: Mapping[str, Any],
     saes: Mapping[str, Path],
     table: tuple[Sequence[str], Sequence[Sequence[Any]]],
 ) -> None:
@@ -92,22 +93,23 @@ def record_runs(
     Args:
         kind: what it is, a word.
         directory: its own.
-        flags: of the trainings.
+        recording: where the trainings are recorded.
+        started_with: the flags of the trainings, by name.
         saes: the finished SAEs of these, by what each is called.
         table: columns and rows.
     """
-    if flags.logger != "wandb":
+    if recording.logger != "wandb":
         return
     runs = {name: path.absolute().parent.name for name, path in saes.items()}  # the directory of a run has its id
-    where = f"{flags.wandb_entity + '/' if flags.wandb_entity else ''}{flags.wandb_project}"
+    where = f"{recording.wandb_entity + '/' if recording.wandb_entity else ''}{recording.wandb_project}"
     record = WandbRun(
-        flags.wandb_mode,
+        recording.wandb_mode,
         run_id=xxhash.xxh3_64_hexdigest(str(directory.absolute()).encode())[:8],
-        project=flags.wandb_project,
-        entity=flags.wandb_entity,
+        project=recording.wandb_project,
+        entity=recording.wandb_entity,
         name=directory.name,
         job_type=kind,
-        config={"flags": vars(flags), "training_runs": runs, "git": git_state()},
+        config={"flags": dict(started_with), "training_runs": runs, "git": git_state()},
     )
     record.log_table(f"{kind}/table", *table)
     columns = ["training", "run", "checkpoint"]
