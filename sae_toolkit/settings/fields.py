@@ -71,12 +71,17 @@ class Flag:
         return self.scope is Scope.SAE if self.is_swept is None else self.is_swept
 
     @property
+    def shown_default(self) -> str | None:
+        """The default as one would type it; None where there is none."""
+        if self.default in (None, dataclasses.MISSING, ()):
+            return None
+        shown = " ".join(map(str, self.default)) if self.is_tuple else str(self.default)
+        return shown.lower() if isinstance(self.default, bool) else shown
+
+    @property
     def described(self) -> str:
         """Its help, with the default where there is one."""
-        if self.default in (None, dataclasses.MISSING, ()):
-            return self.help
-        shown = " ".join(map(str, self.default)) if self.is_tuple else str(self.default)
-        return f"{self.help} (default: {shown.lower() if isinstance(self.default, bool) else shown})"
+        return f"{self.help} (default: {self.shown_default})" if self.shown_default else self.help
 
 
 _OF_FLAG = {field.name for field in dataclasses.fields(Flag)}
@@ -92,7 +97,7 @@ def flag(default: Any = dataclasses.MISSING, **more: Any) -> Any:
 @cache
 def flags_of(settings: type) -> dict[str, Flag]:
     """Returns the flags of a settings group, or of a dataclass of groups, by name."""
-    if groups := _groups(settings):
+    if groups := groups_of(settings):
         return {name: each for group in groups.values() for name, each in flags_of(group).items()}
     hints, sentences = get_type_hints(settings, include_extras=True), _sentences(settings)
     found = {}
@@ -106,9 +111,15 @@ def flags_of(settings: type) -> dict[str, Flag]:
     return found
 
 
-def _groups(settings: type) -> dict[str, type]:
+def groups_of(settings: type) -> dict[str, type]:
+    """Returns the settings groups that a dataclass is made of, by the name of their field."""
     hints = get_type_hints(settings)
     return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint) and isinstance(hint, type)}
+
+
+def title_of(group: type) -> str:
+    """Returns the heading of a settings group, which is the first sentence of its docstring."""
+    return (group.__doc__ or "").split(".")[0]
 
 
 def _sentences(settings: type) -> dict[str, str]:
@@ -141,9 +152,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 
     With `argument_default=argparse.SUPPRESS` the parser returns the flags that were given, and no defaults.
     """
-    for group in _groups(settings).values():
-        title = (group.__doc__ or "").split(".")[0].lower()
-        heading, exclusive = parser.add_argument_group(title), dict[str, Any]()
+    for group in groups_of(settings).values():
+        heading, exclusive = parser.add_argument_group(title_of(group).lower()), dict[str, Any]()
         for each in flags_of(group).values():
             to = heading
             if each.exclusive:
@@ -166,7 +176,7 @@ def from_flags(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
         others: fields of the dataclass that are no groups.
     """
     groups = {}
-    for name, group in _groups(settings).items():
+    for name, group in groups_of(settings).items():
         of_group = {flag_name: values[flag_name] for flag_name in flags_of(group) if flag_name in values}
         for flag_name, value in of_group.items():
             if flags_of(group)[flag_name].is_tuple and value is not None:
@@ -177,7 +187,7 @@ def from_flags(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
 
 def as_flags(settings: Any) -> dict[str, Any]:
     """Returns the values of all flags by name: what `from_flags` takes, as JSON can hold it."""
-    groups = (getattr(settings, name) for name in _groups(type(settings)))
+    groups = (getattr(settings, name) for name in groups_of(type(settings)))
     return {name: _as_list(getattr(group, name)) for group in groups for name in flags_of(group.__class__)}
 
 

@@ -58,6 +58,7 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
             raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
         return value
 
+    parse.__doc__ = wanted
     return parse
 
 
@@ -72,12 +73,14 @@ fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 
 
 
 def boolean(text: str) -> bool:
+    """true or false"""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text}: must be true or false")
     return text.lower() == "true"
 
 
 def boolean_or_ids(text: str) -> bool | list[int]:
+    """true, false, or token ids joined by commas"""
     if text.lower() in ("true", "false"):
         return boolean(text)
     try:

@@ -1,0 +1,69 @@
+"""The settings say what the flags are: their page, the record of a run, and the hash of its directory."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sae_toolkit import ROOT
+from sae_toolkit.errors import UserError
+from sae_toolkit.settings.command_line import default_flags, parse_training_flags, training_words
+from sae_toolkit.settings.document import flags_page
+from sae_toolkit.settings.fields import Scope
+from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
+
+OTHER = {
+    "model_name": "embedded:smollm2-135m",
+    "layers": [1, 2],
+    "exclude_special_tokens": [3, 5],
+    "target_l0": 20.0,
+    "architecture": "gated",
+    "matryoshka_widths": [4, 8],
+    "set": ["adam_beta1=0", "sae.aux_loss_coefficient=0.5"],
+    "streaming": False,
+    "dry_run": True,
+    "checkpoint_every": "90s",
+}
+
+
+def test_the_page_of_flags_is_that_of_the_settings():
+    assert (ROOT / "docs" / "flags.md").read_text() == flags_page(), "python -m sae_toolkit.settings.document"
+
+
+def test_a_record_of_the_flags_gives_the_settings_back():
+    settings = TrainingSettings.from_flags(default_flags() | OTHER)
+    assert TrainingSettings.from_flags(json.loads(json.dumps(settings.as_flags()))) == settings
+    assert settings.model.layers == (1, 2)
+
+
+def test_the_words_of_a_command_line_give_the_settings_back():
+    settings = TrainingSettings.from_flags(default_flags() | OTHER)
+    assert parse_training_flags(training_words(settings.as_flags())) == settings
+    assert training_words(default_flags()) == []
+
+
+def test_a_run_finds_the_directories_of_runs_from_before_the_settings_had_types():
+    """The hashes were taken at bff7b8f, by `configuration_hash`."""
+    demo = parse_training_flags([f"@{ROOT}/presets/demo.args"])
+    assert demo.output_directory.name == "demo_21ccab4a"
+    cached = parse_training_flags([f"@{ROOT}/presets/demo.args", "--cache_activations", "anywhere"])
+    assert cached.output_directory.name == "demo_ada4c870"
+    other = parse_training_flags([f"@{ROOT}/presets/llama3-8b.args", "--layers", "4", "8", "--set", "adam_beta1=0"])
+    assert other.output_directory.name == "llama3_8b_layer12_df5a9680"
+
+
+@pytest.mark.parametrize("name", [name for name, flag in TRAINING_FLAGS.items() if flag.scope is Scope.SAE])
+def test_what_the_weights_depend_on_is_in_the_hash(name):
+    """Whatever is another value, here one of another type, makes another directory."""
+    before, after = default_flags(), default_flags() | {name: ["changed"]}
+    assert TrainingSettings.from_flags(before).output_directory != TrainingSettings.from_flags(after).output_directory
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainingSettings().optimization.lr = 1.0
+
+
+def test_verbose_and_quiet_exclude_one_another():
+    with pytest.raises(UserError, match="--quiet: not allowed with argument --verbose"):
+        parse_training_flags(["--verbose", "--quiet"])
