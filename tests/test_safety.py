@@ -217,7 +217,7 @@ def test_secrets_are_on_no_record(script, tiny_run, tmp_path, monkeypatch):
 )
 def test_a_secret_in_a_flag_is_refused_and_not_repeated(script, tiny_run, tmp_path, flag, value):
     outcome = script("sae_lens_train.py", *tiny_run, f"--{flag}", value)
-    refuses(outcome, f"argument --{flag}: holds a token or password, which would end up on record; set HF_TOKEN")
+    refuses(outcome, f"argument --{flag}: holds a token or password, which would be saved with the run; set HF_TOKEN")
     assert "hf_AbC" not in outcome.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, a termination and a dropped connection, heard at a moment when nothing is lost."""
+"""Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that a run stops where it loses no work."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGHUP is what a process gets when its ssh session drops.
+# A process gets SIGHUP when its ssh session drops.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal ended the work. Not an `Exception`, as KeyboardInterrupt is none: nobody takes it for an error.
+    """Raised when a signal ends the work.
+
+    Like `KeyboardInterrupt` it is not an `Exception`, so that code which handles errors does not catch it.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -24,7 +26,7 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """The signals that came. Raises `Stopped` when one comes, or waits to be asked while they are deferred."""
+    """Raises `Stopped` when a signal arrives. While signals are deferred it only records the signal."""
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -32,9 +34,9 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals do not interrupt what is done inside; it looks at `received` where it can stop.
+        """Context manager inside which a signal does not interrupt: the work checks `received` where it can stop.
 
-        A second Ctrl-C interrupts all the same.
+        A second signal interrupts the work if it is a Ctrl-C.
         """
         self._deferred = True
         try:
@@ -44,7 +46,7 @@ class StopSignals:
 
     @property
     def received(self) -> int:
-        """The number of the signal that came; 0 if none did."""
+        """Number of the first signal that arrived; 0 if none did."""
         return self._received or 0
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -56,7 +58,10 @@ class StopSignals:
 
 @contextmanager
 def hear_stop_signals() -> Iterator[StopSignals]:
-    """Hears SIGINT, SIGTERM and SIGHUP; a SIGHUP that `nohup` has switched off stays off."""
+    """Context manager that handles SIGINT, SIGTERM and SIGHUP.
+
+    If the process ignores SIGHUP, as under `nohup`, it goes on ignoring it.
+    """
     signals = StopSignals()
     previous = {
         number: signal.signal(number, signals._on_signal)
