@@ -11,7 +11,8 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
 
-from sae_toolkit.files.hub import check_repository
+from sae_toolkit.errors import UserError
+from sae_toolkit.files.hub import check_repository, download_small_files
 from support.processes import run_process
 
 TRAINING_MISTAKES = {
@@ -226,6 +227,12 @@ def test_what_the_hub_refuses_is_said(script, tiny_run, hub, flag, name, says):
 
 def test_an_old_name_is_followed_to_the_present_one(hub):
     assert check_repository("wikitext", "dataset", "--dataset") == "Salesforce/wikitext"
+
+
+def test_a_revision_that_is_not_in_the_cache_is_refused_without_a_network():
+    refusal = "^--model_name owner/model: the Hugging Face Hub cannot be reached .* revision v2 of the model is not in"
+    with pytest.raises(UserError, match=refusal):
+        download_small_files("owner/model", "v2", "", "--model_name")
 
 
 @pytest.mark.parametrize(

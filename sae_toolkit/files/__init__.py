@@ -1,1 +1,1 @@
-"""Directories that are whole or absent, the Hub, the embedded model and text, and what files of others may do."""
+"""Downloads from the Hub, safe reading of files of others, atomic directories, and environments for other libraries."""
