@@ -102,6 +102,7 @@ def _errors_of_readers(name: str) -> Iterator[None]:
 
 
 def _readable(name: str, records: Iterable[T]) -> Iterator[T]:
+    """Yields the records, with the errors of `_errors_of_readers`."""
     with _errors_of_readers(name):
         yield from records
 
