@@ -1,1 +1,1 @@
-"""Downloads from the Hub, safe reading of files of others, atomic directories, and environments for other libraries."""
+"""The Hub, the embedded model and text, safe reading of foreign files, and directories written as a whole."""

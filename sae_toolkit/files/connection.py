@@ -1,4 +1,4 @@
-"""Time limits and retries of requests to the Hugging Face Hub. Importing this sets the limits for the process."""
+"""Time limits and retries of requests to the Hugging Face Hub. Importing this module sets the limits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ T = TypeVar("T")
 # Seconds before the second try; each later wait is twice as long. Tests set SAE_TOOLKIT_RETRY_WAIT.
 _FIRST_WAIT = float(os.environ.get("SAE_TOOLKIT_RETRY_WAIT", "1"))
 _N_TRIES = 6
-_LONGEST_OUTAGE = 300.0  # seconds after the first error; then no new try begins
+_LONGEST_OUTAGE = 300.0  # no new try begins later than this many seconds after the first error
 
-# Seconds that a request may wait. Without it, a request that sets no limit (the listing of files) waits for ever.
+# Seconds that a request may wait. A request that sets no limit itself (the listing of files) would wait for ever.
 _LONGEST_WAIT = 3.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
@@ -47,7 +47,7 @@ set_client_factory(_client_with_limits)
 
 
 class _Announcer(logging.Handler):
-    """Logs each retry that huggingface_hub makes by itself in one line of this project's log."""
+    """Logs the retries that huggingface_hub makes by itself, each as one line of this project's log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

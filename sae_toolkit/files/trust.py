@@ -1,4 +1,4 @@
-"""Checks on files that somebody else wrote: they run no code unless the user allows it, and name no other files."""
+"""Checks on files that somebody else wrote, so that they run no code without permission and reach no other files."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ class NotSaved(Exception):
 
 @contextmanager
 def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
-    """Context manager that gives a directory to write into, and renames it to the target when all is on the disk.
+    """Context manager that gives a directory to write into, and renames it to the target once it is on the disk.
 
-    A manifest in it has the size and checksum of each file. If the process is killed at any moment, the target is
+    Its manifest has the size and checksum of each file. If the process is killed at any moment, the target is
     either as it was before or new and complete. If the target exists and is complete already, it is kept.
 
     Args:

@@ -143,10 +143,10 @@ def open_run_log(path: Path) -> None:
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = True) -> None:
-    """Sends this project's log lines to standard error. Lines of other libraries are shown only if they are errors.
+    """Sends this project's log lines to standard error, and hides the warnings of other libraries.
 
     Args:
-        verbose: show debug lines and the warnings of libraries too.
+        verbose: show debug lines and the warnings of other libraries too.
         quiet: show only warnings, and no progress. The run's log file still gets every line.
         speaks: False in a rank that shows nothing because another rank shows the same.
     """
@@ -154,9 +154,7 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
     logger = logging.getLogger("sae_toolkit")
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     terminal.begin(level, shows_progress=speaks and not quiet)
-    if _run_log.target:  # of a script that ran before in this process
-        _run_log.target.close()
-        _run_log.setTarget(None)
+    _run_log.setTarget(None)
     _run_log.buffer.clear()
     logger.handlers = [terminal, _run_log] if speaks else [logging.NullHandler()]
     logger.propagate = False
@@ -175,7 +173,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     A `UserError` is printed in one line and sets the status. Any other exception is a bug: its traceback is printed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # no library's torch.load opens pickles of code
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # so torch.load accepts tensors only, in every library
     try:
         status = main() or 0
     except UserError as error:

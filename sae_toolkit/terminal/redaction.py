@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-# The libraries look for a token in these variables. A value below the shortest length is no token; to hide it
-# everywhere would hide ordinary words.
+# The libraries look for a token in these variables. A shorter value than this is not a token, and replacing it would
+# hide ordinary words.
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _SHORTEST = 8
 
@@ -26,8 +26,10 @@ _AFTER = re.compile(
 
 
 def redact(text: str) -> str:
-    """Returns a text with `[hidden]` in place of each token: those in this process's environment variables, and
-    whatever has the form of one."""
+    """Returns a text with `[hidden]` in place of each token, key and password.
+
+    These are the values of this process's environment variables for tokens, and whatever has the form of a secret.
+    """
     for name in _VARIABLES:
         value = os.environ.get(name, "").strip()
         if len(value) >= _SHORTEST:

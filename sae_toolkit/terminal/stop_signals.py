@@ -26,10 +26,10 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Raises `Stopped` when a signal arrives. While signals are deferred it only records the signal."""
+    """Raises `Stopped` when a signal arrives. While signals are deferred, only stores its number in `received`."""
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self.received = 0  # number of the first signal that arrived
         self._deferred = False
 
     @contextmanager
@@ -44,16 +44,11 @@ class StopSignals:
         finally:
             self._deferred = False
 
-    @property
-    def received(self) -> int:
-        """Number of the first signal that arrived; 0 if none did."""
-        return self._received or 0
-
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        again = self._received is not None
-        self._received = self._received or number
+        again = self.received != 0
+        self.received = self.received or number
         if not self._deferred or (again and number == signal.SIGINT):
-            raise Stopped(self._received)
+            raise Stopped(self.received)
 
 
 @contextmanager

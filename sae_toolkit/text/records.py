@@ -35,7 +35,7 @@ datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
 
 @dataclass(frozen=True)
 class Bad:
-    """A record that cannot be used, and why."""
+    """Stands for a record that cannot be used, and says why."""
 
     reason: str
 
@@ -47,7 +47,7 @@ class Records:
     Args:
         dataset: a data set of `datasets`, streaming or not.
         what: the flag and its value, for messages.
-        parse: turns a row of `dataset` into a row of the data set that it holds. Returns None for a blank line.
+        parse: turns a row of `dataset` into the row that is used, into `Bad`, or for a blank line into None.
         is_lines: whether each record is a line of one file.
     """
 
@@ -125,7 +125,7 @@ _PARTS: dict[str, Callable[[BinaryIO], Iterable[bytes]]] = {
 
 
 def parse_json_line(row: Row) -> Row | Bad | None:
-    """Parses a line of a JSON Lines file. Returns None for a blank line."""
+    """Returns a line of a JSON Lines file as a row, or why it cannot be used. Returns None for a blank line."""
     if not row["bytes"].strip():
         return None
     try:
@@ -138,7 +138,7 @@ def parse_json_line(row: Row) -> Row | Bad | None:
 
 
 def parse_text(row: Row) -> Row | Bad:
-    """Decodes a part of a text file. The row has the one column `text`."""
+    """Returns a part of a text file as a row with the one column `text`, or why it cannot be used."""
     try:
         return {"text": row["bytes"].decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")}
     except UnicodeDecodeError as error:
@@ -146,7 +146,7 @@ def parse_text(row: Row) -> Row | Bad:
 
 
 def text_document(row: Row, column: str) -> str | Bad:
-    """Returns the text in a column of a row."""
+    """Returns the text in a column of a row, or why it cannot be used."""
     text = row.get(column)
     if not isinstance(text, str):
         return Bad(f"its {column!r} is {'null' if text is None else type(text).__name__}, not text")
@@ -158,7 +158,7 @@ def text_document(row: Row, column: str) -> str | Bad:
 
 
 def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
-    """Returns the token ids in a column of a row: [T] int64, each from 0 to 2^32 - 1."""
+    """Returns the token ids in a column of a row ([T] int64, each from 0 to 2^32 - 1), or why they cannot be used."""
     try:
         tokens = np.asarray(row.get(column))
     except (ValueError, OverflowError):
