@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains a sparse autoencoder, evaluates it on real activations, and says whether it is healthy.
+# Trains a sparse autoencoder (SAE), evaluates it on real activations, and prints whether it is healthy.
 #
-#   ./run_saelens_training.sh                      llama3-8b where torch sees a GPU, else demo
-#   ./run_saelens_training.sh demo                 a preset: one of presets/*.args
-#   ./run_saelens_training.sh demo --k 32 --seed 1 flags of sae_lens_train.py after it
-#   ./run_saelens_training.sh --like RUN --lr 1e-3 as an earlier run, but for what is given
+#   ./run_saelens_training.sh                      the preset llama3-8b if torch sees a GPU, otherwise demo
+#   ./run_saelens_training.sh demo                 a preset of your choice: one of presets/*.args
+#   ./run_saelens_training.sh demo --k 32 --seed 1 a preset, changed by flags of sae_lens_train.py
+#   ./run_saelens_training.sh --like RUN --lr 1e-3 the flags of an earlier run, changed by those given
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
@@ -19,7 +19,7 @@ if [[ $# -gt 0 && "$1" != -* && "$1" != @* ]]; then
     preset=$1
     shift
     if [[ ! -f "presets/$preset.args" ]]; then
-        echo "error: no preset $preset; there are $(basename -s .args presets/*.args | paste -sd' ')" >&2
+        echo "error: no preset $preset; the presets are $(basename -s .args presets/*.args | paste -sd' ')" >&2
         exit 2
     fi
 fi
@@ -42,8 +42,9 @@ if [[ -n "$preset" ]]; then
     flags=("@presets/$preset.args" "$@")
 fi
 
-# Stage 1: train. Its only line on standard output is the directory of the finished SAE. It hears of a termination
-# that reaches this script alone, saves a checkpoint and says how to go on; Ctrl-C reaches it by itself.
+# Stage 1: train. The training prints one line on standard output: the directory of the finished SAE.
+# SIGTERM and SIGHUP may reach this script alone, so it passes them on; the training then saves a checkpoint and says
+# how to resume. Ctrl-C reaches the training without help.
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 "$PYTHON" sae_lens_train.py "${flags[@]}" >"$output" <&0 &
@@ -62,7 +63,7 @@ if [[ $status -ne 0 || -z "$sae_path" ]]; then # failed, stopped, or --dry_run
     exit "$status"
 fi
 
-# Stage 2: evaluate on text that the training held out, on the same device.
+# Stage 2: evaluate on the text that was held out of the training, on the same device.
 device=auto
 while [[ $# -gt 0 ]]; do
     case $1 in

@@ -3,10 +3,10 @@
 #
 #   ./run_simple.sh 1 "0" --model_name "meta-llama/Meta-Llama-3-8B" --layer 12 --expansion_factor 32
 #   ./run_simple.sh 4 "0,1,2,3" @presets/llama3-8b.args --store_batch_size_prompts 32
-#   ./run_simple.sh 2 cpu @presets/demo.args                 two processes on the CPU
+#   ./run_simple.sh 2 cpu @presets/demo.args                 two ranks on the CPU
 #
-# Several machines: the same on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, and NUM_GPUS of each.
-# MAX_RESTARTS=3 goes on from the last checkpoint where a process dies. docs/scaling.md says more.
+# On several machines: run the same command on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set. NUM_GPUS
+# is per machine. With MAX_RESTARTS=3 a run resumes from its last checkpoint if a rank dies. See docs/scaling.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
@@ -32,8 +32,8 @@ if [[ "$gpu_ids" == cpu ]]; then
 else
     [[ "$gpu_ids" =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "GPU_IDS $gpu_ids: must be numbers joined by commas, such as \"0\" or \"0,1\", or cpu"
     IFS=, read -ra ids <<<"$gpu_ids"
-    [[ ${#ids[@]} -eq $num_gpus ]] || fail "GPU_IDS $gpu_ids: ${#ids[@]} ids, and NUM_GPUS is $num_gpus"
-    [[ $(printf '%s\n' "${ids[@]}" | sort -u | wc -l) -eq $num_gpus ]] || fail "GPU_IDS $gpu_ids: an id stands there twice"
+    [[ ${#ids[@]} -eq $num_gpus ]] || fail "GPU_IDS $gpu_ids: ${#ids[@]} ids, and NUM_GPUS is $num_gpus; make them equal"
+    [[ $(printf '%s\n' "${ids[@]}" | sort -u | wc -l) -eq $num_gpus ]] || fail "GPU_IDS $gpu_ids: an id appears twice; name each GPU once"
 fi
 
 set_up_environment requirements.txt requirements/embedded.txt
@@ -41,7 +41,7 @@ if [[ -n "$gpu_ids" ]]; then
     gpus=$(cuda_devices)
     n_gpus=$(grep -c . <<<"$gpus" || true)
     for id in "${ids[@]}"; do
-        [[ $id -lt $n_gpus ]] || fail "GPU_IDS $gpu_ids: torch sees $n_gpus GPUs on this machine; without one: ./run_simple.sh $num_gpus cpu"
+        [[ $id -lt $n_gpus ]] || fail "GPU_IDS $gpu_ids: torch sees $n_gpus GPUs on this machine; to run on the CPU: ./run_simple.sh $num_gpus cpu"
     done
 fi
 export CUDA_VISIBLE_DEVICES=$gpu_ids

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up as the other scripts do, and runs the tests. Arguments go to pytest.
+# Sets up the environment and runs the tests. Other arguments go to pytest.
 #
-#   ./run_tests.sh            all that need no other environment
-#   ./run_tests.sh --parity   the comparisons with SAEBench and dictionary_learning, in environments of their own
-#   ./run_tests.sh --scale    many processes, machines and trials: about half an hour
-#   ./run_tests.sh --diagnosis   SAEs made sick on purpose, and the advice followed: about half an hour
-#   ./run_tests.sh --faults   kills, full disks, broken networks, damaged files: about half an hour
+#   ./run_tests.sh              all tests but those below
+#   ./run_tests.sh --parity     agreement with SAEBench and dictionary_learning, in environments made for them
+#   ./run_tests.sh --scale      many ranks, machines and trials: about half an hour
+#   ./run_tests.sh --diagnosis  SAEs that are unhealthy on purpose, and the advice for them: about half an hour
+#   ./run_tests.sh --faults     kills, full disks, broken networks, damaged files: about half an hour
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
@@ -13,11 +13,11 @@ source ./setup_environment.sh
 
 set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/dev.txt
 case "${1:-}" in
-"") # two at a time, each on one core: most of their time goes into starting Python
+"") # two at a time, each on one core: starting Python takes most of the time
     export OMP_NUM_THREADS=1
     set -- -n 2 --dist loadfile
     ;;
---faults) # most of their time goes into waiting
+--faults) # three at a time: waiting takes most of the time
     export OMP_NUM_THREADS=1
     set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/training/test_resume.py "${@:2}"
     ;;

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the shell scripts: finds or makes a Python environment with what requirements.txt and requirements/*.txt ask for.
+# The other shell scripts source this file. It finds or makes a Python environment that satisfies the requirement files.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# has_requirements PYTHON FILE...: whether that interpreter's environment satisfies the requirement files.
+# has_requirements PYTHON FILE...: succeeds if the environment of that interpreter satisfies the requirement files.
 has_requirements() {
     "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
 import sys
@@ -26,9 +26,9 @@ for path in sys.argv[1:]:
 PYTHON
 }
 
-# set_up_environment FILE...: sets PYTHON to an interpreter whose environment satisfies the requirement files:
-# that of the active venv or conda environment if it does already, else that of .venv, which is made and filled
-# with the versions of constraints.txt. Where it finds all in place it installs nothing.
+# set_up_environment FILE...: sets PYTHON to an interpreter whose environment satisfies the requirement files.
+# If the active venv or conda environment satisfies them, it takes that one. Otherwise it takes .venv, makes it if it
+# is missing, and installs the versions of constraints.txt. If nothing is missing, it installs nothing.
 set_up_environment() {
     local files=("$@") active venv="$root/.venv" file
     for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
@@ -41,12 +41,12 @@ set_up_environment() {
     if has_requirements "$PYTHON" "${files[@]}"; then
         return
     fi
-    echo "Setting up $venv; the first time takes some minutes" >&2
+    echo "Setting up $venv; the first time this takes some minutes" >&2
     if [[ ! -x "$PYTHON" ]]; then
         local base
         for base in python3 python3.13 python3.12 python3.11 ""; do
             if [[ -z "$base" ]]; then
-                echo "error: Python 3.11 or newer is needed, and neither python3 nor python3.11 to 3.13 is one" >&2
+                echo "error: Python 3.11 or newer is needed; install it, and put it on the PATH as python3 or python3.11 to python3.13" >&2
                 exit 2
             fi
             if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -69,8 +69,8 @@ set_up_environment() {
     has_requirements "$PYTHON" "${files[@]}" || { echo "error: $venv is incomplete; delete it and try again" >&2; exit 2; }
 }
 
-# cuda_devices: prints the names of the CUDA devices that torch sees, a line each. Stops where the machine has an
-# NVIDIA GPU that torch does not see: a run would silently take the CPU.
+# cuda_devices: prints the names of the CUDA devices that torch sees, one per line. If the machine has an NVIDIA GPU
+# that torch does not see, the script stops with an error: otherwise it would run on the CPU without a word.
 cuda_devices() {
     local driver names
     names=$("$PYTHON" -c 'import torch
@@ -80,7 +80,7 @@ for i in range(torch.cuda.device_count()): print(torch.cuda.get_device_name(i))'
             echo "error: nvidia-smi sees a GPU ($(head -1 <<<"$driver"), $(nvidia-smi | grep -o 'CUDA Version: [0-9.]*'))," \
                 "torch does not ($("$PYTHON" -c 'import torch; print(torch.__version__, "built for CUDA", torch.version.cuda)'))."
             echo "Install a torch built for this driver: delete $root/.venv, set TORCH_INDEX_URL to the wheel index for your"
-            echo "CUDA version (pytorch.org, Get Started, shows it), and run this again. For a run on the CPU: CUDA_VISIBLE_DEVICES= $0"
+            echo "CUDA version (pytorch.org, Get Started, shows it), and run this again. To run on the CPU: CUDA_VISIBLE_DEVICES= $0"
         } >&2
         exit 2
     fi

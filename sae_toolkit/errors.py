@@ -1,29 +1,28 @@
-"""The one exception that is for the person at the keyboard."""
+"""Exceptions whose message is for the user and is shown in one line, without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake its reader can mend.
+    """A mistake that the user can correct.
 
-    The message is one line: the flag or file, what was found there, and what to do. Scripts print it
-    without a traceback and exit with status 2. Anything else that is raised is a bug and keeps its
-    traceback.
+    The message is one line: the flag or file, the value found, what is wrong and what to do. Scripts print it without
+    a traceback and exit with status 2. Any other exception is a bug, and its traceback is shown.
     """
 
     exit_status = 2
 
     def __str__(self) -> str:
-        """The message with line breaks and control characters, which values may hold, written out."""
+        """Returns the message on one line: line breaks and control characters in values are escaped."""
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 class RunFailed(UserError):
-    """A run that cannot go on, through no mistake in its flags: in one line as well, with exit status 1."""
+    """A run that cannot go on although its flags are right. Also shown in one line; the exit status is 1."""
 
     exit_status = 1
 
 
 def one_line(error: Exception) -> str:
-    """The beginning of another library's message, for a line of ours."""
+    """Returns the first 200 characters of an error's message as one line, to quote it in a message of this project."""
     return " ".join(str(error).split())[:200]

@@ -11,7 +11,8 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
 
-from sae_toolkit.files.hub import check_repository
+from sae_toolkit.errors import UserError
+from sae_toolkit.files.hub import check_repository, download_small_files
 from support.processes import run_process
 
 TRAINING_MISTAKES = {
@@ -228,18 +229,24 @@ def test_an_old_name_is_followed_to_the_present_one(hub):
     assert check_repository("wikitext", "dataset", "--dataset") == "Salesforce/wikitext"
 
 
+def test_a_revision_that_is_not_in_the_cache_is_refused_without_a_network():
+    refusal = "^--model_name owner/model: the Hugging Face Hub cannot be reached .* revision v2 of the model is not in"
+    with pytest.raises(UserError, match=refusal):
+        download_small_files("owner/model", "v2", "", "--model_name")
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
         (
             ["./run_saelens_training.sh", "nonsense"],
-            "no preset nonsense; there are demo llama3-8b",
+            "no preset nonsense; the presets are demo llama3-8b",
         ),
         (["./run_simple.sh"], "usage: ./run_simple.sh NUM_GPUS"),
         (["./run_simple.sh", "zero", "0"], "NUM_GPUS zero: must be a whole number"),
         (["./run_simple.sh", "1", "a"], "GPU_IDS a: must be numbers joined by commas"),
         (["./run_simple.sh", "2", "0"], "GPU_IDS 0: 1 ids, and NUM_GPUS is 2"),
-        (["./run_simple.sh", "2", "1,1"], "GPU_IDS 1,1: an id stands there twice"),
+        (["./run_simple.sh", "2", "1,1"], "GPU_IDS 1,1: an id appears twice"),
         (["./run_simple.sh", "2", "98,99"], "torch sees "),
         (
             ["./run_simple.sh", "2", "cpu", "@presets/demo.args", "--shard_features", "--architecture", "gated"],

@@ -74,7 +74,7 @@ def test_code_of_a_model_runs_only_where_the_flag_allows_it(
     script, tiny_run, tiny_model, tmp_path, sae, marker, evaluate
 ):
     model = model_with_code(tiny_model, tmp_path / "own", marker)
-    needs = f"--model_name {model}: comes with code of its own, which it needs run; read it, and allow it with --trust"
+    needs = f"--model_name {model}: comes with code of its own and needs to run it; read the code, and allow it"
     refuses(script("sae_lens_train.py", *tiny_run, "--model_name", model), needs)
     refuses(evaluate(sae, model_name=model), needs)
     edit_metadata(sae, model_name=str(model), model_from_pretrained_kwargs={"trust_remote_code": True})
@@ -99,15 +99,15 @@ def test_code_of_a_model_runs_only_where_the_flag_allows_it(
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"trust_remote_code": True}, "the flag --trust_remote_code allows it"),
-        ({"use_kernels": True}, "use_kernels cannot be set; these can: attn_implementation, "),
+        ({"trust_remote_code": True}, "use the flag --trust_remote_code"),
+        ({"use_kernels": True}, "use_kernels cannot be set; use one of attn_implementation, "),
         ({"weights_only": False}, "weights_only cannot be set"),
         ({"gguf_file": "../model.gguf"}, "gguf_file cannot be set"),
         ({"subfolder": "../elsewhere"}, "subfolder ../elsewhere is not within the model"),
         ({"subfolder": "/etc"}, "subfolder /etc is not within the model"),
         ({"revision": 3}, "revision is 3, and must be str"),
         ({"attn_implementation": "owner/kernel"}, "attn_implementation owner/kernel is code of a Hub repository"),
-        ({"token": "secret"}, "a token would end up on record; set HF_TOKEN or run `hf auth login` instead"),
+        ({"token": "secret"}, "a token would be saved with the run; set HF_TOKEN or run `hf auth login`"),
     ],
 )
 def test_arguments_of_from_pretrained_are_a_short_list(script, tiny_run, tmp_path, kwargs, says):
@@ -217,7 +217,7 @@ def test_secrets_are_on_no_record(script, tiny_run, tmp_path, monkeypatch):
 )
 def test_a_secret_in_a_flag_is_refused_and_not_repeated(script, tiny_run, tmp_path, flag, value):
     outcome = script("sae_lens_train.py", *tiny_run, f"--{flag}", value)
-    refuses(outcome, f"argument --{flag}: holds a token or password, which would end up on record; set HF_TOKEN")
+    refuses(outcome, f"argument --{flag}: holds a token or password, which would be saved with the run; set HF_TOKEN")
     assert "hf_AbC" not in outcome.stderr
     assert list(tmp_path.iterdir()) == []
 

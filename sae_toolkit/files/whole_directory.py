@@ -1,7 +1,11 @@
-"""Directories that are whole or absent: written beside, checksummed, synced, renamed, and checked when read."""
+"""Directories that are written as a whole or not at all, with a manifest of checksums to check them by.
+
+A directory is written under another name, checksummed, synced to the disk and then renamed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,25 +18,26 @@ import xxhash
 from safetensors import SafetensorError
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.trust import leaves_its_directory
 
 MANIFEST_FILENAME = "manifest.json"
 _PARTIAL = ".{}.partial"
 
 
 class NotSaved(Exception):
-    """A directory could not be written, and is absent; what was there before is as it was."""
+    """A directory could not be written. What was there before is unchanged."""
 
 
 @contextmanager
 def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
-    """A directory to write into, which takes the target's name once all of it is on the disk.
+    """Context manager that gives a directory to write into, and renames it to the target once it is on the disk.
 
-    Its manifest has the size and checksum of each file. Killed at any moment this leaves the target as it was, or
-    new and whole; never a part. A target that is there and whole stays.
+    Its manifest has the size and checksum of each file. If the process is killed at any moment, the target is
+    either as it was before or new and complete. If the target exists and is complete already, it is kept.
 
     Args:
-        target: its parent is made.
-        about: what else the manifest records, as JSON.
+        target: the directory to make; its parent is made if needed.
+        about: more entries for the manifest, as JSON values.
 
     Raises:
         NotSaved: the disk is full, or fails.
@@ -46,13 +51,13 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
         files = {name: _size_and_checksum(partial / name) for name in names}
         (partial / MANIFEST_FILENAME).write_text(json.dumps(about | {"files": files}, indent=1) + "\n")
         for path in (*partial.rglob("*"), partial):
-            if path.is_file():  # safetensors writes files that only their owner may read
-                path.chmod(partial.stat().st_mode & 0o666)  # as the person's umask says
+            if path.is_file():  # safetensors writes files that only their owner may read, whatever the umask
+                path.chmod(partial.stat().st_mode & 0o666)
             _sync(path)
         if target.exists():
             try:
                 check_manifest(target, str(target))
-                return  # a run that was resumed comes by the same place again
+                return  # a resumed run writes the same checkpoint again
             except UserError:
                 shutil.rmtree(target)
         partial.replace(target)
@@ -62,22 +67,23 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
     except RuntimeError as error:
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
-        raise NotSaved(one_line(error)) from error  # how torch.save says that the disk is full
+        raise NotSaved(one_line(error)) from error  # torch.save's error for a full disk
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_manifest(directory: Path, where: str) -> dict[str, Any]:
-    """Holds a directory's files against its manifest, if it has one; files that the manifest does not name are fine.
+    """Checks the files of a directory against its manifest. Files that the manifest does not name are ignored.
 
     Args:
-        where: the flag and directory, for messages.
+        directory: the directory.
+        where: the flag and the directory, for messages.
 
     Returns:
-        What the manifest says of the directory; empty if there is none.
+        The manifest; empty if the directory has none.
 
     Raises:
-        UserError: a file is missing or is not what was written.
+        UserError: a file is missing or has changed, or the manifest is damaged.
     """
     path = directory / MANIFEST_FILENAME
     if not path.exists():
@@ -88,31 +94,29 @@ def check_manifest(directory: Path, where: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where}: damaged: {MANIFEST_FILENAME} cannot be read") from None
     for name, written in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if leaves_its_directory(name):
             raise UserError(f"{where}: damaged: {MANIFEST_FILENAME} names a file that is not within it")
         file = directory / name
         if not file.is_file():
             raise UserError(f"{where}: incomplete: {name} is missing")
         if _size_and_checksum(file) != written:
             raise UserError(
-                f"{where}: damaged: {name} is not what was written there; if you changed it yourself, delete"
-                f" {MANIFEST_FILENAME}"
+                f"{where}: damaged: {name} is not what was written there; take another copy, or delete"
+                f" {MANIFEST_FILENAME} if you changed the file yourself"
             )
     return manifest
 
 
 def remove_partial_directories(parent: Path) -> None:
-    """Removes what a process that was killed had begun to write."""
+    """Removes the directories that killed processes left unfinished."""
     for partial in parent.glob(_PARTIAL.format("*")):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _size_and_checksum(file: Path) -> dict[str, Any]:
-    """XXH3 of 128 bits, against damage and mix-ups; no protection against somebody who means harm."""
-    digest = xxhash.xxh3_128()
+    """Returns a file's manifest entry. XXH3 (128 bits) finds damage and mix-ups; it does not stop an attacker."""
     with file.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            digest.update(chunk)
+        digest = hashlib.file_digest(stream, xxhash.xxh3_128)
     return {"bytes": file.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 

@@ -1,1 +1,1 @@
-"""What the scripts show: log lines, progress, errors in one line, and the signals that stop a run."""
+"""What the scripts show on the terminal, and the signals that stop them."""

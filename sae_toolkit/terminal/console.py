@@ -1,4 +1,4 @@
-"""How a script speaks: progress and log lines on standard error, one line for a mistake, exit status 2."""
+"""Flag parsing, log lines on standard error, the run's log file, and the exit status of a script."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -22,20 +23,23 @@ from sae_toolkit.terminal.redaction import holds_secret, redact
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line; flag files may hold comments and several flags a line."""
+    """An `ArgumentParser` that raises a one-line `UserError` for a mistake and refuses empty values and secrets.
+
+    Files of flags (`@FILE`) may hold comments and several flags on a line.
+    """
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # which `parse_args` calls
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # `parse_args` calls it
         flags, others = super().parse_known_args(args, namespace)
         for name, value in vars(flags).items():
             if value == "" or (isinstance(value, list) and "" in value):
                 self.error(f"argument --{name}: is empty; give a value or leave it out")
             if holds_secret(str(value)):
                 self.error(
-                    f"argument --{name}: holds a token or password, which would end up on record; set HF_TOKEN or"
-                    " WANDB_API_KEY, or log in by `hf auth login` or `wandb login`"
+                    f"argument --{name}: holds a token or password, which would be saved with the run; set HF_TOKEN or"
+                    " WANDB_API_KEY, or log in with `hf auth login` or `wandb login`"
                 )
         return flags, others
 
@@ -44,21 +48,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_talk_flags(parser: Any) -> None:
-    """Adds `--verbose` and `--quiet`, which `set_up_logging` takes, to a parser or a group of one."""
+    """Adds `--verbose` and `--quiet`, the arguments of `set_up_logging`, to a parser or to an argument group."""
     how_much = parser.add_mutually_exclusive_group()
-    how_much.add_argument("--verbose", action="store_true", help="say more")
-    how_much.add_argument("--quiet", action="store_true", help="say nothing but warnings, errors and results")
+    how_much.add_argument("--verbose", action="store_true", help="print more details")
+    how_much.add_argument("--quiet", action="store_true", help="print only warnings, errors and results")
 
 
 class _Record(logging.LogRecord):
-    """A log line of any library, without the tokens in it."""
+    """A log record of any library, with secrets removed from its message."""
 
     def getMessage(self) -> str:
         return redact(super().getMessage())
 
 
 class _StandardError:
-    """sys.stderr, whichever it is by now; a terminal that is gone costs no run."""
+    """Writes to the current `sys.stderr` and ignores errors, so a run outlives the terminal that started it."""
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
@@ -74,9 +78,9 @@ class _StandardError:
 
 
 class Terminal(logging.Handler):
-    """Writes log lines to standard error, above what is shown live there.
+    """Writes log lines to standard error, above the live view if one is shown.
 
-    `last_warnings` are the newest, which a live view repeats when they have scrolled away.
+    `last_warnings` holds the two newest warnings. A live view repeats them, because they may have scrolled away.
     """
 
     def __init__(self) -> None:
@@ -85,7 +89,7 @@ class Terminal(logging.Handler):
         self.begin(logging.INFO, shows_progress=False)
 
     def begin(self, level: int, *, shows_progress: bool) -> None:
-        """Starts anew, as for a script of its own."""
+        """Resets the handler to its state at the start of a script."""
         self.setLevel(level)
         self.console = Console(
             file=cast("IO[str]", _StandardError()), soft_wrap=True, highlight=False, markup=False, emoji=False
@@ -95,7 +99,7 @@ class Terminal(logging.Handler):
         self._progress: object | None = None
 
     def claim_progress(self, progress: object) -> bool:
-        """Makes a piece of work the one whose progress is said; False where another one is."""
+        """Makes `progress` the one that is shown. Returns False if another one is shown already."""
         if self._progress is not None:
             return False
         self._progress = progress
@@ -107,7 +111,7 @@ class Terminal(logging.Handler):
 
     @property
     def is_live(self) -> bool:
-        """Whether a live view can be shown: somebody watches, on a terminal that can go up again."""
+        """Whether a live view can be shown: progress is wanted, and the terminal can move its cursor up."""
         return self.shows_progress and self.console.is_terminal and not self.console.is_dumb_terminal
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -117,55 +121,46 @@ class Terminal(logging.Handler):
         self.console.print(line, style="yellow" if is_warning else None)
 
 
-class _RunLog(logging.Handler):
-    """Keeps log lines until there is a file for them, and then writes them there; a full disk costs lines, no run."""
+class _LogFile(logging.FileHandler):
+    """Appends log lines to a file. A full disk loses lines and does not stop the run."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self.lines: list[str] = []
-        self.path: Path | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record))
-        self.write()
-
-    def write(self) -> None:
-        if self.path is not None:
-            with suppress(OSError):
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.writelines(f"{line}\n" for line in self.lines)
-                self.lines.clear()
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
-_run_log = _RunLog()
+_run_log = MemoryHandler(capacity=1)  # keeps records until `open_run_log` gives it a file
 terminal = Terminal()
 
 
 def open_run_log(path: Path) -> None:
-    """What was logged since the start, and what will be, goes into this file too."""
-    _run_log.path = path
-    _run_log.write()
+    """Writes all that was logged since the start of the script, and all that follows, to a file as well."""
+    with suppress(OSError):
+        file = _LogFile(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        _run_log.setTarget(file)
+        _run_log.flush()
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = True) -> None:
-    """Log lines of this project go to standard error; libraries speak when something is wrong.
+    """Sends this project's log lines to standard error, and hides the warnings of other libraries.
 
     Args:
-        verbose: whether details do too.
-        quiet: whether warnings alone do, and no progress is shown. Takes nothing from a run's log.
-        speaks: False for a process beside which another one says the same.
+        verbose: show debug lines and the warnings of other libraries too.
+        quiet: show only warnings, and no progress. The run's log file still gets every line.
+        speaks: False in a rank that shows nothing because another rank shows the same.
     """
     logging.setLogRecordFactory(_Record)
     logger = logging.getLogger("sae_toolkit")
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     terminal.begin(level, shows_progress=speaks and not quiet)
-    _run_log.lines, _run_log.path = [], None
+    _run_log.setTarget(None)
+    _run_log.buffer.clear()
     logger.handlers = [terminal, _run_log] if speaks else [logging.NullHandler()]
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
     if not terminal.is_live:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which fill a file with carriage returns
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries would fill a file with carriage returns
     if not verbose:
         warnings.filterwarnings("ignore")
         for library in ("transformers", "datasets", "huggingface_hub"):
@@ -173,9 +168,12 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's main function and ends the process with its exit status; that of a `UserError` in a line."""
+    """Runs a script's main function and exits the process with the status that it returns.
+
+    A `UserError` is printed in one line and sets the status. Any other exception is a bug: its traceback is printed.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch.load stays with tensors, in every library
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # so torch.load accepts tensors only, in every library
     try:
         status = main() or 0
     except UserError as error:
@@ -195,13 +193,13 @@ def run_script(main: Callable[[], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads any more; Python itself would try again at its end, and exit with 120
+        except OSError:  # the reader is gone; Python would flush again at exit, and exit with status 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 
 def _tell_torchrun(error: Exception) -> None:
-    """Leaves an error where torchrun looks for it, if torchrun started this process."""
+    """Writes an error to the file where torchrun looks for it, if torchrun started this process."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

@@ -1,4 +1,4 @@
-"""How far a long piece of work has come: live on a terminal, else a line every few seconds that can be searched."""
+"""Progress of long work: a live view on a terminal; elsewhere a log line of `name=value` pairs every 10 seconds."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from sae_toolkit.terminal.console import terminal
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_OF_RATE = 15.0  # over which the speed is taken
+_SECONDS_OF_RATE = 15.0  # the speed is the average over these last seconds
 
 
 class Progress:
-    """Shows a piece of work while it goes on; used as a context.
+    """Context manager that shows the progress of a piece of work.
 
-    On a terminal that is a view of a few lines, which disappears at the end: a bar, readings, speed, memory, the time
-    left and the last warnings. Elsewhere, and in a run's log, a line at the first readings, then every 10 seconds
-    and at the end: `training: 24.7% tokens=123904 loss=61.2 l0=64.0 tokens_per_second=7020 seconds_left=54`.
+    On a terminal it shows a few lines that disappear at the end: a bar, readings, speed, memory, the time left and
+    the last warnings. Elsewhere, and in a run's log file, it logs a line at the first readings, every 10 seconds and
+    at the end: `training: 24.7% tokens=123904 loss=61.2 l0=64.0 tokens_per_second=7020 seconds_left=54`.
+    Inside another `Progress` it shows nothing.
 
     Args:
-        doing: what is done, a word.
-        total: how much there is, in `unit`s.
-        done: how much was done before.
-        unit: plural.
-        device: whose memory is shown: what torch allocates on a CUDA device, what this process holds on a CPU; None
-            shows none.
-        speaks: False for a process beside which another one says the same. One within another says nothing either.
+        doing: the name of the work, one word.
+        total: the size of the work, in `unit`.
+        done: the part that was done earlier, in `unit`.
+        unit: name of the unit, in the plural.
+        device: the device whose memory is shown: for a CUDA device what torch has allocated on it, for `cpu` the
+            resident memory of this process. None shows no memory.
+        speaks: False in a rank that shows nothing because another rank shows the same.
     """
 
     def __init__(
@@ -75,17 +76,22 @@ class Progress:
         if self._live:
             self._live.stop()
         terminal.release_progress(self)
-        if kind is None and self._speaks and self._line_at >= 0:  # one that was short says nothing
-            self._say()
+        if kind is None and self._speaks and self._line_at >= 0:  # short work logs no line at all
+            self._log_line()
 
     @property
     def per_second(self) -> float:
-        """Its speed of late; 0 before there is any."""
+        """The speed over the last 15 seconds, in `unit` per second; 0 before it is known."""
         (then, before), (now, done) = self._points[0], self._points[-1]
         return (done - before) / (now - then) if now > then else 0.0
 
     def advance(self, n: int, readings: Mapping[str, str] | None = None) -> None:
-        """n more are done; readings by name replace those before."""
+        """Adds `n` to the work done.
+
+        Args:
+            n: how much was done since the last call, in `unit`.
+            readings: values to show by name; they replace the earlier ones. None keeps those.
+        """
         now = time.monotonic()
         self.done += n
         self._points.append((now, self.done))
@@ -95,22 +101,22 @@ class Progress:
             self.readings = readings
         waited_for = max(self._line_at + _SECONDS_BETWEEN_LINES, 0 if readings else self._started + 1)
         if self._speaks and now >= waited_for:
-            self._say()
+            self._log_line()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Other work, whose time says nothing of this one's speed."""
+        """Context manager for other work in between. Its time does not count for the speed."""
         started = time.monotonic()
         yield
         waited = time.monotonic() - started
         self._points = deque((then + waited, done) for then, done in self._points)
 
-    def _say(self) -> None:
+    def _log_line(self) -> None:
         self._line_at = time.monotonic()
         log.log(logging.DEBUG if self._live else logging.INFO, "%s", self.line())
 
     def line(self) -> str:
-        """Where it stands, as names and values."""
+        """Returns the log line: the share that is done, and `name=value` pairs."""
         values = {self.unit: str(self.done), **self.readings, f"{self.unit}_per_second": f"{self.per_second:.0f}"}
         if self._device is not None:
             values["memory_gib"] = f"{self.memory_gib:.2f}"
@@ -128,7 +134,7 @@ class Progress:
 
     @property
     def memory_gib(self) -> float:
-        """What is taken on the device now."""
+        """Memory in use now, in GiB: allocated by torch on a CUDA device, or resident in this process."""
         if self._device is not None and torch.device(self._device).type == "cuda":
             return torch.cuda.memory_allocated(self._device) / 2**30
         return psutil.Process().memory_info().rss / 2**30
@@ -152,8 +158,11 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """As a person says it: `54 s`, `12 min 30 s`, `3 h 5 min`."""
-    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    """Returns a time in words: `54 s`, `12 min 30 s`, `3 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
-    return f"{hours[0]} h {hours[1]} min" if seconds >= 3600 else f"{minutes[0]} min {minutes[1]} s"
+    if seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"

@@ -1,20 +1,21 @@
-"""Keeps access tokens, keys and passwords out of what this project prints, logs and saves."""
+"""Removes access tokens, keys and passwords from what this project prints, logs and saves."""
 
 from __future__ import annotations
 
 import os
 import re
 
-# Where the libraries look for a token. Shorter values are no tokens, and would hide ordinary words.
+# The libraries look for a token in these variables. A shorter value than this is not a token, and replacing it would
+# hide ordinary words.
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 _SHORTEST = 8
 
 _HIDDEN = "[hidden]"
 _TOKENS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # the Hugging Face Hub's
-    r"|wandb_v\d+_\w{16,}|local-[0-9a-f]{40})\b"  # wandb's; its old ones, 40 hex digits, look like commits
+    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # of the Hugging Face Hub
+    r"|wandb_v\d+_\w{16,}|local-[0-9a-f]{40})\b"  # of wandb; its old keys, 40 hex digits, look like git commits
 )
-# What stands after these is secret: `https://` before a user and an `@`, `Bearer`, `?token=`, `api_key: `.
+# The text right after one of these is a secret: `https://` (up to an `@`), `Bearer`, `?token=`, `api_key: `.
 _AFTER = re.compile(
     r"(?P<before>://)[^/\s@'\"]+(?=@)"
     r"|(?P<scheme>\bBearer )[^\s'\"]+"
@@ -25,7 +26,10 @@ _AFTER = re.compile(
 
 
 def redact(text: str) -> str:
-    """A text with `[hidden]` in place of tokens: those of this process's environment, and what looks like one."""
+    """Returns a text with `[hidden]` in place of each token, key and password.
+
+    These are the values of this process's environment variables for tokens, and whatever has the form of a secret.
+    """
     for name in _VARIABLES:
         value = os.environ.get(name, "").strip()
         if len(value) >= _SHORTEST:
@@ -35,4 +39,5 @@ def redact(text: str) -> str:
 
 
 def holds_secret(text: str) -> bool:
+    """Returns whether a text holds a token, key or password."""
     return redact(text) != text

@@ -1,4 +1,4 @@
-"""Ctrl-C, a termination and a dropped connection, heard at a moment when nothing is lost."""
+"""Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that a run stops where it loses no work."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGHUP is what a process gets when its ssh session drops.
+# A process gets SIGHUP when its ssh session drops.
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal ended the work. Not an `Exception`, as KeyboardInterrupt is none: nobody takes it for an error.
+    """Raised when a signal ends the work.
+
+    Like `KeyboardInterrupt` it is not an `Exception`, so that code which handles errors does not catch it.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -24,17 +26,17 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """The signals that came. Raises `Stopped` when one comes, or waits to be asked while they are deferred."""
+    """Raises `Stopped` when a signal arrives. While signals are deferred, only stores its number in `received`."""
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self.received = 0  # number of the first signal that arrived
         self._deferred = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals do not interrupt what is done inside; it looks at `received` where it can stop.
+        """Context manager inside which a signal does not interrupt: the work checks `received` where it can stop.
 
-        A second Ctrl-C interrupts all the same.
+        A second signal interrupts the work if it is a Ctrl-C.
         """
         self._deferred = True
         try:
@@ -42,21 +44,19 @@ class StopSignals:
         finally:
             self._deferred = False
 
-    @property
-    def received(self) -> int:
-        """The number of the signal that came; 0 if none did."""
-        return self._received or 0
-
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        again = self._received is not None
-        self._received = self._received or number
+        again = self.received != 0
+        self.received = self.received or number
         if not self._deferred or (again and number == signal.SIGINT):
-            raise Stopped(self._received)
+            raise Stopped(self.received)
 
 
 @contextmanager
 def hear_stop_signals() -> Iterator[StopSignals]:
-    """Hears SIGINT, SIGTERM and SIGHUP; a SIGHUP that `nohup` has switched off stays off."""
+    """Context manager that handles SIGINT, SIGTERM and SIGHUP.
+
+    If the process ignores SIGHUP, as under `nohup`, it goes on ignoring it.
+    """
     signals = StopSignals()
     previous = {
         number: signal.signal(number, signals._on_signal)

@@ -1,1 +1,1 @@
-"""Text by name, as documents, records and rows of tokens; which documents are held out."""
+"""From the name of a data set to rows of token ids, and the choice of documents and positions to use."""

@@ -1,4 +1,4 @@
-"""Which positions an SAE is trained on, stands in at, and is scored on."""
+"""The positions of a context that an SAE is trained on, replaces activations at, and is scored on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 class PositionFilter:
     """Leaves out special tokens, the first positions of a context, and massive activations.
 
-    The norm of the first position's activation can be hundreds of times the median token's, and a few other
-    tokens' as well (Sun et al. 2024, "Massive Activations in Large Language Models"); trained and scored with
-    them, mean squared error and explained variance measure little else.
+    The norm of the activation at the first position, and at a few other tokens, can be hundreds of times that of the
+    median token (Sun et al. 2024, "Massive Activations in Large Language Models"). If an SAE is trained and scored
+    with them, mean squared error and explained variance measure little else.
 
     Args:
-        special_token_ids: tokens left out wherever they stand.
+        special_token_ids: tokens left out at every position.
         skip_positions: how many positions at the start of a context are left out.
         max_activation_norm: activations with a larger L2 norm are left out; None keeps all.
     """
@@ -27,13 +27,24 @@ class PositionFilter:
     max_activation_norm: float | None = None
 
     def keeps_tokens(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """[B, T] booleans: False at special tokens and skipped positions."""
+        """Returns [B, T] booleans that are False at special tokens and skipped positions.
+
+        Args:
+            tokens_BT: [B, T] token ids.
+        """
         keep_BT = ~np.isin(tokens_BT, self.special_token_ids)
         keep_BT[:, : self.skip_positions] = False
         return keep_BT
 
     def keeps_norms(self, acts: torch.Tensor) -> torch.Tensor:
-        """Booleans of the shape of `acts` without its last axis: False at massive activations."""
+        """Returns booleans that are False at massive activations.
+
+        Args:
+            acts: [..., d_in] activations.
+
+        Returns:
+            [...] booleans, on the device of `acts`.
+        """
         if self.max_activation_norm is None:
             return torch.ones(acts.shape[:-1], dtype=torch.bool, device=acts.device)
         return acts.float().norm(dim=-1) <= self.max_activation_norm

@@ -1,4 +1,4 @@
-"""A data set's records: read on where a connection dropped, and those that are no document skipped and counted."""
+"""Reads the records of a data set, goes on where a connection dropped, and skips and counts unusable records."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sae_toolkit.files.connection import Retries
 
 log = logging.getLogger(__name__)
 
-Document = str | Sequence[int] | np.ndarray  # text, or a row of a data set that is tokenized already
+Document = str | Sequence[int] | np.ndarray  # text, or the token ids of one row of a tokenized data set
 Row = dict[str, Any]
 
 _LARGEST_TOKEN_ID = np.iinfo(np.uint32).max
 _RECORDS_BEFORE_JUDGING = 1_000
 
-# The connection has one policy (`Retries`): datasets' own would wait for a busy host 20 times a minute, and for a
-# dropped connection not at all (it looks for the exceptions of httpx, and huggingface_hub 2 raises those of httpx2).
+# `Retries` alone decides about retries. Those of datasets are switched off: they would ask a busy host 20 times a
+# minute, and never again after a dropped connection (they catch httpx's errors, and huggingface_hub 2 raises httpx2's).
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
 datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
@@ -35,20 +35,20 @@ datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
 
 @dataclass(frozen=True)
 class Bad:
-    """Why a record cannot be used."""
+    """Stands for a record that cannot be used, and says why."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a data set in their order, from the first each time.
+    """The records of a data set, in order. Each iteration starts again at the first.
 
     Args:
-        dataset: from `datasets`, streaming or not.
-        what: the flag and name that it came by, for messages.
-        parse: makes a row of what the loader of `datasets` gives; None for a blank line.
-        is_lines: whether a record is a line of one file.
+        dataset: a data set of `datasets`, streaming or not.
+        what: the flag and its value, for messages.
+        parse: turns a row of `dataset` into the row that is used, into `Bad`, or for a blank line into None.
+        is_lines: whether each record is a line of one file.
     """
 
     dataset: Any
@@ -73,26 +73,35 @@ class Records:
                 retries.what = f"{self.what}, after {n_read:,} records"
                 retries.wait_after(error)
                 place = dataset.state_dict()
-                dataset = copy(self.dataset)  # the next reading of `self` begins at the first record again
+                dataset = copy(self.dataset)  # `self.dataset` keeps its place at the first record
                 dataset.load_state_dict(place)
 
     @property
     def unit(self) -> str:
+        """What a record is called in messages."""
         return "line" if self.is_lines else "record"
 
 
-def read_files(files: list[str], by: str, streaming: bool) -> datasets.IterableDataset:
-    """The bytes of files, here or on the Hub, packed or not; what they hold is for `Records.parse` to judge.
+def read_files(
+    files: list[str], what: str, by: str, parse: Callable[[Row], Row | Bad | None], *, streaming: bool
+) -> Records:
+    """Returns the records of text files or JSON Lines files, local or on the Hub, compressed or not.
 
-    The loaders of `datasets` decode whole blocks: one bad byte, or one line that is not JSON, is their end.
+    The files are read as bytes and each record is parsed alone. The loaders of `datasets` parse whole blocks, and
+    stop at one bad byte or one line that is not JSON.
 
     Args:
-        by: `line`, `paragraph` (ended by an empty line) or `document` (the whole file).
-        streaming: read as needed rather than download whole.
+        files: paths or URLs.
+        what: the flag and its value, for messages.
+        by: what a record is: a `line`, a `paragraph` (ended by an empty line) or a `document` (the whole file).
+        parse: `parse_json_line` or `parse_text`.
+        streaming: read the files as needed instead of downloading them first.
     """
+    is_lines = by == "line" and len(files) == 1
     if not streaming:
         files = datasets.DownloadManager().download(files)
-    return datasets.IterableDataset.from_generator(_generate, gen_kwargs={"files": files, "by": by})
+    parts = datasets.IterableDataset.from_generator(_generate, gen_kwargs={"files": files, "by": by})
+    return Records(parts, what, parse, is_lines)
 
 
 def _generate(files: list[str], by: str) -> Iterator[dict[str, bytes]]:
@@ -116,7 +125,7 @@ _PARTS: dict[str, Callable[[BinaryIO], Iterable[bytes]]] = {
 
 
 def parse_json_line(row: Row) -> Row | Bad | None:
-    """A line of a JSON Lines file as a row."""
+    """Returns a line of a JSON Lines file as a row, or why it cannot be used. Returns None for a blank line."""
     if not row["bytes"].strip():
         return None
     try:
@@ -129,7 +138,7 @@ def parse_json_line(row: Row) -> Row | Bad | None:
 
 
 def parse_text(row: Row) -> Row | Bad:
-    """A part of a text file as a row with the column `text`."""
+    """Returns a part of a text file as a row with the one column `text`, or why it cannot be used."""
     try:
         return {"text": row["bytes"].decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")}
     except UnicodeDecodeError as error:
@@ -137,6 +146,7 @@ def parse_text(row: Row) -> Row | Bad:
 
 
 def text_document(row: Row, column: str) -> str | Bad:
+    """Returns the text in a column of a row, or why it cannot be used."""
     text = row.get(column)
     if not isinstance(text, str):
         return Bad(f"its {column!r} is {'null' if text is None else type(text).__name__}, not text")
@@ -148,7 +158,7 @@ def text_document(row: Row, column: str) -> str | Bad:
 
 
 def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
-    """Token ids, [T] int64, each of 0 to 2^32 - 1."""
+    """Returns the token ids in a column of a row ([T] int64, each from 0 to 2^32 - 1), or why they cannot be used."""
     try:
         tokens = np.asarray(row.get(column))
     except (ValueError, OverflowError):
@@ -156,15 +166,20 @@ def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
     if tokens.ndim == 1 and not len(tokens):
         return tokens.astype(np.int64)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        return Bad(f"its {column!r} is no list of whole numbers")
+        return Bad(f"its {column!r} is not a list of whole numbers")
     for token in (tokens.min(), tokens.max()):
         if not 0 <= token <= _LARGEST_TOKEN_ID:
-            return Bad(f"its {column!r} holds {token}, which is no token id")
+            return Bad(f"its {column!r} holds {token}, which is not a token id")
     return tokens.astype(np.int64)
 
 
 class Skipped:
-    """Counts the records of a data set, and those of them that cannot be used."""
+    """Counts the records of a data set and how many of them cannot be used.
+
+    Args:
+        name: the data set, for messages.
+        unit: what a record is called in messages.
+    """
 
     def __init__(self, name: str, unit: str) -> None:
         self.name = name
@@ -174,14 +189,14 @@ class Skipped:
         self._first = ""
 
     def count(self, place: int, bad: Bad | None) -> None:
-        """Counts one.
+        """Counts one record.
 
         Args:
-            place: its number in the data set, from 1.
-            bad: what is wrong with it.
+            place: the record's number in the data set, from 1.
+            bad: why the record cannot be used; None if it can.
 
         Raises:
-            UserError: most of the first 1,000 are bad.
+            UserError: this is record 1,000, and most so far cannot be used.
         """
         self.n_records += 1
         if bad is not None:
@@ -191,15 +206,16 @@ class Skipped:
             self.judge()
 
     def judge(self) -> None:
-        """Raises a UserError where most of the records so far are bad."""
+        """Raises a `UserError` if most records so far cannot be used."""
         if self.n_bad > self.n_records / 2:
             raise UserError(
                 f"{self.name}: {self.n_bad:,} of its first {self.n_records:,} records cannot be used; the first is"
-                f" {self._first}; look at how it was made, or choose another column (--text_column)"
+                f" {self._first}; correct the data, or choose another column with --text_column"
             )
 
     def warn(self) -> None:
-        if 0 < self.n_bad <= self.n_records / 2:  # of more, `judge` has said it
+        """Logs how many records were skipped, unless `judge` raises an error for them."""
+        if 0 < self.n_bad <= self.n_records / 2:
             log.warning(
                 "%s: skipped %s of %s records that could not be used; the first is %s",
                 self.name,

@@ -1,4 +1,4 @@
-"""Text to rows of tokens: every row is one context of the language model, ready to run."""
+"""Packs documents into rows of token ids. Each row is one context of the language model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from sae_toolkit.errors import UserError
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.positions import PositionFilter
-from sae_toolkit.text.sources import Document, HeldOutSplit, TextSource
+from sae_toolkit.text.records import Document
+from sae_toolkit.text.sources import HeldOutSplit, TextSource
 
 _DOCUMENTS_AT_ONCE = 64
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ContextFormat:
-    """How documents are packed into contexts. SAELens's fields of the same names say the same."""
+    """How documents are packed into contexts. The fields have the names and meanings of SAELens's."""
 
     context_size: int
     prepend_bos: bool = True
@@ -36,7 +37,12 @@ class ContextFormat:
 
 
 def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token ids that SAELens's `exclude_special_tokens` leaves out: all that are special, those given, or none."""
+    """Returns the token ids that SAELens's `exclude_special_tokens` leaves out.
+
+    Args:
+        exclude: True for every special token of the tokenizer, False for none, or the token ids.
+        tokenizer: the language model's tokenizer.
+    """
     if exclude is True:
         return tuple(sorted(get_special_token_ids(tokenizer)))
     return tuple(exclude or ())
@@ -47,12 +53,18 @@ def token_rows(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Packs documents into rows of `context.context_size` token ids.
 
-    Each row starts with exactly one BOS, also where the tokenizer adds its own. Documents follow one another
-    with a separator between them; the incomplete last row is dropped. Rows that are token ids already are
-    used as they are, cut to the context; shorter ones are left out, and how many is said.
+    With `context.prepend_bos` each row starts with exactly one BOS token, even if the tokenizer adds one itself.
+    Documents follow one another with a separator between them, and the incomplete last row is dropped.
 
-    Returns:
-        The number of the document that a row ends in, and the row.
+    Args:
+        documents: texts, or rows of token ids.
+        tokenizer: the language model's tokenizer.
+        context: how to pack them.
+        tokenized: whether the documents are rows of token ids. Such rows are used as they are, cut to the context
+            size. Shorter rows are left out, and a warning says how many.
+
+    Yields:
+        The index of the document that the row ends in, from 0, and the row: [context_size] int64.
     """
     if tokenized:
         n_short = 0
@@ -64,29 +76,23 @@ def token_rows(
         if n_short:
             log.warning("left out %d tokenized rows of fewer than %d tokens", n_short, context.context_size)
         return
-    counter = _Counter(_token_ids(documents, tokenizer))
+    n_taken = 0
+
+    def taken() -> Iterator[torch.Tensor]:
+        nonlocal n_taken
+        for ids in _token_ids(documents, tokenizer):
+            n_taken += 1
+            yield ids
+
     for tokens in concat_and_batch_sequences(
-        tokens_iterator=counter,
+        tokens_iterator=taken(),
         context_size=context.context_size,
         begin_batch_token_id=tokenizer.bos_token_id if context.prepend_bos else None,
         begin_sequence_token_id=None,
         sequence_separator_token_id=get_special_token_from_cfg(context.sequence_separator_token, tokenizer),
         disable_concat_sequences=context.disable_concat_sequences,
     ):
-        yield counter.n - 1, tokens.numpy()
-
-
-class _Counter(Iterator[torch.Tensor]):
-    """Counts the documents that were taken, so that a row knows which one it ends in."""
-
-    def __init__(self, documents: Iterator[torch.Tensor]) -> None:
-        self.documents = documents
-        self.n = 0
-
-    def __next__(self) -> torch.Tensor:
-        document = next(self.documents)
-        self.n += 1
-        return document
+        yield n_taken - 1, tokens.numpy()
 
 
 def _token_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
@@ -107,14 +113,23 @@ def collect_training_rows(
     training_tokens: int,
     flag: str = "--dataset_path",
 ) -> np.ndarray:
-    """Tokenizes the documents that are not held out, until they hold enough positions to train on.
+    """Tokenizes the documents that are not held out, until the rows have enough positions to train on.
+
+    Args:
+        source: the data set.
+        tokenizer: the language model's tokenizer.
+        context: how documents are packed into rows.
+        positions: the positions that are left out of the training.
+        held_out: the split whose held-out documents are not read.
+        training_tokens: how many positions are needed.
+        flag: the flag that named the data set, for messages.
 
     Returns:
-        [n_rows, context_size] token ids. Where the data set has them, 2% more rows than `training_tokens`
-        takes, since massive activations are left out later.
+        [n_rows, context_size] uint32 token ids. If the data set is large enough, the rows have 2% more positions
+        than `training_tokens`, because massive activations are left out later.
 
     Raises:
-        UserError: the data set holds fewer positions to train on than `training_tokens`.
+        UserError: the data set has fewer positions to train on than `training_tokens`.
     """
     documents = (document for document in source.documents() if not held_out.holds_out(document))
     rows: list[np.ndarray] = []
@@ -131,7 +146,7 @@ def collect_training_rows(
         raise UserError(
             f"{flag} {source.name}: too small: {n_positions:,} tokens to train on (contexts of"
             f" {context.context_size}, {held_out.fraction:.0%} held out), and --training_tokens asks for"
-            f" {training_tokens:,}"
+            f" {training_tokens:,}; lower --training_tokens, or use more text"
         )
     return np.stack(rows)
 
@@ -147,22 +162,26 @@ def collect_evaluation_rows(
     seed: int,
     flag: str = "--dataset",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizes documents that the SAE did not train on and draws rows from them.
+    """Tokenizes documents that the SAE did not train on, and draws rows from them.
 
-    Rows that are token ids already are taken as they come, in their order.
+    Rows of text are drawn from the first 4 x `n_rows`. Rows of a tokenized data set are taken in their order.
 
     Args:
-        held_out: the split that the SAE was trained with; None where the data set is another one.
+        source: the data set.
+        tokenizer: the language model's tokenizer.
+        context: how documents are packed into rows.
+        held_out: the split that the SAE was trained with; None if it was trained on another data set.
         n_rows: how many rows to draw, at most.
-        n_more_rows: how many others to add after them, at most; which rows come first does not depend on it.
-        seed: of the draw, which is from the first 4 x `n_rows` rows of text.
+        n_more_rows: how many rows to add after those, at most. The rows drawn do not depend on it.
+        seed: seed of the draw.
+        flag: the flag that named the data set, for messages.
 
     Returns:
-        [N, context_size] token ids, N at most n_rows + n_more_rows, and [N] the number of the document that each
-        row ends in.
+        [N, context_size] uint32 token ids, with N at most n_rows + n_more_rows; and [N] the index of the document
+        that each row ends in.
 
     Raises:
-        UserError: there is not one row.
+        UserError: there is no complete row.
     """
     documents = (d for d in source.documents() if held_out is None or held_out.holds_out(d))
     n_drawn_from = n_rows if source.tokenized else 4 * n_rows
@@ -170,7 +189,7 @@ def collect_evaluation_rows(
     found = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized), n_candidates))
     if not found:
         which = "its held-out documents hold" if held_out else "it holds"
-        raise UserError(f"{flag} {source.name}: {which} no context of {context.context_size} tokens")
+        raise UserError(f"{flag} {source.name}: {which} no context of {context.context_size} tokens; use more text")
     document_N, rows_NT = np.array([n for n, _ in found]), np.stack([row for _, row in found]).astype(np.uint32)
     order = np.arange(len(rows_NT))
     if not source.tokenized:

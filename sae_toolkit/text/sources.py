@@ -1,11 +1,13 @@
-"""Finds text by name and reads it document by document: from the Hub, local files, or the embedded Wikipedia."""
+"""Opens a data set by name (on the Hub, in local files, or the embedded Wikipedia) and reads its documents."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,14 +37,26 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TOKEN_COLUMNS = ("tokens", "input_ids")
-# A JSON Lines file is read as text: the JSON loader would end at the first line that is not JSON.
+# JSON Lines files count as text, because the JSON loader stops at the first line that is not JSON.
 _FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "text", ".csv": "csv", ".parquet": "parquet"}
 _ROWS_LOOKED_AT, _RECORDS_LOOKED_AT = 20, 1_000
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A data set that has been opened, with the choices made while opening it."""
+    """An open data set, and what was chosen when it was opened.
+
+    Args:
+        name: name of the data set.
+        config: its configuration; None if it has none.
+        split: its split.
+        column: the column that holds the documents.
+        tokenized: whether the documents are rows of token ids.
+        read: returns the documents from the first on: unusable records as `Bad`, blank lines as None.
+        fallback_from: the data set that could not be opened, if this one takes its place.
+        row_length: length of the first row in tokens, if the documents are rows of token ids.
+        unit: what a record is called in messages.
+    """
 
     name: str
     config: str | None
@@ -51,14 +65,14 @@ class TextSource:
     tokenized: bool
     read: Callable[[], Iterable[Document | Bad | None]]
     fallback_from: str | None = None
-    row_length: int | None = None  # tokens in the first row, where the rows are token ids
-    unit: str = "record"  # what a record is in a message
+    row_length: int | None = None
+    unit: str = "record"
 
     def documents(self) -> Iterator[Document]:
-        """The documents in their order, without the empty ones and the bad ones; how many were bad is said.
+        """Yields the documents in order, without empty ones. Unusable records are skipped, and a warning counts them.
 
         Raises:
-            UserError: the data set cannot be read to its end, or most of it is bad.
+            UserError: the data set cannot be read to its end, or most of its records cannot be used.
         """
         skipped = Skipped(self.name, self.unit)
         try:
@@ -76,22 +90,33 @@ class TextSource:
             skipped.warn()
 
 
-def _readable(name: str, records: Iterable[T]) -> Iterator[T]:
-    """The same records; whatever the readers of `datasets` raise (pyarrow's, pandas's, fsspec's) is a `UserError`."""
+@contextmanager
+def _errors_of_readers(name: str) -> Iterator[None]:
+    """Turns errors of `datasets` and the libraries it reads with (pyarrow, pandas, fsspec) into a `UserError`."""
     try:
-        yield from records
+        yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{name}: cannot be read: {one_line(error)}") from error
 
 
+def _readable(name: str, records: Iterable[T]) -> Iterator[T]:
+    """Yields the records, with the errors of `_errors_of_readers`."""
+    with _errors_of_readers(name):
+        yield from records
+
+
 @dataclass(frozen=True)
 class HeldOutSplit:
-    """Which documents are kept for evaluation.
+    """Chooses the documents that are held out of training, for evaluation.
 
-    A document is held out when a hash of the seed and its content, taken as a number in [0, 1), falls below
-    the fraction; so the split survives re-ordering, sharding and streaming.
+    A document is held out if a hash of the seed and its content, read as a number in [0, 1), is below the fraction.
+    So the choice does not depend on order, sharding or streaming.
+
+    Args:
+        fraction: share of the documents that is held out, from 0 to 1.
+        seed: seed of the choice.
     """
 
     fraction: float
@@ -114,17 +139,19 @@ def open_text(
     preferred_splits: Sequence[str] = ("train",),
     fallback: str | None = None,
 ) -> TextSource:
-    """Opens a data set; what is not given is found.
+    """Opens a data set, and chooses its configuration, split and column where they are not given.
 
     Args:
-        name: `embedded:wikipedia`, a local file (txt, jsonl, json, csv, parquet) or directory (of such files,
+        name: `embedded:wikipedia`, a local file (txt, jsonl, json, csv, parquet), a directory (of such files,
             or saved by `datasets`), or a Hugging Face id.
         flag: the flag that named it, for messages.
-        config: the data set's configuration; found: the only one, `default`, or the first.
-        split: found: the first of `preferred_splits` that exists, or the first there is.
-        column: found: `tokens` or `input_ids` (used as they are), `text`, or the column of the longest strings.
-        streaming: read as needed rather than download whole.
-        fallback: a data set to take instead when this one cannot be opened; its own choices are found.
+        config: the configuration. None chooses the only one, `default`, or the first.
+        split: the split. None chooses the first of `preferred_splits` that exists, or the data set's first.
+        column: the column. None chooses `tokens` or `input_ids` if they hold token ids, else `text`, else the
+            column with the most text.
+        streaming: read the data as needed instead of downloading them first.
+        preferred_splits: the splits to choose from, best first.
+        fallback: a data set to open with choices of its own if this one cannot be opened.
 
     Raises:
         UserError: it cannot be opened, is empty, or has no such configuration, split or column.
@@ -151,19 +178,14 @@ def _open(
     if name == EMBEDDED_TEXT:
         for given, value in (("--dataset_config", config), ("--dataset_split", split), ("--text_column", column)):
             if value not in (None, "train", "text"):
-                raise UserError(f"{given} {value}: {EMBEDDED_TEXT} has nothing to choose; leave it out")
+                raise UserError(f"{given} {value}: {EMBEDDED_TEXT} has no such choice; leave it out")
         return TextSource(name, None, "train", "text", tokenized=False, read=embedded_wikipedia)
     if name.startswith("embedded:"):
         raise UserError(f"{flag} {name}: the only embedded text is {EMBEDDED_TEXT}")
-    try:
-        records, config, split = retrying(
-            f"{flag} {name}", lambda: _load(name, flag, config, split, streaming, preferred_splits)
-        )
-    except UserError:
-        raise
-    except Exception as error:  # whatever the builders of datasets raise
-        raise UserError(f"{flag} {name}: cannot be read: {one_line(error)}") from error
-    first_rows = _first_rows(f"{flag} {name}", split, records)
+    what = f"{flag} {name}"
+    with _errors_of_readers(what):
+        records, config, split = retrying(what, lambda: _load(name, flag, config, split, streaming, preferred_splits))
+    first_rows = _first_rows(what, split, records)
     column = _choose_column(name, flag, column, first_rows)
     values = [row.get(column) for row in first_rows]
     tokenized = not any(isinstance(value, str) for value in values)
@@ -178,7 +200,7 @@ def _open(
 
 
 def _first_rows(what: str, split: str, records: Records) -> list[Row]:
-    """The first rows that are good, for their columns."""
+    """Returns the first 20 usable rows, to choose the column by."""
     rows: list[Row] = []
     skipped = Skipped(what, records.unit)
     for place, row in enumerate(islice(_readable(what, records), _RECORDS_LOOKED_AT), 1):
@@ -190,52 +212,68 @@ def _first_rows(what: str, split: str, records: Records) -> list[Row]:
             break
     if not rows:
         skipped.judge()
-        raise UserError(f"{what}: split {split} is empty (0 documents)")
+        raise UserError(f"{what}: split {split} is empty (0 documents); use another split or data set")
     return rows
 
 
 def _load(
     name: str, flag: str, config: str | None, split: str | None, streaming: bool, preferred_splits: Sequence[str]
 ) -> tuple[Records, str | None, str]:
-    """Loads one split; returns it with the names of its configuration and split."""
+    """Loads one split, and returns it with the names of its configuration and split."""
     what = f"{flag} {name}"
     path = Path(name)
-    if path.is_file():
-        if config is not None:
-            raise UserError(f"--dataset_config {config}: {name} is a file, which has no configurations; leave it out")
-        loader = next((_FILE_LOADERS[s] for s in reversed(path.suffixes) if s in _FILE_LOADERS), None)
-        if loader is None:
-            raise UserError(f"{flag} {name}: cannot read this kind of file; use {', '.join(_FILE_LOADERS)}")
-        split = _choose_split(name, ["train"], split, preferred_splits)
-        if ".jsonl" in path.suffixes:
-            return _read_json_lines([str(path)], what, streaming), None, split
-        if loader == "text":
-            return _read_text([str(path)], what, streaming, "paragraph"), None, split
-        # What looks like a missing value to pandas, such as NA and an empty field, is text.
-        how = {"keep_default_na": False} if loader == "csv" else {}
-        files = {split: str(path)}
-        data = datasets.load_dataset(loader, data_files=files, split=split, streaming=streaming, **how)
-        return Records(data, what), None, split
-
-    if path.is_dir():
-        if any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, datasets.DatasetDict):
-                split = _choose_split(name, list(saved), split, preferred_splits)
-                return Records(saved[split], what), None, split
-            return Records(saved, what), None, _choose_split(name, ["train"], split, preferred_splits)
-        found = sorted(file for file in path.rglob("*") if file.suffix in _FILE_LOADERS)
-        if found and all(file.suffix == ".txt" for file in found):
-            split = _choose_split(name, ["train"], split, preferred_splits)
-            return _read_text([str(file) for file in found], what, streaming, "document"), None, split
-    else:
+    if path.is_file() and config is not None:
+        raise UserError(f"--dataset_config {config}: {name} is a file, which has no configurations; leave it out")
+    if splits := _local_splits(path, what, streaming):
+        split = _choose_split(name, list(splits), split, preferred_splits)
+        return splits[split](), None, split
+    if not path.is_dir():
         name = check_repository(name, "dataset", flag)
+    return _load_by_datasets(name, what, config, split, streaming, preferred_splits)
 
+
+def _local_splits(path: Path, what: str, streaming: bool) -> dict[str, Callable[[], Records]]:
+    """Returns the splits of local data that have no configurations, as functions that load them.
+
+    Such data are a file, a data set that `datasets` saved, or a directory of text files. For anything else the
+    dictionary is empty.
+    """
+    if path.is_file():
+        return {"train": lambda: _load_file(path, what, streaming)}
+    if any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
+        saved = datasets.load_from_disk(str(path))
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return {split: partial(Records, data, what) for split, data in splits.items()}
+    found = sorted(file for file in path.rglob("*") if file.suffix in _FILE_LOADERS) if path.is_dir() else []
+    if found and all(file.suffix == ".txt" for file in found):
+        files = [str(file) for file in found]
+        return {"train": lambda: read_files(files, what, "document", parse_text, streaming=streaming)}
+    return {}
+
+
+def _load_file(path: Path, what: str, streaming: bool) -> Records:
+    loader = next((_FILE_LOADERS[s] for s in reversed(path.suffixes) if s in _FILE_LOADERS), None)
+    if loader is None:
+        raise UserError(f"{what}: cannot read this kind of file; use {', '.join(_FILE_LOADERS)}")
+    if ".jsonl" in path.suffixes:
+        return read_files([str(path)], what, "line", parse_json_line, streaming=streaming)
+    if loader == "text":
+        return read_files([str(path)], what, "paragraph", parse_text, streaming=streaming)
+    # Without this, pandas would read NA and empty fields as missing values instead of text.
+    options = {"keep_default_na": False} if loader == "csv" else {}
+    data = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=streaming, **options)
+    return Records(data, what)
+
+
+def _load_by_datasets(
+    name: str, what: str, config: str | None, split: str | None, streaming: bool, preferred_splits: Sequence[str]
+) -> tuple[Records, str | None, str]:
+    """Loads one split of a data set on the Hub or in a directory, as `_load` does."""
     configs = datasets.get_dataset_config_names(name)
     if config is None:
         config = configs[0] if len(configs) == 1 or "default" not in configs else "default"
         if len(configs) > 1:
-            log.info("%s has %d configurations; taking %s (--dataset_config chooses)", name, len(configs), config)
+            log.info("%s has %d configurations; using %s (choose with --dataset_config)", name, len(configs), config)
     elif config not in configs:
         raise UserError(f"--dataset_config {config}: {name} has {', '.join(configs)}")
     splits = datasets.get_dataset_split_names(name, config)
@@ -243,18 +281,10 @@ def _load(
     files_of_splits = datasets.load_dataset_builder(name, config).config.data_files or {}
     split_files = [str(file) for file in files_of_splits.get(split, ())]
     if split_files and all(".jsonl" in Path(file).suffixes for file in split_files):
-        return _read_json_lines(split_files, what, streaming), config, split
+        return read_files(split_files, what, "line", parse_json_line, streaming=streaming), config, split
     if split_files and all(".txt" in Path(file).suffixes for file in split_files):
-        return _read_text(split_files, what, streaming, "line"), config, split
+        return read_files(split_files, what, "line", parse_text, streaming=streaming), config, split
     return Records(datasets.load_dataset(name, config, split=split, streaming=streaming), what), config, split
-
-
-def _read_json_lines(files: list[str], what: str, streaming: bool) -> Records:
-    return Records(read_files(files, "line", streaming), what, parse_json_line, is_lines=len(files) == 1)
-
-
-def _read_text(files: list[str], what: str, streaming: bool, by: str) -> Records:
-    return Records(read_files(files, by, streaming), what, parse_text, is_lines=by == "line" and len(files) == 1)
 
 
 def _choose_split(name: str, splits: list[str], split: str | None, preferred: Sequence[str]) -> str:
@@ -266,14 +296,16 @@ def _choose_split(name: str, splits: list[str], split: str | None, preferred: Se
 
 
 def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str, Any]]) -> str:
-    columns = list({column: None for row in rows for column in row})  # of JSON Lines, a row may lack some
+    columns = list({column: None for row in rows for column in row})  # rows of JSON Lines may lack columns
     first = {c: _first_value([row[c] for row in rows if row.get(c) is not None]) for c in columns}
     if column is not None:
         if column not in columns:
             raise UserError(f"--text_column {column}: {name} has the columns {', '.join(columns)}")
         if not isinstance(first[column], str) and not _is_tokens(first[column]):
             kind = type(first[column]).__name__
-            raise UserError(f"--text_column {column}: in {name} it holds {kind}, neither text nor token ids")
+            raise UserError(
+                f"--text_column {column}: in {name} it holds {kind}, neither text nor token ids; use another"
+            )
         return column
     for candidate in _TOKEN_COLUMNS:
         if candidate in columns and _is_tokens(first[candidate]):
@@ -289,12 +321,15 @@ def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str
         return "text"
     longest = max(lengths, key=lambda c: lengths[c])
     if len(lengths) > 1:
-        log.info("%s has no column 'text'; taking the longest, %r (--text_column chooses)", name, longest)
+        log.info("%s has no column 'text'; using the longest, %r (choose with --text_column)", name, longest)
     return longest
 
 
 def _first_value(values: list[Any]) -> Any:
-    """The first that could be a document, or else the first: a bad record at the beginning hides no column."""
+    """Returns the first value that can be a document, so that bad records at the start hide no column.
+
+    If no value can be a document, returns the first, or None if there is none.
+    """
     return next((v for v in values if isinstance(v, str) or _is_tokens(v)), values[0] if values else None)
 
 

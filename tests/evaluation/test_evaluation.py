@@ -354,7 +354,7 @@ def test_an_sae_that_cannot_be_measured_here_is_refused(script, tiny_model, tmp_
             2**40,
             "400 of its first 400 records cannot be used; the first is record 1: its 'tokens' holds 1099511627776",
         ),
-        (-1, "the first is record 1: its 'tokens' holds -1, which is no token id"),
+        (-1, "the first is record 1: its 'tokens' holds -1, which is not a token id"),
     ],
 )
 def test_token_ids_that_the_model_has_not_are_refused(script, tiny_model, tiny_run, tmp_path, token, says):

@@ -25,14 +25,14 @@ def disturbed(tiny_model, text_file, tmp_path_factory):
     served = tmp_path_factory.mktemp("served")
     recorded = tmp_path_factory.mktemp("recorded")
     shutil.copytree(tiny_model, served / "models" / "tests" / "tiny")
-    data = served / "datasets" / "tests" / "text"
+    data = served / "datasets" / "owner" / "text"
     data.mkdir(parents=True)
     shutil.copy(text_file, data / "train.txt")
     hub, host = LoopbackHub(served), LoopbackWandb("refuses")
     hub.inject("cut", "model.safetensors", method="GET")
     hub.inject(500, "train.txt", method="GET")
     flags = (
-        *("--model_name", "tests/tiny", "--layer", 1, "--dataset_path", "tests/text", "--context_size", 64),
+        *("--model_name", "tests/tiny", "--layer", 1, "--dataset_path", "owner/text", "--context_size", 64),
         *("--expansion_factor", 4, "--training_tokens", 2048, "--n_batches_in_buffer", 16, "--device", "cpu"),
         *("--lm_dtype", "float32", "--set", "n_batches_for_norm_estimate=1", "--wandb_mode", "online"),
         *("--set", "logger.wandb_log_frequency=1", "--checkpoint_path", recorded / "checkpoints"),
