@@ -12,6 +12,7 @@ cd "$(dirname "$0")"
 source ./setup_environment.sh
 
 set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/dev.txt
+echo "$("$PYTHON" --version), $PYTHON"
 case "${1:-}" in
 "") # two at a time, each on one core: starting Python takes most of the time
     export OMP_NUM_THREADS=1

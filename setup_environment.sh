@@ -41,9 +41,8 @@ set_up_environment() {
     if has_requirements "$PYTHON" "${files[@]}"; then
         return
     fi
-    echo "Setting up $venv; the first time this takes some minutes" >&2
+    local base=$PYTHON
     if [[ ! -x "$PYTHON" ]]; then
-        local base
         for base in python3 python3.13 python3.12 python3.11 ""; do
             if [[ -z "$base" ]]; then
                 echo "error: Python 3.11 or newer is needed; install it, and put it on the PATH as python3 or python3.11 to python3.13" >&2
@@ -53,8 +52,9 @@ set_up_environment() {
                 break
             fi
         done
-        "$base" -m venv "$venv"
     fi
+    echo "Setting up $venv on $("$base" --version); the first time this takes some minutes" >&2
+    [[ -x "$PYTHON" ]] || "$base" -m venv "$venv"
     local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
     if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
         "${pip[@]}" --index-url "$TORCH_INDEX_URL" torch

@@ -14,6 +14,7 @@ from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
 from sae_toolkit.evaluation.decoder_cosines import measure_cosines
 from sae_toolkit.evaluation.feature_browser import Context, Feature, FeatureRecorder, decode_tokens, logit_effects
 from sae_toolkit.reports.page import render_html, render_markdown
+from support.processes import HANGS
 
 HOSTILE = "</script><script>document.title='taken'</script><!--"
 D, F = 32, 300
@@ -219,7 +220,7 @@ def browse(url, profile, *flags):
         pytest.skip("no chromium on this machine")
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=15000"]
-    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=HANGS, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

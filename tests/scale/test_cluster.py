@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.processes import ROOT
+from support.processes import HANGS, ROOT
 from support.trainings import assert_same
 
 pytestmark = pytest.mark.scale
@@ -55,7 +55,7 @@ class Sweep:
             text=True,
         )
 
-    def finish(self, timeout: float = 400) -> tuple[int, str, str]:
+    def finish(self, timeout: float = HANGS) -> tuple[int, str, str]:
         stdout, stderr = self.process.communicate(timeout=timeout)
         return self.process.returncode, stdout, stderr
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from support.processes import ROOT
+from support.processes import HANGS, ROOT
 
 
 class Launch:
@@ -41,11 +41,11 @@ class Launch:
                     found[int(process.environ()["RANK"])] = process.pid
         return found
 
-    def finish(self, timeout: float = 300) -> tuple[int, str, str]:
+    def finish(self, timeout: float = HANGS) -> tuple[int, str, str]:
         stdout, stderr = self.process.communicate(timeout=timeout)
         return self.process.returncode, stdout, stderr
 
-    def finished_sae(self, timeout: float = 300) -> Path:
+    def finished_sae(self, timeout: float = HANGS) -> Path:
         status, stdout, stderr = self.finish(timeout)
         assert status == 0, stderr
         return Path(stdout.strip())

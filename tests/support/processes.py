@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sae_toolkit import ROOT
 
 HOOK = "blocks.12.hook_resid_post"
+HANGS = 1800.0  # seconds; many times what anything here takes on a busy machine
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Outcome:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
 
-def run_process(*command: object, timeout: float = 300, **environment: str) -> Outcome:
+def run_process(*command: object, timeout: float = HANGS, **environment: str) -> Outcome:
     """Runs a command as a process of its own, in the project's root."""
     done = subprocess.run(
         [str(part) for part in command],

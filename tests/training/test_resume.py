@@ -18,7 +18,7 @@ from sae_lens import TrainingSAE
 
 from sae_toolkit import ROOT
 from sae_toolkit.settings.values import Interval
-from support.processes import run_process
+from support.processes import HANGS, run_process
 from support.trainings import assert_same, run_flags
 
 
@@ -132,7 +132,7 @@ def test_the_launcher_passes_a_termination_on(flags, tmp_path, record_fault):
     while process.poll() is None and not list(tmp_path.glob("*/*/run.log")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANGS)
     assert process.returncode == 128 + signal.SIGTERM
     assert "to go on: " in stderr
     assert "healthy" not in stdout  # no evaluation of what is not finished
