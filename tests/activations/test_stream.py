@@ -132,7 +132,7 @@ def test_rows_keep_their_order_where_nothing_is_to_be_mixed(model, rows_NT):
 def test_activations_that_are_not_finite_are_said(tiny_model, rows_NT):
     overflowing = load_language_model(find_model(str(tiny_model)), "blocks.2.hook_resid_post", "cpu", torch.float32)
     overflowing.layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
-    with pytest.raises(UserError, match="--lm_dtype .*: the activations' median norm is nan; use another"):
+    with pytest.raises(UserError, match="--lm_dtype .*: the median norm of the activations is nan; use another dtype"):
         stream(overflowing, rows_NT).calibrate(3, max_norm_multiple=10)
 
 
