@@ -13,6 +13,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.settings.training import ARCHITECTURES
+from support.sae_files import load
 
 ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
 SAELENS_FILES = {"cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
@@ -118,7 +119,7 @@ def test_damaged_weights_are_refused(script, tiny_run):
         load_sae(final, "cpu")
     (final / "manifest.json").unlink()
     with pytest.raises(UserError, match="damaged or incomplete"):
-        load_sae(final, "cpu")
+        load(final)
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "//etc/hostname", "../outside", "inside/../../outside"])

@@ -123,7 +123,7 @@ def test_a_pickle_of_more_than_tensors_is_not_opened(tmp_path):
         ("GatedAutoEncoder", {"decoder.weight": torch.zeros(D)}, {}, "W_dec has shape"),
         ("JumpReluAutoEncoder", {"W_enc": torch.zeros(F, D)}, {}, "W_enc has shape"),
         ("AutoEncoder", {"encoder.bias": torch.full([F], torch.nan)}, {}, f"{F} of the {F} numbers of b_enc are NaN"),
-        ("AutoEncoderTopK", {"b_dec": "text"}, {}, "is no state dict of tensors"),
+        ("AutoEncoderTopK", {"b_dec": "text"}, {}, "is not a state dict of tensors"),
     ],
 )
 def test_a_dictionary_that_cannot_be_used_is_refused(tmp_path, dict_class, changes, trainer, says):
