@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,11 @@ class CachedActivations:
         self.cache = cache
         self.device = torch.device(device)
         self._load_model = load_model
-        self._model: LanguageModel | None = None
 
-    @property
+    @cached_property
     def model(self) -> LanguageModel:
         """The language model, which is loaded at the first use."""
-        if self._model is None:
-            self._model = self._load_model()
-        return self._model
+        return self._load_model()
 
     def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Returns the activations at the hook, [B, T, D] in bfloat16, for tokens [B, T]."""

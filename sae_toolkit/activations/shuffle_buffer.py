@@ -57,12 +57,12 @@ class ShuffleBuffer:
     def filling(self) -> bool:
         return self._order is None
 
-    def add(self, acts_ND: torch.Tensor, counts: Sequence[int] | None = None) -> None:
+    def add(self, acts_ND: torch.Tensor, counts: Sequence[int]) -> None:
         """Copies activations into the buffer. Only allowed while it fills.
 
         Args:
             acts_ND: this rank's activations.
-            counts: how many activations each rank adds; None where this is the only rank.
+            counts: how many activations each rank adds.
         """
         if self._storage is None or self._n_here + len(acts_ND) > len(self._storage):
             expected = -(-self.capacity // self.ranks.size)
@@ -72,7 +72,6 @@ class ShuffleBuffer:
             self._storage = grown
         self._storage[self._n_here : self._n_here + len(acts_ND)] = acts_ND
         self._n_here += len(acts_ND)
-        counts = (len(acts_ND),) if counts is None else counts
         new = torch.arange(len(counts), dtype=torch.int16).repeat_interleave(torch.tensor(counts))
         self._owners = torch.cat((self._owners, new))
 

@@ -10,12 +10,13 @@ import torch
 from sae_toolkit.errors import UserError
 
 
-def choose_device(device: str, local_rank: int = 0) -> str:
+def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
     """Returns the device to run on: for `auto` a CUDA device if torch sees one, else the CPU.
 
     Args:
         device: cpu, cuda, cuda:N or auto.
         local_rank: this process's rank on its machine. With `auto` and `cuda` each rank gets a device of its own.
+        flag: the flag that named the device, for messages.
 
     Raises:
         UserError: the name is none of these, or names a CUDA device that torch does not see.
@@ -25,14 +26,14 @@ def choose_device(device: str, local_rank: int = 0) -> str:
     if device == "cuda" and local_rank:
         device = f"cuda:{local_rank}"
     if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise UserError(f"--device {device}: must be cpu, cuda, cuda:N or auto")
+        raise UserError(f"{flag} {device}: must be cpu, cuda, cuda:N or auto")
     parsed = torch.device(device)
     if parsed.type == "cuda":
         n_devices = torch.cuda.device_count()
         if not torch.cuda.is_available() or (parsed.index or 0) >= n_devices:
             raise UserError(
-                f"--device {device}: torch {torch.__version__} sees {n_devices} CUDA devices on this machine;"
-                " use --device cpu, or install a torch built for this machine's driver (README, Troubleshooting)"
+                f"{flag} {device}: torch {torch.__version__} sees {n_devices} CUDA devices on this machine;"
+                f" use {flag} cpu, or install a torch built for this machine's driver (README, Troubleshooting)"
             )
     return device
 
@@ -48,10 +49,7 @@ def choose_llm_device(llm_device: str | None, n_devices: int, device: str) -> st
     Raises:
         UserError: torch does not see the device, or sees fewer than `n_devices` from there on.
     """
-    try:
-        chosen = device if llm_device is None else choose_device(llm_device)
-    except UserError as error:
-        raise UserError(str(error).replace("--device", "--llm_device", 1)) from None
+    chosen = device if llm_device is None else choose_device(llm_device, flag="--llm_device")
     parsed = torch.device(chosen)
     there = torch.cuda.device_count() - (parsed.index or 0) if parsed.type == "cuda" else 0
     if n_devices > 1 and n_devices > there:

@@ -5,7 +5,6 @@ The layers are Transformers' own: SDPA attention, no key-value cache.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -87,7 +86,7 @@ class LanguageModel:
         self.hook = self.hooks[0]
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self._one_pass = Lock()  # PyTorch's hooks would also see the activations of another thread's pass
-        self._is_resid_mid = re.fullmatch(r"blocks\.\d+\.hook_resid_mid", hook_names[0]) is not None
+        self._is_resid_mid = self.hook.name.endswith(".hook_resid_mid")
 
     @property
     def device(self) -> torch.device:

@@ -26,8 +26,8 @@ from sae_toolkit.steps.selection import GlobalBatchTopK, among_largest, largest,
 # measured (BENCHMARKS.md); that for CUDA is an estimate: 4 bytes x k x D gathered against 2 x D x F operations in TF32.
 CROSSOVER = {"cpu": 8, "cuda": 256}
 
-# The auxiliary loss rounds its number of features up to a multiple of this, as each size of its products costs memory:
-# on a CPU oneDNN keeps what it prepared for a size (2 GiB after some hundred sizes), on CUDA the allocator keeps memory.
+# The auxiliary loss rounds its number of features up to a multiple of this, as each size of its products costs memory.
+# On a CPU oneDNN keeps what it prepared for a size: 2 GiB after some hundred sizes. On CUDA the allocator keeps memory.
 _FEW_SIZES = 256
 
 

@@ -50,7 +50,7 @@ def test_the_buffer_serves_the_batches_of_saelens(mix_fraction):
     generator = torch.Generator().manual_seed(7)
     buffer, ours = ShuffleBuffer(100, 16, mix_fraction, generator), []
     for chunk in chunks:
-        buffer.add(chunk)
+        buffer.add(chunk, [len(chunk)])
         buffer.serve_if_full()
         while not buffer.filling:
             ours.append(buffer.take())
