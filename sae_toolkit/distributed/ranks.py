@@ -58,7 +58,7 @@ class Ranks:
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
         if not self.is_alone:
-            with _none_lost():
+            with _lost_ranks_reported():
                 dist.all_reduce(tensor, operation)
         return tensor
 
@@ -66,12 +66,12 @@ class Ranks:
         """Starts to sum a tensor over the ranks, in place. `finish` waits for the sum."""
         if self.is_alone:
             return None
-        with _none_lost():
+        with _lost_ranks_reported():
             return dist.all_reduce(tensor if tensor.is_contiguous() else tensor.t(), async_op=True)
 
     def finish(self, works: list[dist.Work | None]) -> None:
         """Waits for the sums that `start_sum` started, and empties the list."""
-        with _none_lost():
+        with _lost_ranks_reported():
             for work in works:
                 if work is not None:
                     work.wait()
@@ -84,7 +84,7 @@ class Ranks:
         lengths = [n for (n,) in self._gather_counts((len(rows),), None)]  # without `control` and its limit of days
         padded = _padded(rows, max(lengths))
         found = [torch.empty_like(padded) for _ in lengths]
-        with _none_lost():
+        with _lost_ranks_reported():
             dist.all_gather(found, padded)
         return [part[:length] for part, length in zip(found, lengths, strict=True)]
 
@@ -94,7 +94,7 @@ class Ranks:
         padded = _padded(rows, max(lengths))
         found = [torch.empty_like(padded) for _ in lengths] if self.is_main else None
         raw = None if found is None else [part.view(torch.uint8) for part in found]
-        with _none_lost():
+        with _lost_ranks_reported():
             dist.gather(padded.view(torch.uint8), raw, dst=0, group=self.control)
         return [part[:length] for part, length in zip(found or [], lengths if found else [], strict=True)]
 
@@ -107,7 +107,7 @@ class Ranks:
         """
         part = torch.empty_like(like, device="cpu", memory_format=torch.contiguous_format)
         parts = None if rows is None else [each.contiguous().view(torch.uint8) for each in rows.chunk(self.size)]
-        with _none_lost():
+        with _lost_ranks_reported():
             dist.scatter(part.view(torch.uint8), parts, src=0, group=self.control)
         return part
 
@@ -118,7 +118,7 @@ class Ranks:
     def _gather_counts(self, numbers: tuple[int, ...], group: dist.ProcessGroup | None) -> list[tuple[int, ...]]:
         mine = torch.tensor(numbers)
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        with _none_lost():
+        with _lost_ranks_reported():
             dist.all_gather(found, mine, group=group)
         return [tuple(each.tolist()) for each in found]
 
@@ -131,14 +131,14 @@ class Ranks:
         if self.is_alone:
             return thing
         things: list[Any] = [thing]
-        with _none_lost():
+        with _lost_ranks_reported():
             dist.broadcast_object_list(things, src=0, group=self.control)
         return things[0]
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> None:
         """Copies rank 0's tensor into this rank's, in place."""
         if not self.is_alone:
-            with _none_lost():
+            with _lost_ranks_reported():
                 dist.broadcast(tensor if tensor.is_contiguous() else tensor.t(), src=0)
 
     @contextmanager
@@ -173,7 +173,7 @@ def join_ranks() -> Iterator[Ranks]:
     has_gpus = torch.cuda.is_available()
     if has_gpus:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    with _none_lost():
+    with _lost_ranks_reported():
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo", timeout=_WITHIN_A_STEP)
         control = dist.new_group(backend="gloo", timeout=_BETWEEN_STEPS)
     try:
@@ -183,7 +183,7 @@ def join_ranks() -> Iterator[Ranks]:
 
 
 @contextmanager
-def _none_lost() -> Iterator[None]:
+def _lost_ranks_reported() -> Iterator[None]:
     """Turns the error of a collective operation into the message that another rank has ended."""
     try:
         yield

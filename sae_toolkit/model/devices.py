@@ -75,7 +75,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def free_memory(device: str) -> int:
-    """Returns how many bytes a run can use on a device, including what this process already holds on a CPU."""
+    """Returns how many bytes a run can use on a device. On a CPU they include what this process already holds."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""A Transformers causal language model that is read, and whose activations are replaced, at one hook.
+"""A Transformers causal language model whose activations are read or replaced at a hook.
 
 The layers are Transformers' own: SDPA attention, no key-value cache.
 """

@@ -46,7 +46,7 @@ def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--
             - a directory or Hugging Face repository of several SAEs, with the SAE's folder after a colon
               (`EleutherAI/sae-llama-3-8b-32x:layers.12`);
             - `release:sae_id` of SAELens.
-        layer: chooses among several SAEs of a directory or repository that of this layer's output.
+        layer: if a directory or repository holds several SAEs, the layer whose output the wanted one is for.
         flag: the flag that named them, for messages.
 
     Raises:

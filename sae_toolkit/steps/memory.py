@@ -62,9 +62,8 @@ class MemoryPlan:
         calibrating = held + self.norm_estimate + self.forward_pass
         filling = held + self.adam + self.forward_pass
         stepping = held + self.adam + self.gradients + self.step
-        evaluating = (
-            held + self.adam + self.sae + self.held_out_logits if self.evaluates else 0
-        )  # `sae` twice, for a copy
+        # An evaluation during training holds a copy of the SAE, so `sae` is counted twice.
+        evaluating = held + self.adam + self.sae + self.held_out_logits if self.evaluates else 0
         if self.on_cpu:  # the process keeps this memory after it was freed, in fragments
             stepping += self.norm_estimate
             evaluating += self.norm_estimate if self.evaluates else 0

@@ -23,8 +23,8 @@ JUMPRELU = {
 # were dead at the end, with these numbers 0.5% (2,304 features, 488 steps).
 _START = {"standard": 0.1, "gated": 0.1, "jumprelu": 0.003}
 _RAMP = {"standard": 0.0, "gated": 0.0, "jumprelu": 0.8}
-# These were chosen by runs of 480 and 1,000 steps of standard and gated SAEs on real activations, with starting weights
-# from a twentieth of the right one to fifty times the right one.
+# The next constants were chosen by runs of 480 and 1,000 steps of standard and gated SAEs on real activations, with
+# starting weights from a twentieth of the right one to fifty times the right one.
 _FURTHEST = math.log(1000)  # limit of the logarithm of the factor, in either direction
 _MEMORY = 0.9  # share of the running L0 that a step keeps
 _PROPORTIONAL = 0.5
@@ -66,12 +66,12 @@ class L0Control:
 
     @property
     def factor(self) -> torch.Tensor:
-        """The factor that the weight is multiplied by now."""
+        """The factor by which the weight is multiplied now."""
         return (self._integral + _PROPORTIONAL * self._error()).exp()
 
     @property
     def found_factor(self) -> float:
-        """The best constant factor that is known so far."""
+        """The constant factor that would have led to the target, as far as it is known by now."""
         return self._integral.exp().item()
 
     @property

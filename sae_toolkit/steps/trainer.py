@@ -24,14 +24,14 @@ from sae_toolkit.steps.target_l0 import L0Control
 _ADJUSTED = ("l0", "l1")  # SAELens's schedules of the sparsity weights l0_coefficient and l1_coefficient
 _COUNTS = ("n_not_finite", "n_not_finite_in_a_row")
 
-# How many steps old the count of dead features is that a step uses.
+# How many steps pass between counting the dead features and using the count.
 _STEPS_BEHIND = 4
 
 
 class Trainer(SAETrainer[Any, Any]):
     """SAELens's trainer with a faster step. Schedules, statistics, logs and checkpoints are SAELens's own.
 
-    The step computes what SAELens's computes: Adam is fused, firings are counted from sparse activations, and dead
+    The result of a step is that of SAELens's step. Adam is fused, firings are counted from sparse activations, and dead
     features are counted some steps ahead. A step whose loss or gradient is not finite is not applied. With the SAEs
     of `sparse_topk` the step does not wait for the device, unless the SAE is sharded. On a CUDA device the SAE's
     products are in TF32; on a CPU they are in bfloat16 if `products_in_bfloat16` is set.
@@ -69,7 +69,7 @@ class Trainer(SAETrainer[Any, Any]):
             self.l0_control = L0Control(target_l0, turn, cfg.device, sae.cfg.architecture(), cfg.total_training_steps)
         self._fuse_optimizer()
         self.ranks = ranks
-        self._sums: list[Any] = []  # of gradients, which are under way
+        self._sums: list[Any] = []  # of gradients, not finished yet
         if not ranks.is_alone:
             for tensor in self._replicated_tensors():
                 ranks.broadcast_tensor(tensor)
