@@ -1,4 +1,4 @@
-"""A second run takes its activations from the first one's cache, to the same weights, and never wrong ones."""
+"""A second run reads its activations from the first run's cache, and ends in the same weights."""
 
 from pathlib import Path
 
