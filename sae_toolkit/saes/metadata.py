@@ -142,7 +142,7 @@ def check_metadata(sae: SAE[Any], where: str) -> None:
         start, stop = None, start  # as in Python's slice(n)
     if not _are_counts([start or 0]) or stop is not None or step not in (None, 1):
         raise UserError(
-            f"{where}: trained at the positions seqpos_slice {metadata.seqpos_slice} only; evaluations here can leave"
+            f"{where}: trained at the positions seqpos_slice {metadata.seqpos_slice} alone; evaluations here can leave"
             " out the first positions and no others"
         )
     if (metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
