@@ -1,1 +1,1 @@
-"""Rows of tokens to batches of activations: the stream, its shuffle buffer and the cache on disk."""
+"""How rows of tokens become batches of activations: the stream, its shuffle buffer and the cache on disk."""

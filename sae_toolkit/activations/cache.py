@@ -1,8 +1,8 @@
-"""The activations of a run on disk, for the runs that follow on the same model, hook and text.
+"""A cache on disk of a run's activations, for later runs on the same model, hook and text.
 
-SAELens's own cache is a data set of contexts in float32, read in its one order; here they lie in bfloat16, found by
-their tokens, so that a run with another seed, order or filter of positions reads them too, in half the space and less
-time (benchmarks/cache_speed.py).
+SAELens's own cache is a data set of contexts in float32 that is read in one fixed order. This cache keeps bfloat16 and
+finds a context by its tokens. So a run with another seed, order or filter of positions can use it too, in half the
+space and less time (benchmarks/cache_speed.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,24 @@ _INDEX_ROW = np.dtype([("tokens", "<u8"), ("checksum", "<u8")])
 class ActivationCache:
     """A directory of activations, [T, D] in bfloat16 for each row of T tokens.
 
-    A row is found by the hash of its tokens, and its own checksum says that it is there and whole: it is written
-    last, and a row that it does not fit is computed again. The files are memory-mapped.
+    A row is found by the hash of its tokens. Its checksum is written after the activations, so a matching checksum
+    shows that the row is complete; a row whose checksum does not match is computed again. The files are memory-mapped.
 
     Args:
-        directory: made if it is not there.
-        parameters: what the activations depend on beside the tokens, as JSON; held against those recorded.
+        directory: created if it does not exist.
+        parameters: what the activations depend on besides the tokens, as JSON. They must equal the recorded ones.
         rows_NT: the rows of tokens that will be asked for.
         d_in: D.
 
     Raises:
-        UserError: the directory holds the activations of something else, is no cache, or has no room.
+        UserError: the directory holds other activations, is not a cache, or the disk has too little room.
     """
 
     def __init__(self, directory: Path, parameters: dict[str, Any], rows_NT: np.ndarray, d_in: int) -> None:
         self.directory = directory
         self.shape = (rows_NT.shape[1], d_in)
         self.n_read = self.n_computed = self.n_damaged = 0
-        wanted = dict.fromkeys(map(_hash_of_tokens, rows_NT))  # in order, each once
+        wanted = dict.fromkeys(map(_hash_of_tokens, rows_NT))  # without repetitions, in order
         with _named_in_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             with _locked(directory):
@@ -66,9 +67,9 @@ class ActivationCache:
                 row_bytes = 2 * self.shape[0] * self.shape[1]
                 _check_room(directory, row_bytes * (n_slots - int((known["checksum"] > 0).sum())))
                 with acts_path.open("ab") as file:
-                    os.posix_fallocate(file.fileno(), 0, row_bytes * n_slots)  # a full disk is seen here, not later
+                    os.posix_fallocate(file.fileno(), 0, row_bytes * n_slots)  # so that a full disk shows now
                 index_path.touch()
-                os.truncate(index_path, known.nbytes)  # whole records only, whatever stopped the run before
+                os.truncate(index_path, known.nbytes)  # drops a record that an interrupted run left incomplete
                 with index_path.open("ab") as file:
                     np.array([(tokens, 0) for tokens in new], _INDEX_ROW).tofile(file)
             self._index = np.memmap(index_path, _INDEX_ROW, "r+", shape=(n_slots,))
@@ -76,11 +77,11 @@ class ActivationCache:
         self._slots = {tokens: slot for slot, tokens in enumerate(self._index["tokens"].tolist())}
 
     def slots(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Where rows of tokens lie: [B]."""
+        """Returns the slots [B] of rows of tokens [B, T]."""
         return np.array([self._slots[_hash_of_tokens(tokens_T)] for tokens_T in tokens_BT])
 
     def holds(self, slot: int) -> bool:
-        """Whether a row is there and whole."""
+        """Returns whether a slot holds a complete row."""
         checksum = int(self._index[slot]["checksum"])
         if checksum == 0:
             return False
@@ -89,10 +90,11 @@ class ActivationCache:
         return whole
 
     def read(self, slots_B: np.ndarray) -> torch.Tensor:
-        """Activations [B, T, D] in bfloat16, on the CPU."""
+        """Returns activations [B, T, D] in bfloat16, on the CPU."""
         return torch.from_numpy(self._acts[slots_B]).view(torch.bfloat16)
 
     def write(self, slots_B: np.ndarray, acts_BTD: torch.Tensor) -> None:
+        """Writes activations [B, T, D], rounded to bfloat16, into their slots."""
         rows = acts_BTD.to(torch.bfloat16).cpu().contiguous().view(torch.uint16).numpy()
         for slot, row in zip(slots_B, rows, strict=True):
             self._index[slot]["checksum"] = 0
@@ -101,14 +103,14 @@ class ActivationCache:
 
 
 class CachedActivations:
-    """A language model up to its hook, behind a cache: what lies there is not computed again.
+    """An `ActivationSource` that reads activations from a cache, and computes and caches those that are missing.
 
-    Offers what `ActivationStream` asks of a `LanguageModel`. The model is loaded when a row is missing.
+    The language model is loaded only if a row is missing.
 
     Args:
         cache: made for all rows that will be asked for.
         load_model: loads the model.
-        device: where activations go.
+        device: where to put the activations.
     """
 
     dtype = torch.bfloat16
@@ -117,17 +119,14 @@ class CachedActivations:
         self.cache = cache
         self.device = torch.device(device)
         self._load_model = load_model
-        self._model: LanguageModel | None = None
 
-    @property
+    @cached_property
     def model(self) -> LanguageModel:
-        """The language model, loaded the first time that it is asked for."""
-        if self._model is None:
-            self._model = self._load_model()
-        return self._model
+        """The language model, which is loaded at the first use."""
+        return self._load_model()
 
     def activations(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Activations at the hook, [B, T, D] in bfloat16, whether or not they were there."""
+        """Returns the activations at the hook, [B, T, D] in bfloat16, for tokens [B, T]."""
         slots_B = self.cache.slots(tokens_BT.numpy())
         missing_B = np.array([not self.cache.holds(slot) for slot in slots_B])
         if missing_B.any():
@@ -138,8 +137,9 @@ class CachedActivations:
         return self.cache.read(slots_B).to(self.device)
 
     def describe(self) -> str:
+        """Returns a line that says how many contexts were read and how many were computed."""
         cache = self.cache
-        damaged = f", {cache.n_damaged} of them since their checksums did not fit" if cache.n_damaged else ""
+        damaged = f", {cache.n_damaged} of them because their checksums did not match" if cache.n_damaged else ""
         return f"{cache.directory}: {cache.n_read:,} contexts read, {cache.n_computed:,} computed{damaged}"
 
 
@@ -148,21 +148,21 @@ def _hash_of_tokens(tokens_T: np.ndarray) -> int:
 
 
 def _checksum(acts: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(acts.data) or 1  # 0 says that nothing is there
+    return xxhash.xxh3_64_intdigest(acts.data) or 1  # 0 marks an empty slot
 
 
 def check_cache_directory(directory: Path, parameters: dict[str, Any]) -> bool:
-    """Whether a directory is a cache of activations with these parameters; False where it is none yet.
+    """Returns whether a directory is a cache with these parameters; False if it does not exist or is empty.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the directory is a cache with other parameters, or holds other files.
     """
     with _named_in_errors(directory):
         if not directory.exists():
             return False
         if not (directory / _PARAMETERS).exists():
             if any(file.name not in (_LOCK, _NEW_PARAMETERS) for file in directory.iterdir()):
-                raise UserError(f"--cache_activations {directory}: not empty, and no cache; name a new directory")
+                raise UserError(f"--cache_activations {directory}: not empty, and not a cache; name a new directory")
             return False
         _check_parameters(directory, parameters)
     return True
@@ -188,13 +188,14 @@ def _check_room(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"--cache_activations {directory}: needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there"
+            f"--cache_activations {directory}: needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there;"
+            " free some space or name another directory"
         )
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Two runs that start at once give out slots one after the other."""
+    """Holds the directory's lock, so that two runs that start at the same time do not give out the same slots."""
     with (directory / _LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -202,6 +203,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _named_in_errors(directory: Path) -> Iterator[None]:
+    """Turns an error of the file system or of a damaged file into a `UserError` that names the directory."""
     try:
         yield
     except (OSError, ValueError) as error:

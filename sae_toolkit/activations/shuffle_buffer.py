@@ -1,4 +1,4 @@
-"""One buffer in which the activations of many contexts are mixed, on one process or spread over several."""
+"""The buffer in which the activations of many contexts are mixed, on one rank or spread over several."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 
 
 class ShuffleBuffer:
-    """Mixes the activations of many contexts; serves the batches that SAELens's `mixing_buffer` would.
+    """Mixes the activations of many contexts and serves them in the batches that SAELens's `mixing_buffer` would.
 
     Unlike that generator it copies nothing while it fills, keeps the language model's dtype, and has a state
     that can be saved between any two batches.
 
-    It is one buffer however many ranks there are: each holds the activations that it computed, all know who holds
-    which, and draw the same batches. A rank is served those of a batch that it holds, about 1/size of them.
+    The ranks share one buffer. Each rank holds the activations that it computed. All ranks know which rank holds
+    which activation, and draw the same batches. A rank is served the part of a batch that it holds, about 1/size of it.
 
     Args:
-        capacity: how many activations it gathers before it serves any, on all ranks together.
-        batch_size: how many it serves at a time, likewise.
-        mix_fraction: share of the capacity that stays behind to be mixed with what comes next, in [0, 1].
-            At 0 nothing is shuffled.
+        capacity: how many activations all ranks together gather before any are served.
+        batch_size: how many activations a batch has, on all ranks together.
+        mix_fraction: share of the capacity that is kept back and mixed with the activations that come next, in
+            [0, 1]. At 0 nothing is shuffled.
         generator: CPU generator of the permutations, in the same state on all ranks.
-        ranks: who holds it.
+        ranks: the ranks that share the buffer.
     """
 
     def __init__(
@@ -42,27 +42,27 @@ class ShuffleBuffer:
         self.generator = generator
         self.ranks = ranks
         self._storage: torch.Tensor | None = None  # this rank's activations
-        self._n_here = 0
-        self._owners = torch.empty(0, dtype=torch.int16)  # the rank of each activation of all, in order
-        self._order: torch.Tensor | None = None  # of this rank's activations, while they are served; None while filling
-        self._n_here_before = torch.empty(0)  # of each activation of all
-        self._next = 0
-        self._end = 0
+        self._n_here = 0  # how many of them there are
+        self._owners = torch.empty(0, dtype=torch.int16)  # the rank of each activation on any rank, in order
+        self._order: torch.Tensor | None = None  # in which this rank's activations are served; None while filling
+        self._n_here_before = torch.empty(0)  # how many of the activations before each one are on this rank
+        self._next = 0  # the next activation to be served, as an index into _owners
+        self._end = 0  # where serving stops and filling starts again
 
     def __len__(self) -> int:
-        """How many activations it holds that have not been served, on all ranks."""
+        """Returns how many activations all ranks together hold that have not been served."""
         return len(self._owners) - self._next
 
     @property
     def filling(self) -> bool:
         return self._order is None
 
-    def add(self, acts_ND: torch.Tensor, counts: Sequence[int] | None = None) -> None:
-        """Copies activations in. Only while filling.
+    def add(self, acts_ND: torch.Tensor, counts: Sequence[int]) -> None:
+        """Copies activations into the buffer. Only allowed while it fills.
 
         Args:
-            acts_ND: this rank's.
-            counts: how many each rank adds; None where this is the only one.
+            acts_ND: this rank's activations.
+            counts: how many activations each rank adds.
         """
         if self._storage is None or self._n_here + len(acts_ND) > len(self._storage):
             expected = -(-self.capacity // self.ranks.size)
@@ -72,17 +72,16 @@ class ShuffleBuffer:
             self._storage = grown
         self._storage[self._n_here : self._n_here + len(acts_ND)] = acts_ND
         self._n_here += len(acts_ND)
-        counts = (len(acts_ND),) if counts is None else counts
         new = torch.arange(len(counts), dtype=torch.int16).repeat_interleave(torch.tensor(counts))
         self._owners = torch.cat((self._owners, new))
 
     def serve_if_full(self) -> None:
-        """Starts to serve where the capacity is reached."""
+        """Starts to serve if the capacity is reached."""
         if self.filling and len(self._owners) >= self.capacity:
             self._serve(keep=int(self.capacity * self.mix_fraction))
 
     def drain(self) -> None:
-        """Starts to serve all it holds: nothing more will be added."""
+        """Starts to serve all that is left, as nothing more will be added."""
         if self.filling:
             self._serve(keep=0)
 
@@ -97,13 +96,13 @@ class ShuffleBuffer:
 
     def _set_order(self, order: torch.Tensor) -> None:
         assert self._storage is not None
-        self._order = on_device(order, self._storage.device)  # once: a copy in each step would wait for the device
+        self._order = on_device(order, self._storage.device)  # once, as a copy in each step would wait for the device
         here = self._owners == self.ranks.rank
         self._n_here_before = torch.cat((here.new_zeros(1, dtype=torch.long), here.cumsum(0)))
         self._next = 0
 
     def take(self) -> torch.Tensor:
-        """The next batch, [batch_size, D], or this rank's part of it. Only while not filling."""
+        """Returns the next batch [batch_size, D], or this rank's part of it. Only allowed while it does not fill."""
         assert self._order is not None and self._storage is not None
         end = min(self._next + self.batch_size, len(self._owners))
         batch = self._storage[self._order[self._n_here_before[self._next] : self._n_here_before[end]]]
@@ -116,9 +115,12 @@ class ShuffleBuffer:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What it still holds, on all ranks, in the order in which it is or will be served; whole on rank 0 alone."""
+        """Returns the state, in which the unserved activations of all ranks are in the order of serving.
+
+        Only rank 0 gets those of all ranks; the others get their own.
+        """
         assert self._storage is not None
-        here = self._storage[: self._n_here].cpu()  # on the device there may be no room for a copy
+        here = self._storage[: self._n_here].cpu()  # the device may have no room for a copy
         if self._order is not None:
             here = here[self._order[self._n_here_before[self._next] :].cpu()]
         owners = self._owners[self._next :]
@@ -137,6 +139,7 @@ class ShuffleBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continues from a state, which another number of ranks may have saved."""
         self._owners = state["owners"]
         if state["ranks"] != self.ranks.size:
             self._owners = (torch.arange(len(self._owners)) % self.ranks.size).to(self._owners.dtype)
@@ -148,5 +151,5 @@ class ShuffleBuffer:
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Moves a CPU tensor without waiting for what a CUDA device is doing."""
+    """Moves a CPU tensor to a device without waiting for the work that a CUDA device has queued."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

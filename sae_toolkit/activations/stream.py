@@ -1,4 +1,4 @@
-"""Rows of tokens to shuffled batches of activations: what SAELens's trainer is fed."""
+"""The stream of shuffled activation batches that an SAE is trained on, made from rows of tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class ActivationSource(Protocol):
-    """What gives the activations [B, T, D] of tokens [B, T]."""
+    """Anything that returns the activations [B, T, D] of tokens [B, T]."""
 
     dtype: torch.dtype
 
@@ -34,23 +34,28 @@ class ActivationSource(Protocol):
 class ActivationStream(Iterator[torch.Tensor]):
     """An endless iterator of shuffled activation batches [batch_size, D], in `dtype`.
 
-    Rows of tokens are drawn without replacement in an order that the seed fixes (in their own order where
-    `mix_fraction` is 0), go through the language model up to its hook, lose the positions that the filter
-    leaves out, and are mixed in a `ShuffleBuffer`. A second pass over the rows starts only when the first
-    one is used up. Where there are several ranks each runs its own share of the rows, and the batches of all
-    together are those of one. Activations of several hooks lie side by side, and one that is massive at any of them
-    is left out at all.
+    Rows of tokens are drawn without replacement, in an order that depends on the seed only (in their own order if
+    `mix_fraction` is 0). They go through the language model up to its hook. The positions that the filter leaves out
+    are dropped, and the rest is mixed in a `ShuffleBuffer`. A second pass over the rows starts when the first one is
+    used up. Each of several ranks runs its own share of the rows, and the ranks' batches together equal the batches of
+    a single rank. The activations of several hooks are concatenated along D; a token whose activation is massive at
+    one hook is dropped at all of them.
 
     Args:
-        source: the language model, or a cache before it.
+        source: the language model, or a cache in front of it.
         rows_NT: token ids, the same on all ranks.
         positions: which positions are kept.
-        total: how many activations will be asked for; the last ones are not held back for mixing.
+        batch_size: how many activations a batch has, on all ranks together.
+        buffer_size: how many activations are mixed at a time, on all ranks together.
+        mix_fraction: share of the buffer that is kept back to be mixed with what comes next, in [0, 1].
         rows_per_forward: how many rows go through the language model at a time, on all ranks together.
-        ranks: who share the rows.
-        widths: of the hooks; None where there is one.
-        device: where batches are wanted; None for where the source is. Where that is another device, the next rows run
-            while the caller works on a batch.
+        total: how many activations will be asked for; the last ones are not kept back for mixing.
+        seed: of the order of the rows and of the mixing.
+        dtype: of the batches.
+        ranks: the ranks that share the rows.
+        widths: the width of each hook; None where there is one hook.
+        device: where batches are wanted; None for the source's device. If it differs from the source's device, the next
+            rows go through the model while the caller works on a batch.
     """
 
     _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_at_once")
@@ -77,16 +82,15 @@ class ActivationStream(Iterator[torch.Tensor]):
         self._ahead: ThreadPoolExecutor | None = None
         if (self.device.type, self.device.index or 0) != (source.device.type, source.device.index or 0):
             self._ahead = ThreadPoolExecutor(1, thread_name_prefix="activations")
-        self._next: tuple[tuple[int, int], Future[tuple[int, torch.Tensor]]] | None = (
-            None  # of which rows, and their activations
-        )
+        # Epoch and first row of the rows that run ahead, and their result.
+        self._next: tuple[tuple[int, int], Future[tuple[int, torch.Tensor]]] | None = None
         self.rows_NT = rows_NT
         self.positions = positions
         self.max_activation_norms: list[float] | None = None  # at each hook
-        self.median_norms: list[float] | None = None  # likewise, massive activations included
+        self.median_norms: list[float] | None = None  # at each hook, with the massive activations
         self.total = total
         self.rows_per_forward = rows_per_forward
-        self.rows_at_once = rows_per_forward  # less on a rank, or where memory is short
+        self.rows_at_once = rows_per_forward  # the most that this rank runs at a time; lowered if memory runs out
         self.dtype = dtype
         self.seed = seed
         self.ranks = ranks
@@ -106,8 +110,8 @@ class ActivationStream(Iterator[torch.Tensor]):
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows_NT))
 
     def _next_unfiltered(self) -> torch.Tensor:
-        """Runs the next rows; [N, D] activations of the token positions that are kept, massive ones included: those
-        of this rank's share.
+        """Returns the activations [N, D] of this rank's share of the next rows: those at the positions that are kept,
+        with the massive ones.
         """
         if self.next_row >= len(self.rows_NT):
             self.epoch, self.next_row = self.epoch + 1, 0
@@ -117,15 +121,17 @@ class ActivationStream(Iterator[torch.Tensor]):
         if self._next is not None and self._next[0] == place:
             n_rows, acts_ND = self._next[1].result()
         else:
-            n_rows, acts_ND = self._of_rows(self.next_row)
+            n_rows, acts_ND = self._run_rows(self.next_row)
         self.next_row += n_rows
         if self._ahead is not None and self.next_row < len(self.rows_NT):
-            self._next = (self.epoch, self.next_row), self._ahead.submit(self._of_rows, self.next_row)
+            self._next = (self.epoch, self.next_row), self._ahead.submit(self._run_rows, self.next_row)
         return acts_ND
 
-    def _of_rows(self, first: int) -> tuple[int, torch.Tensor]:
-        """Runs rows from `first` on; how many on all ranks, and the activations of this one's. Where memory is short a
-        single rank runs fewer of them; one of several, its share in pieces, for they all have to be at the same row.
+    def _run_rows(self, first: int) -> tuple[int, torch.Tensor]:
+        """Runs the rows from `first` on. Returns how many all ranks ran, and the activations of this rank's share.
+
+        If memory runs out, a single rank runs fewer rows. One of several ranks runs its share in pieces instead, as
+        all ranks have to stay at the same row.
         """
         picked = self._order[first : first + self.rows_per_forward]
         mine = np.array_split(picked, self.ranks.size)[self.ranks.rank]
@@ -146,6 +152,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         return len(picked), torch.cat(pieces)
 
     def _run(self, picked: np.ndarray) -> torch.Tensor:
+        """Returns the activations [N, D] of the given rows at the positions that are kept."""
         tokens_BT = self.rows_NT[picked].astype(np.int64)
         acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
         kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
@@ -157,7 +164,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         n_tried = min(self.rows_at_once, n_left)
         if n_tried == 1:
             raise UserError(
-                "--store_batch_size_prompts 1: one context does not fit in memory beside the rest; lower"
+                "--store_batch_size_prompts 1: there is no memory left for one context; lower"
                 " --context_size, --expansion_factor or --n_batches_in_buffer"
             ) from None
         self.rows_at_once = n_tried // 2
@@ -166,7 +173,7 @@ class ActivationStream(Iterator[torch.Tensor]):
             torch.cuda.empty_cache()
 
     def _add(self, chunks: list[torch.Tensor]) -> torch.Tensor:
-        """Adds activations to the buffer without the massive ones; returns those added."""
+        """Adds the activations that are not massive to the buffer, and returns them."""
         added = []
         for acts_ND in chunks:
             n_all = len(acts_ND)
@@ -182,23 +189,24 @@ class ActivationStream(Iterator[torch.Tensor]):
         return added[0] if len(added) == 1 else torch.cat(added)
 
     def at_each_hook(self, acts_ND: torch.Tensor) -> Sequence[torch.Tensor]:
-        """[N, D] activations as those of each hook."""
+        """Splits activations [N, D] into those of each hook."""
         return [acts_ND] if self.widths is None else acts_ND.split(self.widths, dim=-1)
 
     def _norms(self, acts_ND: torch.Tensor) -> torch.Tensor:
-        """L2 norms [H, N] at each of H hooks."""
+        """Returns the L2 norms [H, N] at each of H hooks."""
         return torch.stack([acts.float().norm(dim=-1) for acts in self.at_each_hook(acts_ND)])
 
     def calibrate(self, n_batches: int, max_norm_multiple: float | None) -> torch.Tensor:
-        """Measures the first activations of the stream, which stay in it, and freezes the norm limits.
+        """Measures the first activations of the stream, which stay in it, and fixes the norm limits.
 
         Args:
-            n_batches: how many batches to measure on.
-            max_norm_multiple: the limit, as a multiple of their median L2 norm at a hook; None for no limit.
+            n_batches: how many batches to measure.
+            max_norm_multiple: the norm limit at each hook, as a multiple of the median L2 norm there; None for no
+                limit.
 
         Returns:
-            [N, D] the activations measured, without the massive ones; n_batches x batch_size or more, on all ranks
-            together.
+            This rank's measured activations [N, D] without the massive ones. With the massive ones, all ranks together
+            measure n_batches x batch_size activations or a few more.
 
         Raises:
             UserError: the activations are not finite.
@@ -215,7 +223,8 @@ class ActivationStream(Iterator[torch.Tensor]):
             for median in self.median_norms:
                 if not math.isfinite(median):
                     raise UserError(
-                        f"--lm_dtype {self.source.dtype}: the activations' median norm is {median}; use another"
+                        f"--lm_dtype {self.source.dtype}: the median norm of the activations is {median}; use another"
+                        " dtype"
                     )
             self.max_activation_norms = [max_norm_multiple * median for median in self.median_norms]
         return self._add(chunks).to(self.dtype)
@@ -229,17 +238,17 @@ class ActivationStream(Iterator[torch.Tensor]):
         return self.buffer.take().to(self.dtype)
 
     def wait(self) -> None:
-        """Waits for rows that run ahead; until the next batch nothing else uses the source."""
+        """Waits for the rows that run ahead. The source is then free until the next batch is asked for."""
         if self._next is not None:
             self._next[1].exception()
 
     def close(self) -> None:
-        """Waits for rows that run ahead, so that their model can be used otherwise."""
+        """Waits for the rows that run ahead and runs no more of them. The source is free after that."""
         if self._ahead is not None:
             self._ahead.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the batches still to come depend on, but for the rows and the arguments; whole on rank 0 alone."""
+        """Returns all that the next batches depend on besides the arguments. Only rank 0's state is complete."""
         return {
             "buffer": self.buffer.state_dict(),
             "counts": {name: getattr(self, name) for name in self._COUNTS},
@@ -248,10 +257,10 @@ class ActivationStream(Iterator[torch.Tensor]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state, whether or not as many ranks saved it."""
+        """Continues from a state, which another number of ranks may have saved."""
         self.buffer.load_state_dict(state["buffer"], self.device)
         for name, count in state["counts"].items():
             setattr(self, name, count)
         self.max_activation_norms = state["max_activation_norms"]
-        self.median_norms = state.get("median_norms")  # checkpoints of before have none
+        self.median_norms = state.get("median_norms")  # older checkpoints have none
         self._order = self._row_order()

@@ -1,1 +1,1 @@
-"""The ranks that train one SAE together: how torchrun starts them and how they exchange tensors."""
+"""The ranks, which are the processes that train one SAE together: starting them, and exchanging data between them."""

@@ -1,4 +1,4 @@
-"""Starts sae_lens_train.py on several GPUs or machines, under torchrun, and says in one line how it ended.
+"""Starts the ranks of sae_lens_train.py under torchrun, on one machine or several, and reports their end in one line.
 
 python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]
 """
@@ -14,6 +14,7 @@ import tempfile
 from typing import Any
 
 from sae_toolkit import ROOT
+from sae_toolkit.distributed.torchrun import RANK_IS_GONE
 from sae_toolkit.errors import RunFailed, UserError, one_line
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.command_line import parse_training_flags
@@ -21,7 +22,6 @@ from sae_toolkit.terminal.console import run_script
 from sae_toolkit.terminal.redaction import redact
 
 _SCRIPT = ROOT / "sae_lens_train.py"
-_GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died
 
 
 def main() -> int:
@@ -33,8 +33,8 @@ def main() -> int:
     check_world_size(settings, n_processes * n_machines)
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it says in pages is said below in a line
-    # Else processes that are restarted look for those before them, whose addresses the shared store still holds.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # `_explain` says it in one line
+    # Without this, restarted ranks look for the ranks before them, whose addresses are still in the shared store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
         return _torchrun(
@@ -43,9 +43,9 @@ def main() -> int:
             f"--max-restarts={_variable('MAX_RESTARTS', 0, 0)}",
             *(["--standalone"] if n_machines == 1 else _meeting_place(n_machines)),
             f"--log-dir={logs}",
-            "--local-ranks-filter=0",  # the others say the same
+            "--local-ranks-filter=0",  # the other ranks of this machine log the same
             "--monitor-interval=0.5",
-            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds, for a checkpoint to be written
+            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds, to write a checkpoint in
             str(_SCRIPT),
             *flags,
         )
@@ -62,7 +62,7 @@ def _variable(name: str, default: int, least: int) -> int:
 
 
 def _meeting_place(n_machines: int) -> list[str]:
-    """Where the machines of a run meet, of torchrun's own variables."""
+    """Returns the torchrun flags with which machines find one another, from torchrun's own environment variables."""
     for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
@@ -75,7 +75,7 @@ def _meeting_place(n_machines: int) -> list[str]:
     address = os.environ["MASTER_ADDR"]
     port = _whole_number(os.environ["MASTER_PORT"], "MASTER_PORT", 1)
     here = _address_towards(address, port)
-    if interface := _interface_of(here):  # else gloo and NCCL take that of the host's name, which may be loopback
+    if interface := _interface_of(here):  # by default gloo and NCCL use the host name's, which may be loopback
         for backend in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
     timeout = _variable("JOIN_TIMEOUT", 600, 1)  # seconds
@@ -89,7 +89,7 @@ def _meeting_place(n_machines: int) -> list[str]:
 
 
 def _address_towards(address: str, port: int) -> str:
-    """This machine's address on the way to another."""
+    """Returns the address that this machine uses to reach another one."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, port))  # sends nothing
@@ -112,35 +112,35 @@ def _torchrun(*arguments: str) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # likewise
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_explain` says it in one line
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
         return _explain(error)
-    except SignalException as stopped:  # the ranks have heard it too
+    except SignalException as stopped:  # the ranks got the signal too
         return 128 + stopped.sigval
     except RendezvousError as error:
         raise RunFailed(
             f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}: the machines did not meet there ({one_line(error)}); start"
-            " the same command on each, with its own NODE_RANK"
+            " the same command on every machine, each with its own NODE_RANK"
         ) from None
     return 0
 
 
 def _explain(error: Any) -> int:
-    """Says which process failed first and why, unless it has said so itself; returns the exit status."""
+    """Returns the exit status, after saying which rank failed first and why, unless that rank has said so itself."""
 
     def how_telling(failure: Any) -> tuple[bool, bool, bool, int]:
         ended_by_torchrun = failure.exitcode == -signal.SIGTERM
-        return ended_by_torchrun, failure.exitcode >= 0, _GONE in failure.message, failure.timestamp
+        return ended_by_torchrun, failure.exitcode >= 0, RANK_IS_GONE in failure.message, failure.timestamp
 
     rank, failure = min(error.failures.items(), key=lambda item: how_telling(item[1]))
     if failure.exitcode < 0:
         raise RunFailed(
-            f"rank {rank} was killed by {failure.signal_name()}; to go on, the same command with --resume, and"
-            " MAX_RESTARTS=3 before it lets torchrun do so"
+            f"rank {rank} was killed by {failure.signal_name()}; repeat the command with --resume to continue, or set"
+            " MAX_RESTARTS=3 to let torchrun do that"
         )
-    if failure.local_rank != 0 and failure.exitcode < 128:  # that of local rank 0 is on the terminal
+    if failure.local_rank != 0 and failure.exitcode < 128:  # local rank 0 has printed its own
         details = failure.error_file_data.get("message", {})
         stack = details.get("extraInfo", {}).get("py_callstack") if isinstance(details, dict) else None
         is_bug = failure.exitcode == 1 and not failure.message.startswith(RunFailed.__name__)

@@ -1,1 +1,1 @@
-"""The language model: found by name, loaded, read at one hook or several, and replaced at one."""
+"""The language model: finding it by name, loading it, and reading or replacing its activations at a hook."""

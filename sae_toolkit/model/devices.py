@@ -1,4 +1,4 @@
-"""Devices, dtypes and free memory."""
+"""The devices and dtypes that a run uses, and the memory that is free on them."""
 
 from __future__ import annotations
 
@@ -10,51 +10,55 @@ import torch
 from sae_toolkit.errors import UserError
 
 
-def choose_device(device: str, local_rank: int = 0) -> str:
-    """The device to run on: `auto` is the first CUDA device, else the CPU.
+def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
+    """Returns the device to run on: for `auto` a CUDA device if torch sees one, else the CPU.
 
     Args:
-        local_rank: of this process, where several share the machine: `auto` and `cuda` are a device for each.
+        device: cpu, cuda, cuda:N or auto.
+        local_rank: this process's rank on its machine. With `auto` and `cuda` each rank gets a device of its own.
+        flag: the flag that named the device, for messages.
 
     Raises:
-        UserError: a CUDA device was asked for that torch does not see.
+        UserError: the name is none of these, or names a CUDA device that torch does not see.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and local_rank:
         device = f"cuda:{local_rank}"
     if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise UserError(f"--device {device}: must be cpu, cuda, cuda:N or auto")
+        raise UserError(f"{flag} {device}: must be cpu, cuda, cuda:N or auto")
     parsed = torch.device(device)
     if parsed.type == "cuda":
         n_devices = torch.cuda.device_count()
         if not torch.cuda.is_available() or (parsed.index or 0) >= n_devices:
             raise UserError(
-                f"--device {device}: torch {torch.__version__} sees {n_devices} CUDA devices on this machine;"
-                " use --device cpu, or install a torch built for this machine's driver (README, Troubleshooting)"
+                f"{flag} {device}: torch {torch.__version__} sees {n_devices} CUDA devices on this machine;"
+                f" use {flag} cpu, or install a torch built for this machine's driver (README, Troubleshooting)"
             )
     return device
 
 
 def choose_llm_device(llm_device: str | None, n_devices: int, device: str) -> str:
-    """The language model's device: the SAE's, unless another is asked for.
+    """Returns the language model's first device: `llm_device` if it is given, else the SAE's device.
+
+    Args:
+        llm_device: the value of --llm_device, if it was given.
+        n_devices: over how many devices the model is to be spread.
+        device: the SAE's device.
 
     Raises:
-        UserError: a CUDA device was asked for that torch does not see, or more than there are.
+        UserError: torch does not see the device, or sees fewer than `n_devices` from there on.
     """
-    try:
-        chosen = device if llm_device is None else choose_device(llm_device)
-    except UserError as error:
-        raise UserError(str(error).replace("--device", "--llm_device", 1)) from None
+    chosen = device if llm_device is None else choose_device(llm_device, flag="--llm_device")
     parsed = torch.device(chosen)
     there = torch.cuda.device_count() - (parsed.index or 0) if parsed.type == "cuda" else 0
     if n_devices > 1 and n_devices > there:
-        raise UserError(f"--n_devices {n_devices}: torch sees {there} CUDA devices from {chosen} on")
+        raise UserError(f"--n_devices {n_devices}: torch sees {there} CUDA devices from {chosen} on; lower it")
     return chosen
 
 
 def choose_lm_dtype(dtype: str, device: str) -> torch.dtype:
-    """The language model's dtype: `auto` is bfloat16 where the hardware computes in it, else float32."""
+    """Returns the language model's dtype: for `auto` bfloat16 if the hardware computes in it, else float32."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if torch.device(device).type == "cuda":
@@ -66,12 +70,12 @@ def choose_lm_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: torch's, on whichever device, or numpy's."""
+    """Returns whether an allocation failed, in numpy or in torch on any device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a run on a device can take."""
+    """Returns how many bytes a run can use on a device. On a CPU they include what this process already holds."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss

@@ -43,21 +43,21 @@ _FILE_ERRORS = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, checked, with nothing of its weights loaded yet."""
+    """A model that was found and checked, and whose weights are not loaded yet."""
 
     name: str
     config: PreTrainedConfig
-    location: dict[str, Any]  # arguments of Transformers' from_pretrained
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    location: dict[str, Any]  # where Transformers' from_pretrained finds it, as arguments
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     trust_remote_code: bool = False  # whether code that comes with the model may run
 
     @property
     def max_context(self) -> int | None:
-        """The longest context that the model was made for, in tokens, if its configuration says."""
+        """The longest context that the model was made for, in tokens; None if its configuration does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def files(self) -> str | list[list[Any]]:
-        """What tells one version of a model from another: the Hub's commit, or its files' names, sizes and times."""
+        """Returns what identifies this version of the model: the Hub's commit, or each file's name, size and time."""
         if commit := getattr(self.config, "_commit_hash", None):
             return commit
         path = Path(self.location["pretrained_model_name_or_path"], self.location.get("subfolder", ""))
@@ -68,7 +68,7 @@ class ModelSource:
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
     def is_here(self) -> bool:
-        """Whether its weights can be loaded without downloading anything."""
+        """Returns whether the weights can be loaded without a download."""
         name = self.location["pretrained_model_name_or_path"]
         if Path(name).is_dir():
             return True
@@ -85,7 +85,7 @@ class ModelSource:
 
     @property
     def n_parameters(self) -> int:
-        """From the shapes alone."""
+        """The model's number of parameters. No weights are loaded for it."""
         return model_without_weights(self.config, self.trust_remote_code).num_parameters()
 
 
@@ -96,12 +96,12 @@ def find_model(
 
     Args:
         name: a Hugging Face id, a directory that Transformers saved, a GGUF file, or `embedded:smollm2-135m`.
-        model_kwargs: more arguments for `from_pretrained`, such as `revision`.
+        model_kwargs: further arguments for `from_pretrained`, such as `revision`.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        UserError: there is no such model, it may not be read, Transformers does not know its architecture, or it
-            needs code of its own that may not run.
+        UserError: there is no such model, access to it is refused, Transformers does not know its architecture, or it
+            needs code of its own and `trust_remote_code` is False.
     """
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, trust_remote_code=trust_remote_code)
@@ -110,7 +110,7 @@ def find_model(
         wanted = location.get("revision"), location.get("subfolder", "")
         if commit := download_small_files(repository, *wanted, "--model_name"):
             location["revision"] = commit
-    # Said either way: Transformers asks at the terminal where it is left open.
+    # Set even where it is False: without it Transformers asks at the terminal.
     location["trust_remote_code"] = trust_remote_code
     with _errors_of_files(f"--model_name {name}"):
         config = retrying(f"--model_name {name}", lambda: AutoConfig.from_pretrained(**location))
@@ -121,7 +121,7 @@ def find_model(
 
 @contextmanager
 def _errors_of_files(where: str) -> Iterator[None]:
-    """What Transformers raises over a model's files, in one line."""
+    """Turns what Transformers raises about a model's files into a `UserError` of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -152,7 +152,10 @@ def _locate(name: str) -> dict[str, Any]:
             return {"pretrained_model_name_or_path": str(path)}
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
-            raise UserError(f"--model_name {name}: the directory holds neither config.json nor one .gguf file")
+            raise UserError(
+                f"--model_name {name}: the directory holds no config.json and {len(gguf_files)} .gguf files; name one"
+                " of the files"
+            )
         return {"pretrained_model_name_or_path": str(path), "gguf_file": gguf_files[0].name}
     if path.exists():
         raise UserError(f"--model_name {name}: this file is not a model; give a directory or a .gguf file")
@@ -160,7 +163,7 @@ def _locate(name: str) -> dict[str, Any]:
 
 
 def _hub_name(name: str) -> str:
-    """The Hub's name of a model that goes by TransformerLens's (`gpt2-small`, `gemma-2-2b`), as many SAEs say it."""
+    """Returns a model's name on the Hub. Many SAEs give TransformerLens's name (`gpt2-small`, `gemma-2-2b`)."""
     try:
         return name if "/" in name else get_official_model_name(name)
     except ValueError:
@@ -168,15 +171,15 @@ def _hub_name(name: str) -> str:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer.
+    """Loads a model's tokenizer. One without a BOS token gets its EOS token as BOS.
 
     Raises:
-        UserError: it has none that Transformers can load, or one without a BOS and an EOS token.
+        UserError: Transformers can load no tokenizer, or it has neither a BOS nor an EOS token.
     """
     with _errors_of_files(f"--model_name {source.name}: no tokenizer"):
         tokenizer = retrying(f"--model_name {source.name}", lambda: AutoTokenizer.from_pretrained(**source.location))
     if tokenizer.bos_token_id is None:
-        # As TransformerLens does: models without a BOS token start their contexts with EOS.
+        # TransformerLens does the same: the contexts of models without a BOS token start with EOS.
         if tokenizer.eos_token_id is None:
             raise UserError(f"--model_name {source.name}: the tokenizer has neither a BOS nor an EOS token")
         tokenizer.bos_token = tokenizer.eos_token
@@ -189,19 +192,23 @@ def load_language_model(
     """Loads a model's weights onto a device.
 
     Args:
-        hook_names: the hook, or the hooks to be read at once.
-        n_devices: over how many CUDA devices Transformers spreads its layers, from `device` on.
+        source: the model, as `find_model` returns it.
+        hook_names: the hook, or several hooks to be read at once.
+        device: where to put the weights.
+        dtype: the dtype to load them in.
+        n_devices: over how many CUDA devices Transformers spreads the layers, counted from `device`.
 
     Raises:
         UserError: the weights are missing or damaged, or the model has no such hook.
     """
     where_to: dict[str, Any] = {"device_map": device}
+    devices = device
     if n_devices > 1:
         first = torch.device(device).index or 0
         free = {index: torch.cuda.mem_get_info(index)[0] for index in range(first, first + n_devices)}
         where_to = {"device_map": "balanced", "max_memory": free}
-    and_more = f" and the {n_devices - 1} after it" if n_devices > 1 else ""
-    log.info("loading %s in %s on %s%s", source.name, dtype_to_str(dtype), device, and_more)
+        devices = f"{device} and the {n_devices - 1} after it"
+    log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), devices)
     where = f"--model_name {source.name}"
 
     def load() -> Any:
@@ -224,14 +231,12 @@ def load_language_model(
                 f"--set model_from_pretrained_kwargs={source.model_kwargs}: Transformers refuses it: {one_line(error)}"
             ) from None
     if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
-        raise UserError(
-            f"--model_name {source.name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it anew"
-        )
+        raise UserError(f"{where}: {len(missing)} weights are missing, {missing[0]} among them; download it again")
     return LanguageModel(model, *([hook_names] if isinstance(hook_names, str) else hook_names))
 
 
 class LanguageModels:
-    """Loads language models one at a time; another hook of the same one does not load it again."""
+    """Loads language models and keeps the last one, so that another hook of the same model needs no loading."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device = device
@@ -242,22 +247,27 @@ class LanguageModels:
         if self._loaded is not None and self._loaded[0] == source.location:
             model = LanguageModel(self._loaded[1].model, hook_name)
         else:
-            self._loaded = None  # free the one before
+            self._loaded = None  # frees the last model before the next one is loaded
             model = load_language_model(source, hook_name, self.device, self.dtype)
         self._loaded = source.location, model
         return model
 
 
 def check_token_ids(rows_NT: np.ndarray, source: ModelSource, where: str) -> None:
-    """Holds token ids against a model's vocabulary.
+    """Checks that the token ids are in the model's vocabulary.
+
+    Args:
+        rows_NT: token ids.
+        source: the model.
+        where: the flag and the text, for messages.
 
     Raises:
-        UserError: the model has no such token.
+        UserError: a token id is outside the vocabulary.
     """
     n_tokens = source.config.get_text_config().vocab_size
     for token in (rows_NT.min(), rows_NT.max()):
         if not 0 <= token < n_tokens:
             raise UserError(
                 f"{where}: holds the token id {token}, and {source.name} has 0 to {n_tokens - 1}; it was tokenized for"
-                " another model"
+                " another model, so name that model or tokenize the text again"
             )

@@ -1,1 +1,1 @@
-"""SAEs on disk: found by name, loaded from any library's format, and saved as checkpoints."""
+"""SAEs on disk: finding them by name, loading them from three libraries' formats, and saving checkpoints."""

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, in SAELens's formats, and how any of it is read again."""
+"""The checkpoints of a run, in SAELens's formats: saving them, resuming from them, and loading SAEs from them."""
 
 from __future__ import annotations
 
@@ -46,17 +46,22 @@ def save_training_checkpoint(
     run: str,
     milestone: bool = False,
 ) -> Path:
-    """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form and what a resume needs. Several
-    SAEs have a directory each in it, by the name of their hook.
+    """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form, and what --resume needs.
+
+    If there are several SAEs, each is in a directory of its own there, which has the name of the SAE's hook.
 
     Args:
-        stream_state: that of its stream.
-        cfgs: of each SAE.
-        run: the run's key, which its manifest records.
-        milestone: whether it stays when newer ones come.
+        trainer: the trainer, with whole SAEs.
+        stream_state: the state of the trainer's stream.
+        cfgs: the configuration of each SAE.
+        run: the run's key, which the manifest records.
+        milestone: whether the checkpoint is kept when newer ones are saved.
+
+    Returns:
+        The checkpoint's directory.
 
     Raises:
-        NotSaved: there is no room for it, or the disk fails; nothing else is touched.
+        NotSaved: the disk has no room for it or fails. Nothing else is touched.
     """
     assert cfgs[0].checkpoint_path is not None
     target = Path(cfgs[0].checkpoint_path) / str(trainer.n_training_samples)
@@ -67,12 +72,15 @@ def save_training_checkpoint(
         for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
             with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place:
                 each.save_checkpoint(place.name, base_path=place.parent)
-                _save_runner_config(cfg, place)
+                (place / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
         state = {
             "format": _RESUME_FORMAT,
             "stream": stream_state,
             "trainers": {name: each.state_beside_saelens() for name, each in trainer.trainers.items()},
-            "random": _random_state(),
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+            },
         }
         torch.save(state, directory / _RESUME_FILENAME)
     return target
@@ -80,7 +88,7 @@ def save_training_checkpoint(
 
 @contextmanager
 def _sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str, *, run: str) -> Iterator[Path]:
-    """Where an SAE of a checkpoint is written: the checkpoint itself, or a directory in it where it has several."""
+    """Gives the directory for one SAE: the checkpoint's own, or one in it if the checkpoint has several SAEs."""
     if trainer.is_single:
         yield directory
     else:
@@ -89,16 +97,16 @@ def _sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str, *, ru
 
 
 def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: ActivationStream) -> None:
-    """Puts a trainer and its stream where `save_training_checkpoint` left them.
+    """Loads the state that `save_training_checkpoint` saved into a trainer and its stream.
 
     Raises:
-        UserError: another version of this project wrote the checkpoint.
+        UserError: an earlier version of this project wrote the checkpoint.
     """
     state = torch.load(directory / _RESUME_FILENAME, map_location="cpu", weights_only=True)
     if state.get("format") != _RESUME_FORMAT:
         raise UserError(
-            f"--resume {directory}: written by an earlier version of this project; go on with that version, or train"
-            " the SAE from its start"
+            f"--resume {directory}: written by an earlier version of this project; continue with that version, or train"
+            " the SAE from the start"
         )
     for name, each in trainer.trainers.items():
         place = directory if trainer.is_single else directory / name
@@ -115,15 +123,8 @@ def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: Act
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
 
 
-def _random_state() -> dict[str, Any]:
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
-    }
-
-
 def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, Any]) -> int:
-    """Of the weights, Adam's two moments, the counters of each feature and the buffer's activations."""
+    """Returns the size of the weights, Adam's two moments, the features' counters and the buffer's activations."""
     saes = trainer.saes.values()
     weights = sum(tensor.nbytes for sae in saes for tensor in sae.state_dict().values())
     counters = 5 * 4 * sum(sae.cfg.d_sae for sae in saes)
@@ -131,7 +132,7 @@ def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, An
 
 
 def finish_saes(trainer: MultiTrainer, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    """Folds the normalization into the weights, in place: an SAE takes raw activations in and gives raw ones out."""
+    """Folds the normalization into the weights, in place, so that the SAEs take and return raw activations."""
     for each in trainer.trainers.values():
         if cfg.from_pretrained_path is None:
             _correct_threshold_bias(each.sae, each.n_training_steps)
@@ -142,12 +143,13 @@ def finish_saes(trainer: MultiTrainer, cfg: LanguageModelSAERunnerConfig[Any]) -
 def save_final_checkpoint(
     trainer: MultiTrainer, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], *, run: str
 ) -> Path:
-    """Saves SAEs that `finish_saes` has finished as {run directory}/final_{tokens}, several in a directory each in it.
+    """Saves SAEs that `finish_saes` has finished as {run directory}/final_{tokens}.
 
-    They are in the inference form that `SAE.load_from_disk` reads.
+    They are in the inference form, which `SAE.load_from_disk` reads. Several SAEs have a directory each, as in
+    `save_training_checkpoint`.
 
     Raises:
-        NotSaved: there is no room for it, or the disk fails.
+        NotSaved: the disk has no room for it or fails.
     """
     assert cfgs[0].checkpoint_path is not None
     final = Path(cfgs[0].checkpoint_path) / f"final_{trainer.n_training_samples}"
@@ -157,15 +159,15 @@ def save_final_checkpoint(
                 each.sae.save_inference_model(place)
                 save_file({"sparsity": each.log_feature_sparsity}, place / SPARSITY_FILENAME)
                 save_file({"steps_since_fired": each.n_forward_passes_since_fired.cpu()}, place / _HISTORY_FILENAME)
-                _save_runner_config(cfg, place)
+                (place / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
     return final
 
 
 def _correct_threshold_bias(sae: TrainingSAE[Any], n_steps: int) -> None:
-    """Undoes the pull to zero of SAELens's BatchTopK threshold, a running mean that starts at 0.
+    """Corrects the bias towards zero of SAELens's BatchTopK threshold, a running mean that starts at 0.
 
-    After n steps such a mean is low by the factor 1 - (1 - rate)^n, as the moments of Adam are (Kingma & Ba
-    2015, section 3): 29% after 122 steps of the default rate, 0.7% after 488.
+    After n steps such a mean is too low by the factor 1 - (1 - rate)^n, as Adam's moments are (Kingma & Ba 2015,
+    section 3): by 29% after 122 steps at the default rate, by 0.7% after 488.
     """
     if isinstance(sae, BatchTopKTrainingSAE) and n_steps > 0:
         sae.topk_threshold /= 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
@@ -184,14 +186,10 @@ def _fold_normalization(sae: SAE[Any], scaler: ActivationScaler) -> None:
         scaler.whitening = None
 
 
-def _save_runner_config(cfg: LanguageModelSAERunnerConfig[Any], directory: Path) -> None:
-    (directory / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
-
-
 def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any]:
-    """Loads an SAE for inference from a SAELens directory, in inference or in training form.
+    """Loads an SAE for inference from a SAELens directory in inference form or training form.
 
-    A checkpoint from the middle of a run is folded and converted as a finished one would be.
+    A checkpoint from the middle of a run is folded and converted as the end of a run is.
 
     Args:
         path: a directory with `cfg.json` and `sae_weights.safetensors`.
@@ -202,43 +200,42 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
         The SAE, for activations of shape [..., d_in].
 
     Raises:
-        UserError: a file is not what its manifest says, the weights are damaged, or of an unknown kind.
+        UserError: a file differs from its manifest, or the architecture is unknown. If there is no manifest, damaged
+            files raise whatever SAELens raises; `load_sae_file` turns that into a `UserError`.
     """
     path = Path(path)
     check_manifest(path, f"{flag} {path}")
-    try:
-        architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
-        if architecture in SAE_CLASS_REGISTRY:
-            sae = SAE.load_from_disk(path, device=device)
-        elif architecture in SAE_TRAINING_CLASS_REGISTRY:
-            return _inference_form(path, device)
-        else:
-            raise UserError(f"{flag} {path}: SAELens knows no architecture {architecture!r} (cfg.json)")
-        if (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
-            scaler = ActivationScaler()
-            scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
-            _fold_normalization(sae, scaler)
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{flag} {path}: damaged or incomplete: {one_line(error)}") from error
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads come flat here
-    return sae.eval()
+    architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
+    if architecture in SAE_CLASS_REGISTRY:
+        sae = SAE.load_from_disk(path, device=device)
+        _fold_normalization(sae, _load_scaler(path))
+        sae.turn_off_forward_pass_hook_z_reshaping()  # this project flattens heads
+        return sae.eval()
+    if architecture in SAE_TRAINING_CLASS_REGISTRY:
+        return _inference_form(path, device)
+    raise UserError(f"{flag} {path}: SAELens knows no architecture {architecture!r} (cfg.json)")
+
+
+def _load_scaler(path: Path) -> ActivationScaler:
+    """Returns the normalization that is not folded into an SAE's weights; one that does nothing if there is none."""
+    scaler = ActivationScaler()
+    if (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
+        scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
+    return scaler
 
 
 def _inference_form(path: Path, device: str) -> SAE[Any]:
-    """Converts a training checkpoint whose architecture exists for training only (BatchTopK and its kin)."""
+    """Converts a training checkpoint whose architecture exists for training only, such as BatchTopK."""
     training_sae = TrainingSAE.load_from_disk(path, device=device)
     trainer_state = path / TRAINER_STATE_FILENAME
     n_steps = 0
     if trainer_state.is_file():
         n_steps = torch.load(trainer_state, map_location="cpu", weights_only=True)["n_training_steps"]
-    scaler = ActivationScaler()
-    if (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
-        scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
-    return _converted(training_sae, scaler, n_steps)
+    return _converted(training_sae, _load_scaler(path), n_steps)
 
 
 def _converted(training_sae: TrainingSAE[Any], scaler: ActivationScaler, n_steps: int) -> SAE[Any]:
-    """The SAE that a training SAE is saved as. Takes the weights and the scale of the one given."""
+    """Returns the inference form of a training SAE. It changes the given SAE and scaler."""
     _correct_threshold_bias(training_sae, n_steps)
     _fold_normalization(training_sae, scaler)
     state = {name: tensor.clone() for name, tensor in training_sae.state_dict().items()}
@@ -251,31 +248,27 @@ def _converted(training_sae: TrainingSAE[Any], scaler: ActivationScaler, n_steps
 
 @torch.no_grad()
 def finished_copy(trainer: Trainer) -> SAE[Any]:
-    """The SAE that a run would be finished with now, as a copy on its device; the trainer stays as it is."""
+    """Returns the SAE that the run would save if it ended now, as a copy on the same device."""
     sae_class, _ = get_sae_training_class(trainer.sae.cfg.architecture())
-    with torch.random.fork_rng():  # making an SAE draws weights
+    with torch.random.fork_rng():  # a new SAE draws random weights
         copied = sae_class(trainer.sae.cfg)
         copied.load_state_dict(trainer.sae.state_dict())
         return _converted(copied, copy(trainer.activation_scaler), trainer.n_training_steps)
 
 
 def load_log_sparsity(path: Path) -> torch.Tensor | None:
-    """Logarithms (base 10) of each feature's firing rate in the last window of its training, if the SAE has them."""
-    file = path / SPARSITY_FILENAME
-    if not file.is_file():
-        return None
-    try:
-        return load_file(file).get("sparsity")
-    except SafetensorError as error:
-        log.warning("%s is damaged and left out: %s", file, one_line(error))
-        return None
+    """Returns the log10 of each feature's firing rate in the last window of training, [F]; None if it is not saved."""
+    return _load_tensor(path / SPARSITY_FILENAME, "sparsity")
 
 
 def load_steps_since_fired(path: Path) -> torch.Tensor | None:
-    """For how many steps each feature had been silent at the end of its training, [F], if the SAE says so."""
-    file = path / _HISTORY_FILENAME
+    """Returns for how many steps each feature had not fired when training ended, [F]; None if it is not saved."""
+    return _load_tensor(path / _HISTORY_FILENAME, "steps_since_fired")
+
+
+def _load_tensor(file: Path, name: str) -> torch.Tensor | None:
     try:
-        return load_file(file).get("steps_since_fired") if file.is_file() else None
+        return load_file(file).get(name) if file.is_file() else None
     except SafetensorError as error:
-        log.warning("%s is damaged and left out: %s", file, one_line(error))
+        log.warning("%s: damaged, and left out: %s", file, one_line(error))
         return None

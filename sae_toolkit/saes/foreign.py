@@ -1,4 +1,4 @@
-"""SAEs of sparsify and dictionary_learning, as SAELens inference SAEs that compute what those libraries compute.
+"""Loads SAEs of sparsify and dictionary_learning as SAELens inference SAEs with the same features and reconstruction.
 
 The formulas are those of sparsify 1.3.3 (sparse_coder.py, fused_encoder.py) and dictionary_learning 0.1.0
 (dictionary.py, trainers/top_k.py, trainers/batch_top_k.py, trainers/matryoshka_batch_top_k.py).
@@ -37,7 +37,7 @@ from sae_toolkit.errors import UserError, one_line
 SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 DICTIONARY_LEARNING_FILES = ("config.json", "ae.pt")
 
-# SAELens's name -> the name in ae.pt; a `.weight` is an nn.Linear's, [outputs, inputs], the transpose of SAELens's.
+# SAELens's name -> the name in ae.pt. A `.weight` is that of an nn.Linear, [outputs, inputs], which SAELens transposes.
 _LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
 _TOP_K = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec"}
 _PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -51,8 +51,8 @@ _TENSORS = {
     "MatryoshkaBatchTopKSAE": _PLAIN | {"threshold": "threshold"},
     "JumpReluAutoEncoder": _PLAIN | {"threshold": "threshold"},
 }
-_UNCENTRED = {"AutoEncoderNew", "JumpReluAutoEncoder"}  # encode without subtracting b_dec
-_ONE_THRESHOLD = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}
+_UNCENTRED = {"AutoEncoderNew", "JumpReluAutoEncoder"}  # these do not subtract b_dec before encoding
+_ONE_THRESHOLD = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}  # these have one threshold for all features
 
 _SUBMODULE_HOOKS = {
     None: "hook_resid_post",
@@ -64,7 +64,7 @@ _SUBMODULE_HOOKS = {
 
 
 class _GroupMax(nn.Module):
-    """The largest of each of k groups of neighbouring features, after ReLU; the rest 0."""
+    """Keeps the largest of each of k groups of neighbouring features after ReLU, and sets the others to 0."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ class GroupMaxSAEConfig(TopKSAEConfig):
 
 
 class GroupMaxSAE(TopKSAE):
-    """sparsify's `groupmax`: the features stand in k equal groups, and the largest of each group is kept."""
+    """sparsify's `groupmax`: the features form k groups of equal size, and the largest of each group is kept."""
 
     def get_activation_fn(self) -> nn.Module:
         return _GroupMax(self.cfg.k)
 
 
 def hook_of_hookpoint(hookpoint: str) -> str:
-    """TransformerLens's name of a module path of a decoder (`layers.12`, `h.3.attn`); other paths stay as they are."""
+    """Returns TransformerLens's name for a decoder's module path (`layers.12`, `h.3.attn`); other paths unchanged."""
     block = re.fullmatch(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?", hookpoint)
     if block is None or block[2] not in _SUBMODULE_HOOKS:
         return hookpoint
@@ -99,10 +99,12 @@ def hook_of_hookpoint(hookpoint: str) -> str:
 
 
 def sparsify_form(directory: Path, where: str) -> str:
+    """Returns the kind of a sparsify SAE, as tables show it."""
     return f"SparseCoder, {read_json(directory / 'cfg.json', where).get('activation', 'topk')}"
 
 
 def dictionary_learning_form(directory: Path, where: str) -> str:
+    """Returns the class of a dictionary_learning dictionary."""
     return str(_trainer_config(read_json(directory / "config.json", where), where)["dict_class"])
 
 
@@ -110,27 +112,27 @@ def load_sparsify(directory: Path, device: str, where: str) -> SAE[Any]:
     """Loads a sparsify `SparseCoder`.
 
     Args:
-        directory: holds `cfg.json` and `sae.safetensors`; its name is the hookpoint, and the `config.json` that
-            sparsify's trainer leaves above it says which model and text it is of.
-        device: where to put it.
-        where: the flag and what it named, for messages.
+        directory: holds `cfg.json` and `sae.safetensors`. Its name is the hookpoint. The `config.json` that sparsify's
+            trainer writes in the directory above names the model and the text.
+        device: where to put the SAE.
+        where: the flag and its value, for messages.
 
     Raises:
-        UserError: damaged, or no autoencoder of one activation.
+        UserError: the SAE is damaged, or is not an autoencoder of one activation.
     """
     cfg = read_json(directory / "cfg.json", where)
     for field in ("transcode", "skip_connection"):
         if cfg.get(field):
-            raise UserError(f"{where}: a transcoder ({field} in cfg.json), no autoencoder of one activation")
+            raise UserError(f"{where}: a transcoder ({field} in cfg.json), not an autoencoder of one activation")
     if cfg.get("signed"):
-        raise UserError(f"{where}: a signed SAE of an old sparsify (cfg.json), which sparsify itself reads no longer")
+        raise UserError(f"{where}: a signed SAE of an old sparsify (cfg.json), which sparsify no longer reads")
     activation = cfg.get("activation", "topk")
     if activation not in ("topk", "groupmax"):
         raise UserError(f"{where}: activation {activation!r} in cfg.json; known are topk and groupmax")
     try:
         tensors = load_file(directory / "sae.safetensors", device=device)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: sae.safetensors is damaged: {one_line(error)}; fetch it anew") from error
+        raise UserError(f"{where}: sae.safetensors is damaged: {one_line(error)}; download it again") from error
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
     weights = _weights(tensors, names, where)
     n_features = len(weights["b_enc"])
@@ -142,15 +144,16 @@ def load_sparsify(directory: Path, device: str, where: str) -> SAE[Any]:
 
 
 def load_dictionary_learning(directory: Path, device: str, where: str) -> SAE[Any]:
-    """Loads a dictionary_learning dictionary, as its `load_dictionary` does: encoding as in use, not as in training.
+    """Loads a dictionary_learning dictionary in inference form, as the library's `load_dictionary` does.
 
     Args:
         directory: holds `config.json` and `ae.pt`, a state dict.
-        device: where to put it.
-        where: the flag and what it named, for messages.
+        device: where to put the SAE.
+        where: the flag and its value, for messages.
 
     Raises:
-        UserError: damaged, of an unknown kind, a pickle of more than tensors, or without the threshold it needs.
+        UserError: the dictionary is damaged, is of an unknown kind, is a pickle of more than tensors, or lacks the
+            threshold that it needs.
     """
     config = read_json(directory / "config.json", where)
     trainer = _trainer_config(config, where)
@@ -186,14 +189,14 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        UserError: it is none.
+        UserError: the file cannot be read, or is not a JSON object.
     """
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {file.name} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{where}: {file.name} is no JSON object")
+        raise UserError(f"{where}: {file.name} is not a JSON object")
     return content
 
 
@@ -213,17 +216,17 @@ def _read_state_dict(file: Path, device: str, where: str) -> dict[str, torch.Ten
             " save its state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: {file.name} is damaged: {one_line(error)}; fetch it anew") from error
+        raise UserError(f"{where}: {file.name} is damaged: {one_line(error)}; download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{where}: {file.name} is no state dict of tensors")
+        raise UserError(f"{where}: {file.name} is not a state dict of tensors")
     return tensors
 
 
 def _weights(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], where: str) -> dict[str, torch.Tensor]:
-    """Weights in float32 under SAELens's names and shapes: W_enc [D, F], W_dec [F, D], b_dec [D], others [F] or []."""
+    """Returns float32 weights by SAELens's names: W_enc [D, F], W_dec [F, D], b_dec [D], and others [F] or []."""
     missing = [name for name in names.values() if name not in tensors]
     if missing:
-        raise UserError(f"{where}: damaged or of another kind: no {' and no '.join(missing)} among the weights")
+        raise UserError(f"{where}: damaged or of another kind: the weights hold no {' and no '.join(missing)}")
     integer = [name for name in names.values() if not tensors[name].is_floating_point()]
     if integer:
         raise UserError(f"{where}: damaged: {integer[0]} is of {tensors[integer[0]].dtype}, and must be of floats")
@@ -241,7 +244,7 @@ def _check_k(k: Any, n_features: int, where: str) -> int:
 
 
 def _normalize_decoder(weights: dict[str, torch.Tensor]) -> None:
-    """Moves the decoder's norms into the encoder, in place; the reconstruction stays the same."""
+    """Moves the norms of the decoder's rows into the encoder, in place. The reconstruction stays the same."""
     norms_F = weights["W_dec"].norm(dim=-1)
     norms_F = norms_F.where(norms_F > 0, 1.0)
     if torch.allclose(norms_F, torch.ones_like(norms_F)):
@@ -273,8 +276,8 @@ def _build(
 
 
 def _sparsify_metadata(directory: Path, where: str) -> SAEMetadata:
-    """What sparsify's configuration says of model and text; it separates documents by EOS (data.py)."""
-    # Hookpoint directories may hold one directory per initial seed.
+    """Returns the model, hook and text that sparsify's files name. sparsify separates documents by EOS (data.py)."""
+    # A hookpoint's directory may hold one directory for each random seed.
     hookpoint = directory.parent if directory.name.startswith("seed") else directory
     metadata = SAEMetadata(hook_name=hook_of_hookpoint(hookpoint.name), sequence_separator_token="eos")
     config_file = hookpoint.parent / "config.json"
@@ -293,7 +296,7 @@ def _dictionary_learning_metadata(config: Mapping[str, Any], trainer: Mapping[st
     buffer = config.get("buffer") or {}
     io = buffer.get("io", "out")
     if io == "in_and_out":
-        raise UserError(f"{where}: a transcoder (buffer.io in config.json), no autoencoder of one activation")
+        raise UserError(f"{where}: a transcoder (buffer.io in config.json), not an autoencoder of one activation")
     metadata = SAEMetadata()
     if trainer.get("layer") is not None:
         metadata.hook_name = _hook_of_submodule(trainer["layer"], trainer.get("submodule_name"), io)
@@ -303,7 +306,10 @@ def _dictionary_learning_metadata(config: Mapping[str, Any], trainer: Mapping[st
 
 
 def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
-    """The library leaves the submodule's name to its user; without one, it is the layer (utils.get_submodule)."""
+    """Returns TransformerLens's name for a submodule, whose name in this library is the user's free choice.
+
+    Without a name the activations are those of the layer (utils.get_submodule).
+    """
     name = submodule_name or "resid_post"
     by_path = hook_of_hookpoint(name)
     if by_path != name:
@@ -324,7 +330,7 @@ def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
 
 
 def _fill(metadata: SAEMetadata, fields: Mapping[str, str], source: Mapping[str, Any]) -> SAEMetadata:
-    """Sets the fields that the source has a value for."""
+    """Copies the fields that the source has a value for into the metadata."""
     for ours, theirs in fields.items():
         if source.get(theirs):
             metadata[ours] = source[theirs]

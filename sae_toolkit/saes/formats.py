@@ -1,4 +1,4 @@
-"""What an SAE is on disk, whichever library wrote it, and how it is loaded: SAELens, sparsify, dictionary_learning."""
+"""The formats of SAEs on disk, of SAELens, sparsify and dictionary_learning, and how an SAE of each is loaded."""
 
 from __future__ import annotations
 
@@ -29,43 +29,54 @@ from sae_toolkit.saes.foreign import (
 )
 from sae_toolkit.saes.metadata import check_are_floats, check_cfg
 
-# A directory that holds all files of a library is an SAE of it.
+# A directory that holds all of a library's files is an SAE of that library.
 FILES = {
     "SAELens": (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
     "sparsify": SPARSIFY_FILES,
     "dictionary_learning": DICTIONARY_LEARNING_FILES,
 }
-_LARGEST_WEIGHT = 1e10  # products of larger ones leave float32
+_LARGEST_WEIGHT = 1e10  # products of larger weights overflow float32
 WHAT_IS_AN_SAE = "; ".join(f"{' + '.join(files)} ({library})" for library, files in FILES.items())
 
 
 @dataclass(frozen=True)
 class SAEFile:
-    """An SAE that was found, not loaded yet."""
+    """An SAE that was found and is not loaded yet."""
 
-    name: str  # for tables: a Hub name as it was given, else the end of the path, as much as tells it from the others
-    path: Path  # the directory that holds the weights; of a SAELens release, its repository in the Hub's cache
+    name: str  # for tables: the name on the Hub, or as much of the path's end as sets it apart from the other SAEs
+    path: Path  # the directory of the weights; for a SAELens release its repository in the Hub's cache
     library: str  # "SAELens", "sparsify" or "dictionary_learning"
-    form: str  # what was found there: "inference form, jumprelu", "SparseCoder, topk", "BatchTopKSAE", ...
+    form: str  # such as "inference form, jumprelu", "SparseCoder, topk" or "BatchTopKSAE"
     release: tuple[str, str] | None = None  # SAELens's release and SAE id
-    one_of_many: bool = False  # a checkpoint of a run that was named, or a match of a pattern
+    one_of_many: bool = False  # whether a run directory or a pattern led to it, and not its own name
 
     @property
     def is_download(self) -> bool:
-        """Whether it lies in the Hub's cache."""
+        """Whether the SAE is in the Hub's cache."""
         return self.release is not None or self.path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
 
 
 def library_with(names: Collection[str]) -> str | None:
-    """The library whose files are among these file names."""
+    """Returns the library whose files are among these file names; None if there is none."""
     return next((library for library, files in FILES.items() if all(file in names for file in files)), None)
 
 
 def library_of(directory: Path) -> str | None:
+    """Returns the library that a directory is an SAE of; None if it is not an SAE."""
     return library_with({file.name for file in directory.iterdir() if file.is_file()}) if directory.is_dir() else None
 
 
 def recognize_sae(directory: Path, name: str, where: str) -> SAEFile:
+    """Returns what a directory that is an SAE holds.
+
+    Args:
+        directory: the SAE's directory.
+        name: the SAE's name for tables.
+        where: the flag and its value, for messages.
+
+    Raises:
+        UserError: its configuration is damaged.
+    """
     library = library_of(directory)
     assert library is not None
     forms = {"SAELens": _saelens_form, "sparsify": sparsify_form, "dictionary_learning": dictionary_learning_form}
@@ -88,22 +99,22 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
     """Loads an SAE for inference, in float32.
 
     Args:
-        file: what `find_saes` found.
-        device: where to put it.
+        file: returned by `find_saes`.
+        device: where to put the SAE.
         flag: the flag that named it, for messages.
 
     Returns:
-        The SAE, for activations of shape [..., d_in]; features and reconstruction are those of its own library.
+        The SAE, for activations of shape [..., d_in]. Its features and reconstruction are those of its own library.
 
     Raises:
-        UserError: damaged, incomplete, not finite, or no autoencoder of one activation.
+        UserError: the SAE is damaged, incomplete, not finite, or not an autoencoder of one activation.
     """
     where = f"{flag} {':'.join(file.release) if file.release else file.path}"
     try:
         sae = _load(file, device, flag, where)
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever SAELens raises over values that no SAE has
+    except Exception as error:  # SAELens raises many kinds of errors for impossible values
         raise UserError(f"{where}: damaged or incomplete: {one_line(error)}") from error
     _check_weights(sae, where)
     return sae.to(dtype=torch.float32)
@@ -121,11 +132,11 @@ def _load(file: SAEFile, device: str, flag: str, where: str) -> SAE[Any]:
 
 
 def _check_weights(sae: SAE[Any], where: str) -> None:
-    """Refuses what is no autoencoder of one activation, and weights that cannot be those of a trained one."""
+    """Refuses SAEs that are not autoencoders of one activation, and weights that no trained SAE has."""
     if hasattr(sae.cfg, "d_out"):
-        raise UserError(f"{where}: a transcoder ({sae.cfg.architecture()}), no autoencoder of one activation")
+        raise UserError(f"{where}: a transcoder ({sae.cfg.architecture()}), not an autoencoder of one activation")
     if sae.cfg.architecture() == "temporal":
-        raise UserError(f"{where}: a temporal SAE, which needs whole sequences, no autoencoder of one activation")
+        raise UserError(f"{where}: a temporal SAE, which needs whole sequences, not one activation at a time")
     for name, tensor in sae.state_dict().items():
         if not torch.isfinite(tensor).all():
             n_bad = int((~torch.isfinite(tensor)).sum())
@@ -141,11 +152,11 @@ def _load_release(release: str, sae_id: str, device: str, where: str) -> SAE[Any
         raise UserError(f"{where}: cannot be downloaded: {download_failure(error)}") from error
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{where}: SAELens cannot load it: {one_line(error)}") from error
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads come flat here
+    sae.turn_off_forward_pass_hook_z_reshaping()  # this project flattens heads
     return sae.eval()
 
 
 def download_failure(error: Exception) -> str:
-    """The Hub's library tells of every failed download that the file is not in the cache, and why in the cause."""
+    """Returns why a download failed, in one line. huggingface_hub gives the reason only as the cause of its error."""
     cause = error.__cause__
     return one_line(cause if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, Exception) else error)

@@ -1,4 +1,4 @@
-"""What an SAE's cfg.json says of it and of its training, held to what it must be before anything relies on it."""
+"""Checks of what an SAE's cfg.json says about the SAE and its training, before anything relies on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.trust import is_hub_name
 
-# Of the SAE itself, in either form and in those of SAELens before 6.0.
+# The types of the SAE's own fields, in inference form, in training form, and in SAELens before 6.0.
 _CFG_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("architecture", "dtype"), (str,)),
     **dict.fromkeys(("device", "reshape_activations", "activation_fn"), (str, NoneType)),
@@ -21,13 +21,14 @@ _CFG_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"), (bool,)),
     "metadata": (dict,),
     "activation_fn_kwargs": (dict, NoneType),
-    "k": (int, float),  # an average in the training form of BatchTopK
+    "k": (int, float),  # a mean, in the training form of BatchTopK
     "normalize_activations": (str, bool, NoneType),
 }
-_LARGEST = 10**8  # of any size
+_LARGEST = 10**8  # for every size
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
-_TYPES: dict[str, tuple[type, ...]] = {
+# The types of the metadata's fields.
+_METADATA_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model_name", "hook_name", "dataset_path", "dataset_config", "dataset_split"), (str,)),
     **dict.fromkeys(("text_column", "fallback_from"), (str,)),
     **dict.fromkeys(("context_size", "held_out_seed"), (int,)),
@@ -41,10 +42,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def check_cfg(cfg: Mapping[str, Any], where: str) -> None:
-    """Refuses a cfg.json of SAELens that describes no SAE; what it does not say is fine.
+    """Refuses a SAELens cfg.json that cannot describe an SAE. Fields may be missing.
 
     Raises:
-        UserError: a field has another type than SAELens gives it, or a value that cannot be.
+        UserError: a field has another type than in SAELens, or an impossible value.
     """
     for name, types in _CFG_TYPES.items():
         if name in cfg:
@@ -59,10 +60,10 @@ def check_cfg(cfg: Mapping[str, Any], where: str) -> None:
 
 
 def check_are_floats(file: Path, where: str) -> None:
-    """Refuses weights of integers, which SAELens would convert, from the file's header alone.
+    """Refuses integer weights, which SAELens would convert. Only the file's header is read.
 
     Raises:
-        UserError: there are some, or the file is damaged.
+        UserError: a weight is of integers, or the file is damaged.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -81,33 +82,41 @@ def _check_type(value: Any, types: tuple[type, ...], where: str) -> None:
 
 
 def check_names_of_download(sae: SAE[Any], where: str, *, model_name: str | None, dataset: str | None) -> None:
-    """Refuses an SAE that somebody else wrote and that names files of this machine, unless its reader named others.
+    """Refuses a downloaded SAE whose model or text is not a name on the Hub, unless the user gave another.
+
+    Such a name would open a file of this machine that the SAE's author chose.
+
+    Args:
+        sae: a downloaded SAE.
+        where: the flag and the SAE, for messages.
+        model_name: the value of --model_name, if it was given.
+        dataset: the value of --dataset, if it was given.
 
     Raises:
-        UserError: it does.
+        UserError: a name is used that is not a name on the Hub.
     """
     for flag, given, name in (("--model_name", model_name, "model_name"), ("--dataset", dataset, "dataset_path")):
         value = sae.cfg.metadata.get(name)
         if given is None and value and not is_hub_name(value):
             raise UserError(
-                f"{where}: a downloaded SAE, whose {name} {value!r:.80} is no name on the Hub; where it is right, give"
+                f"{where}: a downloaded SAE, whose {name} {value!r:.80} is not a name on the Hub; if it is right, give"
                 f" it by {flag}"
             )
 
 
 def check_metadata(sae: SAE[Any], where: str) -> None:
-    """Refuses metadata of the wrong kind, and SAEs that cannot be measured on a model's own activations.
+    """Refuses wrong metadata, and SAEs that cannot be evaluated on the unchanged model's activations.
 
     Args:
-        sae: whose `cfg.metadata` to check; what it does not say is fine.
+        sae: the SAE, in whose `cfg.metadata` fields may be missing.
         where: the flag and the SAE, for messages.
 
     Raises:
-        UserError: a field has another type than SAELens gives it; the SAE is for activations of a processed
-            model; or it was trained at positions that are no plain end of the context.
+        UserError: a field has another type than in SAELens, or an impossible value; the SAE is for activations of a
+            model whose weights were processed; or it was trained at other positions than all from a first one on.
     """
     metadata = sae.cfg.metadata
-    for name, types in _TYPES.items():
+    for name, types in _METADATA_TYPES.items():
         if (value := metadata.get(name)) is not None:
             _check_type(value, types, f"{where}: metadata.{name} in cfg.json")
     if isinstance(excluded := metadata.exclude_special_tokens, list | tuple) and not _are_counts(excluded):
@@ -127,19 +136,19 @@ def check_metadata(sae: SAE[Any], where: str) -> None:
         if not 0 <= fraction < 1:
             raise UserError(f"{where}: metadata.held_out_fraction in cfg.json is {fraction}, and must be in [0, 1)")
         if metadata.held_out_seed is None:
-            raise UserError(f"{where}: metadata in cfg.json has a held_out_fraction, and no held_out_seed")
+            raise UserError(f"{where}: metadata in cfg.json has a held_out_fraction but no held_out_seed")
     start, stop, step = (*(metadata.seqpos_slice or ()), None, None, None)[:3]
     if len(metadata.seqpos_slice or ()) == 1:
-        start, stop = None, start  # as Python's slice(n)
+        start, stop = None, start  # as in Python's slice(n)
     if not _are_counts([start or 0]) or stop is not None or step not in (None, 1):
         raise UserError(
-            f"{where}: trained at the positions seqpos_slice {metadata.seqpos_slice} alone; only a first position is"
-            " known here"
+            f"{where}: trained at the positions seqpos_slice {metadata.seqpos_slice} alone; evaluations here can leave"
+            " out the first positions and no others"
         )
     if (metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
         raise UserError(
-            f"{where}: trained on a model with center_writing_weights, whose activations are not those of the model"
-            " itself; it can only be measured with TransformerLens, for instance by sae-lens's run_evals"
+            f"{where}: trained on a model with center_writing_weights, whose activations differ from those of the"
+            " unchanged model; evaluate it with TransformerLens, for instance by sae-lens's run_evals"
         )
 
 

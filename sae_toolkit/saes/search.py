@@ -1,4 +1,4 @@
-"""SAEs by name: directories, runs, checkpoints, patterns, SAELens's releases, repositories of the Hub."""
+"""Finds SAEs by name: directories, runs, checkpoints, patterns, SAELens's releases, and repositories of the Hub."""
 
 from __future__ import annotations
 
@@ -35,18 +35,22 @@ log = logging.getLogger(__name__)
 
 
 def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--sae_path") -> list[SAEFile]:
-    """Finds the SAEs that a person named, in the order given; what is named twice comes once.
+    """Finds the SAEs that a user named, in the given order and without repetitions.
 
     Args:
-        names: each a directory of an SAE; a run directory with `final_*` or numeric checkpoints (all of them, by
-            tokens, the final one last), or such a checkpoint of several hooks; a pattern (`runs/*`); a directory or
-            Hugging Face repository of several SAEs, with the one meant after a colon
-            (`EleutherAI/sae-llama-3-8b-32x:layers.12`); `release:sae_id` of SAELens.
-        layer: which SAE of a directory or repository of several: the one of this layer's output.
+        names: each is one of these:
+            - the directory of an SAE;
+            - a run directory with `final_*` or numeric checkpoints: all of them, ordered by tokens, the final one last;
+            - such a checkpoint with SAEs of several hooks;
+            - a pattern (`runs/*`);
+            - a directory or Hugging Face repository of several SAEs, with the SAE's folder after a colon
+              (`EleutherAI/sae-llama-3-8b-32x:layers.12`);
+            - `release:sae_id` of SAELens.
+        layer: if a directory or repository holds several SAEs, the layer whose output the wanted one is for.
         flag: the flag that named them, for messages.
 
     Raises:
-        UserError: a name leads to no SAE, or to several of which one must be chosen.
+        UserError: a name leads to no SAE, or to several SAEs of which one must be chosen.
     """
     found = {(file.path.resolve(), file.release): file for name in names for file in _find(name, layer, flag)}
     local = [file.path.absolute() for file in found.values() if not file.name]
@@ -54,7 +58,7 @@ def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--
 
 
 def _find(name: str, layer: int | None, flag: str) -> list[SAEFile]:
-    """SAEs of one name; those of local directories have no name yet."""
+    """Returns the SAEs of one name. Those of local directories have no name for tables yet."""
     path = Path(name).expanduser()
     if path.exists():
         return _in_directory(path, None, layer, f"{flag} {name}")
@@ -87,7 +91,7 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
         return _of_many(checkpoints, where)
     configs = [file for pattern in ("cfg.json", "ae.pt") for file in directory.rglob(pattern)]
     folders = {file.parent.relative_to(directory) for file in configs if library_of(file.parent) is not None}
-    # what a process that was killed had begun to write is hidden
+    # Hidden directories are what killed processes had begun to write.
     saes = {str(folder) for folder in folders if not any(part.startswith(".") for part in folder.parts)}
     if not saes:
         raise UserError(f"{where}: no SAE in it; looked for {WHAT_IS_AN_SAE}")
@@ -95,7 +99,7 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
 
 
 def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
-    """The checkpoints of a run directory in order of their tokens, the final one last; those of each hook."""
+    """Returns the checkpoints of a run directory by tokens, the final one last, and those of each hook separately."""
     numbered = sorted(
         (not child.name.isdigit(), int(child.name.removeprefix("final_")), child)
         for child in directory.iterdir()
@@ -109,7 +113,7 @@ def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
 
 
 def _of_hooks(directory: Path, layer: int | None) -> list[Path]:
-    """The SAEs of a checkpoint that has one for each hook, as training writes it; of one layer, if that is given."""
+    """Returns the SAEs of a checkpoint that has one SAE for each hook; only those of a layer, if it is given."""
     if not re.fullmatch(r"(final_)?\d+", directory.name):
         return []
     children = sorted(directory.iterdir(), key=lambda child: _natural(child.name))
@@ -118,7 +122,7 @@ def _of_hooks(directory: Path, layer: int | None) -> list[Path]:
 
 
 def _choose(folders: Collection[str], part: str | None, layer: int | None, where: str) -> str:
-    """The one folder of several that is meant: by its name, by its layer, or because there is no other."""
+    """Returns the folder that the user meant: by its name, by its layer, or because it is the only one."""
     wanted = ""
     chosen = list(folders)
     if part is not None:
@@ -127,7 +131,7 @@ def _choose(folders: Collection[str], part: str | None, layer: int | None, where
     elif "." in folders:
         chosen = ["."]
     elif layer is not None:
-        wanted = f"not one of them for layers.{layer}; "
+        wanted = f"not exactly one of them is for layers.{layer}; "
         chosen = [f for f in folders if hook_of_hookpoint(Path(f).name) == f"blocks.{layer}.hook_resid_post"]
     if len(chosen) == 1:
         return chosen[0]
@@ -139,7 +143,7 @@ def _choose(folders: Collection[str], part: str | None, layer: int | None, where
 
 def _of_pattern(pattern: str, layer: int | None, where: str) -> list[SAEFile]:
     directories: list[Path] = []
-    for match in sorted(glob.glob(pattern, recursive=True), key=_natural):  # noqa: PTH207  Path.glob: no absolute one
+    for match in sorted(glob.glob(pattern, recursive=True), key=_natural):  # noqa: PTH207  Path.glob refuses absolute patterns
         directory = Path(match)
         if library_of(directory) is not None:
             directories.append(directory)
@@ -151,7 +155,7 @@ def _of_pattern(pattern: str, layer: int | None, where: str) -> list[SAEFile]:
 
 
 def _of_many(directories: Sequence[Path], where: str) -> list[SAEFile]:
-    """The SAEs of directories that were not named one by one, without the damaged ones where others are left."""
+    """Returns the SAEs of directories that were not named one by one. Damaged ones are left out if others remain."""
     saes: list[SAEFile] = []
     errors: list[UserError] = []
     for directory in directories:
@@ -167,11 +171,12 @@ def _of_many(directories: Sequence[Path], where: str) -> list[SAEFile]:
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorts numbers within text by their value."""
+    """Returns a sort key that orders numbers within text by their value."""
     return [(int(token), "") if token.isdigit() else (-1, token) for token in re.split(r"(\d+)", text)]
 
 
 def _short_name(path: Path, all_paths: Sequence[Path]) -> str:
+    """Returns as much of the end of a path as no other path ends in."""
     others = [other.parts for other in all_paths if other != path]
     n_parts = 1
     while any(other[-n_parts:] == path.parts[-n_parts:] for other in others):
@@ -195,13 +200,13 @@ def _release(release: str, sae_id: str, flag: str) -> SAEFile:
 
 
 def _on_hub(repository: str, part: str | None, layer: int | None, flag: str) -> SAEFile:
-    """An SAE of a Hugging Face repository, from the local cache where it is there."""
+    """Returns an SAE of a Hugging Face repository, from the local cache if possible."""
     where = f"{flag} {repository}"
     likely = [part] if part else [".", *([] if layer is None else [f"layers.{layer}"])]
     try:
         folder = next((folder for folder in likely if _cached(repository, folder)), None)
     except HFValidationError:
-        folder = None  # `check_repository` says so
+        folder = None  # `check_repository` refuses the name below
     if folder is None:
         repository = check_repository(repository, "model", flag)
         try:
@@ -214,7 +219,7 @@ def _on_hub(repository: str, part: str | None, layer: int | None, flag: str) -> 
 
 
 def _cached(repository: str, folder: str) -> Path | None:
-    """The directory in the Hub's local cache that is this SAE of this repository."""
+    """Returns the directory of a repository's SAE in the Hub's local cache; None if it is not complete there."""
     for files in FILES.values():
         cached = [try_to_load_from_cache(repository, str(Path(folder) / file)) for file in files]
         if all(isinstance(file, str) for file in cached):
@@ -223,7 +228,7 @@ def _cached(repository: str, folder: str) -> Path | None:
 
 
 def _download(repository: str, part: str | None, layer: int | None, where: str) -> str:
-    """Downloads the SAE that is meant, and returns its folder in the repository."""
+    """Downloads the SAE that the user meant, and returns its folder in the repository."""
     files_in: dict[str, set[str]] = {}
     for file in map(Path, HfApi().list_repo_files(repository)):
         files_in.setdefault(str(file.parent), set()).add(file.name)
@@ -233,7 +238,7 @@ def _download(repository: str, part: str | None, layer: int | None, where: str) 
     folder = _choose(saes, part, layer, where)
     wanted = {file for files in FILES.values() for file in files} | {ACTIVATION_SCALER_CFG_FILENAME}
     patterns = [str(Path(folder) / file) for file in wanted]
-    # sparsify's record of model and text stands above the hookpoint.
+    # sparsify's record of the model and the text is in the folder above.
     patterns += [str(parent / "config.json") for parent in Path(folder).parents]
     snapshot_download(repository, allow_patterns=patterns)
     return folder

@@ -1,1 +1,1 @@
-"""One training step of an SAE: selection, sparse products, the trainers, and the memory that they take."""
+"""One training step of an SAE: the selection of features, sparse products, the trainers, and the memory they need."""

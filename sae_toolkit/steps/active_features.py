@@ -1,6 +1,6 @@
-"""Products with a matrix of which few places are not zero: what an SAE's active features take part in.
+"""Products with a sparse matrix [B, F] whose nonzero entries are the active features of a batch.
 
-Shapes: B tokens, D = d_in, F = d_sae, N active features of all tokens together.
+Shapes: B tokens, D = d_in, F = d_sae, N active entries, which are the active features of all tokens together.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 
 class ActiveFeatures:
-    """The places in a [B, F] matrix that are active, row after row.
+    """The positions of the active entries in a matrix [B, F], ordered by row.
 
     Args:
-        features_N: their columns.
-        rows_N: their rows, ascending.
+        features_N: the columns of the entries.
+        rows_N: the rows of the entries, ascending.
         shape: B and F.
     """
 
@@ -30,38 +30,40 @@ class ActiveFeatures:
 
     @cached_property
     def row_starts_B(self) -> Tensor:
+        """The index of each row's first entry."""
         return _starts(self.rows_N, self.n_rows)
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
-        """The order [N] that sorts the places by feature, and where each feature starts in it [F]."""
+        """The permutation [N] that sorts the entries by feature, and where each feature starts in it [F]."""
         return self.features_N.int().argsort(stable=True), _starts(self.features_N, self.n_features)
 
     def matmul(self, values_N: Tensor, W_FD: Tensor) -> Tensor:
-        """The matrix, with these values, times W: [B, D]."""
+        """Returns the matrix with these values times W, [B, D]."""
         return F.embedding_bag(
             self.features_N, W_FD, self.row_starts_B, mode="sum", per_sample_weights=values_N.to(W_FD.dtype)
         )
 
     def t_matmul(self, values_N: Tensor, X_BD: Tensor) -> Tensor:
-        """The matrix's transpose, with these values, times X: [F, D]."""
+        """Returns the transpose of the matrix with these values times X, [F, D]."""
         order_N, feature_starts_F = self.by_feature
         values_N = values_N[order_N].to(X_BD.dtype)
         return F.embedding_bag(self.rows_N[order_N], X_BD, feature_starts_F, mode="sum", per_sample_weights=values_N)
 
     def sum_by_feature(self, values_N: Tensor) -> Tensor:
-        """The matrix's column sums: [F]."""
+        """Returns the column sums of the matrix with these values, [F]."""
         return values_N.new_zeros(self.n_features).index_add_(0, self.features_N, values_N)
 
 
 def _starts(groups_N: Tensor, n_groups: int) -> Tensor:
+    """Returns where each group begins once the entries are sorted by group, [n_groups]."""
     ones_N = torch.ones_like(groups_N)
     counts = groups_N.new_zeros(n_groups).scatter_add_(0, groups_N, ones_N)
     return counts.cumsum(0) - counts
 
 
 class _PreActivations(torch.autograd.Function):
-    """Gradients of (x - b_dec) @ W_enc + b_enc at the active places, whose values are given."""
+    """Gives the active entries of (x - b_dec) @ W_enc + b_enc, whose values are known, their gradients."""
 
     @staticmethod
     def forward(
@@ -83,13 +85,13 @@ class _PreActivations(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
-    """The active features' values times W_dec."""
+    """The matrix of active features times W_dec."""
 
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
         ctx.save_for_backward(values_N)
         ctx.active = active
-        with torch.enable_grad():  # torch's own backward gives the gradient of the values, not that of W_dec
+        with torch.enable_grad():  # torch's backward is used for the gradient of the values, and not for that of W_dec
             ctx.values_N = values_N.detach().requires_grad_()
             ctx.out_BD = active.matmul(ctx.values_N, W_dec_FD.detach())
         return ctx.out_BD.detach()
@@ -105,14 +107,17 @@ class _Decode(torch.autograd.Function):
 def pre_activations(
     pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, active: ActiveFeatures
 ) -> Tensor:
-    """The pre-activations at the active places, whose values pre_N were computed without gradients, with theirs.
+    """Returns the pre-activations [N] of the active entries with gradients.
 
     Args:
-        b_dec_D: where it was subtracted from the input.
+        pre_N: their values, which were computed without gradients.
+        sae_in_BD: the encoder's input, after b_dec was subtracted.
+        b_dec_D: None if it was not subtracted.
+        active: the active entries.
     """
     return _PreActivations.apply(pre_N, sae_in_BD, W_enc_DF, b_enc_F, b_dec_D, active)
 
 
 def decode(values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
-    """The active features' values times W_dec: [B, D]."""
+    """Returns the matrix of active features times W_dec, [B, D], with gradients."""
     return _Decode.apply(values_N, W_dec_FD, active)

@@ -1,4 +1,4 @@
-"""How much memory a run will take, item by item, and what to lower where that is too much."""
+"""A prediction of the memory that a run takes, item by item, and which flags to lower if it is too much."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sae_lens.util import str_to_dtype
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.steps.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
 
-# How many [B, F] tensors a step of SAELens's own classes adds to the peak, forward and backward; fitted to runs on a
-# CPU (BENCHMARKS.md, memory).
+# How much a step of SAELens's own classes adds to the peak, forward and backward, in tensors of shape [B, F]. The
+# numbers were fitted to runs on a CPU (BENCHMARKS.md, memory).
 _DENSE_STEP = {
     "standard": 9.5,
     "topk": 11.0,
@@ -27,60 +27,64 @@ _DENSE_STEP = {
     "matryoshka_batchtopk": 13.3,
 }
 _OTHER_DENSE_STEP = 12.0
-HELD_OUT_ROWS_AT_ONCE = 2  # whose logits a measurement on the way holds, beside all that the training does
+HELD_OUT_ROWS_AT_ONCE = 2  # how many rows' logits an evaluation during training holds at a time
 _LOWEST = {"store_batch_size_prompts": 1, "n_batches_in_buffer": 8, "train_batch_size_tokens": 512, "d_sae": 1}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a training run takes on its device, by item.
+    """The bytes that a training run takes on its device, by item.
 
-    On a CPU they are of resident memory, and `process` is what the interpreter and its libraries hold now; on a
-    CUDA device of what torch allocates there.
+    On a CPU this is resident memory, and `process` is what the interpreter and its libraries hold now. On a CUDA
+    device it is the memory that torch allocates.
     """
 
     process: int
     model: int  # the layers up to the hook
-    loading: int  # the model while it loads
+    loading: int  # the model, while it is being loaded
     forward_pass: int
     buffer: int
-    norm_estimate: int  # until the first step
+    norm_estimate: int  # held until the first step
     sae: int
     gradients: int
     adam: int
-    step: int  # beside the gradients
+    step: int  # without the gradients
     evaluation_model: int  # all layers
     evaluation_logits: int
-    evaluates: bool  # while it trains
+    evaluates: bool  # whether there are evaluations during training
     held_out_logits: int
     on_cpu: bool
 
     @property
     def peak(self) -> int:
+        """The most that the run holds at any time."""
         held = self.model + self.sae + self.buffer
         calibrating = held + self.norm_estimate + self.forward_pass
         filling = held + self.adam + self.forward_pass
         stepping = held + self.adam + self.gradients + self.step
-        evaluating = held + self.adam + self.sae + self.held_out_logits if self.evaluates else 0  # of a copy
-        if self.on_cpu:  # what was freed after the norm estimate stays with the process, in pieces
+        # An evaluation during training holds a copy of the SAE, so `sae` is counted twice.
+        evaluating = held + self.adam + self.sae + self.held_out_logits if self.evaluates else 0
+        if self.on_cpu:  # the process keeps this memory after it was freed, in fragments
             stepping += self.norm_estimate
             evaluating += self.norm_estimate if self.evaluates else 0
         return self.process + max(self.loading, calibrating, filling, stepping, evaluating)
 
     @property
     def evaluation_peak(self) -> int:
-        """Of the evaluation's own process: the whole model, the SAE and the logits of a batch."""
+        """The most that an evaluation in a process of its own holds: the whole model, the SAE and a batch's logits."""
         return self.process + max(self.loading, self.evaluation_model + self.sae + self.evaluation_logits)
 
     def surely_above(self, free: int) -> bool:
-        """Whether the run cannot fit, whatever the prediction is off by: up to 12% where it was held to runs on a
-        CPU; on a CUDA device, where it was not, by the SAE, its gradients and Adam's state alone.
+        """Returns whether the run cannot fit, even if the prediction is too high.
+
+        On a CPU predictions were within 12% of measured runs. On a CUDA device they were not compared with any, so only
+        the SAE, its gradients and Adam's state count there.
         """
         return self.peak > 1.25 * free if self.on_cpu else self.sae + self.gradients + self.adam > free
 
     @property
     def largest_flag(self) -> str:
-        """The flag that decides on the largest item."""
+        """The flag that sets the size of the largest item."""
         sizes = {
             "--model_name": max(self.model, self.loading),
             "--store_batch_size_prompts": self.forward_pass,
@@ -92,6 +96,7 @@ class MemoryPlan:
         return max(sizes, key=lambda flag: sizes[flag])
 
     def describe(self) -> str:
+        """Returns the lines that --dry_run shows."""
         items = {
             "process": self.process,
             "language model": self.model,
@@ -124,16 +129,16 @@ def plan_memory(
     n_saes: int = 1,
     evaluates: bool = False,
 ) -> MemoryPlan:
-    """Adds up shapes; nothing is loaded. The loss of dead features is not counted.
+    """Predicts a run's memory from shapes. Nothing is loaded, and the loss of dead features is not counted.
 
     Args:
         cfg: the run's configuration.
         model: the language model's source.
-        lm_dtype: its dtype in the run.
-        n_parameters: of the whole model, and of it up to the hook.
-        cached: whether activations come from a cache or another device, in which case no model is counted.
-        n_saes: how many SAEs of this size there are, at a hook each; they take their steps one after the other.
-        evaluates: whether the run measures on held-out text on the way, for which it keeps the whole model.
+        lm_dtype: the language model's dtype in the run.
+        n_parameters: the number of parameters of the whole model, and of the model up to the hook.
+        cached: whether activations come from a cache or another device; the model is not counted then.
+        n_saes: how many SAEs of this size are trained, one at each hook. They take their steps one after the other.
+        evaluates: whether the run evaluates on held-out text during training, for which it keeps the whole model.
     """
     config = model.config.get_text_config()
     on_cpu = torch.device(cfg.device).type == "cpu"
@@ -143,9 +148,11 @@ def plan_memory(
 
     whole, up_to_hook = (n * lm_bytes for n in n_parameters)
     loading = whole
-    if on_cpu and "gguf_file" in model.location:  # read in float32; beside it the largest matrix, twice if it stays so
+    if (
+        on_cpu and "gguf_file" in model.location
+    ):  # read in float32, beside the largest matrix, which is held twice if it stays in float32
         loading = 4 * n_parameters[0] + (8 if lm_bytes == 4 else lm_bytes) * config.vocab_size * config.hidden_size
-    elif on_cpu and not evaluates:  # safetensors are mapped: what is not used is not read
+    elif on_cpu and not evaluates:  # safetensors files are memory-mapped, so only the weights in use are read
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
     width = 6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -185,7 +192,7 @@ def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
     sae_class = sparse_class(get_sae_training_class(architecture)[0], cfg.sae, compiled=cfg.compile_sae)
     if not issubclass(sae_class, SparseTopKTrainingSAE):
         return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
-    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # its selection makes one
+    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # the selection makes a copy
     return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
 
 
@@ -194,7 +201,15 @@ def suggest_flags(
     plan: Callable[[LanguageModelSAERunnerConfig[Any]], MemoryPlan],
     capacity: int,
 ) -> str | None:
-    """The flags that bring a run's peak under a device's memory, by halving what weighs most; None where none do."""
+    """Returns flags that bring a run's peak below a device's memory; None if there are none.
+
+    Again and again the setting whose half lowers the peak most is halved.
+
+    Args:
+        cfg: the run's configuration.
+        plan: predicts the memory of a configuration.
+        capacity: the device's memory in bytes.
+    """
     changed: dict[str, int] = {}
     while plan(cfg).peak > capacity:
         smaller = [(plan(halved).peak, name, halved) for name in _LOWEST if (halved := _halved(cfg, name))]
@@ -209,7 +224,7 @@ def suggest_flags(
 def _halved(cfg: LanguageModelSAERunnerConfig[Any], name: str) -> LanguageModelSAERunnerConfig[Any] | None:
     halved = copy.copy(cfg)
     if name == "d_sae":
-        if hasattr(cfg.sae, "matryoshka_widths"):  # the widths would have to change with it
+        if hasattr(cfg.sae, "matryoshka_widths"):  # the widths would have to change with d_sae
             return None
         halved.sae = copy.copy(cfg.sae)
         halved.sae.d_sae = cfg.sae.d_sae // (2 * cfg.sae.d_in) * cfg.sae.d_in

@@ -1,4 +1,4 @@
-"""SAELens's multi-SAE trainer with our steps: an SAE at each hook, from one stream of activations."""
+"""The trainer of one SAE at each of several hooks, on one stream of activations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sae_toolkit.steps.trainer import Trainer
 
 
 class MultiTrainer(MultiSAETrainer):
-    """Trains one SAE or more in lockstep. What it reads of several has the hook's name before each entry, as SAELens's.
+    """SAELens's multi-SAE trainer with the steps of `Trainer`. It trains one SAE or more in lockstep.
 
     Args:
-        cfg: of every trainer.
-        saes: by the name of their hook.
-        ranks: who share a batch.
-        target_l0: of each, where the sparsity weight is adjusted.
+        cfg: the configuration of every trainer.
+        saes: the SAEs by the names of their hooks.
+        ranks: the ranks that share a batch.
+        target_l0: the L0 that each SAE's sparsity weight is adjusted to; None to leave the weights.
     """
 
     trainers: dict[str, Trainer]
@@ -43,7 +43,11 @@ class MultiTrainer(MultiSAETrainer):
         }
 
     def whole(self, *, finished: bool = False) -> MultiTrainer | None:
-        """The trainers of whole SAEs, to be saved; None where they are another rank's."""
+        """Returns a trainer of whole SAEs, to be saved; None on ranks other than 0 if the SAEs are sharded.
+
+        Args:
+            finished: whether Adam's moments may be left out.
+        """
         whole = copy(self)
         found = {name: trainer.whole(finished=finished) for name, trainer in self.trainers.items()}
         whole.trainers = {name: trainer for name, trainer in found.items() if trainer is not None}
@@ -56,20 +60,21 @@ class MultiTrainer(MultiSAETrainer):
 
     @property
     def first(self) -> Trainer:
-        """Has the counts that all of them have."""
+        """The first trainer. Its counts of steps and tokens are those of all trainers."""
         return next(iter(self.trainers.values()))
 
     @property
     def n_not_finite(self) -> int:
-        """Steps that were not applied, of the SAE that had the most."""
+        """The number of steps that were not applied, for the SAE that has the most."""
         return max(int(trainer.n_not_finite) for trainer in self.trainers.values())
 
     @property
     def n_not_finite_in_a_row(self) -> int:
+        """The number of steps since the last one that was applied, for the SAE that has the most."""
         return max(int(trainer.n_not_finite_in_a_row) for trainer in self.trainers.values())
 
     def step(self, acts_of_hooks: Sequence[torch.Tensor]) -> dict[str, TrainStepOutput]:
-        """A step of each SAE on the raw activations [B, D] of its hook; `advance` follows."""
+        """Takes one step of each SAE on the raw activations [B, D] of its hook. Call `advance` after it."""
         outputs = {
             name: trainer.step(acts_BD)
             for (name, trainer), acts_BD in zip(self.trainers.items(), acts_of_hooks, strict=True)
@@ -78,23 +83,23 @@ class MultiTrainer(MultiSAETrainer):
         return outputs
 
     def advance(self) -> None:
+        """Counts a step."""
         for trainer in self.trainers.values():
             trainer.n_training_steps += 1
         self.n_training_steps += 1
 
     def read(self, outputs: Mapping[str, TrainStepOutput]) -> dict[str, dict[str, Any]]:
-        """SAELens's readings of a step, of each SAE."""
+        """Returns SAELens's metrics of a step, for each SAE."""
         return {
             name: trainer.build_train_step_log_dict(outputs[name], self.n_training_samples)
             for name, trainer in self.trainers.items()
         }
 
     def read_sparsity(self, *, final: bool = False) -> dict[str, dict[str, Any]]:
-        """SAELens's record of firing rates at the end of a window of steps, which resets them, of each SAE; else
-        nothing.
+        """Returns SAELens's record of firing rates for each SAE, and resets the rates; empty within a window of steps.
 
         Args:
-            final: at the end of the run, after which they are saved and stay.
+            final: whether this is the end of the run, where the rates are saved with the SAEs and not reset.
         """
         found = {
             name: trainer.full_sparsity_window_log() if final else trainer.maybe_reset_sparsity()
@@ -103,7 +108,7 @@ class MultiTrainer(MultiSAETrainer):
         return found if any(found.values()) else {}
 
     def flat(self, readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Readings as one record."""
+        """Returns metrics as one record. With several SAEs each name in it starts with the hook's, as in SAELens."""
         if self.is_single:
             return dict(next(iter(readings.values())))
         return {f"{name}/{key}": value for name, reading in readings.items() for key, value in reading.items()}

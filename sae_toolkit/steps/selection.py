@@ -1,4 +1,4 @@
-"""Which features of a batch are the largest, where it or they are spread over several ranks."""
+"""The selection of the largest features of a batch, on one rank or over several."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from sae_toolkit.distributed.ranks import Ranks
 
-_BLOCK = 8  # features; of 4, 8 and 16 the fastest at 4,608 features and k 64
+_BLOCK = 8  # features; the fastest of 4, 8 and 16 at 4,608 features and k 64
 
 
 class GlobalBatchTopK(BatchTopK):
     """SAELens's BatchTopK over a batch that several ranks share.
 
     Args:
-        k: active features a token, on average.
-        n_tokens: tokens in the whole batch.
-        ranks: who share it.
+        k: mean number of active features of a token.
+        n_tokens: number of tokens in the whole batch.
+        ranks: the ranks that share the batch.
     """
 
     def __init__(self, k: float, n_tokens: int, ranks: Ranks) -> None:
@@ -30,7 +30,7 @@ class GlobalBatchTopK(BatchTopK):
         self.ranks = ranks
 
     def choose(self, flat: Tensor) -> Tensor:
-        """Indices, ascending, of this rank's values [N] that are among the largest of all."""
+        """Returns the indices, ascending, of this rank's values [N] that are among the largest of all ranks."""
         mine_N = largest(flat, min(self.n_active, len(flat)))
         gathered = self.ranks.gather(flat[mine_N])
         before = sum(map(len, gathered[: self.ranks.rank]))
@@ -46,13 +46,13 @@ class GlobalBatchTopK(BatchTopK):
 
 
 def select_among(sae: TrainingSAE[Any], ranks: Ranks, n_tokens: int) -> None:
-    """Makes a BatchTopK SAE, Matryoshka ones included, select over the whole batch of all ranks, of n_tokens."""
+    """Makes a BatchTopK or Matryoshka SAE select over the whole batch of all ranks, which has n_tokens tokens."""
     if isinstance(sae.activation_fn, BatchTopK):
         sae.activation_fn = GlobalBatchTopK(sae.activation_fn.k, n_tokens, ranks)
 
 
 def largest(flat: Tensor, n: int) -> Tensor:
-    """Indices of the n largest values, ascending."""
+    """Returns the indices of the n largest values [N], ascending."""
     if flat.device.type != "cpu":
         return flat.topk(n, sorted=False).indices.sort().values
     # On a CPU numpy's vectorized partition takes a tenth of the time of torch's topk of a flat tensor.
@@ -67,10 +67,11 @@ def largest(flat: Tensor, n: int) -> Tensor:
 
 
 def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row and their columns, [B, k], in no order; which of equal ones is left open.
+    """Returns the k largest values of each row and their columns, both [B, k], in no particular order.
 
-    The k largest lie in the k blocks of features with the largest maxima: one pass over all values finds the maxima,
-    and the slow search for the k largest sees these and then those blocks alone.
+    Any of several equal values may be chosen. The k largest values lie in the k blocks of features whose maxima are the
+    largest. So one pass over all values finds the maxima, and the slow search for the k largest is only needed for the
+    maxima and then within those k blocks.
     """
     n_rows, n_features = values_BF.shape
     n_blocks, rest = divmod(n_features, _BLOCK)
@@ -87,10 +88,10 @@ def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _columns_of_largest(values_BC: Tensor, k: int) -> Tensor:
-    """Columns [B, k] of each row's k largest values."""
+    """Returns the columns [B, k] of the k largest values of each row."""
     if values_BC.device.type == "cpu" and values_BC.dtype != torch.bfloat16:
-        # As in `largest`, faster than torch's topk. Where a row holds nan, or two of its values tie for the last
-        # place, as many columns are not found, and torch decides.
+        # This is faster than torch's topk, as in `largest`. If a row holds nan, or if values tie for the last place, it
+        # does not find exactly k columns, and torch's topk is used.
         values = values_BC.numpy()
         n_rows, n_columns = values.shape
         found = np.flatnonzero(values >= np.partition(values, -k)[:, -k, None])
@@ -102,9 +103,9 @@ def _columns_of_largest(values_BC: Tensor, k: int) -> Tensor:
 
 
 def among_largest(values_BC: Tensor, n: int, ranks: Ranks) -> Tensor:
-    """Which of this rank's values [B, C] are among the n largest of their row on all ranks: boolean, [B, C].
+    """Returns which of this rank's values [B, C] are among the n largest of their row on all ranks, boolean [B, C].
 
-    Where the rank is alone it has already chosen.
+    The values of a single rank are all chosen, as they are its n largest already.
     """
     if ranks.is_alone:
         return torch.ones_like(values_BC, dtype=torch.bool)

@@ -1,9 +1,9 @@
-"""One SAE whose features are spread over the ranks, because it does not fit on one device with Adam's moments.
+"""One SAE whose features are spread over the ranks, for SAEs that do not fit on one device with Adam's moments.
 
-Each rank holds the encoder columns and decoder rows of F / size features, with their gradients, moments and counters,
-and sees the whole batch. What travels in a step: the batch's activations, the candidates of the selection, and the sum
-of the parts' reconstructions. On disk the SAE is whole: rank 0 gathers it in its host's memory and writes what a run
-on one device would write, so a run goes on with any number of ranks.
+Each rank holds a shard: the encoder columns and decoder rows of F / size features, with their gradients, moments and
+counters. Each rank sees the whole batch. In a step the ranks exchange the batch's activations, the candidates of the
+selection, and the shards' reconstructions, which are summed. On disk the SAE is whole: rank 0 gathers it in its host's
+memory and writes what a run on one device would write. So a run can be continued with any number of ranks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.steps.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
 from sae_toolkit.steps.trainer import Trainer
 
-_OF_ALL_FEATURES = ("b_dec", "topk_threshold")  # the tensors that have no axis of features
+_WITHOUT_FEATURE_AXIS = ("b_dec", "topk_threshold")  # the tensors without an axis of features
 _COUNTERS = ("act_freq_scores", "n_forward_passes_since_fired")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NUMBERS = ("n_training_steps", "n_training_samples", "n_frac_active_samples", "started_fine_tuning")
 
 
 def shard_sae(sae: TrainingSAE[Any] | None, device: str, ranks: Ranks) -> SparseTopKTrainingSAE:
-    """This rank's part of an SAE, whose training class SAELens calls TopK or BatchTopK.
+    """Returns this rank's shard of an SAE of one of SAELens's TopK and BatchTopK training classes.
 
     Args:
-        sae: the whole one, on the CPU of rank 0; None on the others. The ranks divide its width.
-        device: of the part.
-        ranks: who share its features.
+        sae: the whole SAE, on the CPU of rank 0; None on the others. Its width is a multiple of the number of ranks.
+        device: where to put the shard.
+        ranks: the ranks that share the features.
     """
     cfg = ranks.broadcast(sae.cfg if sae is not None else None)
     assert cfg is not None
@@ -46,6 +46,7 @@ def shard_sae(sae: TrainingSAE[Any] | None, device: str, ranks: Ranks) -> Sparse
 
 
 def is_shard(sae: TrainingSAE[Any]) -> bool:
+    """Returns whether an SAE comes from `shard_sae`, on two ranks or more."""
     return isinstance(sae, SparseTopKTrainingSAE) and not sae.shards.is_alone
 
 
@@ -57,12 +58,15 @@ def _load_part(shard: SparseTopKTrainingSAE, sae: TrainingSAE[Any] | None, ranks
 
 
 def _part(name: str, like: torch.Tensor, whole: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
-    """A rank's part of a tensor that rank 0 has; of one without an axis of features, all of it.
+    """Returns this rank's part of a tensor that is on rank 0; all of it if it has no axis of features.
 
     Args:
-        like: of its shape.
+        name: the tensor's name in the SAE.
+        like: a tensor of the part's shape and dtype.
+        whole: the tensor on rank 0, None on the others.
+        ranks: the ranks that share the features.
     """
-    if name in _OF_ALL_FEATURES:
+    if name in _WITHOUT_FEATURE_AXIS:
         found = ranks.broadcast(whole)
         assert found is not None
         return found
@@ -72,38 +76,38 @@ def _part(name: str, like: torch.Tensor, whole: torch.Tensor | None, ranks: Rank
 
 
 def _gather(name: str, part: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The whole tensor, on rank 0; on the others the part."""
+    """Returns the whole tensor on rank 0, and the part on the others."""
     part = part.detach().cpu()
-    if name in _OF_ALL_FEATURES:
+    if name in _WITHOUT_FEATURE_AXIS:
         return part
     parts = ranks.gather_to_main(_by_feature(name, part))
     return _by_feature(name, torch.cat(parts)) if parts else part
 
 
 def _by_feature(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the features on its first axis; and back."""
+    """Moves the features to the first axis, or back."""
     return tensor.t() if name == "W_enc" else tensor
 
 
 class ShardedTrainer(Trainer):
-    """The trainer of a shard. Given this rank's part of a batch, it steps on the whole of it.
+    """The trainer of a shard. It takes this rank's part of a batch and steps on the whole batch.
 
     Args:
-        cfg, data_provider, ranks: as of `Trainer`.
-        sae: from `shard_sae`.
+        cfg, data_provider, ranks, target_l0: as for `Trainer`.
+        sae: returned by `shard_sae`.
     """
 
     sae: SparseTopKTrainingSAE
 
-    def _tensors_of_all_ranks(self) -> list[torch.Tensor]:
-        return [tensor for name, tensor in self._tensors().items() if name in _OF_ALL_FEATURES]
+    def _replicated_tensors(self) -> list[torch.Tensor]:
+        return [tensor for name, tensor in self._tensors().items() if name in _WITHOUT_FEATURE_AXIS]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return dict([*self.sae.named_parameters(), *self.sae.named_buffers()])
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
-        """One step on the raw activations [B_r, D] of each rank; its output is of all B tokens, with `feature_acts` of
-        this rank's features [B, F / size].
+        """Takes one step on the raw activations [B_r, D] of each rank. The output is that of all B tokens, with the
+        `feature_acts` [B, F / size] of this rank's features.
         """
         return super().step(torch.cat(self.ranks.gather(batch.to(self.sae.device))))
 
@@ -113,7 +117,7 @@ class ShardedTrainer(Trainer):
         of_shards = torch.nn.utils.get_total_norm(list(grads.values())).square()
         return (self.ranks.sum(of_shards) + of_all).sqrt()
 
-    def _of_whole_batch(
+    def _over_whole_batch(
         self, firings_F: torch.Tensor, loss: torch.Tensor, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return firings_F, loss
@@ -133,7 +137,7 @@ class ShardedTrainer(Trainer):
 
     @property
     def feature_sparsity(self) -> torch.Tensor:
-        """Of all features."""
+        """The firing rates of all features, [F]."""
         return torch.cat(self.ranks.gather(super().feature_sparsity))
 
     @torch.no_grad()
@@ -147,7 +151,7 @@ class ShardedTrainer(Trainer):
         return reading
 
     def whole(self, *, finished: bool) -> Trainer | None:
-        """The trainer of all features, on the CPU of rank 0; None on the others."""
+        """Returns a trainer of the whole SAE on the CPU of rank 0; None on the others."""
         tensors = {name: _gather(name, tensor, self.ranks) for name, tensor in self._tensors().items()}
         counters = {name: _gather(name, getattr(self, name), self.ranks) for name in _COUNTERS}
         moments = {
@@ -162,7 +166,7 @@ class ShardedTrainer(Trainer):
         return whole
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:
-        """Takes this rank's part of a whole checkpoint, which rank 0 reads."""
+        """Loads this rank's part of a whole checkpoint, which rank 0 reads."""
         whole = None
         if self.ranks.is_main:
             whole = self._new_whole()
@@ -182,7 +186,7 @@ class ShardedTrainer(Trainer):
         _set_state(self, state, moments, counters)
 
     def _new_whole(self, tensors: dict[str, torch.Tensor] | None = None) -> Trainer:
-        """A trainer of all features on the CPU, with these weights or with any."""
+        """Returns a trainer of the whole SAE on the CPU, with these weights; without them they are uninitialized."""
         cfg = replace(self.sae.cfg, d_sae=self.sae.cfg.d_sae * self.ranks.size, device="cpu")
         with torch.device("meta"):
             sae = type(self.sae)(replace(cfg, device="meta"))
@@ -195,7 +199,7 @@ class ShardedTrainer(Trainer):
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    """What a trainer knows beside tensors with an axis of features."""
+    """Returns a trainer's state without the tensors that have an axis of features."""
     first = next(trainer.sae.parameters())
     return {
         "numbers": {name: getattr(trainer, name) for name in _NUMBERS},

@@ -1,8 +1,8 @@
-"""TopK and BatchTopK whose training step touches the active features only, forward and backward.
+"""TopK and BatchTopK SAEs whose training step computes with the active features only, forward and backward.
 
-SAELens multiplies dense [B, F] activations with the decoder, and its gradients are dense products too, although
-k of F activations are not zero. Here one dense product is left, the encoder's, which the selection needs. The
-classes are SAELens's own by inheritance: configuration, weights and checkpoints do not differ.
+SAELens multiplies dense activations [B, F] with the decoder, and its gradients are dense products too, although only
+k of F activations are not zero. Here the only dense product is the encoder's, which the selection needs. The classes
+inherit from SAELens's, so configuration, weights and checkpoints are the same.
 
 Shapes: B tokens, D = d_in, F = d_sae, K = k, N active features of all tokens together (k x B), C dead features.
 """
@@ -22,32 +22,33 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.steps.active_features import ActiveFeatures, decode, pre_activations
 from sae_toolkit.steps.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
-# Below this many features for each active one, SAELens's dense products are as fast: on a CPU as measured
-# (BENCHMARKS.md); on a CUDA device by arithmetic, 4 bytes x k x D gathered against 2 x D x F operations in TF32.
+# With fewer than this many features for each active one, SAELens's dense products are as fast. The number for CPUs was
+# measured (BENCHMARKS.md); that for CUDA is an estimate: 4 bytes x k x D gathered against 2 x D x F operations in TF32.
 CROSSOVER = {"cpu": 8, "cuda": 256}
 
-# The auxiliary loss takes a multiple of this many features: on a CPU oneDNN keeps what it prepared for each size of a
-# product, 2 GiB after some hundred sizes, and on a CUDA device the allocator keeps memory of each.
+# The auxiliary loss rounds its number of features up to a multiple of this, as each size of its products costs memory.
+# On a CPU oneDNN keeps what it prepared for a size: 2 GiB after some hundred sizes. On CUDA the allocator keeps memory.
 _FEW_SIZES = 256
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
-    """SAELens's TopKTrainingSAE; the step's result is the same but for rounding.
+    """SAELens's TopKTrainingSAE with a faster step. The results differ by rounding only.
 
-    A feature's activation is its pre-activation times its decoder norm, and decoding divides by the norm, so the
-    norm takes part in the selection only and its gradient is zero.
+    A feature's activation is its pre-activation times its decoder norm, and decoding divides by the norm. So the
+    norm affects the selection only, and its gradient is zero.
 
-    `W_enc` keeps its shape [D, F], with the features' rows contiguous in memory. `feature_acts` of a step's output
-    is a sparse COO tensor; `hidden_pre`, which would be [B, F], is empty.
+    `W_enc` keeps its shape [D, F], but each feature's D weights are contiguous in memory. `feature_acts` of a step's
+    output is a sparse COO tensor; `hidden_pre`, which would be [B, F], is empty.
 
-    It can be one of several parts of an SAE, of as many features each (`shards`). All take the same batch; the losses
-    and `sae_out` are those of the whole SAE, and so is the sum of the parts' gradients of `b_dec`.
+    The SAE can be one of several shards, which hold equally many features each. All shards take the same batch. The
+    losses and `sae_out` are those of the whole SAE; the gradients of `b_dec` are so only once they are summed over the
+    shards.
     """
 
-    # At most how many features are dead, of all shards and in the one that has the most, where the caller knows without
-    # asking the device; None asks it.
+    # Upper bounds of the number of dead features, of all shards and of the shard that has the most, if the caller knows
+    # them without asking the device. With None the device is asked.
     dead_bound: tuple[int, int] | None = None
-    # The ranks that hold the other features.
+    # The ranks that hold the shards.
     shards: Ranks = ALONE
 
     def __init__(self, cfg: TopKTrainingSAEConfig, use_error_term: bool = False) -> None:
@@ -65,7 +66,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             norm_F = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
             if norm_F is None:
                 scaled_BF = pre_BF
-            else:  # in place, but where autocast made the product bfloat16
+            else:  # in place, unless autocast made the product bfloat16
                 scaled_BF = pre_BF.mul_(norm_F) if pre_BF.dtype == norm_F.dtype else pre_BF * norm_F
             active, scaled_N = self._select(scaled_BF)
             scaled_N = scaled_N.to(sae_in_BD.dtype)  # under autocast the product is in bfloat16
@@ -96,7 +97,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         )
 
     def _select(self, scaled_BF: Tensor) -> tuple[ActiveFeatures, Tensor]:
-        """The active places, and the scaled pre-activations there."""
+        """Selects the active features. Returns them and their pre-activations times decoder norms, [N]."""
         n_rows, n_features = scaled_BF.shape
         k, shape = int(self.cfg.k), (n_rows, n_features)
         values_BK, features_BK = largest_of_rows(scaled_BF, k)
@@ -110,10 +111,10 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         return part_BD if self.shards.is_alone else _SumOfParts.apply(part_BD, self.shards)
 
     def _auxiliary_loss(self, step_input: TrainStepInput, sae_out: Tensor) -> Tensor:
-        """SAELens's `calculate_topk_aux_loss`, computed on the dead features' rows alone.
+        """Returns SAELens's `calculate_topk_aux_loss`, computed from the dead features' weights only.
 
-        On a device the number of dead features stays there: at least as many rows as `dead_bound` allows are taken,
-        and those beyond the dead are masked.
+        With a `dead_bound` the number of dead features is not read from the device. As many features as the bound
+        allows are computed with, and those that are not dead are masked.
         """
         dead_F = step_input.dead_neuron_mask
         if dead_F is None:
@@ -149,7 +150,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
 
 
 class _SumOfParts(torch.autograd.Function):
-    """Adds up what each shard has; each is told the gradient of the sum, and goes on by itself."""
+    """Sums a tensor over the shards. In the backward pass each shard gets the gradient of the sum."""
 
     @staticmethod
     def forward(ctx: Any, part_BD: Tensor, shards: Ranks) -> Tensor:
@@ -161,7 +162,7 @@ class _SumOfParts(torch.autograd.Function):
 
 
 class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE, SparseTopKTrainingSAE):
-    """SAELens's BatchTopKTrainingSAE; the step's result is the same but for rounding."""
+    """SAELens's BatchTopKTrainingSAE with a faster step. The results differ by rounding only."""
 
     cfg: BatchTopKTrainingSAEConfig
     topk_threshold: Tensor
@@ -178,7 +179,7 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE, SparseTopKTrainingSAE):
 
     @torch.no_grad()
     def update_topk_threshold(self, acts_topk: Tensor) -> None:
-        """SAELens's running mean of the smallest activation, without waiting for the device."""
+        """Updates SAELens's running mean of the smallest activation, without waiting for the device."""
         values_N = acts_topk._values()
         positive_N = torch.cat((torch.where(values_N > 0, values_N, torch.inf), values_N.new_full((1,), torch.inf)))
         smallest = self.shards.minimum(positive_N.min().to(self.topk_threshold.dtype))
@@ -196,12 +197,12 @@ SPARSE_CLASSES: dict[type[TrainingSAE[Any]], type[SparseTopKTrainingSAE]] = {
 def sparse_class(
     sae_class: type[TrainingSAE[Any]], cfg: TrainingSAEConfig, *, compiled: bool = False
 ) -> type[TrainingSAE[Any]]:
-    """The class to train with: the one here that computes what `sae_class` does, where that is faster.
+    """Returns the class to train with: this module's equivalent of `sae_class` if that is faster, else `sae_class`.
 
     Args:
-        sae_class: SAELens's class.
+        sae_class: SAELens's training class.
         cfg: the SAE's configuration.
-        compiled: whether the step will go through torch.compile, which is for SAELens's own.
+        compiled: whether the step is compiled with torch.compile, which is offered for SAELens's own classes only.
     """
     crossover = CROSSOVER.get(torch.device(cfg.device).type, max(CROSSOVER.values()))
     few = isinstance(cfg, TopKTrainingSAEConfig) and cfg.d_sae >= crossover * cfg.k

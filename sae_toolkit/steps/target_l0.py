@@ -1,4 +1,4 @@
-"""The sparsity weight, found while training: of SAEs whose L0 is an outcome and not a setting."""
+"""The control of the sparsity weight during training, for SAEs whose L0 is not a setting but a result."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-NEAR_TARGET = 0.1  # how far from the target, as a share of it, an L0 may be
-# SAELens's recommendation for JumpReLU (its guide to training), and the encoder that follows, as in Anthropic's setup.
-# With SAELens's defaults thresholds begin at 0.01 and move by at most the learning rate a step.
+NEAR_TARGET = 0.1  # how far an L0 may be from the target, as a share of the target
+# The settings that SAELens recommends for JumpReLU (its guide to training), with gradients to the encoder as in
+# Anthropic's setup. With SAELens's defaults, thresholds start at 0.01 and move by at most the learning rate in a step.
 JUMPRELU = {
     "jumprelu_sparsity_loss_mode": "tanh",
     "jumprelu_bandwidth": 2.0,
@@ -18,31 +18,32 @@ JUMPRELU = {
     "pre_act_loss_coefficient": 3e-6,
 }
 
-# Of the weight that was given, where it starts, and over which share of the run L0 is to come down. One that is too
-# strong kills features, and these do not come back; those of a JumpReLU die the more easily: at once and from a tenth
-# of the weight 36% ended dead, in this way 0.5% (2,304 features, 488 steps).
+# The factor of the given weight to start from, and the share of the run over which L0 comes down to the target. Too
+# large a weight kills features for good, most easily those of a JumpReLU: with a factor of 0.1 and no ramp 36% of them
+# were dead at the end, with these numbers 0.5% (2,304 features, 488 steps).
 _START = {"standard": 0.1, "gated": 0.1, "jumprelu": 0.003}
 _RAMP = {"standard": 0.0, "gated": 0.0, "jumprelu": 0.8}
-# Chosen by runs of 480 and 1,000 steps of standard and gated SAEs on real activations, which began with weights from a
-# twentieth of the right one to fifty times it.
-_FURTHEST = math.log(1000)  # from the weight that was given, either way
-_MEMORY = 0.9  # of the running L0, for each step
+# The next constants were chosen by runs of 480 and 1,000 steps of standard and gated SAEs on real activations, with
+# starting weights from a twentieth of the right one to fifty times the right one.
+_FURTHEST = math.log(1000)  # limit of the logarithm of the factor, in either direction
+_MEMORY = 0.9  # share of the running L0 that a step keeps
 _PROPORTIONAL = 0.5
-_INTEGRAL = 0.6  # e-folds in the steps that turn a feature by its length
-_DOWN = 3.0  # times as fast where the L0 is too low, as features die then
+_INTEGRAL = 0.6  # what an error of 1 adds in the steps in which a feature can turn by its whole length
+_DOWN = 3.0  # how much faster the weight falls than it rises: features die while L0 is too low
 
 
 class L0Control:
-    """A PI controller of the logarithm of the sparsity weight, on the logarithm of the running L0 over its target.
+    """A PI controller of the logarithm of the sparsity weight. Its error is the logarithm of the running L0 / target.
 
-    Nothing waits for the device that it is on.
+    Its state is on the SAE's device, and nothing waits for that device.
 
     Args:
-        target: features active a token.
-        turn: by how much of its length a step can turn a feature, lr x sqrt(d_in) under Adam; L0 follows no faster.
+        target: wanted number of active features of a token.
+        turn: how far a step can turn a feature, as a share of its length: lr x sqrt(d_in) under Adam. L0 cannot follow
+            the weight faster than that.
         device: of the SAE.
-        architecture: of the SAE; where it is jumprelu, L0 comes down to the target evenly in its logarithm.
-        n_steps: of the run.
+        architecture: of the SAE. For jumprelu the logarithm of L0 comes down to the target linearly.
+        n_steps: number of steps of the run.
     """
 
     _STATE = ("integral", "log_l0", "log_first", "n_steps")
@@ -52,12 +53,12 @@ class L0Control:
         self._ramp_steps = int(_RAMP[architecture] * n_steps)
         self._rate = _INTEGRAL * turn
         self._integral = torch.full((), math.log(_START[architecture]), dtype=torch.float64, device=device)
-        self._log_l0 = torch.full_like(self._integral, math.nan)  # running
+        self._log_l0 = torch.full_like(self._integral, math.nan)  # of the running L0
         self._log_first = torch.full_like(self._integral, math.nan)
         self._n_steps = torch.zeros_like(self._integral)
 
     def _error(self) -> torch.Tensor:
-        """Of the running L0 against where it is to be by now, in e-folds."""
+        """Returns the logarithm of the running L0 over the L0 that is due at this step, in [-1, 1]."""
         target = math.log(self.target)
         share_left = (1 - self._n_steps / self._ramp_steps).clamp(min=0) if self._ramp_steps else 0.0
         due = target + share_left * (self._log_first - target).clamp(min=0).nan_to_num()
@@ -65,12 +66,12 @@ class L0Control:
 
     @property
     def factor(self) -> torch.Tensor:
-        """What the weight is multiplied by now."""
+        """The factor by which the weight is multiplied now."""
         return (self._integral + _PROPORTIONAL * self._error()).exp()
 
     @property
     def found_factor(self) -> float:
-        """What the weight would have been multiplied by from the start, as far as is known by now."""
+        """The constant factor that would have led to the target, as far as it is known by now."""
         return self._integral.exp().item()
 
     @property
@@ -80,16 +81,18 @@ class L0Control:
 
     @property
     def is_near(self) -> bool:
+        """Whether the running L0 is within `NEAR_TARGET` of the target."""
         return abs(self.l0 / self.target - 1) <= NEAR_TARGET
 
     def update(self, l0: torch.Tensor, pace: float, skip: torch.Tensor) -> None:
-        """Takes a step in.
+        """Updates the factor after a training step.
 
         Args:
-            l0: of its batch, [].
-            pace: its learning rate, as a share of the full one. The weight slows down with its root: where it kept its
-                pace, it would run away from an L0 that cannot follow any more; with the rate itself, it would be late.
-            skip: whether it was not applied, [], boolean.
+            l0: the L0 of the step's batch, [].
+            pace: the step's learning rate, as a share of the full one. The factor changes in proportion to its square
+                root: at full speed it would run away from an L0 that can no longer follow, and in proportion to the
+                rate itself it would be too late.
+            skip: whether the step was not applied, [], boolean.
         """
         log_l0 = l0.double().clamp(min=1e-3).log()
         running = torch.where(self._log_l0.isnan(), log_l0, torch.lerp(log_l0, self._log_l0, _MEMORY))

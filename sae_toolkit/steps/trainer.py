@@ -1,4 +1,4 @@
-"""SAELens's trainer with a step that does not wait for the device."""
+"""SAELens's trainer with a training step that does not wait for the device."""
 
 from __future__ import annotations
 
@@ -24,28 +24,32 @@ from sae_toolkit.steps.target_l0 import L0Control
 _ADJUSTED = ("l0", "l1")  # SAELens's schedules of the sparsity weights l0_coefficient and l1_coefficient
 _COUNTS = ("n_not_finite", "n_not_finite_in_a_row")
 
-# How many steps old the count of dead features may be that a step goes by.
+# How many steps pass between counting the dead features and using the count.
 _STEPS_BEHIND = 4
 
 
 class Trainer(SAETrainer[Any, Any]):
-    """SAELens's trainer: schedules, statistics, logs and checkpoints are its own.
+    """SAELens's trainer with a faster step. Schedules, statistics, logs and checkpoints are SAELens's own.
 
-    Its step is written anew, to the same result: Adam is fused, firings are counted where the activations are
-    sparse, dead features are counted some steps ahead, and a step whose loss or gradient is not finite is not
-    applied. With the SAEs of `sparse_topk` none of it waits for the device, but for shards. On a CUDA device the SAE's
-    products are in TF32, on a CPU in bfloat16 where `products_in_bfloat16` says so.
+    The result of a step is that of SAELens's step. Adam is fused, firings are counted from sparse activations, and dead
+    features are counted some steps ahead. A step whose loss or gradient is not finite is not applied. With the SAEs
+    of `sparse_topk` the step does not wait for the device, unless the SAE is sharded. On a CUDA device the SAE's
+    products are in TF32; on a CPU they are in bfloat16 if `products_in_bfloat16` is set.
 
-    `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last that was;
-    both are on the device.
+    `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last step that
+    was. Both are on the device.
 
-    Where there are several ranks, each steps on its own part of a batch, all of them begin with the weights of rank
-    0, and gradients, firings, selections and readings are those of the whole batch: the SAE does not depend on how
-    many ranks there are, but for the rounding of sums.
+    Each of several ranks steps on its own part of a batch. All ranks start with the weights of rank 0, and gradients,
+    firings, selections and metrics are those of the whole batch. So the SAE does not depend on the number of ranks,
+    except for the rounding of sums.
 
     Args:
-        ranks: who share a batch of `cfg.train_batch_size_samples`.
-        target_l0: how many features of a token the sparsity weight is adjusted to let be active; None leaves it.
+        cfg: SAELens's configuration.
+        sae: the SAE to train.
+        data_provider: not used by `step`; SAELens's own training loop reads it.
+        ranks: the ranks that share a batch of `cfg.train_batch_size_samples` tokens.
+        target_l0: the number of active features of a token that the sparsity weight is adjusted to; None to leave the
+            weight.
     """
 
     products_in_bfloat16 = False
@@ -65,9 +69,9 @@ class Trainer(SAETrainer[Any, Any]):
             self.l0_control = L0Control(target_l0, turn, cfg.device, sae.cfg.architecture(), cfg.total_training_steps)
         self._fuse_optimizer()
         self.ranks = ranks
-        self._sums: list[Any] = []  # of gradients, on their way
+        self._sums: list[Any] = []  # of gradients, not finished yet
         if not ranks.is_alone:
-            for tensor in self._tensors_of_all_ranks():
+            for tensor in self._replicated_tensors():
                 ranks.broadcast_tensor(tensor)
                 if isinstance(tensor, torch.nn.Parameter):
                     tensor.register_post_accumulate_grad_hook(
@@ -78,14 +82,14 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self._counts_of_dead: deque[_Reading] = deque()
 
-    def _tensors_of_all_ranks(self) -> list[torch.Tensor]:
-        """What is the same on all ranks; the gradients of what is trained of it are added up."""
+    def _replicated_tensors(self) -> list[torch.Tensor]:
+        """Returns the tensors that are equal on all ranks. Gradients of the parameters among them are summed."""
         return [*self.sae.parameters(), *self.sae.buffers()]
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
-        """One step on raw activations [B, D]; the caller advances `n_training_steps`, as with SAELens's.
+        """Takes one step on raw activations [B, D]. The caller advances `n_training_steps`, as with SAELens's trainer.
 
-        Where memory is short, on a single rank, it is tried once more with all that the allocator can free.
+        If memory runs out on a single rank, the step is tried once more after the allocator's cache was emptied.
         """
         if isinstance(self.sae, SparseTopKTrainingSAE):
             self.sae.dead_bound = self._dead_bound()
@@ -93,9 +97,9 @@ class Trainer(SAETrainer[Any, Any]):
             try:
                 return self._step(batch)
             except torch.OutOfMemoryError:
-                if not self.ranks.is_alone:  # the others would wait for this one where they are
+                if not self.ranks.is_alone:  # the others would wait forever for this one
                     raise
-            # out of the handler, whose traceback holds the step's tensors
+            # Outside the handler, as its traceback keeps the step's tensors alive.
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
             return self._step(batch)
@@ -115,7 +119,7 @@ class Trainer(SAETrainer[Any, Any]):
                     is_logging_step=self._is_logging_step(),
                 )
             )
-        if isinstance(self.sae, BatchTopKTrainingSAE):  # moved towards the least activation of this rank's
+        if isinstance(self.sae, BatchTopKTrainingSAE):  # this rank's own smallest activation moved it
             self.ranks.minimum(self.sae.topk_threshold)
 
         share = len(batch) / n_samples  # SAELens's losses are means over tokens
@@ -123,7 +127,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.ranks.finish(self._sums)
         grad_norm = self._grad_norm()
         torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), 1.0, grad_norm)
-        firings_F, loss = self._of_whole_batch(_count_firings(output.feature_acts), output.loss.detach(), share)
+        firings_F, loss = self._over_whole_batch(_count_firings(output.feature_acts), output.loss.detach(), share)
         not_finite = ~(loss + grad_norm).isfinite()
         self.n_not_finite += not_finite
         self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
@@ -148,40 +152,41 @@ class Trainer(SAETrainer[Any, Any]):
         self.after_loading()
 
     def after_loading(self) -> None:
-        """Goes on from the state that it has been given."""
+        """Prepares the trainer for the state that was loaded into it."""
         self._counts_of_dead.clear()
         self._fuse_optimizer()
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:
-        """Weights and state, as SAELens saves them."""
+        """Loads the weights and the trainer's state that SAELens saved."""
         self.load_trainer_state(checkpoint_path)
         self.sae.load_weights_from_checkpoint(checkpoint_path)
 
     def whole(self, *, finished: bool) -> Trainer | None:
-        """The trainer of all features, to be saved; None where that is another rank's.
+        """Returns the trainer of the whole SAE, to be saved; None if another rank returns it.
 
         Args:
-            finished: whether Adam's moments are of no use any more.
+            finished: whether Adam's moments may be left out.
         """
         return self
 
     def state_beside_saelens(self) -> dict[str, Any]:
-        """What `save_trainer_state` does not know of."""
+        """Returns the part of the state that SAELens's `save_trainer_state` does not save."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _COUNTS}
         return state | ({"l0_control": self.l0_control.state_dict()} if self.l0_control else {})
 
     def load_state_beside_saelens(self, state: dict[str, Any]) -> None:
+        """Loads what `state_beside_saelens` returned."""
         for name in _COUNTS:
             setattr(self, name, state[name].to(self.cfg.device))
         if self.l0_control:
             self.l0_control.load_state_dict(state["l0_control"])
 
     def _warms_up(self) -> bool:
-        """Whether SAELens still raises the sparsity weight to its value."""
+        """Returns whether SAELens is still raising the sparsity weight to its final value."""
         return any(self.n_training_steps < each.warm_up_steps for each in self.coefficient_schedulers.values())
 
     def get_coefficients(self) -> dict[str, Any]:
-        """The weights of the loss now; the one that is adjusted is on the device."""
+        """Returns the current weights of the loss terms. An adjusted weight is a tensor on the device."""
         coefficients = super().get_coefficients()
         if self.l0_control is None:
             return coefficients
@@ -190,7 +195,7 @@ class Trainer(SAETrainer[Any, Any]):
 
     @property
     def found_weight(self) -> dict[str, float]:
-        """The sparsity weight that the adjustment came to, under SAELens's name for it; empty where there is none."""
+        """The sparsity weight that was found, under SAELens's name for it; empty if the weight is not adjusted."""
         if self.l0_control is None:
             return {}
         factor = self.l0_control.found_factor
@@ -206,14 +211,16 @@ class Trainer(SAETrainer[Any, Any]):
         for group in self.optimizer.param_groups:
             group["fused"] = True
         for parameter, state in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel reads all as one piece of memory
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel needs them laid out in memory as the parameter is
                 moment = state[name]
                 if moment.device != parameter.device or moment.stride() != parameter.stride():
                     state[name] = torch.empty_like(parameter).copy_(moment)
 
     def _lay_out_gradients(self) -> None:
-        """Spares a copy. On a CPU the fused kernel goes over memory, place after place; of a gradient that is not
-        row-major, as that of `sparse_topk`'s W_enc, it first makes a row-major copy that it then does not use.
+        """Saves a copy of each gradient that is not row-major, such as that of `sparse_topk`'s W_enc.
+
+        On a CPU the fused kernel goes through memory in order. It would first make a row-major copy of such a gradient,
+        and then not use that copy.
         """
         for weight in self.sae.parameters():
             grad = weight.grad
@@ -223,18 +230,18 @@ class Trainer(SAETrainer[Any, Any]):
                 weight.grad = grad.t().view(grad.shape)
 
     def _grad_norm(self) -> torch.Tensor:
-        # Of a matrix that of each feature first, which on a CPU takes half the time.
+        # For a matrix the norm of each feature comes first, which takes half the time on a CPU.
         norms = [p.grad.norm(dim=p.grad.stride().index(1)) for p in self.sae.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(norms)
 
     @torch.no_grad()
-    def _of_whole_batch(
+    def _over_whole_batch(
         self, firings_F: torch.Tensor, loss: torch.Tensor, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How often each feature fired [F], and the loss [], given those of this rank's part."""
+        """Returns the firings [F] and the loss [] of the whole batch, given those of this rank's part."""
         if self.ranks.is_alone:
             return firings_F, loss
-        wide = torch.promote_types(loss.dtype, torch.float32)  # counts do not fit into float16
+        wide = torch.promote_types(loss.dtype, torch.float32)  # float16 cannot hold the counts
         both = self.ranks.sum(torch.cat((firings_F.to(wide), loss.to(wide)[None] * share)))
         return both[:-1], both[-1]
 
@@ -246,12 +253,12 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
     def firing_counts(self) -> torch.Tensor:
-        """How often each feature fired in the last `n_frac_active_samples` tokens, [F]."""
+        """Returns how often each feature fired in the last `n_frac_active_samples` tokens, [F]."""
         return self.act_freq_scores
 
     @torch.no_grad()
     def build_train_step_log_dict(self, output: TrainStepOutput, n_training_samples: int) -> dict[str, Any]:
-        """SAELens's readings of a step, over the whole batch."""
+        """Returns SAELens's metrics of a step, over the whole batch."""
         return self._readings(output, n_training_samples) | {
             f"details/{name}_coefficient": float(value) for name, value in self.get_coefficients().items()
         }
@@ -275,11 +282,12 @@ class Trainer(SAETrainer[Any, Any]):
         return reading | {"metrics/l0": float(mean(reading["metrics/l0"]))}
 
     def _dead_bound(self) -> tuple[int, int] | None:
-        """At most how many features are dead now, of all and on the rank that has the most; None on a CPU, where
-        counting costs nothing.
+        """Returns upper bounds of the number of dead features: in all, and on the rank that has the most.
 
-        A feature that is dead in n steps has by now been silent for all but n steps of the window. Counting those
-        gives a number that can be read n steps later, when the device has long computed it.
+        None means that the dead features are to be counted, as on a CPU, where that costs nothing.
+
+        A feature that will be dead in n steps has already been silent for all but n steps of the window. The number of
+        such features is read n steps later, when the device has long computed it.
         """
         if self.act_freq_scores.device.type == "cpu":
             return None
@@ -291,13 +299,13 @@ class Trainer(SAETrainer[Any, Any]):
         return total, most
 
     def _count(self, features_F: torch.Tensor) -> torch.Tensor:
-        """How many of all features, and on the rank that has the most: [2]."""
+        """Returns how many of the features [F] are true: in all, and on the rank that has the most, [2]."""
         return features_F.sum().expand(2)
 
 
 @torch.no_grad()
 def _count_firings(feature_acts: torch.Tensor) -> torch.Tensor:
-    """How often each feature fired, [F]."""
+    """Returns how often each feature fired, [F]."""
     if not feature_acts.is_sparse:
         return (feature_acts != 0).sum(0)
     fired_N = (feature_acts._values() > 0).float()
@@ -306,8 +314,8 @@ def _count_firings(feature_acts: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _fast_products(device: torch.device, in_bfloat16: bool) -> Iterator[None]:
-    """Lets products of float32 matrices take TF32 on a CUDA device, where asked bfloat16 on a CPU, which add up in
-    float32; nothing else after it.
+    """Sets the precision of products of float32 matrices: TF32 on a CUDA device and, if `in_bfloat16`, bfloat16 on a
+    CPU. Sums stay in float32, and the precision is restored at the end.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
@@ -321,7 +329,7 @@ def _fast_products(device: torch.device, in_bfloat16: bool) -> Iterator[None]:
 
 
 class _Reading:
-    """Numbers that are on their way from a CUDA device."""
+    """Integers that are being copied from a CUDA device while the program goes on."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -331,5 +339,6 @@ class _Reading:
             self._arrived.record()
 
     def values(self) -> list[int]:
+        """Waits for the copy and returns the integers."""
         self._arrived.synchronize()
         return self._host.tolist()

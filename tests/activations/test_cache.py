@@ -1,4 +1,4 @@
-"""A second run takes its activations from the first one's cache, to the same weights, and never wrong ones."""
+"""A second run reads its activations from the first run's cache, and ends in the same weights."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_a_damaged_context_is_computed_again_and_said(script, cached_run, tmp_pa
     content[1000] ^= 1
     file.write_bytes(content)
     second = script("sae_lens_train.py", *cached_run)
-    assert "1 computed, 1 of them since their checksums did not fit" in second.stderr
+    assert "1 computed, 1 of them because their checksums did not match" in second.stderr
     torch.testing.assert_close(weights(second), weights(first), rtol=1e-3, atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_a_cache_of_something_else_is_refused_before_a_model_is_loaded(script, c
 
 def test_a_directory_that_is_no_cache_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
-    with pytest.raises(UserError, match="not empty, and no cache"):
+    with pytest.raises(UserError, match="not empty, and not a cache"):
         ActivationCache(tmp_path, {}, ROWS_NT, 32)
     (tmp_path / "thesis.txt").rename(tmp_path / "parameters.json")
     with pytest.raises(UserError, match="parameters.json is damaged; delete the directory"):

@@ -1,4 +1,4 @@
-"""The stream serves every activation it should, once a pass, shuffled as SAELens shuffles, and can be resumed."""
+"""The stream serves every activation once in each pass, shuffled as SAELens shuffles, and can be resumed."""
 
 import re
 import sys
@@ -50,7 +50,7 @@ def test_the_buffer_serves_the_batches_of_saelens(mix_fraction):
     generator = torch.Generator().manual_seed(7)
     buffer, ours = ShuffleBuffer(100, 16, mix_fraction, generator), []
     for chunk in chunks:
-        buffer.add(chunk)
+        buffer.add(chunk, [len(chunk)])
         buffer.serve_if_full()
         while not buffer.filling:
             ours.append(buffer.take())
@@ -103,7 +103,7 @@ def test_a_resumed_stream_serves_what_the_undisturbed_one_does(tmp_path, model, 
 
 
 class OnAnotherDevice:
-    """The model, as if it were not where the SAE is."""
+    """The model, which pretends to be on another device than the SAE."""
 
     device, dtype = torch.device("meta"), torch.float32
 
@@ -112,7 +112,7 @@ class OnAnotherDevice:
 
 
 def test_rows_that_run_ahead_on_another_device_are_the_same(tmp_path, model, rows_NT):
-    here = list(islice(stream(model, rows_NT), 50))  # into the second pass over the rows
+    here = list(islice(stream(model, rows_NT), 50))  # this reaches the second pass over the rows
     ahead = stream(OnAnotherDevice(model), rows_NT, device="cpu")
     assert all(torch.equal(batch, next(ahead)) for batch in here[:20])
     torch.save(ahead.state_dict(), tmp_path / "state.pt")
@@ -132,7 +132,7 @@ def test_rows_keep_their_order_where_nothing_is_to_be_mixed(model, rows_NT):
 def test_activations_that_are_not_finite_are_said(tiny_model, rows_NT):
     overflowing = load_language_model(find_model(str(tiny_model)), "blocks.2.hook_resid_post", "cpu", torch.float32)
     overflowing.layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
-    with pytest.raises(UserError, match="--lm_dtype .*: the activations' median norm is nan; use another"):
+    with pytest.raises(UserError, match="--lm_dtype .*: the median norm of the activations is nan; use another dtype"):
         stream(overflowing, rows_NT).calibrate(3, max_norm_multiple=10)
 
 
@@ -159,7 +159,7 @@ print("rows", stream.rows_at_once, stream.next_row)
 
 
 def test_a_forward_pass_that_does_not_fit_is_halved_until_it_does(tiny_model):
-    """The process may really take no more than 100 MiB on top of what it has."""
+    """The operating system lets the process take no more than 100 MiB on top of what it holds."""
     done = run_process(sys.executable, "-c", _UNDER_A_LIMIT, tiny_model, 2048, 100, PYTHONPATH=str(ROOT))
     assert done.status == 0, done.stderr
     halved = [int(n) for n in re.findall(r"out of memory: going on with --store_batch_size_prompts (\d+)", done.stdout)]

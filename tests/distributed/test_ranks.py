@@ -1,4 +1,4 @@
-"""One SAE on several processes is the SAE of one process."""
+"""An SAE trained on several ranks equals the one that a single rank trains."""
 
 import sys
 
@@ -18,7 +18,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 @pytest.fixture(scope="module")
 def results(language_model, tokenizer, tmp_path_factory):
-    """What 1 and 2 processes made of the same batches of real activations."""
+    """The results of 1 and of 2 ranks on the same batches of real activations."""
     directory = tmp_path_factory.mktemp("ranks")
     text = (ROOT / "README.md").read_text()
     tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 12 * 256]).reshape(12, 256)

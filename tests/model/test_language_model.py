@@ -1,4 +1,4 @@
-"""The hooked model computes what transformer-lens computes, and nothing that is thrown away."""
+"""The hooked model computes what transformer-lens computes, and computes nothing that is not used."""
 
 import copy
 from contextlib import ExitStack
@@ -67,7 +67,7 @@ def residual_hooks(family: str) -> list[str]:
 
 @torch.no_grad()
 def logits_with_plain_hooks(hooked: LanguageModel, replaced_BTD: torch.Tensor, old_BTD: torch.Tensor) -> torch.Tensor:
-    """Logits of a whole forward pass, the residual stream replaced by PyTorch hooks alone."""
+    """Logits of a whole forward pass in which PyTorch hooks replace the residual stream."""
     layer = hooked.layers[hooked.hook.layer]
 
     def new_input(_module, args):

@@ -1,4 +1,4 @@
-"""Every architecture's checkpoint, finished or not, loads as plain SAELens loads it and computes the same."""
+"""The checkpoints of every architecture, finished or not, load and compute as in plain SAELens."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.settings.training import ARCHITECTURES
+from support.sae_files import load
 
 ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
 SAELENS_FILES = {"cfg.json", "runner_cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
@@ -77,7 +78,7 @@ def test_the_threshold_of_a_short_batchtopk_run_is_not_pulled_to_zero(script, ti
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
 def test_checkpoints_of_saelens_6_6_4_load(tmp_path, architecture):
-    """Its inference form: no `rescale_acts_by_decoder_norm`, a `threshold` for JumpReLU."""
+    """Its inference form has no `rescale_acts_by_decoder_norm`, and a `threshold` for JumpReLU."""
     generator = torch.Generator().manual_seed(1)
     weights = {
         "W_enc": torch.randn(32, 64, generator=generator),
@@ -118,7 +119,7 @@ def test_damaged_weights_are_refused(script, tiny_run):
         load_sae(final, "cpu")
     (final / "manifest.json").unlink()
     with pytest.raises(UserError, match="damaged or incomplete"):
-        load_sae(final, "cpu")
+        load(final)
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "//etc/hostname", "../outside", "inside/../../outside"])

@@ -19,7 +19,7 @@ from support.sae_files import ACTS, D, F, K, assert_agree, load, random_dictiona
 
 
 def by_formula(dict_class: str, state: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and reconstruction in float64, written down from the library's definitions."""
+    """Features and reconstruction in float64, by the library's definitions."""
     s = {name: tensor.double() for name, tensor in state.items()}
     x = ACTS.double()
     W_enc = s["encoder.weight"].T if "encoder.weight" in s else s["W_enc"]
@@ -123,7 +123,7 @@ def test_a_pickle_of_more_than_tensors_is_not_opened(tmp_path):
         ("GatedAutoEncoder", {"decoder.weight": torch.zeros(D)}, {}, "W_dec has shape"),
         ("JumpReluAutoEncoder", {"W_enc": torch.zeros(F, D)}, {}, "W_enc has shape"),
         ("AutoEncoder", {"encoder.bias": torch.full([F], torch.nan)}, {}, f"{F} of the {F} numbers of b_enc are NaN"),
-        ("AutoEncoderTopK", {"b_dec": "text"}, {}, "is no state dict of tensors"),
+        ("AutoEncoderTopK", {"b_dec": "text"}, {}, "is not a state dict of tensors"),
     ],
 )
 def test_a_dictionary_that_cannot_be_used_is_refused(tmp_path, dict_class, changes, trainer, says):
@@ -134,7 +134,7 @@ def test_a_dictionary_that_cannot_be_used_is_refused(tmp_path, dict_class, chang
 
 @pytest.fixture(scope="session")
 def dictionary_learning_python() -> Path:
-    """The Python of an environment where dictionary_learning imports, made if it is missing."""
+    """The Python of an environment with dictionary_learning, which is created if it is missing."""
     environment = ROOT / ".venv-dictionary-learning"
     python = environment / "bin" / "python"
     complete = environment / "complete"

@@ -1,4 +1,4 @@
-"""An SAE is found by any name that leads to it, and a name that leads to none says what there is."""
+"""An SAE is found by each kind of name, and the refusal of a wrong name says which names there are."""
 
 import http.server
 import json
@@ -107,7 +107,7 @@ def test_a_name_that_leads_to_no_sae_says_what_there_is(tmp_path, monkeypatch, n
 
 @pytest.fixture
 def hub(sparsify, tmp_path, monkeypatch):
-    """A hub on loopback with one repository, owner/saes, of two sparsify SAEs, and an empty cache."""
+    """A hub on loopback with one repository of two sparsify SAEs, owner/saes, and an empty cache."""
     root = tmp_path / "repository"
     for layer in (1, 2):
         random_sparse_coder(sparsify, root / f"layers.{layer}")

@@ -82,7 +82,7 @@ def test_which_of_several_hookpoints_must_be_said(sparsify_run):
         find_saes([str(sparsify_run)])
     with pytest.raises(UserError, match=holds + r"no layers\.7 among them; "):
         find_saes([f"{sparsify_run}:layers.7"])
-    with pytest.raises(UserError, match=holds + r"not one of them for layers\.2; "):
+    with pytest.raises(UserError, match=holds + r"not exactly one of them is for layers\.2; "):
         find_saes([str(sparsify_run)], layer=2)
 
 

@@ -91,7 +91,7 @@ def test_a_process_that_dies_ends_the_run_on_both_hosts(hosts, tiny_model, text_
     assert [status for status, _, _ in ended.values()] == [1, 1]
     assert "rank 1 was killed by SIGKILL" in ended.pop(victim)[2]
     ((_, _, stderr),) = ended.values()
-    assert "another process of this run is gone" in stderr
+    assert "another rank is gone or hangs" in stderr
 
 
 def wait_for_ranks(launch: Launch) -> dict[int, int]:

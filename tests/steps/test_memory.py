@@ -1,4 +1,4 @@
-"""A dry run says what memory a run will take, and what to lower where that is too much."""
+"""A dry run predicts the memory that a run takes, and says which flags to lower if it is too much."""
 
 import re
 

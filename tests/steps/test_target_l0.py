@@ -1,4 +1,4 @@
-"""The sparsity weight is found while training, whatever it starts from."""
+"""Training finds the sparsity weight for a wanted L0, whatever weight it starts from."""
 
 import pytest
 import torch
@@ -56,4 +56,4 @@ def test_the_running_l0_comes_to_within_a_tenth_of_the_target(acts_ND, architect
     assert trainer.l0_control.is_near
     ((name, weight),) = trainer.found_weight.items()
     reading = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-    assert reading[f"details/{name}"] == pytest.approx(weight, rel=0.2)  # what it is adjusted to now, and has come to
+    assert reading[f"details/{name}"] == pytest.approx(weight, rel=0.2)  # the current weight is near the found one

@@ -27,7 +27,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def acts_ND(language_model, tokenizer):
-    """5,000 real activations, without those of the first position, of mean norm sqrt(d_in)."""
+    """5,000 real activations with a mean norm of sqrt(d_in), without those of the first position."""
     text = next(text for text in embedded_wikipedia() if len(text) > 60_000)
     tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 20 * 256]).reshape(20, 256)
     acts = language_model.activations(tokens_BT)[:, 1:].flatten(0, 1)
@@ -73,7 +73,7 @@ def losses(trainer, acts_ND, n_steps):
     [("topk", 1, True), ("topk", 6, False), ("batchtopk", 1, False), ("batchtopk", 6, True), ("batchtopk", 1000, True)],
 )
 def test_twenty_steps_in_float64_are_saelens_own(acts_ND, architecture, dead_feature_window, rescale):
-    """Windows of 1 and 6 steps leave more dead features than the auxiliary loss takes, some, and none."""
+    """With a window of 1 step more features are dead than the auxiliary loss takes, with 6 some, with 1,000 none."""
     settings = {"rescale_acts_by_decoder_norm": rescale}
     theirs, ours = trainers(architecture, torch.float64, dead_feature_window, **settings)
     their_curve, our_curve = (losses(t, acts_ND.double(), 20) for t in (theirs, ours))
@@ -87,7 +87,7 @@ def test_twenty_steps_in_float64_are_saelens_own(acts_ND, architecture, dead_fea
 
 @pytest.mark.parametrize("architecture", SETTINGS)
 def test_two_hundred_steps_in_float32_keep_to_saelens_curve(acts_ND, architecture):
-    """Without dead features: where their loss takes part, a rounding of the weights moves SAELens's own curve more."""
+    """No feature is dead: with the loss of dead features, rounding the weights changes SAELens's own curve more."""
     theirs, ours = trainers(architecture, torch.float32, dead_feature_window=1000)
     their_curve, our_curve = (losses(t, acts_ND, 200)[:, 0] for t in (theirs, ours))
     assert their_curve[-1] != pytest.approx(their_curve[0], rel=0.02)
@@ -107,7 +107,7 @@ def test_a_step_that_is_not_finite_is_not_applied(acts_ND):
 
 
 def test_memory_does_not_grow_with_each_number_of_dead_features(acts_ND):
-    """oneDNN keeps what it prepared for each size of a product in bfloat16."""
+    """oneDNN keeps in memory what it prepared for each size of a product in bfloat16."""
     _, trainer = trainers("topk", torch.float32, dead_feature_window=5)
     trainer.products_in_bfloat16 = True
     held = []
@@ -133,7 +133,7 @@ def test_steps_change_nothing_that_saelens_saves(acts_ND, tmp_path):
         mine, wanted = (load_file(tmp_path / pattern.format(name)) for name in ("ours", "theirs"))
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
     resumed = trainers("topk", torch.float32, dead_feature_window=5)[1]
-    resumed.load_trainer_state(tmp_path / "theirs")  # a checkpoint of SAELens's own trainer goes on here
+    resumed.load_trainer_state(tmp_path / "theirs")  # a checkpoint of SAELens's own trainer
     resumed.sae.load_weights_from_checkpoint(tmp_path / "theirs")
     np.testing.assert_allclose(losses(resumed, acts_ND, 3), losses(theirs, acts_ND, 3), rtol=1e-4)
 
@@ -146,12 +146,12 @@ def test_the_largest_are_found_whatever_is_equal(values):
         assert torch.equal(values[found].sort(descending=True).values, values.topk(n).values)
         assert (found.diff() > 0).all()
     values[3::4] = torch.nan
-    for n in (1, 64, 999):  # fewer than there are, and more
+    for n in (1, 64, 999):  # fewer than there are nan values, and more
         assert len(largest(values, n)) == n
         assert values[largest(values, n)].isnan().sum() == min(n, 250)
 
 
-@pytest.mark.parametrize("n_features", [4096, 4097, 200])  # in blocks, and not
+@pytest.mark.parametrize("n_features", [4096, 4097, 200])  # the first in blocks, the others not
 @pytest.mark.parametrize("equal", [False, True])
 def test_the_largest_of_a_row_are_those_that_topk_finds(n_features, equal):
     values_BF = torch.randn(50, n_features)
