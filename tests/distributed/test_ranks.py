@@ -7,7 +7,9 @@ import torch
 
 from sae_toolkit.distributed.ranks import Ranks
 from sae_toolkit.errors import UserError
+from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.text.sources import open_text
 from sae_toolkit.training.setup import prepare_run
 from support.processes import ROOT, run_process
 from support.step_in_ranks import BATCH, N_STEPS, NAMES
@@ -20,7 +22,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 def results(language_model, tokenizer, tmp_path_factory):
     """The results of 1 and of 2 ranks on the same batches of real activations."""
     directory = tmp_path_factory.mktemp("ranks")
-    text = (ROOT / "README.md").read_text()
+    text = next(iter(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents()))
     tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 12 * 256]).reshape(12, 256)
     acts = language_model.activations(tokens_BT)[:, 1:].flatten(0, 1)
     acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]

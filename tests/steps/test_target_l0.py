@@ -5,9 +5,10 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
+from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from sae_toolkit.steps.trainer import Trainer
-from support.processes import ROOT
+from sae_toolkit.text.sources import open_text
 
 BATCH, N_STEPS = 128, 500
 
@@ -15,7 +16,7 @@ BATCH, N_STEPS = 128, 500
 @pytest.fixture(scope="module")
 def acts_ND(language_model, tokenizer):
     """Real activations with a mean norm of sqrt(D), as a run has them, without the massive ones."""
-    text = (ROOT / "README.md").read_text()
+    text = next(iter(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents()))
     tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
     acts = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)]).float()
     acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]

@@ -22,7 +22,7 @@ from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 from support.processes import HOOK, ROOT
 
-# What the activations at layer 12 of the embedded model are like (README, What the numbers mean).
+# What the activations at layer 12 of the embedded model are like (docs/metrics.md, Massive activations).
 UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share=1.0)
 FILTERED = MeasuredActivations(median_norm=math.sqrt(576), massive_share=0.0, kept_share=1.0)
 

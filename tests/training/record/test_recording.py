@@ -1,4 +1,4 @@
-"""A run is recorded under the names that the README gives, in wandb or TensorBoard, with what it was made from."""
+"""A run is recorded under the names in docs/training.md, in wandb or TensorBoard, with what it was made from."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.processes import ROOT, run_process
 from support.wandb_reader import read_offline_runs
 
-PANELS = re.findall(r"`((?:learning|sparsity|alive|speed|held_out)/\w+)`", (ROOT / "README.md").read_text())
+PANELS = re.findall(r"`((?:learning|sparsity|alive|speed|held_out)/\w+)`", (ROOT / "docs" / "training.md").read_text())
 TRAIN = [
     *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--training_tokens", 24 * 1024, "--lr_decay_steps", 4),
     *("--eval_every", 10_000),
@@ -39,7 +39,7 @@ def in_wandb(tmp_path_factory):
     return sae_path, done, *read_offline_runs(directory)
 
 
-def test_every_panel_of_the_readme_is_in_the_record(in_wandb):
+def test_every_panel_of_the_documentation_is_in_the_record(in_wandb):
     *_, training, _ = in_wandb
     assert len(PANELS) > 20
     recorded = {name for row in training.history for name in row}
