@@ -8,7 +8,8 @@ import numpy as np
 
 from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, outside, percent, standard_of
 from sae_toolkit.diagnosis.history import TrainingHistory
-from sae_toolkit.evaluation.probes import MASSIVE, STRONGEST, TWINS
+from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE
+from sae_toolkit.evaluation.probes import MASSIVE, STRONGEST
 from sae_toolkit.training.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOKENS_A_FEATURE, MOST_MASSIVE_SHARE
 
 _TARGET_L0 = 64
@@ -86,8 +87,9 @@ def _l1_penalty(e: Evidence) -> Finding | None:
     return Finding(
         "an L1 penalty keeps features alike",
         ("decoder_absorption",),
-        f"{e.probes.twins:.1%} of the features have a twin with a cosine above {TWINS:g}, and the mean largest cosine"
-        f" is {absorption:.2f}, where random directions have {e.summary['decoder_cosines']['random_directions']:.2f}",
+        f"{e.probes.twins:.1%} of the features have a twin with a cosine above {NEAR_DUPLICATE:g}, and the mean"
+        f" largest cosine is {absorption:.2f}, where random directions have"
+        f" {e.summary['decoder_cosines']['random_directions']:.2f}",
         ("--architecture", "batchtopk", "--k", str(_TARGET_L0)),
         (absorption - limit) / (1 - limit),
     )
@@ -262,7 +264,7 @@ def _duplicates(e: Evidence) -> Finding | None:
     if e.probes.twins < 0.01 or _WEIGHTS.get(e.architecture) == "l1_coefficient":
         return None
     together = e.probes.twins_together
-    says = f"{e.probes.twins:.0%} of the features have a twin with a cosine above {TWINS:g}" + (
+    says = f"{e.probes.twins:.0%} of the features have a twin with a cosine above {NEAR_DUPLICATE:g}" + (
         f", and fire on {together:.0%} of the tokens on which either does" if together is not None else ""
     )
     settings = e.flag("set") or []

@@ -1,4 +1,4 @@
-"""Streams real text through a language model and SAEs at its hook, and measures what becomes of both."""
+"""The evaluation: runs text through a language model and through SAEs at one of its hooks, and measures both."""
 
 from __future__ import annotations
 
@@ -27,27 +27,29 @@ from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.terminal.progress import Progress
 
-# Where not one position counted in so many batches, none will.
+# If no position was scored in this many batches, none will be.
 _BATCHES_WITHOUT_A_POSITION = 4
-# Hooks whose activations are added to the residual stream as they are, or are it: what the output head reads.
+# Hooks at the residual stream, which the output head reads, or at what is added to it.
 _WRITES_TO_RESIDUAL = re.compile(r"\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)$")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one SAE, and on how much.
+    """What was measured of one SAE, and on how many tokens.
 
     Args:
-        metrics: by name; shares as fractions, losses in nats. NaN where there is no number.
-        intervals: 95% bootstrap intervals of those that are averages over the sample.
-        tokens: on which L0 and reconstruction are measured, in `sequences`.
-        loss_tokens: whose next-token losses were averaged, in `loss_sequences`.
-        dead: what the sample says of silent features, over tokens of their own number.
-        cosines: of the decoder.
-        saebench_core: SAEBench's categories, under its protocol.
-        plots: histograms, as edges and counts.
-        features: for the feature browser.
-        firing_rates_F: firings a token.
+        metrics: values by name: shares in [0, 1], losses in nats, NaN where a metric is undefined.
+        intervals: 95% intervals [low, high] by name, of the metrics that are estimated from a sample.
+        tokens: number of tokens that L0 and reconstruction are measured on.
+        sequences: number of sequences with these tokens.
+        loss_tokens: number of tokens that the next-token losses are averaged over.
+        loss_sequences: number of sequences with these tokens.
+        dead: estimates about silent features, from a number of tokens of its own.
+        cosines: cosines of the decoder vectors.
+        saebench_core: SAEBench's categories; None except under SAEBench's protocol.
+        plots: histograms for the report, as edges and counts, and `never_fired`, a number of features.
+        features: features for the feature browser.
+        firing_rates_F: firings per token.
     """
 
     metrics: dict[str, float]
@@ -67,26 +69,27 @@ class Evaluation:
 def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
     """Measures SAEs on the same rows of tokens.
 
-    The model runs once for what the SAEs share: its own losses, those with zeros at the hook, and the layers
-    up to the hook. Only the layers after it run again for each SAE.
+    What the SAEs share runs once: the layers up to the hook, the model's own losses, and its losses with zeros at
+    the hook. Only the layers after the hook run again for each SAE.
 
     Args:
-        prepared: the SAEs, the rows, and which positions count.
-        model: hooked where the SAEs go.
+        prepared: the SAEs, the rows of tokens and the positions that are scored.
+        model: language model, hooked where the SAEs are.
         batch_size: rows in one forward pass.
 
     Returns:
-        One evaluation for each SAE, in their order.
+        One evaluation for each SAE, in the order of the SAEs.
 
     Raises:
-        UserError: not one position counts for one of the SAEs, or the GPU's memory does not suffice.
+        UserError: no position is scored for one of the SAEs, losses or reconstructions are not finite, or the memory
+            of the GPU does not suffice.
     """
     try:
         return _evaluate_saes(prepared, model, batch_size)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--batch_size {batch_size}: the memory of {prepared.device} does not suffice for {len(prepared.saes)} SAEs"
-            f" and the model ({one_line(error)}); lower it, or name fewer SAEs"
+            f"--batch_size {batch_size}: {prepared.device} has too little memory for {len(prepared.saes)} SAEs and the"
+            f" model ({one_line(error)}); lower --batch_size, or name fewer SAEs"
         ) from error
 
 
@@ -103,15 +106,15 @@ def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_siz
     with Progress("evaluating", rows_NT.size) as progress:
         while start < len(rows_NT):
             stop = min(start + batch_size, next(end for end in ends if end > start))
-            batch = _Batch(start, rows_NT[start:stop].astype(np.int64))
-            tokens_BT = torch.from_numpy(batch.tokens_BT)
+            batch_BT = rows_NT[start:stop].astype(np.int64)
+            tokens_BT = torch.from_numpy(batch_BT)
             if start < prepared.n_loss_rows:
                 clean_BTV, state = model.logits(tokens_BT)
                 zero_logits = zero_ablation.logits(tokens_BT, state)
                 tokens_BT = tokens_BT.to(clean_BTV.device)
                 zero = None
                 for measurement in measurements:
-                    replaced_BTD, scored_BT = measurement.add(batch, state.acts_BTD, with_reconstruction=True)
+                    replaced_BTD, scored_BT = measurement.add(start, batch_BT, state.acts_BTD, with_reconstruction=True)
                     sae_BTV = model.logits_from_hook(tokens_BT, state, replaced_BTD)
                     others: list[Sequence[torch.Tensor]] = [list(sae_BTV)] if zero else [list(sae_BTV), zero_logits]
                     ce_clean_BT, compared = compare_predictions(tokens_BT, clean_BTV, others)
@@ -122,12 +125,12 @@ def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_siz
             else:
                 acts_BTD = model.activations(tokens_BT)
                 for measurement in measurements:
-                    measurement.add(batch, acts_BTD, with_reconstruction=start < prepared.n_sae_rows)
+                    measurement.add(start, batch_BT, acts_BTD, with_reconstruction=start < prepared.n_sae_rows)
             n_batches += 1
             if n_batches == _BATCHES_WITHOUT_A_POSITION or stop == len(rows_NT):
                 for measurement in measurements:
                     measurement.check()
-            progress.advance(batch.tokens_BT.size)
+            progress.advance(batch_BT.size)
             start = stop
     evaluations = [measurement.finish(model) for measurement in measurements]
     for evaluated in prepared.saes:
@@ -138,8 +141,8 @@ def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_siz
 class _ZeroAblation:
     """The model's predictions with zeros at the hook, at every position.
 
-    Where nothing but the hook carries the text onwards (the residual stream), they are the same for every
-    sequence, and computed for one.
+    At a hook of the residual stream, zeros leave nothing of the text, so the predictions are the same for every
+    sequence and are computed for only one.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -148,7 +151,7 @@ class _ZeroAblation:
         self._shared_TV: torch.Tensor | None = None
 
     def logits(self, tokens_BT: torch.Tensor, state: HookState) -> Sequence[torch.Tensor]:
-        """Logits [T, V] of each sequence."""
+        """Returns B tensors of logits [T, V], one for each sequence."""
         if not self._is_shared:
             return list(self.model.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD)))
         if self._shared_TV is None:
@@ -162,14 +165,8 @@ class _ZeroAblation:
         return [self._shared_TV] * len(tokens_BT)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    first_row: int
-    tokens_BT: np.ndarray
-
-
 class _Measurement:
-    """All that is summed up for one SAE while the rows go by."""
+    """The sums for one SAE, to which batches of rows are added."""
 
     def __init__(self, evaluated: EvaluatedSAE, prepared: PreparedEvaluation) -> None:
         sae = evaluated.sae
@@ -185,33 +182,39 @@ class _Measurement:
         self.n_not_special = self.n_replaced = 0
 
     def add(
-        self, batch: _Batch, acts_BTD: torch.Tensor, *, with_reconstruction: bool
+        self, first_row: int, tokens_BT: np.ndarray, acts_BTD: torch.Tensor, *, with_reconstruction: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds a batch to the sums.
 
+        Args:
+            first_row: row number of the batch's first sequence.
+            tokens_BT: token ids.
+            acts_BTD: activations at the hook.
+            with_reconstruction: whether to decode the features; if not, only firings are counted.
+
         Returns:
-            The activations [B, T, D], with the SAE's reconstructions where it stands in for them, and which
-            positions are averaged [B, T].
+            The activations [B, T, D], with reconstructions in place of those that the SAE replaces; and booleans
+            [B, T], True at the positions that are scored.
         """
-        replaced_BT, scored_BT = self._positions(batch.tokens_BT, acts_BTD)
+        replaced_BT, scored_BT = self._positions(tokens_BT, acts_BTD)
         if not with_reconstruction:
             replaced_BT = scored_BT
         else:
-            not_special_BT = torch.from_numpy(~np.isin(batch.tokens_BT, self.prepared.special_token_ids))
+            not_special_BT = torch.from_numpy(~np.isin(tokens_BT, self.prepared.special_token_ids))
             self.n_not_special += int(not_special_BT.sum())
             self.n_replaced += int((not_special_BT & replaced_BT.cpu()).sum())
         sae = self.evaluated.sae
         at_N2 = replaced_BT.nonzero()
         acts_ND = acts_BTD[replaced_BT]
         recons_ND = torch.empty_like(acts_ND, dtype=torch.float32, device=sae.device)
-        n = chunk_length(4 * sae.cfg.d_sae)  # a few tensors of tokens x features at a time
+        n = chunk_length(4 * sae.cfg.d_sae)  # a few tensors of tokens x features exist at a time
         for at in range(0, len(acts_ND), n):
             chunk_ND = acts_ND[at : at + n].to(sae.device, torch.float32)
             features_NF = sae.encode(chunk_ND)
             recons = sae.decode(features_NF) if with_reconstruction else None
             if recons is not None:
                 recons_ND[at : at + n] = recons
-            self._score(batch, scored_BT, at_N2[at : at + n], chunk_ND, features_NF, recons)
+            self._score(first_row, scored_BT, at_N2[at : at + n], chunk_ND, features_NF, recons)
         if not with_reconstruction:
             return acts_BTD, scored_BT
         if self.saebench is not None:
@@ -222,7 +225,7 @@ class _Measurement:
         return replaced_BTD, scored_BT
 
     def _positions(self, tokens_BT: np.ndarray, acts_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the SAE stands in, and which of these positions are averaged: two [B, T] of booleans."""
+        """Returns two [B, T] of booleans: where the SAE replaces the activations, and which positions are scored."""
         if self.prepared.protocol == "saebench":
             scored_BT = torch.from_numpy(~np.isin(tokens_BT, self.prepared.unscored_token_ids)).to(acts_BTD.device)
             return torch.ones_like(scored_BT), scored_BT
@@ -233,20 +236,29 @@ class _Measurement:
 
     def _score(
         self,
-        batch: _Batch,
+        first_row: int,
         scored_BT: torch.Tensor,
         at_N2: torch.Tensor,
         acts_ND: torch.Tensor,
         features_NF: torch.Tensor,
         recons_ND: torch.Tensor | None,
     ) -> None:
-        """Adds a part of a batch's tokens, at (sequence, position), to the sums, but for those not scored."""
+        """Adds the scored tokens among N tokens of a batch to the sums.
+
+        Args:
+            first_row: row number of the batch's first sequence.
+            scored_BT: booleans, True at the positions that are scored.
+            at_N2: the sequence in the batch and the position of each token.
+            acts_ND: activations.
+            features_NF: feature activations.
+            recons_ND: reconstructions; None to count firings only.
+        """
         scored_N = scored_BT[at_N2[:, 0], at_N2[:, 1]].to(acts_ND.device)
         at_N2 = at_N2.to(acts_ND.device)
         if not scored_N.all():
             at_N2, acts_ND, features_NF = at_N2[scored_N], acts_ND[scored_N], features_NF[scored_N]
             recons_ND = None if recons_ND is None else recons_ND[scored_N]
-        sequence_N = at_N2[:, 0] + batch.first_row
+        sequence_N = at_N2[:, 0] + first_row
         active_NF = features_NF != 0
         self.firings.add(sequence_N, active_NF)
         if recons_ND is not None:
@@ -256,35 +268,33 @@ class _Measurement:
                 self.saebench.add_features(features_NF)
 
     def check(self) -> None:
+        """Raises a UserError if nothing was scored so far, or if losses or reconstructions are not finite."""
         if self.firings.n_tokens == 0 or self.losses.sums_SK()[:, 0].sum() == 0:
             limit = self.evaluated.positions.max_activation_norm
             raise UserError(
-                f"--sae_path {self.evaluated.file.name}: not one of the tokens counts: all are special, at positions"
+                f"--sae_path {self.evaluated.file.name}: no token can be scored: all are special tokens or at positions"
                 " that the SAE was not trained for"
-                + (f", or of a norm above its limit of {limit:.4g}" if limit else "")
-                + "; is this the model and layer that it was trained on?"
+                + (f", or their norm is above its limit of {limit:.4g}" if limit else "")
+                + "; check that this is the model and layer that it was trained on"
             )
         statistics = LossStatistics.metrics(self.losses.sums_SK().sum(0))
         if not statistics["ce_clean"].isfinite():
             raise UserError(
-                f"--model_name {self.prepared.model.name}: its own losses are not finite; are its weights whole, and"
-                " does it compute in --lm_dtype?"
+                f"--model_name {self.prepared.model.name}: its own losses are not finite; check that its weights are"
+                " whole, or give another --lm_dtype"
             )
         if not self.reconstruction.sums_SK().sum(0).isfinite().all():
             raise UserError(
-                f"--sae_path {self.evaluated.file.name}: its reconstructions are not finite; are its weights damaged?"
+                f"--sae_path {self.evaluated.file.name}: its reconstructions are not finite, so its weights may be"
+                " damaged; use another copy"
             )
 
     def finish(self, model: LanguageModel) -> Evaluation:
+        """Returns the metrics, intervals, plots and features that follow from the sums."""
         prepared, sae = self.prepared, self.evaluated.sae
         loss_sums_SK, reconstruction_sums_SK = self.losses.sums_SK(), self.reconstruction.sums_SK()
-        units = torch.from_numpy(prepared.unit_N)
-        losses, loss_intervals = point_and_interval(
-            LossStatistics, loss_sums_SK, units[: len(loss_sums_SK)], seed=prepared.seed
-        )
-        reconstruction, intervals = point_and_interval(
-            ReconstructionStatistics, reconstruction_sums_SK, units[: len(reconstruction_sums_SK)], seed=prepared.seed
-        )
+        losses, loss_intervals = self._point_and_interval(LossStatistics, loss_sums_SK)
+        reconstruction, intervals = self._point_and_interval(ReconstructionStatistics, reconstruction_sums_SK)
         alive_F = self.firings.firings_F > 0
         cosines = measure_cosines(sae.W_dec, alive_F, seed=prepared.seed)
         saebench_core = None
@@ -314,12 +324,7 @@ class _Measurement:
             dead=self.firings.estimates(),
             cosines=cosines,
             saebench_core=saebench_core,
-            plots={
-                "log10_firing_rate": histogram(rates_F[alive_F].log10(), -6.0, 0.0, 60),
-                "never_fired": int((~alive_F).sum()),
-                "l0": _l0_histogram(self.reconstruction.l0_counts),
-                "decoder_cosine": cosines.histogram,
-            },
+            plots=self._plots(rates_F, cosines),
             features=self.recorder.features(
                 prepared.rows_NT,
                 prepared.tokenizer,
@@ -329,9 +334,24 @@ class _Measurement:
             firing_rates_F=rates_F.cpu(),
         )
 
+    def _point_and_interval(
+        self, statistics: type[LossStatistics] | type[ReconstructionStatistics], sums_SK: torch.Tensor
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        units = torch.from_numpy(self.prepared.unit_N)[: len(sums_SK)]
+        return point_and_interval(statistics, sums_SK, units, seed=self.prepared.seed)
+
+    def _plots(self, rates_F: torch.Tensor, cosines: DirectionCosines) -> dict[str, Any]:
+        alive_F = rates_F > 0
+        return {
+            "log10_firing_rate": histogram(rates_F[alive_F].log10(), -6.0, 0.0, 60),
+            "never_fired": int((~alive_F).sum()),
+            "l0": _l0_histogram(self.reconstruction.l0_counts),
+            "decoder_cosine": cosines.histogram,
+        }
+
 
 def _l0_histogram(counts: torch.Tensor) -> tuple[list[float], list[int]]:
-    """Edges and counts of at most 60 bins, from how many tokens have 0, 1, 2, ... active features."""
+    """Returns the edges and counts of at most 60 bins, from the numbers of tokens with 0, 1, 2, ... active features."""
     width = -(-len(counts) // 60)
     padded = torch.nn.functional.pad(counts, (0, -len(counts) % width))
     binned = padded.view(-1, width).sum(1)
