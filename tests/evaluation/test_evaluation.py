@@ -196,7 +196,7 @@ def test_the_model_runs_once_for_what_several_saes_share(evaluate, tmp_path, lay
 
 def test_without_the_logs_of_a_training_it_is_said_what_cannot_be_told(evaluate, tmp_path):
     done = evaluate("--sae_path", save_sae(tmp_path / "sae"))
-    said = "no training_flags.json of a run: causes that show in the course of the training are not looked for"
+    said = "no training_flags.json of a run: causes that need the course of the training are not looked for"
     assert done.stderr.count(said) == 1
     assert "Why" in done.stdout
 
@@ -396,7 +396,7 @@ def test_a_link_or_directory_in_the_place_of_a_result_is_not_written_through(scr
         flags = ("--sae_path", path, "--model_name", tiny_model, "--dataset", rows[0])
         done = script("evaluate_sae_real_activations.py", *flags)
         assert done.status == 2
-        assert f"{name}: is no file that can be replaced" in done.error_lines[0]
+        assert f"{name}: is not a file that can be replaced" in done.error_lines[0]
         assert not (path / "evaluation.json").exists()
 
 
