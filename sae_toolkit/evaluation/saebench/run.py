@@ -246,12 +246,9 @@ def run_saebench(
     """
     python = ENVIRONMENT.python()
     batch_size = min(batch_size, len(rows_NT))
-    n_batches = len(rows_NT) // batch_size
-    if len(rows_NT) % batch_size:
-        log.warning(
-            "sae-bench: the last %d of %d rows are left out, as they are not a whole batch",
-            *(len(rows_NT) % batch_size, len(rows_NT)),
-        )
+    n_batches, n_left_out = divmod(len(rows_NT), batch_size)
+    if n_left_out:
+        log.warning("sae-bench: the last %d of %d rows are not a whole batch, and left out", n_left_out, len(rows_NT))
     # Some evals leave gigabytes of activations in the working directory, which is deleted with them.
     with tempfile.TemporaryDirectory(prefix="saebench-") as scratch:
         directory = Path(scratch).resolve()
@@ -279,17 +276,22 @@ def run_saebench(
                 }
             )
         )
-        log.info("running sae-bench: %s", ", ".join(evals))
-        # Standard output is for our table, so what sae-bench prints goes to standard error (2).
-        done = subprocess.run(
-            [str(python), "-m", "sae_toolkit.evaluation.saebench.worker", str(job)],
-            cwd=directory,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=2,
-            check=False,
-        )
-        if done.returncode != 0:
-            error = results / "ERROR.json"
-            why = json.loads(error.read_text()) if error.is_file() else f"it ended with status {done.returncode}"
-            raise UserError(f"--saebench {','.join(evals)}: sae-bench failed: {why}")
-        return json.loads((results / "RESULT.json").read_text())
+        return _run_worker(python, job, evals, results)
+
+
+def _run_worker(python: Path, job: Path, evals: Sequence[str], results: Path) -> dict[str, Any]:
+    """Runs `worker.py` on a job file, in the directory of that file, and returns the content of its RESULT.json."""
+    log.info("running sae-bench: %s", ", ".join(evals))
+    # Standard output is for our table, so what sae-bench prints goes to standard error (2).
+    done = subprocess.run(
+        [str(python), "-m", "sae_toolkit.evaluation.saebench.worker", str(job)],
+        cwd=job.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=2,
+        check=False,
+    )
+    if done.returncode != 0:
+        error = results / "ERROR.json"
+        why = json.loads(error.read_text()) if error.is_file() else f"it ended with status {done.returncode}"
+        raise UserError(f"--saebench {','.join(evals)}: sae-bench failed: {why}")
+    return json.loads((results / "RESULT.json").read_text())
