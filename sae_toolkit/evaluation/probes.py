@@ -37,7 +37,7 @@ class Probes:
         explained_by_strongest: the same, if the SAE decodes only the 64 strongest features of each token.
         explained_at: explained variance by hook, without massive activations: at the hook of the evaluation, at the
             same place in nearby layers, and at the hook of the training.
-        twins: share of features with a twin: another feature whose decoder vector has a cosine above 0.9 to theirs.
+        twins: share of features with a twin: another feature whose decoder vector has a cosine above 0.9 to its own.
         twins_together: share of the tokens on which a feature or its twin fires where both fire; None if there are
             no twins or none fires.
     """

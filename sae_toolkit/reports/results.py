@@ -91,6 +91,7 @@ def _report_paths(output_json: Path) -> tuple[Path, Path]:
 
 
 def _check_writable(path: Path) -> None:
+    """Raises a UserError if a result cannot be written to a path."""
     try:
         for file in (path, _partial(path)):
             if file.is_symlink() or (file.exists() and not file.is_file()):
