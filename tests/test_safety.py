@@ -303,17 +303,15 @@ def test_a_damaged_checkpoint_is_left_out_of_its_run(sae, tmp_path, evaluate):
 
 def test_results_replace_files_with_a_word_and_go_through_no_link(sae, evaluate, tmp_path):
     assert evaluate(sae).status == 0
-    assert (
-        f"{sae / 'evaluation.json'} is there from an earlier evaluation, and will be replaced" in evaluate(sae).stderr
-    )
+    assert f"{sae / 'evaluation.json'} is from an earlier evaluation, and will be replaced" in evaluate(sae).stderr
     private = tmp_path / "private"
     private.write_text("mine")
     for name in (".evaluation.json.partial", ".report.html.partial"):
         (sae / name).symlink_to(private)
-        refuses(evaluate(sae), f"{name}: is no file that can be replaced")
+        refuses(evaluate(sae), f"{name}: is not a file that can be replaced")
         (sae / name).unlink()
         (sae / name).mkdir()
-        refuses(evaluate(sae), f"{name}: is no file that can be replaced")
+        refuses(evaluate(sae), f"{name}: is not a file that can be replaced")
         (sae / name).rmdir()
     (sae / ".late.json.partial").symlink_to(private)  # laid there after the checks
     _write_whole(sae / "late.json", "{}")

@@ -1,1 +1,1 @@
-"""Why an SAE is unhealthy: the evidence, the causes that explain it, and the command that mends each."""
+"""Diagnosis of unhealthy SAEs: the evidence, the causes that it shows, and the command that mends each cause."""

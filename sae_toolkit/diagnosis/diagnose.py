@@ -1,7 +1,8 @@
-"""Why an SAE is unhealthy, by what was measured of it and of its training, and which flags to change.
+"""Finds the causes that make an SAE unhealthy, and the flags to change.
 
-Causes of the measurement itself come first, since an SAE on another layer says nothing of its training; then what the
-SAE was given to learn; then how it was trained. Within these, the one that more of the trouble is due to.
+Causes come in three tiers. The first lies in the evaluation: an SAE that is measured on another layer, for instance,
+tells nothing about its training. The second is what the SAE was given to learn, the third how it was trained. Within a
+tier, the cause with the largest effect comes first.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _TIERS = (evaluation_causes.CAUSES, training_causes.GIVEN, training_causes.SETTI
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
-    """The causes that the evidence shows, in the order in which to go about them; none where all is healthy."""
+    """Returns the causes that the evidence shows, with the one to mend first in front; none for a healthy SAE."""
     found = []
     for tier, causes in enumerate(_TIERS):
         of_tier = [finding for cause in causes if (finding := cause(evidence))]
@@ -30,7 +31,7 @@ def diagnose(evidence: Evidence) -> list[Finding]:
 
 
 def command(finding: Finding, evidence: Evidence) -> str:
-    """The command that carries a finding's advice out."""
+    """Returns the command that follows a finding's advice."""
     history, sae_path = evidence.history, evidence.summary["sae"]["path"]
     if not finding.of_training:
         return shlex.join(["python", "evaluate_sae_real_activations.py", "--sae_path", sae_path, *finding.flags])
@@ -43,7 +44,7 @@ def command(finding: Finding, evidence: Evidence) -> str:
 
 
 def as_records(findings: Sequence[Finding], evidence: Evidence) -> list[dict[str, Any]]:
-    """Findings as evaluation.json has them."""
+    """Returns findings in the form that evaluation.json has."""
     return [
         {
             "cause": finding.cause,

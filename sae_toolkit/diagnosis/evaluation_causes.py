@@ -1,4 +1,7 @@
-"""Causes that lie in how an SAE was evaluated: until they are mended, its numbers say nothing of its training."""
+"""Causes that lie in how an SAE was evaluated. Until they are mended, its numbers say nothing about its training.
+
+Each function returns a finding if the evidence shows its cause, and None if not.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, perce
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, LEAST_SEQUENCES
 from sae_toolkit.evaluation.probes import MASSIVE
 
-# Medians of norms over a few thousand tokens of one text and another lie within some per cent of one another.
+# The median norms of a few thousand tokens of two texts differ by only a few percent.
 _NORM_TOLERANCE = math.log(1.15)
 
 
 def _too_small_a_sample(e: Evidence) -> Finding | None:
+    """The sample is too small to settle the status of some metrics."""
     unsettled = [metric for metric in e.unhealthy if e.summary["health"][metric] == "unsettled"]
     if not unsettled or e.metrics["replaced_share"] < LEAST_REPLACED_SHARE:
         return None
@@ -35,7 +39,7 @@ def _too_small_a_sample(e: Evidence) -> Finding | None:
 
 
 def _rows_needed(e: Evidence, metric: str) -> float:
-    """How many times the rows would make the interval stay on one side of the nearest limit: at most 16."""
+    """Returns by what factor to increase the rows, so that the interval no longer crosses a limit; at most 16."""
     few = LEAST_SEQUENCES / e.summary["loss_sequences"]
     if metric not in e.summary["intervals"]:
         return max(4.0, few)
@@ -49,6 +53,7 @@ def _rows_needed(e: Evidence, metric: str) -> float:
 
 
 def _wrong_layer(e: Evidence) -> Finding | None:
+    """The SAE explains clearly more variance at another hook."""
     here_name = e.summary["hook_name"]
     here = e.probes.explained_at.get(here_name, math.nan)
     best_name = max(e.probes.explained_at, key=lambda name: e.probes.explained_at[name])
@@ -57,7 +62,7 @@ def _wrong_layer(e: Evidence) -> Finding | None:
         return None
     trained_at = e.metadata.get("hook_name")
     layer = next(part for part in best_name.split(".") if part.isdigit())
-    if trained_at == here_name and e.history is not None:  # it was trained here, whatever else it fits
+    if trained_at == here_name and e.history is not None:  # a run of ours trained it here
         return None
     return Finding(
         "evaluated at another hook than it was trained at",
@@ -70,6 +75,7 @@ def _wrong_layer(e: Evidence) -> Finding | None:
 
 
 def _wrong_model(e: Evidence) -> Finding | None:
+    """The activations have another norm than those of the training."""
     recorded = e.metadata.get("median_activation_norm")
     if not recorded or e.metadata.get("hook_name") != e.summary["hook_name"]:
         return None
@@ -92,6 +98,7 @@ def _wrong_model(e: Evidence) -> Finding | None:
 
 
 def _too_few_positions(e: Evidence) -> Finding | None:
+    """The SAE replaces the activations of too few tokens to be judged."""
     share = e.metrics["replaced_share"]
     if not share < LEAST_REPLACED_SHARE:
         return None

@@ -1,4 +1,4 @@
-"""What there is to tell an unhealthy SAE's causes by, and what a cause that was found says."""
+"""The evidence that causes are found by, and the finding that names a cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sae_toolkit.diagnosis.history import TrainingHistory
 from sae_toolkit.evaluation.health import STANDARDS, Standard
 from sae_toolkit.evaluation.probes import Probes
 
-# What of an SAE's metadata tells of its training.
+# The fields of an SAE's metadata that the causes read.
 METADATA = (
     "model_name",
     "hook_name",
@@ -24,15 +24,15 @@ ALL_METRICS = tuple(standard.metric for standard in STANDARDS)
 
 @dataclass(frozen=True)
 class Finding:
-    """One cause.
+    """One cause that was found.
 
     Args:
-        cause: in a few words.
-        metrics: that it makes unhealthy.
+        cause: name of the cause, in a few words.
+        metrics: health metrics that it makes unhealthy.
         says: what the measurements say, in a line.
         flags: what to change, as words of a command line; at most three flags.
-        of_training: whether they are flags of the training; else of the evaluation.
-        effect: share of the trouble that is due to it, in [0, 1].
+        effect: estimated share of the trouble that is due to it, in [0, 1].
+        of_training: whether `flags` belong to the training; if not, they belong to the evaluation.
     """
 
     cause: str
@@ -45,13 +45,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is to tell causes by.
+    """Everything that causes are found by.
 
     Args:
-        summary: the content of evaluation.json.
-        probes: measured for the diagnosis.
-        metadata: what the SAE says of its training (cfg.json).
-        history: what the run left; None where no run of this project trained the SAE.
+        summary: content of evaluation.json.
+        probes: measurements made for the diagnosis.
+        metadata: the fields `METADATA` of the SAE's cfg.json, about its training.
+        history: history of the training; None if no run of this project trained the SAE.
     """
 
     summary: Mapping[str, Any]
@@ -61,11 +61,12 @@ class Evidence:
 
     @property
     def unhealthy(self) -> tuple[str, ...]:
-        """The metrics that are not healthy, unsettled ones included."""
+        """The health metrics that are not healthy, unsettled ones included."""
         return tuple(metric for metric in ALL_METRICS if self.summary["health"][metric] != "healthy")
 
     @property
     def metrics(self) -> Mapping[str, float]:
+        """All metrics by name, with NaN where evaluation.json has null."""
         return {name: math.nan if value is None else value for name, value in self.summary["metrics"].items()}
 
     @property
@@ -77,26 +78,30 @@ class Evidence:
         return self.summary["sae"]["d_in"]
 
     def flag(self, name: str) -> Any:
+        """Returns a flag of the training; None if there is no history."""
         return None if self.history is None else self.history.settings.as_flags()[name]
 
     @property
     def architecture(self) -> str:
-        """That it was trained as; saved, a BatchTopK is a JumpReLU."""
+        """Architecture that the SAE was trained as: a BatchTopK SAE, for instance, is saved as a JumpReLU."""
         return self.metadata.get("training_architecture") or self.summary["sae"]["architecture"]
 
 
 def standard_of(metric: str) -> Standard:
+    """Returns the standard of a health metric."""
     return next(standard for standard in STANDARDS if standard.metric == metric)
 
 
 def outside(value: float, low: float, high: float) -> float:
-    """How far a value lies outside a range, as a share of the way to nothing or to everything."""
+    """Returns how far a value lies outside a range: 1 - high / value above it, 1 - value / low below it."""
     return 1 - high / value if value > high else 1 - value / low
 
 
 def percent(value: float) -> str:
+    """Returns a share as a percentage, or as a plain number if it is 10 or more in magnitude."""
     return f"{value:.1%}" if abs(value) < 10 else f"{value:.2g}"
 
 
 def titles(metrics: Sequence[str]) -> str:
+    """Returns the titles of health metrics, as part of a sentence."""
     return ", ".join(standard_of(metric).title.lower() for metric in metrics)

@@ -1,4 +1,7 @@
-"""Causes that lie in how an SAE was trained: what it was given to learn, and by what settings."""
+"""Causes that lie in the training of an SAE: what it was given to learn, and the settings.
+
+Each function returns a finding if the evidence shows its cause, and None if not.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,21 @@ import numpy as np
 
 from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, outside, percent, standard_of
 from sae_toolkit.diagnosis.history import TrainingHistory
-from sae_toolkit.evaluation.probes import MASSIVE, STRONGEST, TWINS
+from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE
+from sae_toolkit.evaluation.probes import MASSIVE, STRONGEST
 from sae_toolkit.training.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOKENS_A_FEATURE, MOST_MASSIVE_SHARE
 
 _TARGET_L0 = 64
+# Flag of the sparsity weight, for the architectures that have one.
 _WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
-# Of 488 steps of 2,304 and 4,608 features those with lr 2e-3 ended healthy; it turns a feature (a direction of length 1
-# over d_in weights, which Adam moves by about lr each) by 0.05 of its length in a step, and by 20 lengths in all.
+# A feature is a direction of length 1 over d_in weights, and Adam moves each weight by about lr in a step. So a step
+# turns the feature by lr * sqrt(d_in) of its length. Of the runs of 488 steps with 2,304 and 4,608 features, those with
+# lr 2e-3 ended healthy; there a step turns a feature by 0.05 of its length, and the whole run by 20 lengths.
 _TURN_A_STEP, _TURN_IN_ALL = 0.05, 20.0
 
 
 def _massive_activations(e: Evidence) -> Finding | None:
+    """Massive activations make up too much of the variance that the SAE learns."""
     massive = e.probes.massive_share
     if massive <= MOST_MASSIVE_SHARE:
         return None
@@ -40,6 +47,7 @@ def _massive_activations(e: Evidence) -> Finding | None:
 
 
 def _sparsity(e: Evidence) -> Finding | None:
+    """The sparsity weight or k leads to an unhealthy L0."""
     l0, (low, high) = e.metrics["l0"], standard_of("l0").healthy
     if "l0" not in e.unhealthy or low <= l0 <= high:
         return None
@@ -47,7 +55,7 @@ def _sparsity(e: Evidence) -> Finding | None:
     k = e.flag("k")
     if weight is None:
         if k is None or low <= k <= high:
-            return None  # the L0 of training is another than that of use: too little training
+            return None  # k itself is healthy: L0 differs from it after too little training
         return Finding(
             "k is not a healthy L0",
             ("l0",),
@@ -79,22 +87,23 @@ def _sparsity(e: Evidence) -> Finding | None:
 
 
 def _l1_penalty(e: Evidence) -> Finding | None:
-    """Where L0 is well, and the decoder is not."""
+    """An L1 penalty keeps decoder vectors alike although L0 is healthy."""
     if _WEIGHTS.get(e.architecture) != "l1_coefficient" or "l0" in e.unhealthy:
         return None
     absorption, limit = e.metrics["decoder_absorption"], standard_of("decoder_absorption").healthy[1]
     return Finding(
         "an L1 penalty keeps features alike",
         ("decoder_absorption",),
-        f"{e.probes.twins:.1%} of the features have a twin with a cosine above {TWINS:g}, and the mean largest cosine"
-        f" is {absorption:.2f}, where random directions have {e.summary['decoder_cosines']['random_directions']:.2f}",
+        f"{e.probes.twins:.1%} of the features have a twin with a cosine above {NEAR_DUPLICATE:g}, and the mean"
+        f" largest cosine is {absorption:.2f}, where random directions have"
+        f" {e.summary['decoder_cosines']['random_directions']:.2f}",
         ("--architecture", "batchtopk", "--k", str(_TARGET_L0)),
         (absorption - limit) / (1 - limit),
     )
 
 
 def _steps(e: Evidence) -> Finding | None:
-    """Learning rate and dead-feature window, which have to fit the number of steps, as one cause where both do not."""
+    """The learning rate or the dead-feature window does not fit the number of steps; one finding if both do not."""
     rate, window = _low_learning_rate(e), _window(e)
     if rate is None or window is None:
         return rate or window
@@ -109,6 +118,7 @@ def _steps(e: Evidence) -> Finding | None:
 
 
 def _low_learning_rate(e: Evidence) -> Finding | None:
+    """The learning rate is too low to turn the features far from where they began."""
     history = e.history
     if history is None or history.turned_F is None:
         return None
@@ -118,7 +128,6 @@ def _low_learning_rate(e: Evidence) -> Finding | None:
     turned = float(history.turned_F.median())
     if fitting < 2 * optimization.lr or turned < 0.35:
         return None
-    gain = history.gain_of_doubling()
     words = ["--lr", f"{float(f'{fitting:.1g}'):g}"]
     if not optimization.lr_decay_steps:
         words += ["--lr_decay_steps", str(max(history.n_steps // 5, 1))]
@@ -126,14 +135,20 @@ def _low_learning_rate(e: Evidence) -> Finding | None:
         "the learning rate is too low",
         ALL_METRICS,
         f"half of the decoder vectors still have a cosine of {turned:.2f} or more to the random ones that they began as"
-        + (f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else "")
-        + f", with lr {optimization.lr:g}",
+        f"{_gain_of_doubling(history)}, with lr {optimization.lr:g}",
         tuple(words),
         turned,
     )
 
 
+def _gain_of_doubling(history: TrainingHistory) -> str:
+    """Returns how much twice the tokens would explain, as part of a sentence; nothing if that is little or unknown."""
+    gain = history.gain_of_doubling()
+    return f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else ""
+
+
 def _high_learning_rate(e: Evidence) -> Finding | None:
+    """The learning rate is so high that the explained variance does not settle."""
     history = e.history
     swings = None if history is None else _swings(history)
     if history is None or swings is None or swings < 0.05:
@@ -151,15 +166,17 @@ def _high_learning_rate(e: Evidence) -> Finding | None:
 
 
 def _swings(history: TrainingHistory) -> float | None:
-    """By how much a reading of the explained variance is off the middle of its neighbours (a curve that climbs is not),
-    in the second half at the full rate.
+    """Returns how far a reading of the explained variance is from the middle of its two neighbours (the median).
+
+    This is over the second half of the steps at the full learning rate; None if there are too few readings. A steady
+    rise of the curve does not count.
     """
     _, unexplained = history.curve()
     return float(np.median(np.abs(np.diff(unexplained, n=2)))) / 2 if len(unexplained) > 3 else None
 
 
 def _window(e: Evidence) -> Finding | None:
-    """Of the architectures that revive dead features, by an auxiliary loss on those that were silent for the window."""
+    """The dead-feature window is too long for the auxiliary loss to revive features in time."""
     history = e.history
     if history is None or "dead_features" not in e.unhealthy or _auxiliary(e) in (None, 0):
         return None
@@ -171,39 +188,47 @@ def _window(e: Evidence) -> Finding | None:
         "the dead-feature window is too long",
         ("dead_features", "decoder_absorption"),
         f"features are revived once they were silent for {window} steps of {n_steps}, so that was under way in"
-        f" {acted:.0%} of the readings alone{_what_of_the_dead(history)}",
-        ("--dead_feature_window", str(max(n_steps // 25, 1))),
+        f" {acted:.0%} of the readings alone{_dead_at_birth(history)}",
+        ("--dead_feature_window", str(_fitting_window(history))),
         (1 - acted) * min(2 * e.metrics["dead_features"], 1.0),
     )
 
 
 def _no_auxiliary_loss(e: Evidence) -> Finding | None:
+    """The auxiliary loss, which revives dead features, is off."""
     history = e.history
     if history is None or "dead_features" not in e.unhealthy or _auxiliary(e) != 0:
         return None
     return Finding(
         "nothing revives features that are dead at birth",
         ("dead_features", "decoder_absorption"),
-        f"the auxiliary loss is off{_what_of_the_dead(history)}",
-        ("--set", "sae.aux_loss_coefficient=1", "--dead_feature_window", str(max(history.n_steps // 25, 1))),
+        f"the auxiliary loss is off{_dead_at_birth(history)}",
+        ("--set", "sae.aux_loss_coefficient=1", "--dead_feature_window", str(_fitting_window(history))),
         min(2 * e.metrics["dead_features"], 1.0),
     )
 
 
+def _fitting_window(history: TrainingHistory) -> int:
+    """Returns a dead-feature window that fits the number of steps: 4% of them."""
+    return max(history.n_steps // 25, 1)
+
+
 def _auxiliary(e: Evidence) -> float | None:
+    """Returns the coefficient of the auxiliary loss; None for architectures without one."""
     return (e.metadata.get("training_architecture_details") or {}).get("aux_loss_coefficient")
 
 
 def _share_of_auxiliary_loss(history: TrainingHistory) -> float:
+    """Returns the share of the readings, in [0, 1], in which the auxiliary loss was above 0."""
     losses = [reading.get("losses/auxiliary_reconstruction_loss", 0.0) for reading in history.readings]
     return sum(loss > 0 for loss in losses) / len(losses) if losses else 0.0
 
 
-def _what_of_the_dead(history: TrainingHistory) -> str:
-    """How many of the features that were silent at the end never fired in training."""
+def _dead_at_birth(history: TrainingHistory) -> str:
+    """Returns how many of the features that were silent at the end never fired, as the end of a sentence."""
     if history.steps_since_fired_F is None:
         return ""
-    silent = history.steps_since_fired_F > max(history.n_steps // 25, 1)
+    silent = history.steps_since_fired_F > _fitting_window(history)
     if not silent.any():
         return ""
     at_birth = (history.steps_since_fired_F[silent] >= history.n_steps).float().mean().item()
@@ -214,13 +239,13 @@ def _what_of_the_dead(history: TrainingHistory) -> str:
 
 
 def _died_later(e: Evidence) -> Finding | None:
-    """Features that fired, and stopped, although the steps are not too large: where no auxiliary loss revives them."""
+    """Features fired at first and stopped, in an architecture without an auxiliary loss that would revive them."""
     history = e.history
     if history is None or history.steps_since_fired_F is None or "dead_features" not in e.unhealthy:
         return None
     if _auxiliary(e) is not None or e.architecture not in _WEIGHTS:
         return None
-    silent = history.steps_since_fired_F > max(history.n_steps // 25, 1)
+    silent = history.steps_since_fired_F > _fitting_window(history)
     died = silent & (history.steps_since_fired_F < history.n_steps)
     dead = died.float().mean().item()
     if dead < 0.05 or 2 * int(died.sum()) < int(silent.sum()):
@@ -235,6 +260,7 @@ def _died_later(e: Evidence) -> Finding | None:
 
 
 def _too_few_tokens(e: Evidence) -> Finding | None:
+    """There are too few tokens for the number of features."""
     history = e.history
     if history is None:
         return None
@@ -248,21 +274,21 @@ def _too_few_tokens(e: Evidence) -> Finding | None:
     else:
         more = max(2 * LEAST_TOKENS_A_FEATURE * e.d_sae, 2 * tokens)
         flags = ("--training_tokens", str(more))
-    still = f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else ""
     return Finding(
         "too few tokens for so many features",
         ALL_METRICS,
-        f"{each:.3g} tokens a feature{still}",
+        f"{each:.3g} tokens a feature{_gain_of_doubling(history)}",
         flags,
         min(max(gain or 0.0, 1 - each / LEAST_TOKENS_A_FEATURE), 1.0),
     )
 
 
 def _duplicates(e: Evidence) -> Finding | None:
+    """Features have twins with nearly the same decoder vector."""
     if e.probes.twins < 0.01 or _WEIGHTS.get(e.architecture) == "l1_coefficient":
         return None
     together = e.probes.twins_together
-    says = f"{e.probes.twins:.0%} of the features have a twin with a cosine above {TWINS:g}" + (
+    says = f"{e.probes.twins:.0%} of the features have a twin with a cosine above {NEAR_DUPLICATE:g}" + (
         f", and fire on {together:.0%} of the tokens on which either does" if together is not None else ""
     )
     settings = e.flag("set") or []
@@ -278,6 +304,12 @@ def _duplicates(e: Evidence) -> Finding | None:
 
 GIVEN = (_massive_activations,)
 SETTINGS = (
-    *(_sparsity, _l1_penalty, _steps, _high_learning_rate, _no_auxiliary_loss, _died_later, _too_few_tokens),
+    _sparsity,
+    _l1_penalty,
+    _steps,
+    _high_learning_rate,
+    _no_auxiliary_loss,
+    _died_later,
+    _too_few_tokens,
     _duplicates,
 )

@@ -1,1 +1,1 @@
-"""SAEs measured on real activations: the metrics, their intervals and the verdict."""
+"""Evaluation of SAEs on real activations: the metrics, their confidence intervals and the verdict."""

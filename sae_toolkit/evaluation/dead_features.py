@@ -1,4 +1,4 @@
-"""Which features fire, how often, and what a sample can say of those that did not."""
+"""Counts of feature firings, and estimates about the features that stay silent in a sample of tokens."""
 
 from __future__ import annotations
 
@@ -7,28 +7,33 @@ from dataclasses import dataclass
 
 import torch
 
-_RARER_THAN_MEAN = 100
+_RARER_THAN_MEAN = 100  # `tokens_to_settle` is for a feature that fires this many times less often than the mean
 
 
 class FiringStatistics:
-    """Counts of each feature's firings over tokens that come sequence after sequence.
+    """Counts how often each feature fires, over tokens that arrive sequence by sequence.
 
     Args:
-        d_sae: the number of features.
-        device: where the features are.
+        d_sae: number of features.
+        device: device of the feature activations.
     """
 
     def __init__(self, d_sae: int, device: str | torch.device) -> None:
         self.n_tokens = 0
         self.firings_F = torch.zeros(d_sae, dtype=torch.long, device=device)
-        self._sequences_F = torch.zeros_like(self.firings_F)  # how many sequences a feature fired in
+        self._sequences_F = torch.zeros_like(self.firings_F)  # number of sequences each feature fired in
         self._last_sequence_F = torch.full_like(self.firings_F, -1)
         self._first_token_F = torch.full_like(self.firings_F, -1)
         self._n_sequences = 0
         self._last_sequence = -1
 
     def add(self, sequence_N: torch.Tensor, active_NF: torch.Tensor) -> None:
-        """Adds N >= 0 tokens: the number of the sequence of each, ascending, and which features are active."""
+        """Adds N >= 0 tokens.
+
+        Args:
+            sequence_N: number of the sequence that each token belongs to, in ascending order.
+            active_NF: booleans, True where a feature is active.
+        """
         for sequence, n in zip(*(x.tolist() for x in sequence_N.unique_consecutive(return_counts=True)), strict=True):
             active, active_NF = active_NF[:n], active_NF[n:]
             firings_F = active.sum(0)
@@ -44,20 +49,21 @@ class FiringStatistics:
 
     @property
     def dead(self) -> float:
-        """Share of features without one firing."""
+        """Share of features that never fired."""
         return (self.firings_F == 0).double().mean().item()
 
     def silent_share(self) -> list[tuple[int, float]]:
-        """Share of features still silent after 1,000, 3,000, 10,000, ... tokens and after all."""
+        """Returns (tokens, share of features still silent) after 1,000, 3,000, 10,000, ... tokens and after all."""
         marks = [m * 10**e for e in range(3, 12) for m in (1, 3) if m * 10**e < self.n_tokens]
         first = self._first_token_F
         return [(n, ((first < 0) | (first >= n)).double().mean().item()) for n in (*marks, self.n_tokens) if n]
 
     def estimates(self) -> DeadFeatureEstimates:
+        """Returns what the counts so far say about the silent features."""
         d_sae = len(self.firings_F)
         silent = int((self.firings_F == 0).sum())
         once, twice = (int((self._sequences_F == n).sum()) for n in (1, 2))
-        # Chao's lower bound of the unseen, bias-corrected, for incidence in S sampling units.
+        # Chao's bias-corrected lower bound of the number of unseen features, from incidence in S sampling units.
         S = max(self._n_sequences, 1)
         unseen = min((S - 1) / S * once * (once - 1) / (2 * (twice + 1)), silent)
         found_in_as_many = unseen * (1 - (1 - once / (S * unseen + once)) ** S) if unseen else 0.0
@@ -76,22 +82,26 @@ class FiringStatistics:
 
 @dataclass(frozen=True)
 class DeadFeatureEstimates:
-    """What a sample says of the features that were silent in it. Drawing the sample anew would only lose firings.
+    """What a sample of tokens says about the features that were silent in it.
+
+    A bootstrap has no place here: a sample drawn from the sample can only lose firings. The estimators are those of
+    unseen species in ecology. Shares are in [0, 1].
 
     Args:
-        tokens: how many tokens were looked at.
-        largest_missed_rate: firings a token. A feature that fires at this rate or above would have been seen
-            with 95% confidence, tokens taken as independent (the rule of three: Hanley & Lippman-Hand 1983).
-        unseen_firing_share: Good-Turing estimate (Good 1953) of the share of all firings that belong to
-            features not seen yet: features seen in one sequence only / pairs of feature and sequence it fires in.
-        expected_at_twice_the_tokens: share of features that would still be silent after as many sequences
-            again (Chao et al. 2009, extrapolation from the features seen in one and in two sequences).
-        expected_in_the_long_run: share that would be silent whatever the number of tokens, or less (from Chao's
-            lower bound of the expected number of the unseen, bias-corrected: Chao 2005).
-        tokens_to_settle: how many tokens it takes to see, with 95% confidence, a feature that fires at a hundredth
-            of the mean rate. Chao's bound can miss many of the unseen: on fewer tokens, too many silent features
-            do not mean dead ones.
-        curve: share of features still silent after the first so many tokens.
+        tokens: number of tokens in the sample.
+        largest_missed_rate: firings per token. A feature that fires at this rate or above is seen in the sample with
+            95% confidence, if tokens are independent (the rule of three: Hanley & Lippman-Hand 1983).
+        unseen_firing_share: Good-Turing estimate (Good 1953) of the share of all firings that belong to features
+            not seen yet. It is the number of features seen in exactly one sequence, divided by the number of pairs
+            of a feature and a sequence that it fires in.
+        expected_at_twice_the_tokens: share of features that would still be silent after as many sequences again
+            (Chao et al. 2009, extrapolated from the features seen in one and in two sequences).
+        expected_in_the_long_run: upper bound of the share that would be silent on any number of tokens (from Chao's
+            bias-corrected lower bound of the expected number of unseen features: Chao 2005).
+        tokens_to_settle: number of tokens on which a feature that fires at a hundredth of the mean rate is seen with
+            95% confidence. Chao's bound can miss many unseen features, so on fewer tokens a large share of silent
+            features does not show that they are dead.
+        curve: pairs of a number of tokens and the share of features still silent after them.
     """
 
     tokens: int

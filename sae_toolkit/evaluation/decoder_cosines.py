@@ -1,4 +1,4 @@
-"""How alike an SAE's directions are: each one's largest cosine to any other."""
+"""Similarity of an SAE's directions: the largest cosine of each one to any other."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import torch.nn.functional as F
 
 from sae_toolkit.evaluation.metrics import chunk_length, histogram
 
-# All pairs are compared where that takes seconds: so many multiplications and additions.
+# All pairs are compared if that takes at most this many multiplications and additions, which is seconds.
 _AFFORDABLE = {"cpu": 2e12, "cuda": 5e14}
-_NEAR_DUPLICATE = 0.9
+NEAR_DUPLICATE = 0.9
 
 
 @dataclass(frozen=True)
 class DirectionCosines:
-    """Largest cosine of each of an SAE's encoder or decoder vectors to any other's.
+    """Statistics of the largest cosine of each encoder or decoder vector to any other one.
 
     Args:
-        mean: over the features; of the decoder, SAEBench's `average_max_decoder_cosine_sim`, decoder absorption here.
-        interval: 95%, where the features were sampled; None where all were compared.
+        mean: mean over the features. For the decoder this is SAEBench's `average_max_decoder_cosine_sim`, which is
+            called decoder absorption here.
+        interval: 95% interval of the mean if the features were sampled; None if all were compared.
         p95: 95th percentile.
-        near_duplicate_pairs: pairs of features whose cosine is above 0.9 (where sampled, an estimate).
-        alive_mean: the mean among the features that fire; None where none do.
-        random_directions: the mean that as many random directions would have.
-        rows: how many features were compared with all others.
-        exact: whether that is all of them.
-        histogram: of the largest cosines; edges and counts.
+        near_duplicate_pairs: number of pairs of features whose cosine is above 0.9; an estimate if sampled.
+        alive_mean: mean among the features that fire; None if none fires.
+        random_directions: mean that the same number of random directions would have.
+        rows: number of features that were compared with all others.
+        exact: whether `rows` is all of them.
+        histogram: edges and counts of the largest cosines.
     """
 
     mean: float
@@ -45,20 +46,23 @@ class DirectionCosines:
 @torch.no_grad()
 def largest_cosines(
     W_FD: torch.Tensor, rows_R: torch.Tensor, columns_F: torch.Tensor | None = None
-) -> tuple[torch.Tensor, int]:
-    """The largest cosine of some rows to any other row, and how many cosines are above 0.9.
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Returns the largest cosine of some rows to any other row, that other row, and the number of near duplicates.
+
+    The matrix of cosines is computed in chunks of rows.
 
     Args:
-        W_FD: the directions.
-        rows_R: which of them to compare.
-        columns_F: booleans; which of them to compare with (default: all).
+        W_FD: directions of any length.
+        rows_R: indices of the rows to compare.
+        columns_F: booleans, True for the rows to compare them with (default: all).
 
     Returns:
-        [R] cosines in [-1, 1] (-inf where there is no other), and the number of ordered pairs above 0.9.
-        The matrix of cosines is made in chunks.
+        Cosines [R] in [-1, 1], or -inf where there is no other row; the index [R] of the row with that cosine; and
+        the number of ordered pairs with a cosine above 0.9.
     """
     unit_FD = F.normalize(W_FD.float(), dim=-1)
     largest_R = torch.empty(len(rows_R), device=W_FD.device)
+    nearest_R = torch.empty_like(rows_R)
     n_near = torch.zeros((), dtype=torch.long, device=W_FD.device)
     n = chunk_length(4 * len(unit_FD))
     for start in range(0, len(rows_R), n):
@@ -67,18 +71,18 @@ def largest_cosines(
         cosines[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
         if columns_F is not None:
             cosines[:, ~columns_F] = -torch.inf
-        largest_R[start : start + n] = cosines.max(dim=-1).values
-        n_near += (cosines > _NEAR_DUPLICATE).sum()
-    return largest_R, int(n_near)
+        largest_R[start : start + n], nearest_R[start : start + n] = cosines.max(dim=-1)
+        n_near += (cosines > NEAR_DUPLICATE).sum()
+    return largest_R, nearest_R, int(n_near)
 
 
 def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> DirectionCosines:
-    """Compares every vector with all others, or a random sample of them where that takes too long.
+    """Compares every vector with all others, or only a random sample of the vectors if that would take too long.
 
     Args:
-        W_FD: encoder or decoder vectors, of any length.
-        alive_F: booleans; the features that fire.
-        seed: of the sample.
+        W_FD: encoder or decoder vectors of any length.
+        alive_F: booleans, True for the features that fire.
+        seed: seed of the sample.
     """
     n_features, d_in = W_FD.shape
     affordable = int(_AFFORDABLE["cuda" if W_FD.is_cuda else "cpu"] / (2 * n_features * d_in))
@@ -86,7 +90,7 @@ def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> 
     n_rows = n_features if exact else max(affordable, 1000)
     order = torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))[:n_rows]
     rows_R = (torch.arange(n_features) if exact else order.sort().values).to(W_FD.device)
-    largest_R, n_near = largest_cosines(W_FD, rows_R)
+    largest_R, _, n_near = largest_cosines(W_FD, rows_R)
     mean = largest_R.double().mean().item()
     interval = None
     if not exact:  # simple random sampling without replacement
@@ -112,12 +116,13 @@ def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> 
 
 
 def random_largest_cosine(n: int, d: int) -> float:
-    """Expected largest cosine of a direction to n - 1 others, all uniform on the sphere in d >= 2 dimensions.
+    """Returns the expected largest cosine of a direction to n - 1 others.
 
-    A cosine t between two such directions has the density c (1 - t^2)^((d - 3) / 2), and given the one
-    direction the others are independent: the expectation is 1 - integral over t of P(cosine <= t)^(n - 1).
+    All of them are uniform on the sphere in d >= 2 dimensions. The cosine t between two of them has the density
+    c (1 - t^2)^((d - 3) / 2). Given the first direction, the cosines to the others are independent, so the
+    expectation is 1 - integral over t of P(cosine <= t)^(n - 1).
     """
-    angle = np.linspace(0, np.pi, 400_001)  # t = cos(angle); in angles the density is c sin^(d - 2), without poles
+    angle = np.linspace(0, np.pi, 400_001)  # t = cos(angle): the density over angles, c sin^(d - 2), has no poles
     with np.errstate(divide="ignore"):
         density = np.exp((d - 2) * np.log(np.sin(angle))) if d > 2 else np.ones_like(angle)
     above = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])  # P(cosine >= t), unnormalized

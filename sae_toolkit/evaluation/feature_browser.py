@@ -1,6 +1,6 @@
-"""What single features respond to in the text, and which tokens their decoder vectors make likelier.
+"""Single features: the text that they respond to, and the tokens that their decoder vectors make likelier.
 
-Shapes: N tokens, F features, K of them tracked, D dimensions, V vocabulary.
+Shapes: N tokens, F features, K tracked features, D dimensions, V vocabulary, R x T rows of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sae_toolkit.evaluation.metrics import chunk_length
 
-# Many features may turn out silent, and the sample is to reach over the firing rates of those that are not.
+# More features are tracked than shown, since many may turn out silent and the rest should cover all firing rates.
 _TRACKED_PER_SAMPLED = 4
 _TOKENS_BEFORE, _TOKENS_AFTER = 24, 12
 _BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -25,12 +25,12 @@ _Effects = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True)
 class Context:
-    """A window of text around one of a feature's highest activations.
+    """A window of text around one of the highest activations of a feature.
 
     Args:
-        tokens: decoded one by one.
-        activations: of the feature at each token; 0 where it is silent and where the SAE does not stand in.
-        peak: which of the tokens the window was chosen for.
+        tokens: the text, each token decoded by itself.
+        activations: the feature's activation at each token; 0 where it is silent or the SAE is not applied.
+        peak: index of the token with the high activation.
     """
 
     tokens: tuple[str, ...]
@@ -43,13 +43,13 @@ class Feature:
     """One feature, as the report shows it.
 
     Args:
-        index: in the SAE.
-        firing_rate: share of tokens, in [0, 1].
-        max_activation: over all tokens, the largest in magnitude; 0 where it never fired.
-        histogram: edges [n + 1] and counts [n] of the activations that are not 0; empty where it never fired.
-        contexts: around the highest activations, in as many different sequences.
-        raised: tokens whose logits the decoder vector raises most, and by how much per unit of activation.
-        lowered: the same for those that it lowers most.
+        index: index in the SAE.
+        firing_rate: share of tokens on which it fires, in [0, 1].
+        max_activation: largest magnitude of its activation over all tokens; 0 if it never fired.
+        histogram: edges [n + 1] and counts [n] of the activations that are not 0; empty if it never fired.
+        contexts: windows around the highest activations, each from a different sequence.
+        raised: tokens whose logits the decoder vector raises most, with the change per unit of activation.
+        lowered: the same for the tokens whose logits it lowers most.
     """
 
     index: int
@@ -57,21 +57,21 @@ class Feature:
     max_activation: float
     histogram: tuple[tuple[float, ...], tuple[int, ...]]
     contexts: tuple[Context, ...]
-    raised: tuple[tuple[str, float], ...]
-    lowered: tuple[tuple[str, float], ...]
+    raised: _Effects
+    lowered: _Effects
 
 
 class FeatureRecorder:
-    """Keeps the activations of a few features, which are drawn before anything is known of them.
+    """Records the activations of a few features, which are drawn at random before any text is read.
 
     Takes 16 bytes for each of their activations that is not 0.
 
     Args:
-        d_sae: the number of features.
-        asked_for: features to show whatever they do.
-        n_sampled: how many others to show. 4 times as many are tracked; those shown fire, and are evenly spread
-            over the quantiles of these features' firing rates.
-        seed: of the draw.
+        d_sae: number of features.
+        asked_for: features to show, whether they fire or not.
+        n_sampled: number of other features to show. 4 times as many are tracked. Of the tracked features that fire,
+            those shown are evenly spaced over the quantiles of the firing rates.
+        seed: seed of the draw.
     """
 
     def __init__(self, d_sae: int, *, asked_for: Sequence[int] = (), n_sampled: int = 0, seed: int = 0) -> None:
@@ -82,11 +82,17 @@ class FeatureRecorder:
         drawn = others[: _TRACKED_PER_SAMPLED * n_sampled]
         self._tracked_K = torch.cat([torch.tensor(self._asked_for, dtype=torch.long), drawn])
         self._n_tokens = 0
-        self._where: list[np.ndarray] = []  # [3, n] each: which tracked feature, sequence, position
+        self._where: list[np.ndarray] = []  # [3, n] each: index k of the tracked feature, sequence, position
         self._values: list[np.ndarray] = []
 
     def add(self, sequence_N: torch.Tensor, position_N: torch.Tensor, features_NF: torch.Tensor) -> None:
-        """Adds N >= 0 tokens: the sequence of each, its position there, and all its feature activations."""
+        """Adds N >= 0 tokens.
+
+        Args:
+            sequence_N: number of the sequence that each token belongs to.
+            position_N: position of the token in that sequence.
+            features_NF: activations of all features.
+        """
         self._n_tokens += len(features_NF)
         self._tracked_K = self._tracked_K.to(features_NF.device)
         tracked_NK = features_NF[:, self._tracked_K]
@@ -97,7 +103,7 @@ class FeatureRecorder:
 
     def features(
         self,
-        rows_NT: np.ndarray,
+        rows_RT: np.ndarray,
         tokenizer: PreTrainedTokenizerBase,
         W_dec_FD: torch.Tensor,
         unembed_weight_VD: torch.Tensor | None = None,
@@ -105,19 +111,19 @@ class FeatureRecorder:
         *,
         n_contexts: int = 8,
     ) -> list[Feature]:
-        """The features asked for, in that order, then the sample, the most frequent first.
+        """Returns the features asked for, in that order, then the sample, the most frequent first.
 
         Args:
-            rows_NT: token ids of the sequences, by the numbers given to `add`.
-            tokenizer: to decode them.
-            W_dec_FD: the SAE's decoder.
-            unembed_weight_VD: of the language model's output head. Without it, or where the decoder writes to
-                another space (another D), `raised` and `lowered` are empty.
-            final_norm_weight_D: of the norm before the output head.
-            n_contexts: how many contexts each feature has, at most.
+            rows_RT: token ids of the sequences, indexed by the sequence numbers given to `add`.
+            tokenizer: tokenizer of the token ids.
+            W_dec_FD: decoder of the SAE.
+            unembed_weight_VD: weight of the language model's output head. Without it, or if the decoder writes to a
+                space of another width D, `raised` and `lowered` are empty.
+            final_norm_weight_D: weight of the norm before the output head.
+            n_contexts: largest number of contexts of a feature.
         """
         found = _Activations(self._where, self._values, len(self._tracked_K))
-        shown = self._shown(found.counts_K)
+        shown = self._choose(found.counts_K)
         indices = self._tracked_K.cpu()[shown]
         raised: list[_Effects] = [()] * len(shown)
         lowered: list[_Effects] = [()] * len(shown)
@@ -130,14 +136,15 @@ class FeatureRecorder:
                 firing_rate=int(found.counts_K[k]) / max(self._n_tokens, 1),
                 max_activation=float(np.abs(found.of(k)[2]).max(initial=0)),
                 histogram=_histogram(found.of(k)[2]),
-                contexts=_top_contexts(*found.of(k), rows_NT, tokenizer, n_contexts),
+                contexts=_top_contexts(*found.of(k), rows_RT, tokenizer, n_contexts),
                 raised=raised[i],
                 lowered=lowered[i],
             )
             for i, k in enumerate(shown)
         ]
 
-    def _shown(self, counts_K: np.ndarray) -> list[int]:
+    def _choose(self, counts_K: np.ndarray) -> list[int]:
+        """Returns which of the tracked features to show."""
         n_asked = len(self._asked_for)
         alive = n_asked + np.flatnonzero(counts_K[n_asked:])
         by_rate = alive[np.argsort(-counts_K[alive], kind="stable")]
@@ -147,7 +154,7 @@ class FeatureRecorder:
 
 
 class _Activations:
-    """Recorded activations, sorted by feature; within a feature in the order that they came in."""
+    """Recorded activations, sorted by feature, and within a feature in the order in which they were added."""
 
     def __init__(self, where: Sequence[np.ndarray], values: Sequence[np.ndarray], n_tracked: int) -> None:
         k, self._sequences, self._positions = np.concatenate([np.zeros((3, 0), np.int32), *where], axis=1)
@@ -158,7 +165,7 @@ class _Activations:
         self._ends = np.cumsum(self.counts_K)
 
     def of(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sequences, positions and values of one feature's activations."""
+        """Returns the sequences, positions and values of the activations of tracked feature k."""
         at = slice(self._ends[k] - self.counts_K[k], self._ends[k])
         return self._sequences[at], self._positions[at], self._values[at]
 
@@ -174,7 +181,7 @@ def _top_contexts(
     sequences: np.ndarray,
     positions: np.ndarray,
     values: np.ndarray,
-    rows_NT: np.ndarray,
+    rows_RT: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     n_contexts: int,
 ) -> tuple[Context, ...]:
@@ -184,7 +191,7 @@ def _top_contexts(
     for peak in highest_first[np.sort(first)[:n_contexts]]:
         row, position = sequences[peak], positions[peak]
         start = max(0, position - _TOKENS_BEFORE)
-        ids = rows_NT[row, start : position + _TOKENS_AFTER + 1].tolist()
+        ids = rows_RT[row, start : position + _TOKENS_AFTER + 1].tolist()
         inside = (sequences == row) & (positions >= start) & (positions < start + len(ids))
         activations = np.zeros(len(ids))
         activations[positions[inside] - start] = values[inside]
@@ -207,20 +214,21 @@ def logit_effects(
     *,
     n_tokens: int = 8,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens whose logits a decoder vector raises and lowers most, per unit of activation.
+    """Returns the tokens whose logits each decoder vector raises and lowers most, per unit of activation.
 
-    The logit lens (nostalgebraist 2020) of the vector: (W_dec * norm weight) @ W_U^T, less its mean over the
-    vocabulary, which changes no probability. Left out are the scale that the final norm divides by, which
-    depends on the token, and all that later layers make of the vector. In float32.
+    This is the logit lens (nostalgebraist 2020) of the vector: (W_dec * norm weight) @ W_U^T, less its mean over the
+    vocabulary, which changes no probability. It ignores the scale that the final norm divides by, which depends on
+    the token, and whatever later layers do with the vector. Computed in float32.
 
     Args:
         W_dec_KD: decoder vectors that write to the residual stream.
-        unembed_weight_VD: of the output head.
-        final_norm_weight_D: of the norm before it.
-        n_tokens: how many tokens at either end.
+        unembed_weight_VD: weight of the output head.
+        final_norm_weight_D: weight of the norm before the output head.
+        n_tokens: number of tokens to return in each direction.
 
     Returns:
-        Raised and lowered, the largest change first: ids [K, n_tokens] and changes of the logit [K, n_tokens].
+        For raised and for lowered, with the largest change first: token ids [K, n_tokens] and changes of the logit
+        [K, n_tokens].
     """
     directions_KD = W_dec_KD.to(unembed_weight_VD.device, torch.float32)
     if final_norm_weight_D is not None:
@@ -234,7 +242,7 @@ def logit_effects(
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token's own text, with its leading space; bytes that are no character of their own as `\\xe4`."""
+    """Returns the text of each token, with its leading space; bytes that do not form a character become `\\xe4`."""
     byte_level = any("Ġ" in piece for piece in tokenizer.tokenize(" a a"))
     return tuple(
         f"[id {i}]" if piece is None else _text_of_piece(piece, byte_level)
@@ -243,11 +251,11 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tup
 
 
 def _text_of_piece(piece: str, byte_level: bool) -> str:
-    """Undoes the marks of GPT-2's byte-level BPE, or those of SentencePiece."""
+    """Returns the text of a vocabulary entry, without the markers of GPT-2's byte-level BPE or of SentencePiece."""
     if byte_level:
         if all(character in _BYTE_OF_CHARACTER for character in piece):
             return bytes(map(_BYTE_OF_CHARACTER.__getitem__, piece)).decode("utf-8", "backslashreplace")
-        return piece  # an added token, kept as it is written
+        return piece  # an added token, whose text is the entry itself
     if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(byte[1]).decode("utf-8", "backslashreplace")
     return piece.replace("▁", " ")

@@ -1,4 +1,4 @@
-"""The published standards that a healthy SAE meets, and the verdict."""
+"""The published standards of a healthy SAE, and the verdict on one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
 
 LEAST_REPLACED_SHARE = 0.98
-LEAST_SEQUENCES = 10  # with fewer, an interval drawn from them says little
+LEAST_SEQUENCES = 10  # an interval from fewer sequences says little
 
 
 @dataclass(frozen=True)
 class Standard:
-    """Closed ranges of one metric. Outside both it is unhealthy."""
+    """The closed ranges of one metric that are healthy and borderline; a value outside both is unhealthy."""
 
     metric: str
     title: str
@@ -23,7 +23,7 @@ class Standard:
     borderline: tuple[float, float]
 
     def status(self, value: float) -> str:
-        """`healthy`, `borderline` or `unhealthy`."""
+        """Returns `healthy`, `borderline` or `unhealthy`."""
         for status, (low, high) in (("healthy", self.healthy), ("borderline", self.borderline)):
             if low <= value <= high:
                 return status
@@ -46,14 +46,26 @@ def judge(
     loss_sequences: int,
     sequences: int,
 ) -> dict[str, Any]:
-    """Each metric's status, `healthy` (how many are) and `of` (how many there are).
+    """Returns the status of each metric, with `healthy` (how many metrics are) and `of` (how many metrics there are).
 
-    A metric is `unsettled` where the sample cannot tell its status: its 95% interval reaches into another
-    status, or could not be had; it rests on fewer than 10 sequences; it is no number; or dead features are too
-    many on too few tokens, where those that the sample was too small to see may make the difference. Dead
-    features that are few enough are so on any number of tokens: more only find more of them alive. Where the
-    SAE stood in for less than 98% of the tokens that are not special, the measurements say too little of it:
-    every status is `unsettled` and `healthy` is None.
+    A metric is `unsettled` if the sample cannot tell its status:
+
+    - its 95% interval reaches into another status, or could not be computed;
+    - it is measured on fewer than 10 sequences;
+    - it is not finite;
+    - dead features are not healthy, and there are so few tokens that features which were too rare to be seen could
+      change the status. A healthy share of dead features is settled on any number of tokens, since more tokens only
+      find more features alive.
+
+    If the SAE replaced the activations of less than 98% of the tokens that are not special, the measurements say too
+    little about it: every status is `unsettled` and `healthy` is None.
+
+    Args:
+        metrics: values by name, with `replaced_share`.
+        intervals: 95% intervals [low, high] by name, of the metrics that have one.
+        dead: estimates about the features that were silent.
+        loss_sequences: number of sequences that the losses are measured on.
+        sequences: number of sequences that the other metrics are measured on.
     """
     if not metrics["replaced_share"] >= LEAST_REPLACED_SHARE:
         return {**{s.metric: "unsettled" for s in STANDARDS}, "healthy": None, "of": len(STANDARDS)}

@@ -1,8 +1,9 @@
-"""The definitions of what is measured.
+"""Definitions of the metrics, and their bootstrap intervals.
 
-Shapes: N tokens, D dimensions, F features, S sequences, B x T tokens, V vocabulary.
+Sums are kept in float64 and separately for each sequence, so that the bootstrap can draw sequences.
 
-Sums are kept apart by sequence, in float64, so that an interval can be had by drawing the text anew.
+Shapes: N tokens, D dimensions, F features, S sequences, B x T tokens of a batch, V vocabulary, K sums, R resamples,
+U units of text.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-# Nothing is held for all tokens at once: chunks of at most this many float32 values (512 MiB).
+# Large tensors are computed in chunks of at most this many float32 values (512 MiB).
 _CHUNK_VALUES = 2**27
-# On a CPU what goes over the same values several times is five times as fast while they stay in the cache (4 MiB).
+# Several passes over the same values are five times as fast on a CPU if the values stay in its cache (4 MiB).
 _CACHED_VALUES = 2**20
 
 
 def chunk_length(values_per_row: int, values: int | None = None) -> int:
-    """How many rows of so many values make a chunk of bounded size; at least 1."""
+    """Returns how many rows make a chunk of at most `values` values (default: 2**27); at least 1."""
     return max(1, (values or _CHUNK_VALUES) // values_per_row)
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Logarithms of the softmax over the last axis, in float32 whatever the dtype of the logits."""
+    """Returns the log-softmax over the last axis, in float32 whatever the dtype of the logits."""
     return logits.log_softmax(-1, dtype=torch.float32)
 
 
 def loss_recovered(ce_clean: torch.Tensor, ce_sae: torch.Tensor, ce_zero: torch.Tensor) -> torch.Tensor:
-    """(CE zero-ablated - CE with SAE) / (CE zero-ablated - CE clean): 1 is all, 0 no better than zeros.
+    """Returns (CE zero-ablated - CE with SAE) / (CE zero-ablated - CE clean).
 
-    SAELens and SAEBench call it `ce_loss_score`. NaN where zeros at the hook cost the model nothing: then
-    there is no loss to recover.
+    1 means that the SAE recovers all of the loss, 0 that it is no better than zeros. SAELens and SAEBench call it
+    `ce_loss_score`. It is NaN where zeros at the hook cost the model nothing, since there is no loss to recover.
     """
     cost = ce_zero - ce_clean
     return torch.where(cost > 0, (ce_zero - ce_sae) / cost, torch.nan)
@@ -43,18 +44,18 @@ def loss_recovered(ce_clean: torch.Tensor, ce_sae: torch.Tensor, ce_zero: torch.
 def compare_predictions(
     tokens_BT: torch.Tensor, clean_BTV: torch.Tensor, others: Sequence[Sequence[torch.Tensor]]
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Cross-entropies of next tokens, and how far other predictions are from the model's own.
+    """Returns the cross-entropies of the next tokens, and how far other predictions are from the model's own.
 
-    Logits may have any dtype; logarithms and sums over the vocabulary are float32.
+    Logits may have any dtype. Logarithms and sums over the vocabulary are computed in float32.
 
     Args:
         tokens_BT: token ids.
         clean_BTV: logits of the model alone.
-        others: for each other prediction B tensors of logits [T, V].
+        others: for each other prediction, B tensors of logits [T, V].
 
     Returns:
-        The model's cross-entropy [B, T] in nats, and for each other prediction its cross-entropy [B, T] and
-        KL(model alone || other) [B, T]. Cross-entropies of the last position, which has no next token, are 0.
+        The model's cross-entropy [B, T] in nats; and for each other prediction, its cross-entropy [B, T] and
+        KL(model alone || other) [B, T]. The cross-entropy at the last position, which has no next token, is 0.
     """
     B, T = tokens_BT.shape
     ce_BT = torch.zeros(B, T, device=clean_BTV.device)
@@ -76,7 +77,7 @@ def compare_predictions(
 
 
 class LossStatistics:
-    """Sums over each sequence's scored positions of what an SAE does to the model's predictions, in nats."""
+    """Sums, over the scored positions of each sequence, of the losses and KL divergences in nats."""
 
     COLUMNS = ("n_losses", "n_positions", "ce_clean", "ce_sae", "ce_zero", "kl_sae", "kl_zero")
 
@@ -93,7 +94,8 @@ class LossStatistics:
         """Adds a batch.
 
         Args:
-            scored_BT: which positions count; the last of a sequence has no next token and counts for KL alone.
+            scored_BT: booleans, True at the positions to sum over. The last position of a sequence has no next token
+                and is summed for KL only.
             ce_clean_BT: cross-entropy of the model alone.
             sae: cross-entropy and KL [B, T] with the SAE, from `compare_predictions`.
             zero: the same with zeros at the hook.
@@ -106,12 +108,12 @@ class LossStatistics:
         self._sums.append(torch.stack([values_BT.double().sum(1) for values_BT in sums], dim=1).cpu())
 
     def sums_SK(self) -> torch.Tensor:
-        """[S, len(COLUMNS)] float64."""
+        """Returns the sums of each sequence, [S, len(COLUMNS)] float64."""
         return torch.cat(self._sums) if self._sums else torch.zeros(0, len(self.COLUMNS), dtype=torch.double)
 
     @classmethod
     def metrics(cls, totals: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses, KLs and their scores from sums over sequences, [..., len(COLUMNS)]."""
+        """Returns the mean losses and KLs, and the loss recovered, from sums over sequences [..., len(COLUMNS)]."""
         n_losses, n_positions, clean, sae, zero, kl_sae, kl_zero = totals.unbind(-1)
         ce_clean, ce_sae, ce_zero = clean / n_losses, sae / n_losses, zero / n_losses
         return {
@@ -125,10 +127,10 @@ class LossStatistics:
 
 
 class ReconstructionStatistics:
-    """Sums over each sequence's scored tokens of what the SAE alone determines, added in float64.
+    """Sums, over the scored tokens of each sequence, of L0 and of the quality of the reconstructions.
 
     Args:
-        n_sequences: how many sequences there will be.
+        n_sequences: number of sequences that will be added.
     """
 
     COLUMNS = ("n_tokens", "n_active", "cosine", "l2_ratio", "squared_error", "squared_norm")
@@ -136,13 +138,19 @@ class ReconstructionStatistics:
     def __init__(self, n_sequences: int) -> None:
         self._sums_SK = torch.zeros(n_sequences, len(self.COLUMNS), dtype=torch.double)
         self._sums_SD: torch.Tensor | None = None
-        self._offset_D: torch.Tensor | None = (
-            None  # near the mean, so that the variance is no difference of large numbers
-        )
-        self.l0_counts = torch.zeros(0, dtype=torch.long)
+        # Near the mean, so that the variance is not a difference of large numbers.
+        self._offset_D: torch.Tensor | None = None
+        self.l0_counts = torch.zeros(0, dtype=torch.long)  # number of tokens with 0, 1, 2, ... active features
 
     def add(self, sequence_N: torch.Tensor, acts_ND: torch.Tensor, recons_ND: torch.Tensor, l0_N: torch.Tensor) -> None:
-        """Adds N >= 0 tokens: the sequence of each, its activation, reconstruction and number of active features."""
+        """Adds N >= 0 tokens.
+
+        Args:
+            sequence_N: number of the sequence that each token belongs to.
+            acts_ND: activations.
+            recons_ND: reconstructions of them.
+            l0_N: number of active features.
+        """
         if len(acts_ND) == 0:
             return
         x, recons = acts_ND.double(), recons_ND.double()
@@ -169,15 +177,18 @@ class ReconstructionStatistics:
         self.l0_counts = counts
 
     def sums_SK(self) -> torch.Tensor:
-        """[S, len(COLUMNS) + D] float64; the last D columns are the activations about a fixed offset."""
+        """Returns the sums of each sequence, [S, len(COLUMNS) + D] float64.
+
+        The last D columns are sums of the activations less a fixed offset.
+        """
         assert self._sums_SD is not None
         return torch.cat([self._sums_SK.cpu(), self._sums_SD.cpu()], dim=1)
 
     @classmethod
     def metrics(cls, totals: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`explained_variance`, `cosine_similarity`, `l2_ratio` and `l0` from sums over sequences.
+        """Returns `explained_variance`, `cosine_similarity`, `l2_ratio` and `l0` from sums over sequences.
 
-        Explained variance is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, both sums over all tokens and
+        Explained variance is 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, with both sums over all tokens and
         dimensions.
         """
         n_tokens, n_active, cosine, l2_ratio, squared_error, squared_norm = totals[..., : len(cls.COLUMNS)].unbind(-1)
@@ -198,21 +209,21 @@ def point_and_interval(
     seed: int,
     resamples: int = 1000,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Metrics over all sequences, and their 95% intervals from a bootstrap over independent units.
+    """Returns metrics over all sequences, and their 95% intervals from a bootstrap over independent units of text.
 
-    Percentile bootstrap (Efron 1979) of clusters: whole units are drawn with replacement, as many as there
-    are, since tokens of one text, and sequences of one document, are not independent of each other.
+    This is a percentile bootstrap (Efron 1979) of clusters. It draws whole units with replacement, as many as there
+    are, because tokens of one text and sequences of one document are not independent of each other.
 
     Args:
-        statistics: whose `metrics` to take.
+        statistics: class whose `metrics` turns sums into metrics.
         sums_SK: sums of each sequence.
-        unit_S: the number of the unit of each sequence.
-        seed: of the draws.
-        resamples: how many.
+        unit_S: number of the unit that each sequence belongs to.
+        seed: seed of the draws.
+        resamples: number of draws.
 
     Returns:
-        The metrics, and [low, high] of each; no interval where there are fewer than 2 units, or where the
-        metric has no number in the sample or in more than 2% of the draws.
+        The metrics, and the interval [low, high] of each. A metric has no interval if there are fewer than 2 units,
+        or if it is not finite in the sample or in more than 2% of the draws.
     """
     metrics = {name: value.item() for name, value in statistics.metrics(sums_SK.sum(0)).items()}
     unit_S = unit_S.unique(return_inverse=True)[1]
@@ -238,6 +249,6 @@ def point_and_interval(
 
 
 def histogram(values: torch.Tensor, low: float, high: float, bins: int) -> tuple[list[float], list[int]]:
-    """Edges [bins + 1] and counts [bins] of values; those outside are counted in the first or last bin."""
+    """Returns the edges [bins + 1] and counts [bins]; values outside are counted in the first or last bin."""
     counts = values.clamp(low, high).float().histc(bins, low, high)
     return torch.linspace(low, high, bins + 1).tolist(), counts.long().tolist()

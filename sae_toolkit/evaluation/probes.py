@@ -1,4 +1,4 @@
-"""What can tell why an SAE is unhealthy, measured on a little text: each number is what one cause would change."""
+"""Measurements on a little text that tell why an SAE is unhealthy: each cause of the diagnosis changes one of them."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ import torch
 from sae_lens import SAE
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE, largest_cosines
 from sae_toolkit.evaluation.metrics import chunk_length
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 
-MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by default
-TWINS = 0.9  # cosine of decoder vectors
-STRONGEST = 64  # features of a token, the middle of what is healthy
+MASSIVE = 10  # an activation is massive above this many times the median norm: --max_activation_norm_multiple's default
+STRONGEST = 64  # features per token, in the middle of the healthy range of L0
 _TOKENS = 8192
 _LAYERS_AROUND = 2
-_FEATURES_LOOKED_AT = 4096
+_FEATURES_COMPARED = 4096
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Measured on `tokens` tokens, without special tokens and skipped positions. Shares are in [0, 1].
+    """What `probe` measures. Shares are in [0, 1]; an activation is massive above 10 times the median norm.
 
     Args:
-        median_norm: of the activations, massive ones included.
-        massive_share: of the variance where the SAE stands in, that is due to activations of more than
-            10 times the median norm.
-        explained: the SAE's explained variance there.
-        explained_of_others: likewise without the massive ones.
-        explained_by_strongest: likewise, by the 64 strongest features of each token alone.
-        explained_at: by hook, without the massive ones: where the SAE is evaluated, the same place in other layers, and
-            where it was trained.
-        twins: share of features whose decoder vector has a cosine above 0.9 to another one's.
-        twins_together: how often a feature that has such a twin fires on the tokens on which the twin does, as a share;
-            None where there are none that fire.
+        tokens: number of tokens measured, without special tokens and skipped positions.
+        median_norm: median L2 norm of the activations, massive ones included.
+        massive_share: share of the variance that is due to massive activations, among the activations that the SAE
+            is applied to.
+        explained: explained variance of the same activations.
+        explained_of_others: explained variance of the activations that are not massive.
+        explained_by_strongest: the same, if the SAE decodes only the 64 strongest features of each token.
+        explained_at: explained variance by hook, without massive activations: at the hook of the evaluation, at the
+            same place in nearby layers, and at the hook of the training.
+        twins: share of features with a twin: another feature whose decoder vector has a cosine above 0.9 to its own.
+        twins_together: share of the tokens on which a feature or its twin fires where both fire; None if there are
+            no twins or none fires.
     """
 
     tokens: int
@@ -54,12 +55,12 @@ class Probes:
 
 @torch.no_grad()
 def probe(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, model: LanguageModel, batch_size: int) -> Probes:
-    """Measures on the first rows of an evaluation.
+    """Measures one SAE on the first rows of its evaluation.
 
     Args:
         prepared: the evaluation.
         evaluated: one of its SAEs.
-        model: its language model.
+        model: language model of the evaluation.
         batch_size: rows in one forward pass.
     """
     sae = evaluated.sae.to(prepared.device)
@@ -92,7 +93,7 @@ def probe(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, model: Language
 
 
 def hooks_around(hook_name: str, n_layers: int) -> list[str]:
-    """A hook, and the same place in up to two layers before it and after it."""
+    """Returns a hook together with the same place in up to two layers before it and two after it."""
     layer = re.search(r"\.(\d+)(?=\.|$)", hook_name)
     if layer is None:
         return [hook_name]
@@ -109,7 +110,7 @@ def _activations(
     batch_size: int,
     d_in: int,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Activations [N, D] in float64 on the CPU, at each hook of the SAE's width."""
+    """Yields (hook, activations [N, D] in float64 on the CPU) for each hook that has the SAE's width."""
     n_rows = min(len(prepared.rows_NT), max(_TOKENS // prepared.rows_NT.shape[1], 1))
     rows_NT = prepared.rows_NT[:n_rows].astype(np.int64)
     keep_N = torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT).ravel())
@@ -117,7 +118,7 @@ def _activations(
         try:
             at_hook = LanguageModel(model.model, name)
             acts = torch.cat([at_hook.activations(rows).cpu() for rows in torch.from_numpy(rows_NT).split(batch_size)])
-        except UserError:  # not in this model, or nothing of that shape comes by there
+        except UserError:  # the model has no such hook, or its values there are not activations
             continue
         if acts.shape[-1] == d_in:
             yield name, acts.flatten(0, 1)[keep_N].double()
@@ -129,13 +130,13 @@ def _without_massive(acts_ND: torch.Tensor) -> torch.Tensor:
 
 
 def _encoded(sae: SAE, acts_ND: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Activations and features, so many tokens at a time."""
+    """Yields the activations [N, D] and their features [N, F] in chunks of tokens."""
     for chunk_ND in acts_ND.split(chunk_length(4 * sae.cfg.d_sae)):
         yield chunk_ND, sae.encode(chunk_ND.to(sae.device, torch.float32))
 
 
 def _explained(sae: SAE, acts_ND: torch.Tensor, strongest: int | None = None) -> float:
-    """Explained variance; by the strongest features of each token alone, if a number of them is given."""
+    """Returns the explained variance, of all features or of only the `strongest` of each token."""
     if len(acts_ND) == 0:
         return float("nan")
     error = 0.0
@@ -149,22 +150,12 @@ def _explained(sae: SAE, acts_ND: torch.Tensor, strongest: int | None = None) ->
 
 
 def _twins(sae: SAE, acts_ND: torch.Tensor) -> tuple[float, float | None]:
-    """The share of features that have a twin, and how often one fires where its twin does; of a sample where there are
-    many features.
-    """
-    directions_FD = torch.nn.functional.normalize(sae.W_dec.float(), dim=-1)
-    n_features = len(directions_FD)
-    sample_R = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))[:_FEATURES_LOOKED_AT]
-    twin_R = torch.empty_like(sample_R)
-    size = chunk_length(4 * n_features)
-    for start in range(0, len(sample_R), size):
-        rows_R = sample_R[start : start + size].to(sae.device)
-        cosines_RF = directions_FD[rows_R] @ directions_FD.T
-        cosines_RF[torch.arange(len(rows_R)), rows_R] = -1
-        largest_R, nearest_R = cosines_RF.max(dim=-1)
-        twin_R[start : start + size] = torch.where(largest_R > TWINS, nearest_R, -1).cpu()
-    has_twin_R = twin_R >= 0
-    features, twins = sample_R[has_twin_R], twin_R[has_twin_R]
+    """Returns `twins` and `twins_together` of `Probes`, from a random sample of the features if there are many."""
+    generator = torch.Generator().manual_seed(0)
+    sample_R = torch.randperm(len(sae.W_dec), generator=generator)[:_FEATURES_COMPARED].to(sae.device)
+    largest_R, nearest_R, _ = largest_cosines(sae.W_dec, sample_R)
+    has_twin_R = largest_R > NEAR_DUPLICATE
+    features, twins = sample_R[has_twin_R], nearest_R[has_twin_R]
     if len(features) == 0:
         return 0.0, None
     both = either = 0

@@ -1,1 +1,1 @@
-"""What an evaluation leaves: tables, plots, the HTML and Markdown reports, and a model card on the Hub."""
+"""What an evaluation leaves behind: tables, plots, HTML and Markdown reports, and a model card on the Hub."""

@@ -1,4 +1,4 @@
-"""The report's plots, as plotly figures. Their colours are the page's CSS variables, which its script looks up."""
+"""The report's plots as plotly figures. Their colours are CSS variables of the page, which its script looks up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from sae_toolkit.reports.tables import format_range, format_value
 
 
 def make_figures(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> list[tuple[str, str, go.Figure]]:
-    """Title, caption and figure of each plot, from what `render_html` is given; histograms of nothing are left out."""
+    """Returns the title, caption and figure of each plot; empty histograms are left out.
+
+    Args:
+        summary: content of evaluation.json.
+        plots: as `render_html` takes them.
+    """
     figures = [("Losses", *_losses(summary)), ("Dead features over tokens", *_silent_share(summary))]
     for name, title, histogram in (
         ("log10_firing_rate", "Firing rates", _firing_rates),
@@ -39,7 +44,7 @@ def make_figures(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> list[t
 
 
 def _figure(traces: Sequence[Any], x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any) -> go.Figure:
-    """The look that all plots share."""
+    """Returns a figure with the look that all plots share."""
     axis: dict[str, Any] = {
         "gridcolor": "var(--line)",
         "linecolor": "var(--line)",
@@ -71,7 +76,7 @@ def _titled(title: str, **axis: Any) -> dict[str, Any]:
 
 
 def _line(axis: str, value: float, text: str, **label: Any) -> dict[str, Any]:
-    """A dashed line across the plot at a value of one axis, with a label."""
+    """Returns a dashed line across the plot at a value of one axis, with a label."""
     other = "y" if axis == "x" else "x"
     return {
         "type": "line",
@@ -141,7 +146,7 @@ def _silent_share(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
         "tokens looked at",
         type="log",
         tickvals=ticks,
-        ticktext=[_short(tick) for tick in ticks],
+        tickformat="~s",
         range=[math.log10(tokens[0] * 0.85), math.log10(2 * tokens[-1] * 1.2)],
     )
     y = _titled("still silent", tickformat=".0%" if top > 0.05 else ".1%", range=[0, top])
@@ -150,13 +155,6 @@ def _silent_share(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
         f" what to expect after as many again: {twice:.2%}."
     )
     return caption, _figure([seen, expected], x, y, shapes=lines)
-
-
-def _short(n: int) -> str:
-    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if n >= unit:
-            return f"{n / unit:g}{name}"
-    return str(n)
 
 
 def _bars(edges: Sequence[float], counts: Sequence[int], hover: Sequence[str]) -> go.Bar:
@@ -171,7 +169,7 @@ def _bars(edges: Sequence[float], counts: Sequence[int], hover: Sequence[str]) -
 
 
 def _trimmed(histogram: tuple[Sequence[float], Sequence[int]]) -> tuple[Sequence[float], Sequence[int]]:
-    """A histogram without the empty bins at its ends."""
+    """Returns a histogram without the empty bins at its ends."""
     edges, counts = histogram
     full = [i for i, count in enumerate(counts) if count]
     return edges[full[0] : full[-1] + 2], counts[full[0] : full[-1] + 1]
@@ -194,6 +192,7 @@ def _firing_rates(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple
 
 
 def _rate(log10: float) -> str:
+    """Returns 10**log10 as a percentage with one significant digit or more."""
     return f"{10**log10:.{max(0, math.ceil(-log10 - 2))}%}"
 
 
@@ -202,17 +201,17 @@ def _l0(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str, go.F
     wholes = [(math.ceil(low), math.ceil(high) - 1) for low, high in pairwise(edges)]
     hover = [f"{low} active" if low == high else f"{low} to {high} active" for low, high in wholes]
     mean = summary["metrics"]["l0"]
-    span = [max(edges[0] - 10, -0.5), edges[-1] + 10]  # all tokens may have the same number
+    span = [max(edges[0] - 10, -0.5), edges[-1] + 10]  # wide enough if all tokens have the same number
     lines = [] if mean is None else [_line("x", mean, f"mean {mean:.1f}", **_beside_line(mean, span))]
     caption = f"{sum(counts):,} tokens by their number of active features. The standard of 40 to 120 is for the mean."
     x = _titled("features active at once", range=span)
     return caption, _figure(
-        [_bars(edges, counts, hover)], x, _titled("tokens", range=_room_above(counts)), shapes=lines
+        [_bars(edges, counts, hover)], x, _titled("tokens", range=[0, 1.15 * max(counts)]), shapes=lines
     )
 
 
 def _beside_line(value: float, span: Sequence[float]) -> dict[str, Any]:
-    """Puts the upright label of a vertical line on its side where there is more room."""
+    """Returns where to put the label of a vertical line: upright, on the side of the line with more room."""
     left = value > (span[0] + span[-1]) / 2
     return {
         "textangle": 0,
@@ -221,10 +220,6 @@ def _beside_line(value: float, span: Sequence[float]) -> dict[str, Any]:
         "xanchor": "right" if left else "left",
         "padding": 6,
     }
-
-
-def _room_above(counts: Sequence[int]) -> list[float]:
-    return [0, 1.15 * max(counts)]
 
 
 def _cosines(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str, go.Figure]:
@@ -240,7 +235,7 @@ def _cosines(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str,
     )
     x = _titled("largest cosine to another feature", range=span)
     return caption, _figure(
-        [_bars(edges, counts, hover)], x, _titled("features", range=_room_above(counts)), shapes=lines
+        [_bars(edges, counts, hover)], x, _titled("features", range=[0, 1.15 * max(counts)]), shapes=lines
     )
 
 
@@ -251,7 +246,7 @@ def _over(
     x: Mapping[str, Any],
     hover: str,
 ) -> tuple[str, go.Figure]:
-    """A metric of several SAEs, at places along x."""
+    """Returns the caption and figure of a metric of several SAEs, each at a place along x."""
     values = [each["metrics"][standard.metric] for each in measured]
     known = [value for value in values if value is not None]
     low, high = standard.healthy

@@ -1,4 +1,4 @@
-"""Evaluated SAEs on the Hugging Face Hub, in SAELens's layout, with a model card of what was measured."""
+"""Publishes evaluated SAEs on the Hugging Face Hub, in SAELens's layout, with a model card of the measurements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import ConnectionFailed, retrying
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.reports.results import Result
-from sae_toolkit.reports.tables import health_table, markdown_table, verdict
+from sae_toolkit.reports.tables import documents, health_table, markdown_table, shape, verdict
 from sae_toolkit.settings.command_line import flags_with, training_words
 from sae_toolkit.settings.fields import Scope
 from sae_toolkit.terminal.redaction import redact
@@ -29,7 +29,7 @@ from sae_toolkit.terminal.redaction import redact
 log = logging.getLogger(__name__)
 
 _CARD_MARK = "Measured with SAELensTrain"
-# Of this machine, or without an effect on the SAE.
+# Flags about this machine, or without an effect on the SAE.
 _NOT_RECIPE = flags_with(Scope.RUN, Scope.PROCESS, Scope.COMMAND) - {"shard_features"} | {"fallback_dataset"}
 _DEFINITIONS = """\
 - **Loss recovered**: (CE with zeros at the hook - CE with the SAE) / (CE with zeros - CE of the model alone); CE is the
@@ -43,10 +43,13 @@ it skips, and activations of more than `max_activation_norm` (cfg.json)."""
 
 
 def check_may_publish(repository: str) -> None:
-    """Asks the Hub whether this machine may write there, before anything is measured for it.
+    """Checks with the Hub that the person who is logged in may write to a repository, before anything is measured.
+
+    Args:
+        repository: owner/name.
 
     Raises:
-        UserError: no.
+        UserError: they may not, or the Hub cannot be reached.
     """
     with _refusals(repository):
         validate_repo_id(repository)
@@ -58,26 +61,28 @@ def check_may_publish(repository: str) -> None:
     if owner.lower() not in {name.lower() for name in mine}:
         raise UserError(
             f"--push_to_hub {repository}: {me['name']} is logged in, and does not belong to {owner}; use"
-            f" {me['name']}/{repository.partition('/')[2]}, or log in as another (`hf auth login`)"
+            f" {me['name']}/{repository.partition('/')[2]}, or log in as somebody else (`hf auth login`)"
         )
     role = me.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError(
-            f"--push_to_hub {repository}: the token may only read; make one that may write and log in with it"
+            f"--push_to_hub {repository}: the token may only read; make one that may write, and log in with it"
             " (`hf auth login`)"
         )
 
 
 @contextmanager
 def _refusals(repository: str) -> Iterator[None]:
-    """What the Hub refuses, as one line."""
+    """Turns errors of the Hub into UserErrors of one line."""
     where = f"--push_to_hub {repository}"
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{where}: no name of a repository (owner/name): {one_line(error)}") from None
+        raise UserError(f"{where}: is not the name of a repository (owner/name): {one_line(error)}") from None
     except LocalTokenNotFoundError:
-        raise UserError(f"{where}: no login; run `hf auth login`, or set HF_TOKEN to a token that may write") from None
+        raise UserError(
+            f"{where}: nobody is logged in; run `hf auth login`, or set HF_TOKEN to a token that may write"
+        ) from None
     except OfflineModeIsEnabled:
         raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it to publish") from None
     except ConnectionFailed as error:
@@ -85,25 +90,29 @@ def _refusals(repository: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         what = {
-            401: "refuses the token; log in anew (`hf auth login`, or HF_TOKEN)",
-            403: "lets this token not write there; make one that may, or name another repository",
-            404: "knows no such repository, and lets this token make none",
-            413: "has no room for files of this size; ask for more, or publish fewer SAEs",
-        }.get(status)
-        said = one_line(error)
-        raise UserError(f"{where}: the Hugging Face Hub {what or f'refuses it: {said}'}") from None
+            401: "refuses the token; log in again (`hf auth login`, or HF_TOKEN)",
+            403: "does not let this token write there; make one that may, or name another repository",
+            404: "has no such repository, and does not let this token make one; make it there, or name another",
+            413: "has no room for files of this size; ask it for more, or publish fewer SAEs",
+        }.get(status, f"refuses it: {one_line(error)}")
+        raise UserError(f"{where}: the Hugging Face Hub {what}") from None
     except httpx2.HTTPError as error:
         raise UserError(f"{where}: the Hugging Face Hub cannot be reached ({one_line(error)})") from None
 
 
 def publish(repository: str, results: Sequence[Result]) -> str:
-    """Uploads SAEs with their evaluations and the model card; returns the page's address.
+    """Uploads SAEs with their evaluations and a model card, and returns the address of the repository's page.
 
-    Each SAE has a directory by the name of its hook, as `SAE.from_pretrained(repository, hook)` reads it. The card is
-    the repository's README.md, or lies beside the SAE where somebody wrote another one.
+    Each SAE goes to a directory with the name of its hook, from which `SAE.from_pretrained(repository, hook)` loads
+    it. The card is the repository's README.md. If somebody wrote a README.md of their own, that one stays, and the
+    card goes to the directory of the SAE.
+
+    Args:
+        repository: owner/name.
+        results: evaluations of the SAEs.
 
     Raises:
-        UserError: the Hub refuses, or cannot be reached.
+        UserError: the Hub refuses the upload, or cannot be reached.
     """
     ids = _ids(results)
     api, where = HfApi(), f"--push_to_hub {repository}"
@@ -111,7 +120,7 @@ def publish(repository: str, results: Sequence[Result]) -> str:
         for sae_id, result in ids.items():
             sae: SAE[Any] | Path = result.evaluated.file.path
             if result.evaluated.file.form.partition(",")[0] != "inference form":
-                sae = result.evaluated.sae  # of another library, or unfinished: saved as SAELens's
+                sae = result.evaluated.sae  # of another library, or unfinished: SAELens saves it in its own form
             retrying(
                 where,
                 lambda sae=sae, sae_id=sae_id: upload_saes_to_huggingface(  # type: ignore[misc]
@@ -136,33 +145,34 @@ def publish(repository: str, results: Sequence[Result]) -> str:
 
 
 def _ids(results: Sequence[Result]) -> dict[str, Result]:
-    """SAELens's ids of SAEs within a repository: their hooks, with the checkpoint where there are several of one."""
+    """Returns the SAEs by their id in the repository: the hook, with the checkpoint if several SAEs have that hook."""
     ids: dict[str, Result] = {}
     hooks = [result.group.hook_name for result in results]
     for result in results:
         hook = result.group.hook_name
         name = hook if hooks.count(hook) == 1 else f"{hook}/{Path(result.summary['sae']['path']).name}"
         if name in ids:
-            raise UserError(f"--push_to_hub: two SAEs would be published as {name}; evaluate one")
+            raise UserError(f"--push_to_hub: two SAEs would be published as {name}; evaluate only one of them")
         ids[name] = result
     return ids
 
 
 def _card_paths(api: HfApi, repository: str, ids: Mapping[str, Result]) -> list[str]:
+    """Returns where the card goes: README.md, or beside each SAE if somebody else wrote the README.md."""
     if not api.file_exists(repository, "README.md") or _CARD_MARK in Path(
         api.hf_hub_download(repository, "README.md")
     ).read_text(encoding="utf-8"):
         return ["README.md"]
-    log.info("%s has a README.md of its own, which stays; the card lies beside the SAE", repository)
+    log.info("%s has a README.md that is not ours, which stays; the card goes beside the SAE", repository)
     return [f"{sae_id}/README.md" for sae_id in ids]
 
 
 def model_card(repository: str, ids: Mapping[str, Result]) -> str:
-    """The card in Markdown, with the Hub's metadata.
+    """Returns the card in Markdown, with the Hub's metadata.
 
     Args:
-        repository: where it will lie.
-        ids: SAEs by their id in it.
+        repository: owner/name.
+        ids: evaluations of the SAEs, by their id in the repository.
     """
     first = next(iter(ids.values())).summary
     model, dataset = first["model"], first["dataset"]
@@ -184,23 +194,22 @@ def model_card(repository: str, ids: Mapping[str, Result]) -> str:
 
 
 def _section(repository: str, sae_id: str, result: Result) -> list[str]:
+    """Returns the card's paragraphs about one SAE."""
     summary = result.summary
-    sae = summary["sae"]
-    which = "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
     parts = [
         f"## {sae_id}",
-        f"**{verdict(summary['health'])}**. {sae['architecture']}, {sae['d_sae']:,} features on {sae['d_in']:,}"
-        f" dimensions; measured on {summary['tokens']:,} tokens of {summary['dataset']}, {which}.",
+        f"**{verdict(summary['health'])}**. {shape(summary)}; measured on {summary['tokens']:,} tokens of"
+        f" {summary['dataset']}, {documents(summary)}.",
         "\n".join(markdown_table(*health_table(summary))),
         f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
     ]
-    if recipe := training_recipe(Path(sae["path"])):
+    if recipe := training_recipe(Path(summary["sae"]["path"])):
         parts.append(f"Trained with\n\n```bash\npython sae_lens_train.py {recipe}\n```")
     return parts
 
 
 def training_recipe(sae_path: Path) -> str | None:
-    """The flags that an SAE was trained with, where they are not the defaults; None where none are on record."""
+    """Returns the flags of an SAE's training that are not the defaults; None if its run left no record of its flags."""
     for directory in sae_path.absolute().parents[:2]:
         try:
             flags = json.loads((directory / FLAGS_FILENAME).read_text())

@@ -1,34 +1,30 @@
-"""What an evaluation leaves: evaluation.json, report.html and report.md beside the SAE, and its record in wandb."""
+"""The results of an evaluation: evaluation.json, report.html and report.md beside the SAE, and the record in wandb."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from sae_lens import __version__ as sae_lens_version
 
 from sae_toolkit.diagnosis.diagnose import as_records, diagnose
 from sae_toolkit.diagnosis.evidence import METADATA, Evidence
 from sae_toolkit.diagnosis.history import load_history
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.health import judge
+from sae_toolkit.evaluation.measurement import Evaluation
 from sae_toolkit.evaluation.probes import probe
-from sae_toolkit.evaluation.run import Evaluation
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.reports.page import render_html, render_markdown
+from sae_toolkit.reports.summary import summarize, without_nan
 from sae_toolkit.reports.tables import diagnosis_table, feature_table, health_table
-from sae_toolkit.saes.checkpoints import load_log_sparsity
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.training.record.start import record_of_training
 
@@ -38,54 +34,68 @@ _NOT_RESULTS = {"cfg.json", "runner_cfg.json", "config.json", "activation_scaler
 
 
 def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation]) -> list[list[Path]]:
-    """Where each SAE's evaluation.json goes: beside its weights, or under `evaluations` where these are not ours.
+    """Returns the path of each SAE's evaluation.json, for each group.
+
+    It is beside the weights; under `evaluations` if the SAE is a download or its directory cannot be written to.
+
+    Args:
+        output_json: path to use instead, if only one SAE is evaluated.
+        groups: evaluations that are ready to start.
 
     Raises:
-        UserError: one of them could not be written.
+        UserError: a result cannot be written, or two results would go to the same path.
     """
     files = [evaluated.file for group in groups for evaluated in group.saes]
     if output_json is not None:
         if len(files) > 1:
-            raise UserError(f"--output_json {output_json}: one file for {len(files)} SAEs; leave it out")
+            raise UserError(f"--output_json {output_json}: is one file for {len(files)} SAEs; leave it out")
         if output_json.suffix != ".json" or output_json.name in _NOT_RESULTS:
-            raise UserError(f"--output_json {output_json}: must be a .json file, and none that belongs to an SAE")
+            raise UserError(
+                f"--output_json {output_json}: must be a .json file that does not belong to an SAE; name another one"
+            )
         outputs = [output_json]
     else:
         outputs = [_directory(file) / "evaluation.json" for file in files]
         for output, file in zip(outputs, files, strict=True):
             if outputs.count(output) > 1:
-                raise UserError(f"--sae_path {file.name}: the results of two SAEs would go to {output}; evaluate one")
+                raise UserError(
+                    f"--sae_path {file.name}: the results of two SAEs would go to {output}; evaluate only one of them"
+                )
     for output in outputs:
         for path in (output, *_report_paths(output)):
             _check_writable(path)
         if output.exists():
-            log.info("%s is there from an earlier evaluation, and will be replaced", output)
+            log.info("%s is from an earlier evaluation, and will be replaced", output)
     remaining = iter(outputs)
     return [list(islice(remaining, len(group.saes))) for group in groups]
 
 
 def _directory(file: SAEFile) -> Path:
+    """Returns the directory for an SAE's results, which exists."""
     if not file.is_download and os.access(file.path, os.W_OK):
         return file.path
     directory = Path("evaluations") / (re.sub(r"[^\w.-]+", "_", file.name).lstrip(".") or "sae")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_json: {directory} cannot be made ({error.strerror}); name a file") from None
+        raise UserError(
+            f"--output_json: {directory} cannot be made ({error.strerror}); name a file for the results"
+        ) from None
     return directory
 
 
 def _report_paths(output_json: Path) -> tuple[Path, Path]:
-    """The HTML and the Markdown report: report.* beside evaluation.json, NAME.report.* beside NAME.json."""
+    """Returns the paths of the two reports: report.* beside evaluation.json, NAME.report.* beside NAME.json."""
     stem = "report" if output_json.name == "evaluation.json" else f"{output_json.stem}.report"
     return output_json.with_name(f"{stem}.html"), output_json.with_name(f"{stem}.md")
 
 
 def _check_writable(path: Path) -> None:
+    """Raises a UserError if a result cannot be written to a path."""
     try:
         for file in (path, _partial(path)):
             if file.is_symlink() or (file.exists() and not file.is_file()):
-                raise UserError(f"--output_json {file}: is no file that can be replaced; name another path")
+                raise UserError(f"--output_json {file}: is not a file that can be replaced; name another path")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -96,7 +106,16 @@ def _check_writable(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """The evaluation of one SAE, with those that were evaluated beside it, and where it is written."""
+    """The evaluation of one SAE.
+
+    Args:
+        group: SAEs that were evaluated together.
+        evaluated: the SAE.
+        evaluation: what was measured of it.
+        output_json: path of evaluation.json.
+        summary: content of evaluation.json.
+        summaries_of_group: the summaries of all SAEs of the group.
+    """
 
     group: PreparedEvaluation
     evaluated: EvaluatedSAE
@@ -106,8 +125,12 @@ class Result:
     summaries_of_group: Sequence[Mapping[str, Any]]
 
     def write(self, of_layers: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Writes evaluation.json and the reports. Checkpoints of the same run are shown as curves, and so are
-        `of_layers`, the summaries of SAEs of the same checkpoint at other layers.
+        """Writes evaluation.json and the reports.
+
+        The reports show the checkpoints of the same run as curves.
+
+        Args:
+            of_layers: summaries of SAEs of the same checkpoint at several layers, which are shown as curves too.
         """
         html, markdown = _report_paths(self.output_json)
         plots = dict(self.evaluation.plots)
@@ -129,22 +152,22 @@ class Result:
 
     @property
     def is_unhealthy(self) -> bool:
-        """Whether a metric of the verdict is not healthy; not under SAEBench's protocol, which has no verdict."""
+        """Whether a health metric is not healthy. False under SAEBench's protocol, which has no verdict."""
         health = self.summary["health"]
         return self.group.protocol == "health" and health["healthy"] != health["of"]
 
     def diagnose(self, model: LanguageModel, batch_size: int) -> None:
-        """Adds why it is unhealthy, if it is, and writes it all again.
+        """Finds out why the SAE is unhealthy, adds the causes to the summary, and writes the results again.
 
         Args:
-            model: the language model that it was evaluated on.
+            model: language model that the SAE was evaluated on.
             batch_size: rows in one forward pass.
         """
         sae, path = self.evaluated.sae, self.evaluated.file.path
         history = load_history(path, sae)
         if history is None or not history.readings:
             missing = f"no {FLAGS_FILENAME} of a run" if history is None else f"no readings in {METRICS_FILENAME}"
-            log.warning("%s: %s: causes that show in the course of the training are not looked for", path, missing)
+            log.warning("%s: %s: causes that need the course of the training are not looked for", path, missing)
         evidence = Evidence(
             self.summary,
             probe(self.group, self.evaluated, model, batch_size),
@@ -155,15 +178,15 @@ class Result:
         self.write()
 
     def add_saebench(self, results: Mapping[str, Any]) -> None:
-        """Folds sae-bench's own results in, and writes it all again."""
+        """Adds sae-bench's own results to the summary, and writes the results again."""
         self.summary["saebench"] = without_nan(results)
         self.write()
 
     def record(self) -> None:
-        """Records the summary in the record of the SAE's training, if there was one: the numbers, the table of health
-        and the feature browser's.
+        """Adds the numbers and tables to the record of the SAE's training, if there is one.
 
-        That of the finished SAE is `evaluation/...`; a checkpoint's and another protocol's have its name in it.
+        Their names start with `evaluation/` for the finished SAE. The name of a checkpoint, of another protocol, or of
+        one of several hooks is added to that.
         """
         record = record_of_training(Path(self.summary["sae"]["path"]))
         protocol, path = self.summary["protocol"], Path(self.summary["sae"]["path"])
@@ -185,7 +208,13 @@ class Result:
 def write_results(
     group: PreparedEvaluation, evaluations: Sequence[Evaluation], outputs: Sequence[Path]
 ) -> list[Result]:
-    """Writes the results of SAEs that were evaluated together, and returns them."""
+    """Writes the results of SAEs that were evaluated together, and returns them.
+
+    Args:
+        group: the SAEs.
+        evaluations: one for each SAE.
+        outputs: path of evaluation.json for each SAE.
+    """
     summaries = [summarize(group, *pair) for pair in zip(group.saes, evaluations, strict=True)]
     results = [
         Result(group, *of_one, summaries) for of_one in zip(group.saes, evaluations, outputs, summaries, strict=True)
@@ -197,7 +226,7 @@ def write_results(
 
 
 def write_over_layers(results: Sequence[Result]) -> None:
-    """Writes the reports of SAEs of one checkpoint at several layers again, with all of them as curves."""
+    """Writes the reports of SAEs of one checkpoint at several layers again, with curves over the layers."""
     for result in results:
         checkpoint = Path(result.summary["sae"]["path"]).parent
         of_layers = [
@@ -216,7 +245,7 @@ def _layer(summary: Mapping[str, Any]) -> int | None:
 
 
 def _tokens_trained(summary: Mapping[str, Any]) -> int | None:
-    """How many tokens a checkpoint was trained on, which its directory is named after; None elsewhere."""
+    """Returns the number of tokens a checkpoint was trained on, which names its directory; None for other SAEs."""
     name = re.fullmatch(r"(?:final_)?(\d+)", Path(summary["sae"]["path"]).name)
     return int(name[1]) if name else None
 
@@ -226,16 +255,16 @@ def _partial(path: Path) -> Path:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file completely or not at all."""
     partial = _partial(path)
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8") as file:  # through no link that somebody laid there
+    with partial.open("x", encoding="utf-8") as file:  # "x": does not follow a link that somebody put there
         file.write(text)
     partial.replace(path)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested mappings as one, with names joined by `/`, as wandb groups them."""
+    """Returns nested mappings as a flat one, with names joined by `/`, as wandb groups them."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -243,78 +272,3 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         else:
             flat[f"{prefix}/{name}"] = value
     return flat
-
-
-def without_nan(values: Any) -> Any:
-    """Values as JSON can hold them: None where there is no number."""
-    if isinstance(values, Mapping):
-        return {name: without_nan(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [without_nan(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, Any]:
-    """The content of evaluation.json: the numbers, and all that they depend on."""
-    cosines = asdict(evaluation.cosines)
-    del cosines["histogram"], cosines["interval"]
-    summary = {
-        "sae_lens_version": sae_lens_version,
-        "sae": {
-            "name": evaluated.file.name,
-            "path": str(evaluated.file.path),
-            "library": evaluated.file.library,
-            "form": evaluated.file.form,
-            "architecture": evaluated.sae.cfg.architecture(),
-            "d_in": evaluated.sae.cfg.d_in,
-            "d_sae": evaluated.sae.cfg.d_sae,
-            "parameters": sum(weights.numel() for weights in evaluated.sae.parameters()),
-        },
-        "protocol": prepared.protocol,
-        "model": prepared.model.name,
-        "hook_name": prepared.hook_name,
-        "dataset": prepared.text.name,
-        "dataset_config": prepared.text.config,
-        "dataset_split": prepared.text.split,
-        "fallback_from": prepared.text.fallback_from,
-        "held_out": prepared.held_out and asdict(prepared.held_out),
-        "context_length": prepared.context.context_size,
-        "positions": asdict(evaluated.positions) if prepared.protocol == "health" else None,
-        "tokens": evaluation.tokens,
-        "sequences": evaluation.sequences,
-        "loss_tokens": evaluation.loss_tokens,
-        "loss_sequences": evaluation.loss_sequences,
-        "metrics": evaluation.metrics,
-        "intervals": evaluation.intervals,
-        "interval_units": prepared.units,
-        "dead_feature_estimates": asdict(evaluation.dead) | {"training_run": _training_run(evaluated, evaluation)},
-        "decoder_cosines": cosines,
-        "health": judge(
-            evaluation.metrics,
-            evaluation.intervals,
-            evaluation.dead,
-            loss_sequences=evaluation.loss_sequences,
-            sequences=evaluation.sequences,
-        ),
-    }
-    if evaluation.saebench_core is not None:
-        summary["saebench_core"] = evaluation.saebench_core
-    return without_nan(summary)
-
-
-def _training_run(evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, float] | None:
-    """What the training run itself counted in its last window, beside what was counted here.
-
-    Returns:
-        `dead`, the share of features that never fired there, and `dead_here_alive_there`, the share that fired
-        there and not here; None where the checkpoint has no sparsity.safetensors.
-    """
-    log_sparsity_F = load_log_sparsity(evaluated.file.path)
-    if log_sparsity_F is None or log_sparsity_F.shape != evaluation.firing_rates_F.shape:
-        return None
-    dead_there_F = log_sparsity_F <= -9.9  # SAELens adds 1e-10 before the logarithm
-    dead_here_F = evaluation.firing_rates_F == 0
-    return {
-        "dead": dead_there_F.double().mean().item(),
-        "dead_here_alive_there": (dead_here_F & ~dead_there_F).double().mean().item(),
-    }

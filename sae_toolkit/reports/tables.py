@@ -1,4 +1,4 @@
-"""Evaluations as tables for the terminal."""
+"""Evaluations as tables: the terminal's, and rows for the reports and the record of the training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BESIDE = {
 
 
 def format_value(metric: str, value: float | None) -> str:
-    """A metric's value as the tables print it."""
+    """Returns a metric's value as the tables print it."""
     if value is None:
         return "no number"
     if metric in _PERCENTAGES:
@@ -39,14 +39,14 @@ def format_value(metric: str, value: float | None) -> str:
 
 
 def format_interval(metric: str, summary: Mapping[str, Any]) -> str:
-    """A metric's 95% interval; `exact` for one that takes no sample of the text, nothing where there is none."""
+    """Returns a metric's 95% interval, `exact` for a metric that needs no sample, or nothing if it has no interval."""
     if metric in summary["intervals"]:
         return " to ".join(format_value(metric, end) for end in summary["intervals"][metric])
     return "exact" if metric == "decoder_absorption" else ""
 
 
 def format_range(standard: Standard, bounds: tuple[float, float]) -> str:
-    """A standard's range as the tables print it."""
+    """Returns a range of a standard as the tables print it."""
     low, high = bounds
     if math.isinf(high):
         return f">= {low:.0%}"
@@ -56,6 +56,7 @@ def format_range(standard: Standard, bounds: tuple[float, float]) -> str:
 
 
 def verdict(health: Mapping[str, Any]) -> str:
+    """Returns in a sentence how many metrics are healthy."""
     if health["healthy"] is None:
         return (
             f"no verdict (unsettled): the SAE stood in for less than {LEAST_REPLACED_SHARE:.0%} of the tokens,"
@@ -66,16 +67,26 @@ def verdict(health: Mapping[str, Any]) -> str:
     return f"{health['healthy']}/{health['of']} metrics healthy{more}"
 
 
+def documents(summary: Mapping[str, Any]) -> str:
+    """Returns which documents of the data set were used."""
+    return "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
+
+
+def shape(summary: Mapping[str, Any]) -> str:
+    """Returns the architecture and the size of the SAE."""
+    sae = summary["sae"]
+    return f"{sae['architecture']}, {sae['d_sae']:,} features on {sae['d_in']:,} dimensions"
+
+
 def heading(summary: Mapping[str, Any]) -> str:
-    """Two lines: what was evaluated, and on what."""
-    which = "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
+    """Returns two lines: the model and hook, and the text."""
     fallback = f", in place of {summary['fallback_from']}" if summary["fallback_from"] else ""
     protocol = "" if summary["protocol"] == "health" else ", SAEBench's protocol: the SAE at every position"
-    return f"{summary['model']}, {summary['hook_name']}{protocol}\n{summary['dataset']}{fallback}, {which}"
+    return f"{summary['model']}, {summary['hook_name']}{protocol}\n{summary['dataset']}{fallback}, {documents(summary)}"
 
 
 def health_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The four metrics against their standards, as columns and rows."""
+    """Returns the four health metrics with their standards, as columns and rows."""
     return ["Metric", "Value", "95% interval", "Healthy", "Borderline", "Status"], [
         [
             standard.title,
@@ -90,14 +101,14 @@ def health_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def diagnosis_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Why it is unhealthy, as columns and rows; the first thing to change first."""
+    """Returns the causes of the diagnosis as columns and rows, with the first thing to change first."""
     return ["Cause", "What the measurements say", "What to change"], [
         [finding["cause"], finding["says"], finding["command"]] for finding in summary["diagnosis"]
     ]
 
 
 def feature_table(features: Sequence[Feature]) -> tuple[list[str], list[list[Any]]]:
-    """What single features respond to, as columns and rows."""
+    """Returns single features and the text that they respond to, as columns and rows."""
     columns = ["feature", "firing rate", "max activation", "top contexts", "raises", "lowers"]
     return columns, [
         [
@@ -113,13 +124,13 @@ def feature_table(features: Sequence[Feature]) -> tuple[list[str], list[list[Any
 
 
 def _marked(context: Context) -> str:
-    """A context in one line, the token of the peak in brackets."""
+    """Returns a context in one line, with the token of the peak in brackets."""
     tokens = [f"[{token}]" if i == context.peak else token for i, token in enumerate(context.tokens)]
     return " ".join("".join(tokens).split())
 
 
 def render(summary: Mapping[str, Any]) -> RenderableType:
-    """The four health metrics against their standards, the verdict, and what was measured beside them."""
+    """Returns what the terminal shows of one evaluation: health metrics, verdict, other measurements and diagnosis."""
     health = summary["health"]
     columns, rows = health_table(summary)
     table = Table()
@@ -140,7 +151,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def _diagnosis(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Causes, each with the command that mends it, whole in its lines so that it can be copied."""
+    """Yields the causes, each followed by the command that mends it, in lines of its own so that it can be copied."""
     if "diagnosis" not in summary:
         return
     yield Text()
@@ -154,7 +165,7 @@ def _diagnosis(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What was measured beside the four: title, value, and its 95% interval or a word on it."""
+    """Returns the measurements other than the four health metrics: title, value, and 95% interval or a note."""
     metrics, dead, cosines = summary["metrics"], summary["dead_feature_estimates"], summary["decoder_cosines"]
     rows = [
         (title, format_value(metric, metrics[metric]), format_interval(metric, summary))
@@ -190,7 +201,7 @@ def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """One table, a row for each SAE."""
+    """Returns what the terminal shows of several evaluations: one table with a row for each SAE."""
     table = Table()
     table.add_column("SAE", overflow="fold")
     for standard in STANDARDS:
@@ -216,11 +227,11 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown, its first column to the left."""
+    """Returns the lines of a table in Markdown, with the first column to the left and the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [f"| {' | '.join(in_markdown(cell) for cell in row)} |" for row in (header, rule, *rows)]
 
 
 def in_markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Returns text with Markdown's special characters escaped."""
     return re.sub(r"([|*`\[\]]|<(?=[\w/!?]))", r"\\\1", text)

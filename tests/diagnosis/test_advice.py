@@ -1,6 +1,6 @@
-"""The seed's recipe on the embedded model ends healthy where what the evaluation advises first is pasted.
+"""The seed's recipe on the embedded model ends healthy if the first advice of each evaluation is followed.
 
-python tests/diagnosis/test_advice.py DIRECTORY 0 1 2     the transcript of these seeds, as in docs/diagnosis.md
+python tests/diagnosis/test_advice.py DIRECTORY 0 1 2     prints the transcript of these seeds for docs/diagnosis.md
 """
 
 import json
@@ -22,14 +22,14 @@ MOST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Round:
-    """One training with its evaluation: the command as it was pasted, and the content of evaluation.json."""
+    """One training with its evaluation: the command that was run, and the content of evaluation.json."""
 
     command: str
     result: dict[str, Any]
 
 
 def follow_advice(directory: Path, seed: int) -> Iterator[Round]:
-    """Trains by the seed's recipe, then pastes the first command that the evaluation gives until it gives none."""
+    """Trains by the seed's recipe, then runs the first command of each diagnosis, until an evaluation has none."""
     command = (
         f"./run_saelens_training.sh seed-recipe-demo --seed {seed} --wandb_mode disabled --eval_every 0"
         f" --checkpoint_path {directory / f'seed{seed}'} --cache_activations {directory / 'activations'}"
@@ -43,7 +43,9 @@ def follow_advice(directory: Path, seed: int) -> Iterator[Round]:
         if not result.get("diagnosis"):
             return
         command = result["diagnosis"][0]["command"]
-        assert "".join(command.split()) in "".join(done.stdout.split())  # as the terminal folds it
+        assert "".join(command.split()) in "".join(
+            done.stdout.split()
+        )  # whitespace aside, since the terminal folds lines
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -62,7 +64,7 @@ def test_the_seeds_recipe_is_healthy_after_three_rounds_of_its_first_advice(tmp_
 
 
 def transcript(rounds: list[Round]) -> str:
-    """In Markdown: what each round was pasted, what it came to and what was said of it."""
+    """Returns the rounds in Markdown: the command, the metrics and the first cause of each."""
     parts = []
     for number, each in enumerate(rounds):
         metrics, health = each.result["metrics"], each.result["health"]

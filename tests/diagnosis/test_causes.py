@@ -1,4 +1,4 @@
-"""SAEs on the embedded model that were made sick on purpose: what is found to be the cause is what was done to them."""
+"""SAEs of the embedded model are made sick on purpose, and the diagnosis names what was done to them."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from support.processes import run_process
 pytestmark = pytest.mark.diagnosis
 
 FEW = ["--training_tokens", 60_000, "--lr_decay_steps", 12, "--lr_warm_up_steps", 5, "--dead_feature_window", 5]
-# The full weight from the first step on, where --target_l0 would come up to it.
+# The sparsity weight is at its full value from the first step on; --target_l0 would increase it over some steps.
 ALL_AT_ONCE = {**JUMPRELU, "l0_warm_up_steps": 0}
 SICK = {
     "massive activations": [
@@ -54,7 +54,7 @@ def train(directory: Path, *flags: object) -> Path:
 
 
 def diagnosis(sae_path: Path, *flags: object) -> list[dict]:
-    """What the evaluation finds, the first thing first; it also says so."""
+    """Returns the causes in evaluation.json, and checks that the first one is printed."""
     done = run_process(
         *(sys.executable, "evaluate_sae_real_activations.py", "--sae_path", sae_path, "--n_features", 0, *flags),
         timeout=1800,
@@ -68,7 +68,7 @@ def diagnosis(sae_path: Path, *flags: object) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def healthy(directory):
-    """The demo's SAE."""
+    """The SAE of the demo."""
     return train(directory)
 
 
@@ -86,7 +86,7 @@ def test_what_was_done_in_training_is_found_first(directory, cause):
 
 
 def test_features_that_were_copied_are_found_to_be_the_same(directory, healthy):
-    """Training begins with each feature of a healthy SAE twice."""
+    """The training begins with a copy of each feature of a healthy SAE."""
     checkpoint = train(directory, "--training_tokens", 60_000, "--lr_decay_steps", 0, "--n_checkpoints", 1)
     start = next(path for path in checkpoint.parent.iterdir() if path.name.isdigit())
     weights = load_file(start / "sae_weights.safetensors")
@@ -117,13 +117,13 @@ def test_a_sample_that_is_too_small_is_found_and_its_command_settles_it(healthy)
 
 
 def test_an_sae_of_another_layer_is_found_to_be_one(healthy):
-    first, *_ = diagnosis(healthy, "--layer", 20)  # at 14 its four metrics are healthy too
+    first, *_ = diagnosis(healthy, "--layer", 20)  # not 14, where its four metrics are healthy too
     assert first["cause"] == "evaluated at another hook than it was trained at"
     assert first["command"].endswith("--layer 12")
 
 
 def test_an_sae_of_another_model_is_found_to_be_one(directory, healthy, embedded_source):
-    """The same architecture with other weights: the writing ones of the lower layers are four times as large."""
+    """The other model has the same architecture, but what its lower layers write is 4 times as large."""
     quantized = load_language_model(embedded_source, "blocks.12.hook_resid_post", "cpu", torch.float32).model
     config = quantized.config.to_dict()
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "quantization_config"}))

@@ -1,4 +1,4 @@
-"""Both protocols, several SAEs in one pass, and what is said of the sample; on a tiny model of random weights."""
+"""Both protocols, several SAEs in one pass, and refusals, on a tiny model of random weights."""
 
 import json
 import re
@@ -30,7 +30,7 @@ BOS, EOS = 1, 2
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """A data set of token ids, with a BOS in the first half only and an EOS (the pad token, too) here and there."""
+    """A data set of token ids: half of the rows begin with a BOS, every third has an EOS (also the pad token)."""
     tokens = np.random.default_rng(0).integers(3, 40_000, (N_ROWS, CONTEXT))
     tokens[: N_ROWS // 2, 0] = BOS
     tokens[::3, 20] = EOS
@@ -72,7 +72,7 @@ def result_of(sae_path):
 
 @pytest.fixture(scope="module")
 def dense(tiny_model, rows):
-    """Losses by Transformers alone, in float64, with a function in place of the output of layer 2."""
+    """Losses computed by Transformers alone in float64, with a function applied to the output of layer 2."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     tokens = rows[1]
 
@@ -151,7 +151,7 @@ def test_under_health_the_sae_stands_in_where_it_was_trained_to(evaluate, tmp_pa
 
 
 def test_given_tokens_are_used_as_they_are(evaluate, tmp_path, rows, dense):
-    """Row for row, in order, with a BOS or without, whatever context the SAE was trained with."""
+    """Row for row, in order, with or without a BOS, whatever context size the SAE was trained with."""
     path = save_sae(tmp_path / "sae", context_size=128, dataset_path="embedded:wikipedia")
     evaluate("--sae_path", path, "--protocol", "saebench", "--num_samples", 12)
     result = result_of(path)
@@ -163,14 +163,14 @@ def test_given_tokens_are_used_as_they_are(evaluate, tmp_path, rows, dense):
 
 @pytest.fixture
 def layer_calls(monkeypatch):
-    """How many sequences went through each decoder layer, counted where Transformers computes it."""
+    """How many sequences went through each decoder layer, counted in Transformers' own forward."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     calls: dict[int, int] = {}
     compute = LlamaDecoderLayer.forward
 
     def counted(self, hidden_states, *args, **kwargs):
-        if hidden_states.shape[1] == CONTEXT:  # rows, and not what the model was asked about itself
+        if hidden_states.shape[1] == CONTEXT:  # rows, and not a probe of the model's shapes
             calls[self.self_attn.layer_idx] = calls.get(self.self_attn.layer_idx, 0) + len(hidden_states)
         return compute(self, hidden_states, *args, **kwargs)
 
@@ -196,7 +196,7 @@ def test_the_model_runs_once_for_what_several_saes_share(evaluate, tmp_path, lay
 
 def test_without_the_logs_of_a_training_it_is_said_what_cannot_be_told(evaluate, tmp_path):
     done = evaluate("--sae_path", save_sae(tmp_path / "sae"))
-    said = "no training_flags.json of a run: causes that show in the course of the training are not looked for"
+    said = "no training_flags.json of a run: causes that need the course of the training are not looked for"
     assert done.stderr.count(said) == 1
     assert "Why" in done.stdout
 
@@ -274,7 +274,7 @@ def test_an_sae_of_another_hook_than_its_own_is_measured_where_asked(evaluate, t
 
 
 def test_equal_rows_do_not_make_an_ablation_shared(evaluate, tmp_path, rows):
-    """Zeros at a part of a layer leave the text in the residual stream, however alike the first rows are."""
+    """Zeros at one part of a layer leave the text in the residual stream, even if the first rows are equal."""
     tokens = rows[1].tolist()
     twice = tmp_path / "twice"
     datasets.Dataset.from_dict({"tokens": [tokens[0], *tokens]}).save_to_disk(twice)
@@ -294,7 +294,7 @@ def test_tokens_raised_and_lowered_are_shown_where_the_feature_writes_to_the_res
 
 
 def test_results_hold_no_nan(evaluate, tmp_path):
-    """A model of random weights loses nothing by zeros at the hook: there may be no loss to recover."""
+    """In a model of random weights, zeros at the hook may cost nothing, and then there is no loss to recover."""
     path = save_sae(tmp_path / "sae", hook="blocks.2.attn.hook_z", k=1)
     evaluate("--sae_path", path, "--protocol", "saebench")
     text = (path / "evaluation.json").read_text()
@@ -396,7 +396,7 @@ def test_a_link_or_directory_in_the_place_of_a_result_is_not_written_through(scr
         flags = ("--sae_path", path, "--model_name", tiny_model, "--dataset", rows[0])
         done = script("evaluate_sae_real_activations.py", *flags)
         assert done.status == 2
-        assert f"{name}: is no file that can be replaced" in done.error_lines[0]
+        assert f"{name}: is not a file that can be replaced" in done.error_lines[0]
         assert not (path / "evaluation.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Each number equals its formula in float64, however the tokens come in chunks; each estimate comes true."""
+"""Each metric equals its formula in float64, in chunks of any size, and each estimate comes true."""
 
 import math
 
@@ -19,7 +19,7 @@ from sae_toolkit.evaluation.metrics import (
 
 @pytest.fixture(params=[2**27, 200])
 def chunk_values(request, monkeypatch):
-    """Once with everything in one chunk, once with many small ones."""
+    """Runs a test twice: with everything in one chunk, and with many small chunks."""
     for name in ("_CHUNK_VALUES", "_CACHED_VALUES"):
         monkeypatch.setattr(metrics, name, request.param)
 
@@ -61,7 +61,7 @@ def test_there_is_no_loss_to_recover_where_zeros_cost_nothing():
 
 
 def reconstructions():
-    x = torch.randn(300, 8, generator=generator(2)) + 1_000  # a mean that float32 sums would drown the variance in
+    x = torch.randn(300, 8, generator=generator(2)) + 1_000  # with this mean, sums in float32 would lose the variance
     recons = x + 0.3 * torch.randn(300, 8, generator=generator(3))
     features = torch.relu(torch.randn(300, 20, generator=generator(4)) - 2.5)
     sequence = torch.arange(300) // 50
@@ -91,7 +91,7 @@ def test_reconstruction_metrics_are_pooled_over_all_tokens():
 
 
 def test_the_bootstrap_draws_whole_units():
-    """Tokens of a sequence are alike; the interval of their mean is that of the sequences' means."""
+    """If all tokens of a sequence are equal, the interval of their mean is that of the sequences' means."""
     means = torch.randn(40, generator=generator(0), dtype=torch.double) * 10 + 100
     l0 = means.round().long().repeat_interleave(25)
     statistics = ReconstructionStatistics(40)
@@ -103,7 +103,7 @@ def test_the_bootstrap_draws_whole_units():
     standard_error = means.round().std(correction=0).item() / 40**0.5
     assert low < found["l0"] < high
     assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.1)
-    # Sequences of one document are alike, too: with each document there twice, the interval is the same.
+    # Sequences of one document are one unit: if each document has its sequence twice, the interval is the same.
     doubled = point_and_interval(ReconstructionStatistics, sums_SK.repeat(2, 1), torch.arange(40).repeat(2), seed=0)
     assert doubled[1]["l0"] == pytest.approx(intervals["l0"])
     assert point_and_interval(ReconstructionStatistics, sums_SK, torch.zeros(40).long(), seed=0)[1] == {}
@@ -141,12 +141,12 @@ def test_firings_are_counted_by_token_by_sequence_and_by_first_time():
     estimates = statistics.estimates()
     assert estimates.unseen_firing_share == pytest.approx((in_sequences == 1).sum().item() / in_sequences.sum().item())
     firsts = [active[:, f].nonzero()[0].item() if active[:, f].any() else None for f in range(20)]
-    statistics.n_tokens = 100  # as if asked after 100 tokens
+    statistics.n_tokens = 100  # as if only 100 tokens had been added
     assert statistics.silent_share()[-1] == (100, sum(f is None or f >= 100 for f in firsts) / 20)
 
 
 def test_what_a_small_sample_expects_of_a_larger_one_comes_true():
-    """Features with rates over four orders of magnitude: a tenth dead, many too rare for the smaller sample."""
+    """Firing rates over four orders of magnitude: a tenth of the features dead, many too rare for the small sample."""
     rates = 10 ** (-4 * torch.rand(5000, generator=generator(0)) - 1)
     rates[:500] = 0
     small, large = FiringStatistics(5000, "cpu"), FiringStatistics(5000, "cpu")
@@ -243,7 +243,7 @@ def test_a_metric_whose_status_the_sample_cannot_tell_is_unsettled():
     assert verdict({"dead_features": 0.3}, to_settle=50_001)["dead_features"] == "unsettled"
     assert verdict({"dead_features": 0.05}, long_run=0.0, to_settle=10**6)["dead_features"] == "healthy"
     assert verdict({"loss_recovered": math.nan})["loss_recovered"] == "unsettled"
-    # An interval that holds all of the healthy range, between two borderline ends.
+    # This interval contains the whole healthy range, and both of its ends are borderline.
     assert verdict({"l0": 30}, {"l0": [25, 125]})["l0"] == "unsettled"
     assert verdict({"dead_features": 0.3}, sequences=9)["dead_features"] == "unsettled"
     few = verdict(sequences=9)

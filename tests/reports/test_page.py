@@ -1,4 +1,4 @@
-"""The report shows what was measured, opens without a network, and takes no text for markup."""
+"""The report shows what was measured, opens without a network, and never treats text as markup."""
 
 import json
 import re
@@ -22,7 +22,7 @@ D, F = 32, 300
 
 @pytest.fixture(scope="module")
 def sae():
-    """A decoder, and features [N, F] of 40 rows of 64 tokens: sparse, a fifth of them dead."""
+    """A decoder; sparse features [N, F], a fifth of them dead; and token ids of 40 rows of 64 tokens."""
     generator = torch.Generator().manual_seed(0)
     W_dec_FD = torch.randn(F, D, generator=generator)
     thresholds_F = torch.linspace(1.0, 3.5, F)[torch.randperm(F, generator=generator)]
@@ -214,7 +214,7 @@ def test_markdown_has_the_verdict_and_each_metric_against_its_standard(summary):
 
 
 def browse(url, profile, *flags):
-    """The document as Chromium has it after 15 seconds of its own time, and what its console said."""
+    """Returns the document after 15 seconds of Chromium's virtual time, and the lines of its console."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on this machine")

@@ -1,4 +1,4 @@
-"""An evaluated SAE is published as SAELens reads it, with a card that says what was measured; refusals are one line."""
+"""SAELens loads what is published, the card shows what was measured, and refusals are one line."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def publish(hub, sae_path, repository, home):
 
 @pytest.fixture(scope="module")
 def published(hub, trained, tmp_path_factory):
-    """The repository's files, of an SAE that was published twice, and the environment of those who read it."""
+    """The directory of a repository to which an SAE was published twice, and the environment for reading it."""
     home = tmp_path_factory.mktemp("home")
     for _ in range(2):
         done = publish(hub, trained, "lab/my_sae", home)
@@ -114,7 +114,9 @@ def test_a_refusal_in_the_middle_is_one_line_and_the_measurements_stay(hub, trai
     hub.heal()
     assert done.status == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert error.startswith("error: --push_to_hub somebody/new: the Hugging Face Hub lets this token not write there")
+    assert error.startswith(
+        "error: --push_to_hub somebody/new: the Hugging Face Hub does not let this token write there"
+    )
     assert "Traceback" not in done.stderr
     assert json.loads((trained / "evaluation.json").read_text())["metrics"]["l0"] > 0
 
@@ -122,12 +124,16 @@ def test_a_refusal_in_the_middle_is_one_line_and_the_measurements_stay(hub, trai
 @pytest.mark.parametrize(
     ("repository", "how", "says"),
     [
-        ("somebody/sae", "no token", "no login; run `hf auth login`, or set HF_TOKEN to a token that may write"),
-        ("somebody/sae", "a token that is refused", "refuses the token; log in anew"),
+        (
+            "somebody/sae",
+            "no token",
+            "nobody is logged in; run `hf auth login`, or set HF_TOKEN to a token that may write",
+        ),
+        ("somebody/sae", "a token that is refused", "refuses the token; log in again"),
         ("somebody/sae", "a token that may read", "the token may only read; make one that may write"),
         ("others/sae", "", "somebody is logged in, and does not belong to others; use somebody/sae"),
         ("sae", "", "must be owner/name"),
-        ("some body/sae", "", "no name of a repository"),
+        ("some body/sae", "", "is not the name of a repository"),
         ("somebody/sae", "offline", "HF_HUB_OFFLINE is set; unset it to publish"),
         ("somebody/sae", "nobody there", "cannot be reached"),
     ],

@@ -1,1 +1,1 @@
-"""SAEBench's core metrics under their own names, and sae-bench itself in its own environment."""
+"""SAEBench's core metrics, computed here, and sae-bench itself, run in an environment of its own."""

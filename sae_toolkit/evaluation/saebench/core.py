@@ -1,4 +1,4 @@
-"""SAEBench's `core` metrics under their own names, with their own averaging.
+"""SAEBench's `core` metrics, under SAEBench's names and with its way of averaging.
 
 Formulas: SAEBench 0.6.0, evals/core/main.py (`get_sparsity_and_variance_metrics`, `calculate_misc_metrics`).
 """
@@ -13,10 +13,10 @@ import torch
 
 
 class SAEBenchStatistics:
-    """What SAEBench sums over batches of scored tokens, in float64.
+    """SAEBench's sums over batches of scored tokens, in float64.
 
-    Some of its numbers depend on the batches: `relative_reconstruction_bias` is a mean over them, and
-    `explained_variance_legacy` takes its variance within them.
+    Some of its metrics depend on how tokens are divided into batches: `relative_reconstruction_bias` is a mean over
+    batches, and `explained_variance_legacy` uses the variance within each batch.
     """
 
     def __init__(self, d_sae: int, device: str | torch.device) -> None:
@@ -26,13 +26,13 @@ class SAEBenchStatistics:
         self._fired_F = torch.zeros(d_sae, dtype=torch.long, device=device)
 
     def add_features(self, features_NF: torch.Tensor) -> None:
-        """Adds the feature activations of a part of a batch."""
+        """Adds the feature activations of some of a batch's scored tokens."""
         self._fired_F += (features_NF > 0).sum(0)
         self._add("l1", features_NF.sum(-1, dtype=torch.double))
         self._add("l0", (features_NF != 0).sum(-1))
 
     def add_batch(self, acts_ND: torch.Tensor, recons_ND: torch.Tensor) -> None:
-        """Adds all of a batch's scored tokens."""
+        """Adds the activations and reconstructions of all scored tokens of a batch."""
         if len(acts_ND) == 0:
             return
         x, recons = acts_ND.double(), recons_ND.double()
@@ -60,16 +60,16 @@ class SAEBenchStatistics:
     def results(
         self, losses: Mapping[str, float], encoder_cosine: float, decoder_cosine: float
     ) -> dict[str, dict[str, float]]:
-        """SAEBench's categories and keys.
+        """Returns SAEBench's categories, each with its metrics by name.
 
         Args:
             losses: `LossStatistics.metrics` over the same positions.
-            encoder_cosine: mean largest cosine of encoder vectors.
-            decoder_cosine: mean largest cosine of decoder vectors.
+            encoder_cosine: mean over the features of the largest cosine of their encoder vector to another one.
+            decoder_cosine: the same for the decoder vectors.
         """
         means = {name: (total / self.n_tokens).item() for name, total in self._sums.items()}
         batches = {name: torch.stack(values).mean().item() for name, values in self._batch_means.items()}
-        # Each dimension's mean square, averaged over the dimensions too, stands where the squared mean belongs.
+        # As in SAEBench: it squares the mean of x^2 over tokens and dimensions, where the squared mean of x belongs.
         variance = batches["sum_of_squares"] - batches["square_of_a_dimension"] ** 2
         density_F = self._fired_F.double() / self.n_tokens
         total = density_F.sum()
@@ -119,7 +119,7 @@ class SAEBenchStatistics:
 
 
 def token_stats(context_size: int, loss_sequences: int, sequences: int) -> dict[str, Any]:
-    """SAEBench's `token_stats`: tokens run, whether scored or not."""
+    """Returns SAEBench's `token_stats`: numbers of tokens that the model ran on, whether they are scored or not."""
     return {
         "total_tokens_eval_reconstruction": context_size * loss_sequences,
         "total_tokens_eval_sparsity_variance": context_size * sequences,

@@ -1,4 +1,4 @@
-"""The real sae-bench 0.6.0, in an environment of its own: what it can run here, and running it."""
+"""Runs sae-bench 0.6.0 itself, in an environment of its own, and refuses the evals that cannot run here."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _FORGET_CORPUS = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
 
 @dataclass(frozen=True)
 class Eval:
-    """One of sae-bench's evals, and what it needs beside an SAE.
+    """One of sae-bench's evals, and what it needs apart from an SAE.
 
     Args:
-        measures: in a few words.
-        hooked_transformer: it loads the model by name through TransformerLens's `HookedTransformer`.
-        datasets: what it reads from the Hugging Face Hub.
-        models: the only models that it knows; empty for any.
-        min_parameters: of the smallest model that it says something about.
-        api_key: environment variable with the key of the judge that it asks.
-        file: what must lie in the working directory, and where it comes from.
+        measures: what it measures, in a few words.
+        hooked_transformer: whether it loads the model by name through TransformerLens's `HookedTransformer`.
+        datasets: data sets that it reads from the Hugging Face Hub.
+        models: the only models that it knows; empty if it takes any.
+        min_parameters: number of parameters of the smallest model that its results mean something for.
+        api_key: environment variable with the API key of its judge, if it has one.
+        file: file that must be in the working directory, and where to get it.
     """
 
     measures: str
@@ -103,24 +103,26 @@ EVALS: dict[str, Eval] = {
 
 
 def parse_evals(text: str) -> tuple[str, ...]:
-    """Names in `EVALS` from a list such as `core,absorption`, each once, in the order given.
+    """Returns the names in a list such as `core,absorption`, each once, in the order given.
 
     Raises:
-        UserError: there is no such eval, or none is named.
+        UserError: a name is not in `EVALS`, or the list is empty.
     """
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     unknown = [name for name in names if name not in EVALS]
     if unknown or not names:
         wrong = f"no eval {', '.join(unknown)}" if unknown else "no eval named"
-        raise UserError(f"--saebench {text}: {wrong}; sae-bench has {', '.join(EVALS)}")
+        raise UserError(f"--saebench {text}: {wrong}; choose from {', '.join(EVALS)}")
     return names
 
 
 def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> None:
-    """Refuses the evals that cannot run on the SAEs' models, and makes sae-bench's environment if there is one to run.
+    """Checks that the evals can run on the SAEs and their models, and makes sae-bench's environment.
+
+    Does nothing if no eval is named.
 
     Raises:
-        UserError: one or more cannot run here.
+        UserError: an eval cannot run here, or the environment cannot be made.
     """
     if not evals:
         return
@@ -138,46 +140,45 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
 def refuse_what_cannot_run(
     evals: Sequence[str], *, model_name: str, n_parameters: int, hook_name: str, architectures: Iterable[str] = ()
 ) -> None:
-    """Says before anything starts which evals cannot run, and why; asks the Hugging Face Hub for what they read.
+    """Checks that evals can run, before any of them starts. Asks the Hugging Face Hub for the data sets that they read.
 
     Args:
         evals: names in `EVALS`.
         model_name: Hugging Face id, directory, .gguf file or embedded model.
-        n_parameters: the model's.
-        hook_name: where the SAE is.
-        architectures: SAELens's names of the SAEs' kinds.
+        n_parameters: number of parameters of the model.
+        hook_name: hook of the SAE.
+        architectures: architectures of the SAEs, by SAELens's names.
 
     Raises:
-        UserError: one or more cannot run; the line lists each with all its reasons.
+        UserError: an eval cannot run. The message lists every such eval with all its reasons.
     """
     unknown = sorted(set(architectures) - set(SAE_CLASS_REGISTRY))
     if unknown:
-        raise UserError(f"--saebench: sae-bench reads SAELens's kinds of SAE, and {unknown[0]} is none; leave it out")
-    missing_datasets: dict[str, str | None] = {}
+        raise UserError(f"--saebench: sae-bench does not know SAEs of the architecture {unknown[0]}; leave it out")
+    datasets = dict.fromkeys(dataset for name in evals for dataset in EVALS[name].datasets)
+    why_missing = {dataset: why for dataset in datasets if (why := _why_missing(dataset))}
     refusals = []
     for name in evals:
         needs = EVALS[name]
-        reasons = _refuse_model(name, needs, model_name, n_parameters, hook_name)
+        reasons = _refuse_model(needs, model_name, n_parameters, hook_name)
         if needs.api_key and not os.environ.get(needs.api_key):
             reasons.append(f"its judge needs the environment variable {needs.api_key}")
         if needs.file and not needs.file[0].is_file():
             reasons.append(f"no file {needs.file[0]} (got {needs.file[1]})")
-        for dataset in needs.datasets:
-            if dataset not in missing_datasets:
-                missing_datasets[dataset] = _why_missing(dataset)
-        missing = [dataset for dataset in needs.datasets if missing_datasets[dataset]]
+        missing = [dataset for dataset in needs.datasets if dataset in why_missing]
         if missing:
-            reasons.append(f"cannot read {', '.join(missing)} ({missing_datasets[missing[0]]})")
+            reasons.append(f"cannot read {', '.join(missing)} ({why_missing[missing[0]]})")
         if reasons:
             refusals.append(f"{name}: {', '.join(reasons)}")
     if refusals:
         raise UserError(f"--saebench: cannot run here: {'; '.join(refusals)}; leave them out")
 
 
-def _refuse_model(name: str, needs: Eval, model_name: str, n_parameters: int, hook_name: str) -> list[str]:
+def _refuse_model(needs: Eval, model_name: str, n_parameters: int, hook_name: str) -> list[str]:
+    """Returns the reasons why an eval cannot run on a model and hook."""
     reasons = []
     if not hook_name.startswith("blocks."):
-        reasons.append(f"the SAE's hook {hook_name} has not TransformerLens's form blocks.LAYER.hook_resid_post")
+        reasons.append(f"the SAE's hook {hook_name} is not one of TransformerLens, such as blocks.0.hook_resid_post")
     if needs.models:
         if model_name.lower() not in {model.lower() for model in needs.models}:
             reasons.append(f"it knows only {' and '.join(needs.models)}, not {model_name}")
@@ -202,6 +203,7 @@ def _hooked_transformer_knows(model_name: str) -> bool:
 
 
 def _why_missing(dataset: str) -> str | None:
+    """Returns why a data set cannot be read from the Hugging Face Hub; None if it can."""
     try:
         check_repository(dataset, "dataset", "--saebench")
     except UserError as error:
@@ -219,45 +221,39 @@ def run_saebench(
     batch_size: int,
     device: str,
     dtype: str,
-    output: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs sae-bench's evals on an SAE, in sae-bench's environment; its progress goes to standard error.
+    """Runs sae-bench's evals on an SAE, in sae-bench's environment. Its progress goes to standard error.
 
-    `core` reads the rows given, in their order, twice, with the SAE at every position; what remains of them
-    after the last whole batch is left out. The other evals read data of their own, with their default settings.
-    The SAE is taken as it is: decoder norms are not folded.
+    `core` reads the rows given, in their order, twice, with the SAE at every position. It leaves out the rows after
+    the last whole batch. The other evals read data of their own, with their default settings. Decoder norms of the
+    SAE are not folded.
 
     Args:
         evals: names in `EVALS`.
-        sae: for raw activations, on any device.
+        sae: SAE for raw activations, on any device.
         model: Hugging Face id, directory, .gguf file or embedded model.
         hook_name: TransformerLens's name of the hook.
         rows_NT: token ids, [n_rows, context_size].
         batch_size: rows in one forward pass.
         device: cpu, cuda or cuda:N.
-        dtype: float32, bfloat16 or float16; of the language model and, as in sae-bench, of the SAE.
-        output: directory that keeps RESULT.json and, under each eval's name, sae-bench's own result file.
+        dtype: float32, bfloat16 or float16: the dtype of the language model and, as in sae-bench, of the SAE.
 
     Returns:
-        name -> metrics in sae-bench's layout, such as `result["core"]["sparsity"]["l0"]`.
+        The metrics of each eval, in sae-bench's layout, such as `result["core"]["sparsity"]["l0"]`.
 
     Raises:
-        UserError: the environment cannot be made, or the worker failed.
+        UserError: the environment cannot be made, or sae-bench failed.
     """
     python = ENVIRONMENT.python()
     batch_size = min(batch_size, len(rows_NT))
-    n_batches = len(rows_NT) // batch_size
-    if len(rows_NT) % batch_size:
-        log.warning("sae-bench: the last %d of %d rows make no whole batch", len(rows_NT) % batch_size, len(rows_NT))
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-    # Some evals leave gigabytes of activations in the working directory.
-    with tempfile.TemporaryDirectory(prefix="saebench-", dir=output) as scratch:
+    n_batches, n_left_out = divmod(len(rows_NT), batch_size)
+    if n_left_out:
+        log.warning("sae-bench: the last %d of %d rows are not a whole batch, and left out", n_left_out, len(rows_NT))
+    # Some evals leave gigabytes of activations in the working directory, which is deleted with them.
+    with tempfile.TemporaryDirectory(prefix="saebench-") as scratch:
         directory = Path(scratch).resolve()
-        results = output.resolve() if output is not None else directory / "results"
-        for name in ("RESULT.json", "ERROR.json"):
-            (results / name).unlink(missing_ok=True)
-        results.mkdir(exist_ok=True)
+        results = directory / "results"
+        results.mkdir()
         sae.save_model(directory / "sae")
         np.save(directory / "rows.npy", rows_NT[: n_batches * batch_size].astype(np.uint32))
         if _FORGET_CORPUS.is_file():
@@ -280,17 +276,22 @@ def run_saebench(
                 }
             )
         )
-        log.info("running sae-bench: %s", ", ".join(evals))
-        # Standard output is for our table, so what sae-bench prints goes to standard error, 2.
-        done = subprocess.run(
-            [str(python), "-m", "sae_toolkit.evaluation.saebench.worker", str(job)],
-            cwd=directory,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=2,
-            check=False,
-        )
-        if done.returncode != 0:
-            error = results / "ERROR.json"
-            why = json.loads(error.read_text()) if error.is_file() else f"it ended with status {done.returncode}"
-            raise UserError(f"--saebench {','.join(evals)}: sae-bench failed: {why}")
-        return json.loads((results / "RESULT.json").read_text())
+        return _run_worker(python, job, evals, results)
+
+
+def _run_worker(python: Path, job: Path, evals: Sequence[str], results: Path) -> dict[str, Any]:
+    """Runs `worker.py` on a job file, in the directory of that file, and returns the content of its RESULT.json."""
+    log.info("running sae-bench: %s", ", ".join(evals))
+    # Standard output is for our table, so what sae-bench prints goes to standard error (2).
+    done = subprocess.run(
+        [str(python), "-m", "sae_toolkit.evaluation.saebench.worker", str(job)],
+        cwd=job.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=2,
+        check=False,
+    )
+    if done.returncode != 0:
+        error = results / "ERROR.json"
+        why = json.loads(error.read_text()) if error.is_file() else f"it ended with status {done.returncode}"
+        raise UserError(f"--saebench {','.join(evals)}: sae-bench failed: {why}")
+    return json.loads((results / "RESULT.json").read_text())

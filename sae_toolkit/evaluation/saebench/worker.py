@@ -1,9 +1,9 @@
-"""Runs evals of sae-bench on one SAE. `run.py` beside it starts it in the environment of sae-bench:
+"""A program that runs evals of sae-bench on one SAE. `run.py` starts it in the environment of sae-bench:
 
 python -m sae_toolkit.evaluation.saebench.worker JOB.json
 
-JOB.json holds the fields of `Job`. In the output directory it leaves RESULT.json, {eval: its metrics}, and
-under the eval's name sae-bench's own result file; where it fails, ERROR.json with the error in one line.
+JOB.json holds the fields of `Job`. The program writes RESULT.json, {name of the eval: its metrics}, into the output
+directory. If it fails, it writes ERROR.json, which holds the error in one line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from sae_bench.evals.core import main as core
 from sae_bench.evals.core.eval_config import CoreEvalConfig
-from sae_bench.sae_bench_utils import general_utils, get_eval_uuid, get_sae_bench_version, get_sae_lens_version
+from sae_bench.sae_bench_utils import general_utils
 from sae_lens import SAE, ActivationsStore
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
@@ -35,8 +35,7 @@ from sae_toolkit.terminal.console import set_up_logging
 
 log = logging.getLogger("sae_toolkit.evaluation.saebench.worker")
 
-# The name of the SAE in sae-bench's result files.
-_SAE_NAME = "sae_toolkit"
+_SAE_NAME = "sae_toolkit"  # the SAE's name in sae-bench's result files
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,15 @@ class Job:
     """What to run.
 
     Args:
-        evals: names in `saebench.EVALS`.
+        evals: names in `EVALS` of `run.py`.
         sae: directory of the SAE, in SAELens's inference form.
         model: Hugging Face id, directory, .gguf file or embedded model.
         hook_name: TransformerLens's name of the hook.
         rows: .npy file of token ids, [n_batches * batch_size, context_size].
         batch_size: rows in one forward pass.
-        n_batches: batches of rows.
+        n_batches: number of batches.
         device: cpu, cuda or cuda:N.
-        dtype: float32, bfloat16 or float16; of the language model and, as in sae-bench, of the SAE.
+        dtype: float32, bfloat16 or float16: the dtype of the language model and, as in sae-bench, of the SAE.
         output: directory for the results.
     """
 
@@ -69,7 +68,7 @@ class Job:
 
 
 class RowStore(ActivationsStore):
-    """Serves the given rows, in order, over and over; raises where SAELens would serve others."""
+    """An activations store that serves the given rows, in order, over and over, and raises if SAELens serves others."""
 
     rows_NT: torch.Tensor
     n_served: int = 0
@@ -84,22 +83,22 @@ class RowStore(ActivationsStore):
 
 
 def load_sae(job: Job) -> SAE[Any]:
-    """Loads the SAE, at the job's hook, with the fields that sae-bench reads from its configuration."""
+    """Loads the SAE, and sets the fields of its configuration that sae-bench reads."""
     sae = SAE.load_from_disk(job.sae, device=job.device)
     sae.cfg.metadata.model_name = job.model
     sae.cfg.metadata.hook_name = job.hook_name
-    sae.cfg.metadata.prepend_bos = bool(sae.cfg.metadata.prepend_bos)  # the rows have their BOS, or none
+    sae.cfg.metadata.prepend_bos = bool(sae.cfg.metadata.prepend_bos)  # the rows are final: a BOS is in them or not
     sae.cfg.metadata.context_size = np.load(job.rows, mmap_mode="r").shape[1]
     sae.cfg.metadata.seqpos_slice = None
     general_utils.load_and_format_sae(_SAE_NAME, sae, job.device)
     return sae.to(device=job.device, dtype=general_utils.str_to_dtype(job.dtype))
 
 
-def run_core(job: Job, output: Path) -> dict[str, Any]:
-    """sae-bench's `core`, as its `multiple_evals` runs it, on the given rows.
+def run_core(job: Job) -> dict[str, Any]:
+    """Runs sae-bench's `core` on the given rows, as its `multiple_evals` does.
 
     Returns:
-        SAEBench's categories, each with its metrics.
+        SAEBench's categories, each with its metrics by name.
     """
     sae = load_sae(job)
     source = find_model(job.model)
@@ -152,25 +151,10 @@ def run_core(job: Job, output: Path) -> dict[str, Any]:
         raise RuntimeError(f"sae-bench read {store.n_served} rows in two passes over {len(rows_NT)}")
     log.info("core: both passes read the %d rows given, in their order", len(rows_NT))
     metrics["misc_metrics"] = core.calculate_misc_metrics(feature_metrics)
-    result = {
-        "sae_set": _SAE_NAME,
-        "sae_id": "custom_sae",
-        "eval_cfg": config,
-        "metrics": metrics,
-        "feature_metrics": feature_metrics,
-    }
-    core.save_single_eval_result(
-        core.replace_nans_with_negative_one(result),
-        get_eval_uuid(),
-        get_sae_lens_version(),
-        get_sae_bench_version(),
-        general_utils.get_results_filepath(str(output), _SAE_NAME, "custom_sae"),
-        sae,
-    )
     return metrics
 
 
-# Name -> module under sae_bench.evals, its configuration's class, and fields that differ from its defaults.
+# Name of the eval -> module under sae_bench.evals, class of its configuration, and fields that are not the defaults.
 _RUN_EVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "absorption": ("absorption", "AbsorptionEvalConfig", {}),
     "autointerp": ("autointerp", "AutoInterpEvalConfig", {}),
@@ -186,10 +170,15 @@ _RUN_EVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def run_other(name: str, job: Job, output: Path) -> dict[str, Any]:
-    """Any other eval, by its own `run_eval`, with its own data and default settings.
+    """Runs any other eval by its own `run_eval`, with its own data and default settings.
+
+    Args:
+        name: name in `_RUN_EVALS`.
+        job: what to run it on.
+        output: empty directory for sae-bench's result file.
 
     Returns:
-        The metrics of its result file.
+        The metrics in that file.
     """
     module_name, config_name, fields = _RUN_EVALS[name]
     package = f"sae_bench.evals.{module_name}"
@@ -203,13 +192,13 @@ def run_other(name: str, job: Job, output: Path) -> dict[str, Any]:
     )
     files = list(output.rglob("*_eval_results.json"))
     if not files:
-        raise UserError(f"--saebench {name}: sae-bench left no result; its own lines above say why")
+        raise UserError(f"--saebench {name}: sae-bench wrote no result; see its own lines above for the reason")
     result = json.loads(files[0].read_text())
     return result.get("eval_result_metrics") or result["eval_results"]
 
 
 def short_name(model: str) -> str:
-    """TransformerLens's name without the owner where it knows one: sae-bench compares with such names."""
+    """Returns the model's name without its owner if TransformerLens knows it: sae-bench compares with such names."""
     short = model.rpartition("/")[2]
     try:
         return short if get_official_model_name(short) == get_official_model_name(model) else model
@@ -225,9 +214,9 @@ def main() -> int:
         choose_device(job.device)
         for name in job.evals:
             output = Path(job.output) / name
-            output.mkdir(parents=True, exist_ok=True)
+            output.mkdir()
             torch.set_grad_enabled(True)  # mdl turns it off for the whole process
-            results[name] = run_core(job, output) if name == "core" else run_other(name, job, output)
+            results[name] = run_core(job) if name == "core" else run_other(name, job, output)
             (Path(job.output) / "RESULT.json").write_text(json.dumps(results, indent=2))
     except Exception as error:
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"

@@ -1,4 +1,4 @@
-"""Under SAEBench's protocol our numbers are sae-bench's own, on the same SAE, rows and dtype."""
+"""Under SAEBench's protocol our numbers equal those of sae-bench, on the same SAE, rows and dtype."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from support.processes import run_process
 
-# All keys of core.
+# All metrics of core.
 AGREE = {
     "model_performance_preservation": (
         *("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),

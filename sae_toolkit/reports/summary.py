@@ -1,0 +1,85 @@
+"""The content of evaluation.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from sae_lens import __version__ as sae_lens_version
+
+from sae_toolkit.evaluation.health import judge
+from sae_toolkit.evaluation.measurement import Evaluation
+from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.saes.checkpoints import load_log_sparsity
+
+
+def without_nan(values: Any) -> Any:
+    """Returns values as JSON holds them, with None for NaN and infinity."""
+    return json.loads(json.dumps(values), parse_constant=lambda _: None)
+
+
+def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the content of evaluation.json: the numbers, and everything that they depend on."""
+    cosines = asdict(evaluation.cosines)
+    del cosines["histogram"], cosines["interval"]
+    summary = {
+        "sae_lens_version": sae_lens_version,
+        "sae": {
+            "name": evaluated.file.name,
+            "path": str(evaluated.file.path),
+            "library": evaluated.file.library,
+            "form": evaluated.file.form,
+            "architecture": evaluated.sae.cfg.architecture(),
+            "d_in": evaluated.sae.cfg.d_in,
+            "d_sae": evaluated.sae.cfg.d_sae,
+            "parameters": sum(weights.numel() for weights in evaluated.sae.parameters()),
+        },
+        "protocol": prepared.protocol,
+        "model": prepared.model.name,
+        "hook_name": prepared.hook_name,
+        "dataset": prepared.text.name,
+        "dataset_config": prepared.text.config,
+        "dataset_split": prepared.text.split,
+        "fallback_from": prepared.text.fallback_from,
+        "held_out": prepared.held_out and asdict(prepared.held_out),
+        "context_length": prepared.context.context_size,
+        "positions": asdict(evaluated.positions) if prepared.protocol == "health" else None,
+        "tokens": evaluation.tokens,
+        "sequences": evaluation.sequences,
+        "loss_tokens": evaluation.loss_tokens,
+        "loss_sequences": evaluation.loss_sequences,
+        "metrics": evaluation.metrics,
+        "intervals": evaluation.intervals,
+        "interval_units": prepared.units,
+        "dead_feature_estimates": asdict(evaluation.dead) | {"training_run": _training_run(evaluated, evaluation)},
+        "decoder_cosines": cosines,
+        "health": judge(
+            evaluation.metrics,
+            evaluation.intervals,
+            evaluation.dead,
+            loss_sequences=evaluation.loss_sequences,
+            sequences=evaluation.sequences,
+        ),
+    }
+    if evaluation.saebench_core is not None:
+        summary["saebench_core"] = evaluation.saebench_core
+    return without_nan(summary)
+
+
+def _training_run(evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, float] | None:
+    """Returns what the training run counted of dead features in its last window; None without sparsity.safetensors.
+
+    Returns:
+        `dead`, the share of features that never fired there; and `dead_here_alive_there`, the share of features that
+        fired there and did not fire in the evaluation.
+    """
+    log_sparsity_F = load_log_sparsity(evaluated.file.path)
+    if log_sparsity_F is None or log_sparsity_F.shape != evaluation.firing_rates_F.shape:
+        return None
+    dead_there_F = log_sparsity_F <= -9.9  # SAELens adds 1e-10 before the logarithm
+    dead_here_F = evaluation.firing_rates_F == 0
+    return {
+        "dead": dead_there_F.double().mean().item(),
+        "dead_here_alive_there": (dead_here_F & ~dead_there_F).double().mean().item(),
+    }
