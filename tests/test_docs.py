@@ -181,6 +181,12 @@ def _check_parses(name: str, words: list[str]) -> None:
     assert exit_info.value.code == 0
 
 
+def _check_module(words: list[str], _: Callable[..., Outcome]) -> None:
+    """python -m MODULE > FILE"""
+    module, *_redirection = words
+    runpy.run_module(module, run_name="__main__")
+
+
 RULES: dict[str, Callable[[list[str], Callable[..., Outcome]], None]] = {
     "./run_saelens_training.sh": _check_launcher,
     "./run_simple.sh": _check_ranks,
@@ -190,6 +196,7 @@ RULES: dict[str, Callable[[list[str], Callable[..., Outcome]], None]] = {
     "sweep_saes.py": _check_many_runs("sweep_saes.py"),
     "compare_sae_libraries.py": _check_many_runs("compare_sae_libraries.py"),
     "docs/make_pictures.py": lambda words, _: _check_parses("docs/make_pictures.py", words),
+    "-m": _check_module,
     # It takes a directory and seeds, and runs for hours.
     "tests/diagnosis/test_advice.py": lambda words, _: [int(seed) for seed in words[1:]],
 }
@@ -252,6 +259,21 @@ def test_links_lead_to_files_and_headings(page):
         target = page.parent / file if file else page
         assert target.is_file(), link
         assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_tree_of_the_code_is_that_of_the_package():
+    (block,) = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs/code.md").read_text(), re.DOTALL | re.MULTILINE)
+    shown: set[Path] = set()
+    folders: list[str] = []
+    for line in block[block.index("sae_toolkit/\n") :].split("\n\n")[0].splitlines()[1:]:
+        branches, names = re.match(r"([│├└─ ]+)((?:[\w.]+/?(?:, )?)+)", line).groups()
+        folders = folders[: len(branches) // 4 - 1]
+        if names.endswith("/"):
+            folders.append(names.rstrip("/"))
+        else:
+            shown |= {Path("sae_toolkit", *folders, name) for name in names.split(", ")}
+    files = {path for kind in ("py", "html") for path in (ROOT / "sae_toolkit").rglob(f"*.{kind}")}
+    assert shown == {path.relative_to(ROOT) for path in files if path.name != "__init__.py"}
 
 
 def test_the_readme_is_short():

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 
 from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, percent, standard_of, titles
+from sae_toolkit.diagnosis.probes import MASSIVE
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, LEAST_SEQUENCES
-from sae_toolkit.evaluation.probes import MASSIVE
 
 # The median norms of a few thousand tokens of two texts differ by only a few percent.
 _NORM_TOLERANCE = math.log(1.15)

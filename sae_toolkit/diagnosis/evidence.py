@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_toolkit.diagnosis.history import TrainingHistory
+from sae_toolkit.diagnosis.probes import Probes
 from sae_toolkit.evaluation.health import STANDARDS, Standard
-from sae_toolkit.evaluation.probes import Probes
 
 # The fields of an SAE's metadata that the causes read.
 METADATA = (

@@ -11,8 +11,8 @@ import numpy as np
 
 from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, outside, percent, standard_of
 from sae_toolkit.diagnosis.history import TrainingHistory
+from sae_toolkit.diagnosis.probes import MASSIVE, STRONGEST
 from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE
-from sae_toolkit.evaluation.probes import MASSIVE, STRONGEST
 from sae_toolkit.training.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOKENS_A_FEATURE, MOST_MASSIVE_SHARE
 
 _TARGET_L0 = 64

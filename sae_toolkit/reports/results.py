@@ -16,9 +16,9 @@ from typing import Any
 from sae_toolkit.diagnosis.diagnose import as_records, diagnose
 from sae_toolkit.diagnosis.evidence import METADATA, Evidence
 from sae_toolkit.diagnosis.history import load_history
+from sae_toolkit.diagnosis.probes import probe
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.measurement import Evaluation
-from sae_toolkit.evaluation.probes import probe
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.model.language_model import LanguageModel
