@@ -154,7 +154,7 @@ class Progress:
         facts += [f"{self.done:,} of {self.total:,} {self.unit}", f"{self.per_second:,.0f} {self.unit}/s"]
         facts += [f"{self.memory_gib:.2f} GiB"] if self._device is not None else []
         warnings = [Text(f"! {line}", "yellow", no_wrap=True, overflow="ellipsis") for line in terminal.last_warnings]
-        return Group(bar, Text("   ".join(facts)), *warnings)
+        return Group(bar, Text("   ".join(facts), no_wrap=False, overflow="fold"), *warnings)
 
 
 def duration(seconds: float) -> str:
