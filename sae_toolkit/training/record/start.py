@@ -23,8 +23,8 @@ from sae_toolkit.training.record.wandb_run import WandbRun
 def run_config(run: PreparedRun) -> dict[str, Any]:
     """What a run was started with: SAELens's configuration, and the flags, preset, data and code behind it."""
     return run.cfg.to_dict() | {
-        "flags": dict(run.started_with),
-        "preset": run.started_with["preset"],
+        "flags": dict(run.flags),
+        "preset": run.flags["preset"],
         "data": data_of(run),
         "git": git_state(),
         "resumed_from": None if run.resume_from is None else run.resume_from.name,
