@@ -1,4 +1,4 @@
-"""Starts sae_lens_train.py on several GPUs or machines, under torchrun, and says in one line how it ended.
+"""Starts sae_lens_train.py with torchrun on several GPUs or machines, and reports a failure in one line.
 
 python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]
 """
@@ -21,7 +21,8 @@ from sae_toolkit.terminal.console import run_script
 from sae_toolkit.terminal.redaction import redact
 
 _SCRIPT = ROOT / "sae_lens_train.py"
-_GONE = "another process of this run is gone"  # what the others say of it; of no use where one is known to have died
+# What a rank reports if another rank is lost (ranks.py). It does not say why, so other reports are preferred.
+_GONE = "another process of this run is gone"
 
 
 def main() -> int:
@@ -29,12 +30,14 @@ def main() -> int:
         raise UserError("usage: python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]")
     n_processes, flags = _whole_number(sys.argv[1], "NUM_GPUS", 1), sys.argv[2:]
     n_machines = _variable("NNODES", 1, 1)
-    settings = parse_training_flags(flags)  # a mistake is said once, and before anything starts
+    settings = parse_training_flags(flags)  # so that a mistake is reported once, before anything starts
     check_world_size(settings, n_processes * n_machines)
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it says in pages is said below in a line
-    # Else processes that are restarted look for those before them, whose addresses the shared store still holds.
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "FATAL"
+    )  # `_explain` says in a line what torch's C++ code logs in pages
+    # Otherwise restarted ranks would use the addresses of the ranks before them, which the shared store still holds.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
         return _torchrun(
@@ -43,9 +46,9 @@ def main() -> int:
             f"--max-restarts={_variable('MAX_RESTARTS', 0, 0)}",
             *(["--standalone"] if n_machines == 1 else _meeting_place(n_machines)),
             f"--log-dir={logs}",
-            "--local-ranks-filter=0",  # the others say the same
+            "--local-ranks-filter=0",  # the output of the other ranks is the same
             "--monitor-interval=0.5",
-            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds, for a checkpoint to be written
+            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds to write a checkpoint in
             str(_SCRIPT),
             *flags,
         )
@@ -62,7 +65,7 @@ def _variable(name: str, default: int, least: int) -> int:
 
 
 def _meeting_place(n_machines: int) -> list[str]:
-    """Where the machines of a run meet, of torchrun's own variables."""
+    """Returns torchrun's arguments for the place where the machines of a run meet."""
     for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
@@ -71,11 +74,11 @@ def _meeting_place(n_machines: int) -> list[str]:
             )
     node_rank = _whole_number(os.environ["NODE_RANK"], "NODE_RANK", 0)
     if node_rank >= n_machines:
-        raise UserError(f"NODE_RANK {node_rank}: there are {n_machines} machines (NNODES), 0 to {n_machines - 1}")
+        raise UserError(f"NODE_RANK {node_rank}: there are {n_machines} machines (NNODES); use 0 to {n_machines - 1}")
     address = os.environ["MASTER_ADDR"]
     port = _whole_number(os.environ["MASTER_PORT"], "MASTER_PORT", 1)
     here = _address_towards(address, port)
-    if interface := _interface_of(here):  # else gloo and NCCL take that of the host's name, which may be loopback
+    if interface := _interface_of(here):  # otherwise gloo and NCCL use that of the host's name, which may be loopback
         for backend in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
     timeout = _variable("JOIN_TIMEOUT", 600, 1)  # seconds
@@ -89,13 +92,15 @@ def _meeting_place(n_machines: int) -> list[str]:
 
 
 def _address_towards(address: str, port: int) -> str:
-    """This machine's address on the way to another."""
+    """Returns the address that this machine has in the network of another."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, port))  # sends nothing
             return probe.getsockname()[0]
     except (OSError, OverflowError) as error:
-        raise UserError(f"MASTER_ADDR {address}, MASTER_PORT {port}: cannot be reached: {error}") from None
+        raise UserError(
+            f"MASTER_ADDR {address}, MASTER_PORT {port}: cannot be reached ({error}); use the address of machine 0"
+        ) from None
 
 
 def _interface_of(address: str) -> str | None:
@@ -112,35 +117,37 @@ def _torchrun(*arguments: str) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # likewise
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_explain` says what went wrong
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
         return _explain(error)
-    except SignalException as stopped:  # the ranks have heard it too
+    except SignalException as stopped:  # the ranks got the signal too
         return 128 + stopped.sigval
     except RendezvousError as error:
         raise RunFailed(
             f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}: the machines did not meet there ({one_line(error)}); start"
-            " the same command on each, with its own NODE_RANK"
+            " the same command on each machine, with its own NODE_RANK"
         ) from None
     return 0
 
 
 def _explain(error: Any) -> int:
-    """Says which process failed first and why, unless it has said so itself; returns the exit status."""
+    """Reports which rank failed first and why, unless it did so itself, and returns the exit status."""
 
-    def how_telling(failure: Any) -> tuple[bool, bool, bool, int]:
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, bool, int]:
+        """Ranks that torchrun ended come last. Ranks that a signal killed come before those that lost another rank."""
+        failure = item[1]
         ended_by_torchrun = failure.exitcode == -signal.SIGTERM
         return ended_by_torchrun, failure.exitcode >= 0, _GONE in failure.message, failure.timestamp
 
-    rank, failure = min(error.failures.items(), key=lambda item: how_telling(item[1]))
+    rank, failure = min(error.failures.items(), key=order)
     if failure.exitcode < 0:
         raise RunFailed(
-            f"rank {rank} was killed by {failure.signal_name()}; to go on, the same command with --resume, and"
-            " MAX_RESTARTS=3 before it lets torchrun do so"
+            f"rank {rank} was killed by {failure.signal_name()}; to go on, give the same command with --resume; with"
+            " MAX_RESTARTS=3 before it torchrun goes on by itself"
         )
-    if failure.local_rank != 0 and failure.exitcode < 128:  # that of local rank 0 is on the terminal
+    if failure.local_rank != 0 and failure.exitcode < 128:  # the report of local rank 0 is on the terminal already
         details = failure.error_file_data.get("message", {})
         stack = details.get("extraInfo", {}).get("py_callstack") if isinstance(details, dict) else None
         is_bug = failure.exitcode == 1 and not failure.message.startswith(RunFailed.__name__)

@@ -233,6 +233,12 @@ def find_resumption(resume: str | None, output_directory: Path) -> Resumption | 
         raise
 
 
+def find_run_directory(sae_path: Path) -> Path | None:
+    """Returns the directory of the run that wrote an SAE; None if no run of this project wrote it."""
+    above = sae_path.absolute().parents[:2]  # of several hooks, an SAE is one level deeper
+    return next((parent for parent in above if (parent / FLAGS_FILENAME).is_file()), None)
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

@@ -100,7 +100,7 @@ class PreparedRun:
 
     @property
     def products_in_bfloat16(self) -> bool:
-        """Whether the SAE's products on a CPU are in bfloat16: where the model is in it, and the hardware computes in it."""
+        """Whether the SAE's products on a CPU are in bfloat16: if the model is, and the hardware computes in it."""
         return self.lm_dtype == choose_lm_dtype("auto", self.cfg.device) == torch.bfloat16
 
     @property

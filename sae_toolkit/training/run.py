@@ -142,7 +142,7 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"--set from_pretrained_path={cfg.from_pretrained_path}: no SAE can be read there: {one_line(error)}; name another"
+            f"--set from_pretrained_path={cfg.from_pretrained_path}: cannot be read ({one_line(error)}); name another"
         ) from None
     architecture = found.cfg.architecture()
     if architecture != cfg.sae.architecture():
@@ -153,8 +153,8 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
     for field in ("d_in", "d_sae", "normalize_activations"):
         if getattr(found.cfg, field) != getattr(cfg.sae, field):
             raise UserError(
-                f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {getattr(found.cfg, field)}, and"
-                f" that of the run is {getattr(cfg.sae, field)}; name another"
+                f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {getattr(found.cfg, field)},"
+                f" and that of the run is {getattr(cfg.sae, field)}; name another"
             )
     sae = sparse_class(type(found), found.cfg, compiled=cfg.compile_sae)(found.cfg)
     sae.load_state_dict(found.state_dict())

@@ -177,7 +177,7 @@ def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]
     }
     if model.max_context is not None and context_size > model.max_context:
         raise UserError(
-            f"--context_size {context_size}: {model.name} takes contexts of at most {model.max_context}; lower it"
+            f"--context_size {context_size}: {model.name} was made for at most {model.max_context}; lower it"
         )
     return model, widths
 
