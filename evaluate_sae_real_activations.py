@@ -7,19 +7,19 @@
   # SAEBench's protocol, and SAEBench itself
     python evaluate_sae_real_activations.py --sae_path ./my_sae --protocol saebench --saebench core
 
-  # published with a model card of what was measured
+  # publish the SAE, with a model card that shows the results
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --push_to_hub my_name/my_sae
 
-  # several SAEs in one pass of the model: a run with all its checkpoints or layers, or SAEs of any library
+  # several SAEs in one pass of the model: all checkpoints or layers of a run, or SAEs of several libraries
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0
     python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
 
-  # an SAE of a library that does not keep what it was trained on, on the text that another one did not see
+  # an SAE whose library does not record the text of its training, on the held-out text of another SAE
     python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
 
-SAEs may be SAELens's (a directory, or release:sae_id), sparsify's or dictionary_learning's; which, is found.
-Model, hook, text and the documents held out of training come from the checkpoint unless given. The table
-goes to standard output; evaluation.json, report.html and report.md beside the checkpoint.
+SAEs of SAELens (a directory, or release:sae_id), sparsify and dictionary_learning are recognized by their files.
+Model, hook, text and held-out documents are those of the training, unless flags choose others. The table of
+results goes to standard output; evaluation.json, report.html and report.md go into the directory of the SAE.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
     settings = parse_evaluation_flags(__doc__)
     set_up_logging(settings.results.verbose, settings.results.quiet)
 
-    # SAELens takes seconds to import: not for --help or a mistyped flag.
+    # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
     from rich.console import Console
     from sae_lens.util import dtype_to_str
 
@@ -66,7 +66,7 @@ def main() -> int:
             if not settings.measurements.no_diagnosis and result.is_unhealthy:
                 result.diagnose(model, settings.saes.batch_size)
         results += of_group
-    del models, model  # sae-bench loads its own
+    del models, model  # sae-bench loads the model itself
     for result in results:
         if evals:
             result.add_saebench(

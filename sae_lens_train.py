@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Trains a sparse autoencoder with SAELens on the activations of a language model.
 
-    python sae_lens_train.py @presets/demo.args            # healthy in minutes, no GPU, no account
+    python sae_lens_train.py @presets/demo.args            # a small model; minutes, no GPU, no account
     python sae_lens_train.py @presets/llama3-8b.args       # Llama-3-8B, layer 12, on one GPU
-    python sae_lens_train.py @presets/demo.args --dry_run  # what would run
+    python sae_lens_train.py @presets/demo.args --dry_run  # shows what would run
     ./run_simple.sh 4 "0,1,2,3" @presets/llama3-8b.args    # on four GPUs
 
-Progress goes to standard error; the only line on standard output is the finished SAE's directory.
+Progress goes to standard error. The only line on standard output is the directory of the finished SAE.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def train(signals: StopSignals) -> int:
             settings = after_restart(settings)
         set_up_logging(settings.recording.verbose, settings.recording.quiet, speaks=rank_in_environment() == 0)
 
-        # SAELens takes seconds to import: not for --help or a mistyped flag.
+        # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
         from sae_toolkit.distributed.ranks import join_ranks
         from sae_toolkit.training.loop import fit
         from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
@@ -42,7 +42,7 @@ def train(signals: StopSignals) -> int:
         from sae_toolkit.training.run import Training, open_activations
         from sae_toolkit.training.setup import prepare_run
 
-        with join_ranks() as ranks:  # the other processes of this run, where torchrun started several
+        with join_ranks() as ranks:  # if torchrun started several
             run = prepare_run(settings, ranks)
             with run.run_directory:
                 check_before_loading(run, settings.run)

@@ -1,4 +1,4 @@
-"""What a run left of its training: its flags, its learning curve, and what became of each feature."""
+"""The history of an SAE's training, as its run recorded it: flags, learning curve, and what became of each feature."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.saes.checkpoints import load_steps_since_fired
 from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.training.configuration import build_runner_config
+from sae_toolkit.training.directory import find_run_directory
 from sae_toolkit.training.run import create_sae
 
-_LEAST_READINGS = 8  # that a curve is fitted to
+_LEAST_READINGS = 8  # to fit a curve to
 
 
 @dataclass(frozen=True)
 class TrainingHistory:
-    """One SAE's training.
+    """The history of one SAE's training.
 
     Args:
-        directory: of the run.
-        settings: of the run.
-        n_steps: how many it took.
-        readings: SAELens's, by step, with `n_training_samples`; empty where the run recorded none.
-        steps_since_fired_F: for how many steps each feature had been silent at the end, [F]; None where that is not on
-            record. A feature that was silent for all of them never fired.
-        turned_F: cosine of each decoder vector to the one that it began as, [F]; None where that cannot be told.
+        directory: directory of the run.
+        settings: settings of the run.
+        n_steps: number of steps of the run.
+        readings: SAELens's metrics, one mapping for each recorded step; empty if the run recorded none.
+        steps_since_fired_F: number of steps since each feature fired last, at the end of the run, [F]; None if it is
+            not recorded. It is the number of all steps for a feature that never fired.
+        turned_F: cosine similarity between each decoder vector at the end and at the start, [F], in [-1, 1]; None if
+            the start is not known.
     """
 
     directory: Path
@@ -46,12 +48,12 @@ class TrainingHistory:
 
     @property
     def full_rate_steps(self) -> tuple[int, int]:
-        """The first and the last step at the full learning rate."""
+        """The first and the last step with the full learning rate."""
         optimization = self.settings.optimization
         return optimization.lr_warm_up_steps, self.n_steps - optimization.lr_decay_steps
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and unexplained variance over the second half of the steps at the full learning rate."""
+        """Returns tokens and unexplained variance, [N] each, of the second half of the steps with the full rate."""
         first, last = self.full_rate_steps
         points = [
             (reading["details/n_training_samples"], 1 - reading["metrics/explained_variance"])
@@ -62,8 +64,9 @@ class TrainingHistory:
         return np.array([p[0] for p in points]), np.array([p[1] for p in points])
 
     def gain_of_doubling(self) -> float | None:
-        """By what share the unexplained variance would fall with twice the tokens, as the curve goes at its end: that
-        of a power law through its second half. None where there are too few readings.
+        """Returns by which share the unexplained variance would fall with twice the tokens.
+
+        This is extrapolated by a power law that is fitted to `curve`. None if there are too few readings.
         """
         tokens, unexplained = self.curve()
         if len(tokens) < _LEAST_READINGS:
@@ -73,19 +76,18 @@ class TrainingHistory:
 
 
 def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
-    """The history of the run that wrote an SAE; None where no run of this project did.
+    """Loads the history of an SAE's training; None if no run of this project wrote the SAE.
 
     Args:
-        sae_path: its directory.
-        sae: itself, as it was loaded.
+        sae_path: directory of the SAE.
+        sae: the SAE.
     """
-    above = sae_path.absolute().parents[:2]  # one of several hooks lies a step deeper
-    directory = next((parent for parent in above if (parent / FLAGS_FILENAME).is_file()), None)
+    directory = find_run_directory(sae_path)
     if directory is None:
         return None
     try:
         settings = TrainingSettings.from_flags(json.loads((directory / FLAGS_FILENAME).read_text()))
-    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: JSON, and no object
+    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: JSON that is not an object
         return None
     optimization = settings.optimization
     steps_since_fired_F = load_steps_since_fired(sae_path)
@@ -102,26 +104,24 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
 
 
 def _readings(path: Path, hook_name: str) -> list[dict[str, float]]:
+    """Returns the metrics at a hook that a run recorded."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
         return []
-    found = []
-    for line in lines:
-        of_hook = {name.removeprefix(f"{hook_name}/"): value for name, value in line.items()}  # of several
-        if "metrics/explained_variance" in of_hook and "details/n_training_samples" in of_hook:
-            found.append(of_hook)
-    return found
+    at_hook = [{name.removeprefix(f"{hook_name}/"): value for name, value in line.items()} for line in lines]
+    needed = {"metrics/explained_variance", "details/n_training_samples"}
+    return [reading for reading in at_hook if needed <= reading.keys()]
 
 
 def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
-    """The weights that a run began with follow from its seed, on the kind of device that it ran on."""
-    trained_on = settings.model.device
-    if trained_on.startswith("cuda") or (trained_on == "auto" and torch.cuda.is_available()):
-        device = "cuda" if torch.cuda.is_available() else None
-    else:
-        device = "cpu"
-    if device is None:
+    """Returns `TrainingHistory.turned_F`.
+
+    The weights at the start follow from the seed, on the kind of device that the run was on. They are made again here.
+    """
+    trained_on, has_gpu = settings.model.device, torch.cuda.is_available()
+    device = "cuda" if trained_on.startswith("cuda") or (trained_on == "auto" and has_gpu) else "cpu"
+    if device == "cuda" and not has_gpu:
         return None
     try:
         cfg = build_runner_config(
@@ -129,7 +129,7 @@ def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
         )
         with torch.random.fork_rng():
             began_FD = create_sae(cfg).W_dec.detach().float().cpu()
-    except (UserError, torch.OutOfMemoryError):  # such as pretrained weights that are gone
+    except (UserError, torch.OutOfMemoryError):  # such as pretrained weights that do not exist any more
         return None
     ended_FD = sae.W_dec.detach().float().cpu()
     if began_FD.shape != ended_FD.shape:

@@ -1,4 +1,4 @@
-"""What to evaluate SAEs on: their own record of their training, unless the person says otherwise."""
+"""Prepares evaluations: loads SAEs, and finds their models, hooks and texts by their records or by flags."""
 
 from __future__ import annotations
 
@@ -30,18 +30,21 @@ from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, special_tokens
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
 
-# What needs only the SAE is measured on more tokens than losses, which need the model's upper layers and logits.
+# How many tokens are evaluated on. Losses, which need the model's upper layers and logits, are measured on fewer.
 TOKENS = 50_000
 LOSS_TOKENS = 20_000
-# Sequences of one document are alike; with fewer documents than this there is no telling how much.
+# Sequences of one document are alike. With fewer documents than this it cannot be estimated how much they are.
 LEAST_DOCUMENTS = 10
+
+_ModelKey = tuple[str, tuple[tuple[str, str], ...]]  # name, and arguments of `from_pretrained`
+_GroupKey = tuple[_ModelKey, str, tuple[Any, ...]]  # model, hook and text
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvaluatedSAE:
-    """An SAE, where it came from, and the positions that it was trained for."""
+    """An SAE, the file that it was loaded from, and the positions that it was trained on."""
 
     file: SAEFile
     sae: SAE[Any]
@@ -50,9 +53,9 @@ class EvaluatedSAE:
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """An evaluation that is ready to start: SAEs of one hook of one model, on the same rows.
+    """An evaluation that is ready to start: SAEs at one hook of one model, and the rows to measure all of them on.
 
-    Losses are measured on the first `n_loss_rows`, reconstruction on the first `n_sae_rows`, and firings on all.
+    Losses are measured on the first `n_loss_rows` rows, reconstruction on the first `n_sae_rows`, firings on all.
     """
 
     saes: tuple[EvaluatedSAE, ...]
@@ -65,12 +68,12 @@ class PreparedEvaluation:
     held_out: HeldOutSplit | None
     context: ContextFormat
     rows_NT: np.ndarray
-    unit_N: np.ndarray  # which independent unit of text a row belongs to
-    units: str  # what these are: documents, or sequences
+    unit_N: np.ndarray  # number of the independent unit of text that a row belongs to
+    units: str  # what the units are: documents or sequences
     n_loss_rows: int
     n_sae_rows: int
     special_token_ids: tuple[int, ...]
-    unscored_token_ids: tuple[int, ...]  # under SAEBench's protocol
+    unscored_token_ids: tuple[int, ...]  # left out of averages by SAEBench's protocol
     features: tuple[int, ...]
     n_features: int
     seed: int
@@ -78,7 +81,7 @@ class PreparedEvaluation:
 
 @dataclass(frozen=True)
 class _Text:
-    """Text and context: what decides whether two SAEs can be evaluated on the same rows."""
+    """The text and the context that an SAE is evaluated with."""
 
     source: TextSource
     held_out: HeldOutSplit | None
@@ -87,8 +90,19 @@ class _Text:
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """The same for SAEs that can be evaluated on the same rows."""
         source = self.source
         return source.name, source.config, source.split, source.column, self.held_out, self.context
+
+
+@dataclass(frozen=True)
+class _Group:
+    """SAEs that are evaluated together: at the same hook of the same model, on the same text."""
+
+    model: ModelSource
+    hook_name: str
+    text: _Text
+    members: list[EvaluatedSAE]
 
 
 def prepare_evaluations(
@@ -97,17 +111,16 @@ def prepare_evaluations(
     """Loads the SAEs, checks that they fit their models and hooks, and tokenizes the text.
 
     Returns:
-        One evaluation for each set of SAEs that share model, hook and text.
+        One evaluation for each set of SAEs that have the same model, hook and text.
 
     Raises:
-        UserError: the evaluation could not succeed.
+        UserError: an evaluation could not succeed.
     """
     device = choose_device(sae_settings.device)
     files = find_saes(list(sae_settings.sae_path), layer=sae_settings.layer)
-    models: dict[tuple[Any, ...], ModelSource] = {}
-    widths: dict[tuple[Any, ...], int] = {}
-    texts: dict[tuple[Any, ...], _Text] = {}
-    groups: dict[tuple[Any, ...], list[EvaluatedSAE]] = {}
+    models: dict[_ModelKey, ModelSource] = {}
+    widths: dict[_ModelKey, dict[str, int]] = {}
+    groups: dict[_GroupKey, _Group] = {}
     like = _record_of(sae_settings.like, sae_settings, text_settings) if sae_settings.like else None
     for file, sae in _load_saes(files):
         _check_features(measurements.features, sae, file)
@@ -116,47 +129,59 @@ def prepare_evaluations(
         elif file.is_download:
             where = f"--sae_path {file.name}"
             check_names_of_download(sae, where, model_name=sae_settings.model_name, dataset=text_settings.dataset)
-        model_name = sae_settings.model_name or sae.cfg.metadata.model_name
-        if not model_name:
-            raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
-        model_kwargs = {} if sae_settings.model_name else _model_kwargs(sae, file)
-        with _of_the_sae(file, unless=sae_settings.model_name):
-            model_key = model_name, tuple(sorted(model_kwargs.items()))
-            if model_key not in models:
-                models[model_key] = find_model(
-                    model_name, model_kwargs, trust_remote_code=sae_settings.trust_remote_code
-                )
+        model_key = _find_model(sae, file, sae_settings, models)
         model = models[model_key]
-        with _of_the_sae(file, unless=sae_settings.layer):
-            hook_name = _hook_name(sae, sae_settings.layer)
-            if (model_key, hook_name) not in widths:
-                widths[model_key, hook_name] = hook_width(model.config, hook_name, model.trust_remote_code)
-        d_in = widths[model_key, hook_name]
-        if sae.cfg.d_in != d_in:
-            raise UserError(
-                f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {d_in} at {hook_name};"
-                " give the model that it was trained on"
-            )
+        hook_name = _find_hook(sae, file, sae_settings.layer, model, widths.setdefault(model_key, {}))
         with _of_the_sae(file, unless=None):
             _check_separator(sae, model)
         with _of_the_sae(file, unless=text_settings.dataset or text_settings.context_length):
             text = _choose_text(sae, text_settings, model)
-        key = (model_key, hook_name, text.key)
-        texts[key] = texts.get(key, text)
-        groups.setdefault(key, []).append(EvaluatedSAE(file, sae, PositionFilter(skip_positions=text.skip_positions)))
+        group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text, []))
+        positions = PositionFilter((), text.skip_positions, sae.cfg.metadata.max_activation_norm)
+        group.members.append(EvaluatedSAE(file, sae, positions))
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
-    return [
-        _prepare_group(text_settings, measurements, device, models[key[0]], key[1], texts[key], members)
-        for key, members in groups.items()
-    ]
+    return [_prepare_group(group, text_settings, measurements, device) for group in groups.values()]
+
+
+def _find_model(
+    sae: SAE[Any], file: SAEFile, settings: EvaluatedSAESettings, models: dict[_ModelKey, ModelSource]
+) -> _ModelKey:
+    """Adds the model of an SAE to the models, if it is not there, and returns its key."""
+    name = settings.model_name or sae.cfg.metadata.model_name
+    if not name:
+        raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
+    kwargs = {} if settings.model_name else _model_kwargs(sae, file)
+    key = name, tuple(sorted(kwargs.items()))
+    if key not in models:
+        with _of_the_sae(file, unless=settings.model_name):
+            models[key] = find_model(name, kwargs, trust_remote_code=settings.trust_remote_code)
+    return key
+
+
+def _find_hook(sae: SAE[Any], file: SAEFile, layer: int | None, model: ModelSource, widths: dict[str, int]) -> str:
+    """Returns the hook of an SAE, after checking that the SAE has the width of the activations there.
+
+    Args:
+        widths: by hook, the widths of the model's activations that are known already.
+    """
+    with _of_the_sae(file, unless=layer):
+        hook_name = _hook_name(sae, layer)
+        if hook_name not in widths:
+            widths[hook_name] = hook_width(model.config, hook_name, model.trust_remote_code)
+    if sae.cfg.d_in != widths[hook_name]:
+        raise UserError(
+            f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {widths[hook_name]} at"
+            f" {hook_name}; give the model that it was trained on"
+        )
+    return hook_name
 
 
 def _record_of(like: str, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings) -> SAEMetadata:
-    """What the SAE of --like says of its model, hook, text and positions."""
+    """Returns the record of the SAE of --like: its model, hook, text and positions."""
     file, *others = find_saes([like], layer=sae_settings.layer, flag="--like")
     if others:
-        raise UserError(f"--like {like}: {1 + len(others)} SAEs; name one of them, such as {file.name}")
+        raise UserError(f"--like {like}: there are {1 + len(others)} SAEs; name one of them, such as {file.name}")
     sae = load_sae_file(file, "cpu", "--like")
     check_metadata(sae, f"--like {file.name}")
     if file.is_download:
@@ -167,13 +192,13 @@ def _record_of(like: str, sae_settings: EvaluatedSAESettings, text_settings: Eva
 
 
 def _load_saes(files: Sequence[SAEFile]) -> Iterator[tuple[SAEFile, SAE[Any]]]:
-    """Loads SAEs, checked, on the CPU; one of a run or a pattern that is damaged is left out where others remain."""
+    """Loads SAEs on the CPU and checks them. A damaged SAE of a run or pattern is left out, unless all are damaged."""
     n_loaded = 0
     first_error: UserError | None = None
     for file in files:
         log.info("%s: %s, %s", file.name, file.library, file.form)
         try:
-            sae = load_sae_file(file, "cpu")  # moved to the device while it is measured
+            sae = load_sae_file(file, "cpu")  # on the device only while it is measured
             check_metadata(sae, f"--sae_path {file.name}")
         except UserError as error:
             if not file.one_of_many:
@@ -188,7 +213,7 @@ def _load_saes(files: Sequence[SAEFile]) -> Iterator[tuple[SAEFile, SAE[Any]]]:
 
 
 def _model_kwargs(sae: SAE[Any], file: SAEFile) -> dict[str, str]:
-    """Which weights of its model an SAE was trained on; nothing else that a file says reaches `from_pretrained`."""
+    """Returns the arguments of `from_pretrained` that choose the model's weights. Others in the file are ignored."""
     kwargs, left_out = model_kwargs_of_sae(sae.cfg.metadata.model_from_pretrained_kwargs or {})
     if left_out:
         log.info("%s: of its model_from_pretrained_kwargs, %s are not followed", file.name, ", ".join(left_out))
@@ -197,7 +222,11 @@ def _model_kwargs(sae: SAE[Any], file: SAEFile) -> dict[str, str]:
 
 @contextmanager
 def _of_the_sae(file: SAEFile, *, unless: Any) -> Iterator[None]:
-    """Names the SAE in a mistake that is in its own record, and not in the flag, unless that was given."""
+    """Names the SAE in errors about a value that comes from its record, not from a flag.
+
+    Args:
+        unless: value of the flag. If it is given, the error is about the flag.
+    """
     try:
         yield
     except UserError as error:
@@ -219,8 +248,8 @@ def _check_separator(sae: SAE[Any], model: ModelSource) -> None:
         )
 
 
-def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
-    """What keeps the SAEs from one evaluation, in a line."""
+def _why_apart(groups: dict[_GroupKey, _Group]) -> str:
+    """Returns a line that says why the SAEs need several evaluations."""
     differing = [
         name
         for name, values in (
@@ -230,7 +259,10 @@ def _why_apart(groups: dict[tuple[Any, ...], list[EvaluatedSAE]]) -> str:
         )
         if len(values) > 1
     ]
-    names = "; ".join(f"{key[0][0]} {key[1]}: {', '.join(m.file.name for m in ms)}" for key, ms in groups.items())
+    names = "; ".join(
+        f"{model_key[0]} {hook_name}: {', '.join(member.file.name for member in group.members)}"
+        for (model_key, hook_name, _), group in groups.items()
+    )
     return f"SAEs of different {' and '.join(differing)}, evaluated in {len(groups)} passes ({names})"
 
 
@@ -239,7 +271,7 @@ def _choose_text(sae: SAE[Any], text_settings: EvaluationTextSettings, model: Mo
     source, held_out = _open_text(sae, text_settings)
     context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
     if source.row_length and not _same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
-        context_size = source.row_length  # given tokens are used as they are
+        context_size = source.row_length  # token ids are used as they are
     context = ContextFormat(
         context_size=context_size,
         prepend_bos=metadata.prepend_bos is not False,
@@ -249,7 +281,7 @@ def _choose_text(sae: SAE[Any], text_settings: EvaluationTextSettings, model: Mo
     if model.max_context is not None and context.context_size > model.max_context:
         raise UserError(
             f"--context_length {context.context_size}: {model.name} was made for contexts of at most"
-            f" {model.max_context}"
+            f" {model.max_context}; lower it"
         )
     skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
     if skip_positions + 1 >= context.context_size:
@@ -261,62 +293,29 @@ def _choose_text(sae: SAE[Any], text_settings: EvaluationTextSettings, model: Mo
 
 
 def _prepare_group(
-    text_settings: EvaluationTextSettings,
-    measurements: MeasurementSettings,
-    device: str,
-    model: ModelSource,
-    hook_name: str,
-    text: _Text,
-    members: list[EvaluatedSAE],
+    group: _Group, text_settings: EvaluationTextSettings, measurements: MeasurementSettings, device: str
 ) -> PreparedEvaluation:
-    tokenizer = load_tokenizer(model)
-    members = [
-        replace(
-            member,
-            positions=PositionFilter(
-                special_tokens(member.sae.cfg.metadata.get("exclude_special_tokens", False), tokenizer),
-                member.positions.skip_positions,
-                member.sae.cfg.metadata.max_activation_norm,
-            ),
-        )
-        for member in members
-    ]
-    usable = text.context.context_size - text.skip_positions
-    n_loss_rows = text_settings.num_samples or math.ceil(LOSS_TOKENS / usable)
-    n_sae_rows = text_settings.num_samples or math.ceil(1.05 * TOKENS / usable)
-    n_dead_rows = math.ceil(text_settings.dead_tokens / usable) if text_settings.dead_tokens else n_sae_rows
-    rows_NT, document_N = collect_evaluation_rows(
-        text.source,
-        tokenizer,
-        text.context,
-        text.held_out,
-        n_rows=n_sae_rows,
-        n_more_rows=max(0, n_dead_rows - n_sae_rows),
-        seed=text_settings.seed,
-    )
-    if len(rows_NT) < max(n_sae_rows, n_dead_rows):
-        log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
-    check_token_ids(rows_NT, model, f"--dataset {text.source.name}")
-    n_documents = len(np.unique(document_N[:n_loss_rows]))
-    by_document = n_documents >= LEAST_DOCUMENTS and not text.source.tokenized
+    tokenizer = load_tokenizer(group.model)
+    rows_NT, document_N, n_loss_rows, n_sae_rows = _collect_rows(group, tokenizer, text_settings)
     if measurements.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of its passes read the same rows
-    log.debug("%d contexts of %d tokens", *rows_NT.shape)
+    n_documents = len(np.unique(document_N[:n_loss_rows]))
+    by_document = n_documents >= LEAST_DOCUMENTS and not group.text.source.tokenized
     return PreparedEvaluation(
-        saes=tuple(members),
+        saes=tuple(_with_special_tokens(member, tokenizer) for member in group.members),
         protocol=measurements.protocol,
         device=device,
-        model=model,
+        model=group.model,
         tokenizer=tokenizer,
-        hook_name=hook_name,
-        text=text.source,
-        held_out=text.held_out,
-        context=text.context,
+        hook_name=group.hook_name,
+        text=group.text.source,
+        held_out=group.text.held_out,
+        context=group.text.context,
         rows_NT=rows_NT,
         unit_N=document_N if by_document else np.arange(len(rows_NT)),
         units="documents" if by_document else "sequences",
-        n_loss_rows=min(n_loss_rows, len(rows_NT)),
-        n_sae_rows=min(n_sae_rows, len(rows_NT)),
+        n_loss_rows=n_loss_rows,
+        n_sae_rows=n_sae_rows,
         special_token_ids=special_tokens(True, tokenizer),
         unscored_token_ids=tuple(
             {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
@@ -327,8 +326,44 @@ def _prepare_group(
     )
 
 
+def _with_special_tokens(evaluated: EvaluatedSAE, tokenizer: PreTrainedTokenizerBase) -> EvaluatedSAE:
+    """Returns an SAE whose positions leave out the special tokens that its training left out."""
+    excluded = special_tokens(evaluated.sae.cfg.metadata.get("exclude_special_tokens", False), tokenizer)
+    return replace(evaluated, positions=replace(evaluated.positions, special_token_ids=excluded))
+
+
+def _collect_rows(
+    group: _Group, tokenizer: PreTrainedTokenizerBase, settings: EvaluationTextSettings
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Tokenizes the text.
+
+    Returns:
+        Token ids, [N, T], the number of the document that each row is from, [N], and the numbers of rows for losses and
+        for reconstruction.
+    """
+    text = group.text
+    usable = text.context.context_size - text.skip_positions
+    n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
+    n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)
+    n_dead_rows = math.ceil(settings.dead_tokens / usable) if settings.dead_tokens else n_sae_rows
+    rows_NT, document_N = collect_evaluation_rows(
+        text.source,
+        tokenizer,
+        text.context,
+        text.held_out,
+        n_rows=n_sae_rows,
+        n_more_rows=max(0, n_dead_rows - n_sae_rows),
+        seed=settings.seed,
+    )
+    if len(rows_NT) < max(n_sae_rows, n_dead_rows):
+        log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
+    check_token_ids(rows_NT, group.model, f"--dataset {text.source.name}")
+    log.debug("%d contexts of %d tokens", *rows_NT.shape)
+    return rows_NT, document_N, min(n_loss_rows, len(rows_NT)), min(n_sae_rows, len(rows_NT))
+
+
 def _hook_name(sae: SAE[Any], layer: int | None) -> str:
-    """The SAE's own hook, at the layer that was asked for."""
+    """Returns the SAE's hook, at another layer if one is given."""
     hook_name = sae.cfg.metadata.hook_name
     if not hook_name:
         if layer is None:
@@ -343,10 +378,13 @@ def _hook_name(sae: SAE[Any], layer: int | None) -> str:
 
 
 def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[TextSource, HeldOutSplit | None]:
-    """Opens the text, and says which of its documents the SAE did not train on.
+    """Opens the text to evaluate an SAE on.
 
-    The data set of the training is read as the training read it, and only its held-out documents are used.
-    Of another one, the split made for testing is taken.
+    The data set of the SAE's training is read as in training, and only its held-out documents are used. Of another data
+    set the split for testing is used.
+
+    Returns:
+        The text, and the split by which documents are held out; None if all documents are used.
     """
     metadata = sae.cfg.metadata
     name = text_settings.dataset or metadata.dataset_path
@@ -365,7 +403,7 @@ def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[Te
     if is_own and metadata.fallback_from:
         source = replace(source, fallback_from=metadata.fallback_from)
     if is_own and metadata.dataset_split is None:
-        log.warning("the SAE's cfg.json does not say which documents it trained on: these may be among them")
+        log.warning("the SAE's cfg.json does not say which documents it trained on: it may have trained on these")
         return source, None
     trained_on = (metadata.dataset_config, metadata.dataset_split)
     if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
@@ -376,7 +414,7 @@ def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[Te
 
 
 def _same_data(name: str, other: str | None) -> bool:
-    """Whether two names mean the same data set: the same path, or an id with its owner or without."""
+    """Whether two names are of the same data set: the same path, or the same id, with or without its owner."""
     if other is None:
         return False
     if Path(name).exists() or Path(other).exists():

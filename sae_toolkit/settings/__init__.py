@@ -1,1 +1,1 @@
-"""The flags of every script as dataclasses: their types, defaults, help and checks."""
+"""Settings of all scripts as dataclasses, whose fields are the flags: types, defaults, help and checks."""

@@ -1,4 +1,4 @@
-"""Checks of a training run's settings against one another that need neither the model nor the data."""
+"""Checks of the settings of a training run that need neither the model nor the data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "j
 
 _LONGEST_NAME = 255  # bytes, on Linux and macOS
 
-# Tokens of a batch that a rank has on average: with so many, a rank has none once in 10^13 batches.
+# Least number of tokens that a rank has of a batch on average. With 32, a rank has none in one of 10^13 batches.
 _LEAST_SHARE = 32
 
 
 def check_paths(settings: TrainingSettings) -> None:
-    """Refuses names that no file system takes, and for which the standard library raises.
+    """Checks the lengths of file names. The standard library raises for names that are too long for the file system.
 
     Raises:
-        UserError: there is one.
+        UserError: a name is too long.
     """
     run, model, text = settings.run, settings.model, settings.text
     for name, value, longest in (
@@ -33,41 +33,41 @@ def check_paths(settings: TrainingSettings) -> None:
         ("resume", run.resume, _LONGEST_NAME),
     ):
         if value is not None and any(len(os.fsencode(part)) > longest for part in value.split("/")):
-            raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes")
+            raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes; shorten it")
 
 
 def check_settings(settings: TrainingSettings) -> None:
-    """Checks the settings of one run against one another.
+    """Checks that the settings of a run fit together.
 
     Raises:
-        UserError: two of them exclude each other.
+        UserError: they do not.
     """
     name = settings.run.output_name
     if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"--output_name {name!r}: must be a plain name, without a path")
+        raise UserError(f"--output_name {name!r}: must be a plain name; --checkpoint_path is for the path")
     _check_hooks(settings.model)
     _check_sae(settings.sae)
     _check_held_out(settings)
     skip_positions, context_size = settings.text.skip_positions, settings.text.context_size
     if skip_positions >= context_size:
-        raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size} tokens")
+        raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size}; lower it")
     _check_steps(settings.optimization)
 
 
 def _check_hooks(model: ModelSettings) -> None:
     given = [name for name in ("hook_name", "hook_names", "layers") if getattr(model, name) is not None]
     if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]}: only one of them can say where SAEs are trained")
+        raise UserError(f"--{given[0]} and --{given[1]}: only one of them can choose the hooks; leave out the others")
     for name in ("hook_names", "layers"):
         if (values := getattr(model, name)) and len(set(values)) < len(values):
-            raise UserError(f"--{name} {' '.join(map(str, values))}: the same one stands there twice")
+            raise UserError(f"--{name} {' '.join(map(str, values))}: one of them is given twice; name each once")
 
 
 def _check_sae(sae: SAESettings) -> None:
     if sae.normalize_activations == "expected_average_only_out":
         raise UserError(
-            "--normalize_activations expected_average_only_out: SAELens has no such mode;"
-            " use expected_average_only_in, whose scale is folded into the saved weights on both sides"
+            "--normalize_activations expected_average_only_out: SAELens has no such mode; use"
+            " expected_average_only_in, with which the saved SAE takes and returns activations that are not scaled"
         )
     if sae.shard_features and (
         sae.architecture not in ("topk", "batchtopk") or sae.dtype not in ("float32", "float64")
@@ -79,11 +79,11 @@ def _check_sae(sae: SAESettings) -> None:
     if sae.target_l0 is None:
         return
     if sae.architecture not in _SPARSITY_WEIGHTS:
-        instead = "; --k is its L0" if "topk" in sae.architecture else ""
+        instead = "; --k is its L0" if "topk" in sae.architecture else "; leave it out"
         raise UserError(f"--target_l0 {sae.target_l0:g}: {sae.architecture} has no sparsity weight{instead}")
     weight = _SPARSITY_WEIGHTS[sae.architecture]
     if getattr(sae, weight) == 0:
-        raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start with another, such as 1")
+        raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start above 0, such as with 1")
 
 
 def _check_held_out(settings: TrainingSettings) -> None:
@@ -92,27 +92,32 @@ def _check_held_out(settings: TrainingSettings) -> None:
         raise UserError(f"--eval_every {eval_every}: --held_out_fraction 0 leaves no text to measure on; use 0.1")
     if eval_every and settings.sae.shard_features:
         raise UserError(
-            f"--eval_every {eval_every}, --shard_features: no rank holds all features; leave one of them out"
+            f"--eval_every {eval_every}, --shard_features: no process holds all features, as measuring needs; leave one"
+            " of the flags out"
         )
 
 
 def _check_steps(optimization: OptimizationSettings) -> None:
     tokens, batch = optimization.training_tokens, optimization.train_batch_size_tokens
     if tokens < batch:
-        raise UserError(f"--training_tokens {tokens}: less than one batch of --train_batch_size_tokens {batch}")
+        raise UserError(f"--training_tokens {tokens}: less than one batch, --train_batch_size_tokens {batch}; raise it")
     n_steps = tokens // batch  # as SAELens counts them
     warm_up, decay = optimization.lr_warm_up_steps, optimization.lr_decay_steps
     if warm_up + decay > n_steps:
         raise UserError(
-            f"--lr_warm_up_steps {warm_up} and --lr_decay_steps {decay}: together more than the run's {n_steps} steps"
+            f"--lr_warm_up_steps {warm_up} and --lr_decay_steps {decay}: together more than the {n_steps} steps of the"
+            " run; lower them"
         )
 
 
 def check_world_size(settings: TrainingSettings, size: int) -> None:
-    """Checks the sizes that are of all ranks together against the number of ranks.
+    """Checks that the ranks can divide the sizes that are given for all of them together.
+
+    Args:
+        size: number of ranks.
 
     Raises:
-        UserError: the ranks cannot share them evenly.
+        UserError: they cannot.
     """
     batch, contexts = settings.optimization.train_batch_size_tokens, settings.model.store_batch_size_prompts
     if batch < _LEAST_SHARE * size and size > 1:

@@ -1,4 +1,4 @@
-"""The command line of sae_lens_train.py to settings, and back; what --resume and --like take from an earlier run."""
+"""The command line of sae_lens_train.py, and the flags that --resume and --like take from an earlier run."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings import fields
 from sae_toolkit.settings.checks import check_paths, check_settings
-from sae_toolkit.settings.fields import Scope, add_flags
+from sae_toolkit.settings.fields import Scope
 from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.console import Parser
 
 _EPILOG = f"""\
 examples:
-  # the real model and text of the package index, healthy in minutes without a GPU
+  # a small model and text that come with the installation; a healthy SAE in minutes, without a GPU
   python sae_lens_train.py @presets/demo.args
 
-  # Llama-3-8B, layer 12, on one GPU; flags after a preset override it
+  # Llama-3-8B, layer 12, on one GPU; flags after a preset replace its own
   python sae_lens_train.py @presets/llama3-8b.args --k 32 --output_name llama3_l12_k32
 
   # your own text and model
   python sae_lens_train.py @presets/demo.args --model_name ./my_model --dataset_path ./my_text.jsonl --layer 8
 
-  # many runs on the same activations: the first computes them, the others read them
+  # several runs on the same activations: the first run computes them, the others read them
   python sae_lens_train.py @presets/demo.args --cache_activations ./activations --k 32
   python sae_lens_train.py @presets/demo.args --cache_activations ./activations --k 128
 
-  # many layers from one pass of the model: an SAE each
+  # one SAE for each of several layers, from one pass of the model
   python sae_lens_train.py @presets/demo.args --layers 4 8 12 16
 
-  # an L0 that you choose, where it is an outcome: the sparsity weight is found on the way
+  # an L0 of your choice: the weight of the sparsity loss is adjusted during training
   python sae_lens_train.py @presets/demo.args --architecture gated --target_l0 64
 
-  # what would run, without running it
+  # show what would run, without running it
   python sae_lens_train.py @presets/demo.args --dry_run
 
-  # as an earlier run, but for what is given
+  # the flags of an earlier run, except for the flags that are given
   python sae_lens_train.py --like checkpoints/demo_1a2b3c4d/k3j2h1g0 --lr 1e-3
 
-  # any other field of SAELens's configuration
+  # other fields of SAELens's configuration
   python sae_lens_train.py @presets/demo.args --set sae.aux_loss_coefficient=0.5 --set adam_beta1=0
 
-  # an interrupted run: with the same flags, or by its directory, or from one of its checkpoints
+  # go on with an interrupted run: found by its flags, by its directory, or from one of its checkpoints
   python sae_lens_train.py @presets/demo.args --resume
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
@@ -62,23 +62,23 @@ data:   a Hugging Face id, a file or directory (txt, jsonl, csv, parquet, saved 
 def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
     """Parses the flags of a training run.
 
-    With `--resume DIRECTORY` the settings are those of the run that it belongs to. Flags given beside it must agree
-    with these, except the ones that the weights do not depend on.
+    With `--resume DIRECTORY` the settings are those of the resumed run. Flags that are given beside `--resume` must
+    have the values that they have in that run, except for the flags that may differ (`Scope`).
 
     Raises:
-        UserError: a flag is unknown, or its value cannot be right by itself or beside the others.
+        UserError: a flag is unknown, its value cannot be right, or two flags do not fit together.
     """
     words = sys.argv[1:] if argv is None else argv
     try:
         values = vars(_build_parser().parse_args(argv))
-    except (ValueError, RecursionError) as error:  # of a flag file: its quotes, its bytes, or one that names itself
+    except (ValueError, RecursionError) as error:  # a flag file with wrong quotes or bytes, or one that includes itself
         files = " ".join(word for word in words if word.startswith("@"))
         raise UserError(f"{files}: cannot be read as flags: {one_line(error)}") from None
     settings = TrainingSettings.from_flags(values | {"preset": _presets(words)})
     check_paths(settings)
     resume, like = settings.run.resume, settings.run.like
     if like is not None and resume not in (None, "auto"):
-        raise UserError(f"--like {like}, --resume {resume}: a resumed run has its own flags; choose one")
+        raise UserError(f"--like {like}, --resume {resume}: a resumed run has its own flags; leave one of them out")
     if like is not None:
         settings = _settings_like(Path(like), _given(argv))
     elif resume not in (None, "auto"):
@@ -88,8 +88,9 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
 
 
 def after_restart(settings: TrainingSettings) -> TrainingSettings:
-    """Returns the settings of a rank that torchrun started in place of one that failed: they resume from the newest
-    checkpoint, whichever one the run was started from.
+    """Returns the settings with which torchrun's new ranks go on after one of the ranks failed.
+
+    They resume from the newest checkpoint, even if the run was started from an older one.
     """
     resume = settings.run.resume
     newest = "auto" if resume in (None, "auto") else str(run_directory_of(Path(resume)))
@@ -97,41 +98,41 @@ def after_restart(settings: TrainingSettings) -> TrainingSettings:
 
 
 def default_flags() -> dict[str, Any]:
-    """Returns the flags of a run by name, each with its default."""
+    """Returns the defaults of all flags, by name."""
     return TrainingSettings().as_flags()
 
 
 def training_words(flags: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
-    """Returns the words of a command line that give flags their values, where these are not the defaults."""
+    """Returns the words of a command line that give flags their values, without the flags that have their defaults."""
     return fields.as_words(TrainingSettings, flags, leave_out=leave_out)
 
 
 def flags_with(*scopes: Scope) -> set[str]:
-    """Returns the names of the flags of some scopes; the preset, which is no flag, counts as of the command."""
-    found = {name for name, each in TRAINING_FLAGS.items() if each.scope in scopes}
-    return found | ({"preset"} if Scope.COMMAND in scopes else set())
+    """Returns the names of the flags that have one of these scopes. `preset`, which is no flag, has `Scope.COMMAND`."""
+    names = {name for name, each in TRAINING_FLAGS.items() if each.scope in scopes}
+    return names | ({"preset"} if Scope.COMMAND in scopes else set())
 
 
 def run_directory_of(path: Path) -> Path:
-    """Returns the run's directory, given it or one of its checkpoints."""
+    """Returns the directory of a run. The path is that directory, or one of the run's checkpoints."""
     return path if (path / FLAGS_FILENAME).is_file() else path.parent
 
 
 def save_flags(flags: Mapping[str, Any], run_directory: Path) -> None:
-    """Writes the flags of a run where `--resume` and `--like` look for them."""
+    """Writes the flags of a run into its directory, where `--resume` and `--like` look for them."""
     (run_directory / FLAGS_FILENAME).write_text(json.dumps(flags, indent=1) + "\n")
 
 
 def _saved_flags(flag: str, path: Path) -> dict[str, Any]:
-    """The flags of the run that a directory is or belongs to."""
+    """Loads the flags of the run whose directory, or one of whose checkpoints, `--resume` or `--like` names."""
     file = run_directory_of(path) / FLAGS_FILENAME
     if not path.is_dir() or not file.is_file():
-        raise UserError(f"--{flag} {path}: neither a training run nor a checkpoint of one (there is no {file})")
+        raise UserError(f"--{flag} {path}: neither a training run nor a checkpoint of one: {file} does not exist")
     try:
         saved = default_flags() | json.loads(file.read_text())
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"--{flag} {path}: damaged: {FLAGS_FILENAME} cannot be read") from None
-    saved["trust_remote_code"] = False  # a person decides each time, never a file
+        raise UserError(f"--{flag} {path}: damaged: {FLAGS_FILENAME} cannot be read; name another run") from None
+    saved["trust_remote_code"] = False  # only a person may allow this, on each command line
     return saved
 
 
@@ -140,37 +141,34 @@ def _settings_of_run(resume: Path, given: dict[str, Any]) -> TrainingSettings:
     may_change = flags_with(Scope.PROCESS, Scope.COMMAND)
     for name, value in given.items():
         if name not in may_change and value != saved.get(name):
-            raise UserError(f"--{name} {value}: the run being resumed has {saved.get(name)}; leave it out")
+            raise UserError(f"--{name} {value}: the resumed run has {saved.get(name)}; leave the flag out")
     return TrainingSettings.from_flags(saved | {name: value for name, value in given.items() if name in may_change})
 
 
 def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
-    """Those of another run, except what is given and what belonged to the command that started it."""
+    """Returns the settings of another run, with the given flags, and without the flags of the other run's command."""
     saved, defaults = _saved_flags("like", like), default_flags()
     of_command = {name: defaults[name] for name in flags_with(Scope.COMMAND) - {"preset"}}
-    settings = [*saved["set"], *given.pop("set", [])]
-    return TrainingSettings.from_flags(saved | of_command | given | {"set": settings})
+    assignments = [*saved["set"], *given.get("set", [])]
+    return TrainingSettings.from_flags(saved | of_command | given | {"set": assignments})
 
 
 def _given(argv: Sequence[str] | None) -> dict[str, Any]:
-    """The flags that stand on the command line."""
+    """Returns the flags that are on the command line, without defaults."""
     return vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
 
 
 def _presets(argv: Sequence[str]) -> str | None:
-    """The names of the flag files among the words of a command line."""
+    """Returns the names of the flag files on a command line, without their endings."""
     return " ".join(Path(word[1:]).stem for word in argv if word.startswith("@")) or None
 
 
 def _build_parser(**kwargs: Any) -> Parser:
-    parser = Parser(
+    return fields.build_parser(
+        TrainingSettings,
         prog="sae_lens_train.py",
-        description="Trains a sparse autoencoder with SAELens on the activations of a language model.",
+        description="Trains a sparse autoencoder (SAE) with SAELens on the activations of a language model.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
-        allow_abbrev=False,
         **kwargs,
     )
-    add_flags(parser, TrainingSettings)
-    return parser

@@ -1,15 +1,13 @@
-"""The settings of a comparison of libraries, and its command line."""
+"""Settings of a comparison of libraries, and its command line."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sae_toolkit.settings.fields import add_flags, flag, from_flags
+from sae_toolkit.settings.fields import build_parser, flag, from_flags
 from sae_toolkit.settings.values import Positive
-from sae_toolkit.terminal.console import Parser
 
 
 @dataclass(frozen=True)
@@ -17,11 +15,13 @@ class ContenderSettings:
     """SAEs that are compared."""
 
     libraries: tuple[str, ...] = flag(("saelens", "sparsify", "dictionary_learning"), metavar="LIBRARY[:KIND][@LR]")
-    """libraries, all kinds of SAE of each or the one named"""
+    """libraries to compare, with all kinds of SAE that a library trains or only KIND, and with the library's own
+    learning rate or LR
+    """
     l0: tuple[Positive, ...] | None = None
-    """features active a token (default: 20 40 80 160; with --quick 64)"""
+    """numbers of features that are active for each token (default: 20 40 80 160; with --quick 64)"""
     seeds: Positive = flag(1, metavar="N")
-    """of each, from --seed on"""
+    """train each SAE with N random seeds: --seed and the numbers after it"""
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class ComparisonRunSettings:
     """Comparison."""
 
     quick: bool = False
-    """one L0 and 250,000 tokens, unless others are given"""
+    """train with one L0 and on 250,000 tokens, unless --l0 or --training_tokens is given"""
     comparison_dir: Path | None = None
     """directory of the comparison (default: comparisons/OUTPUT_NAME)"""
     num_samples: Positive | None = None
-    """sequences of the evaluation (default: the evaluation's)"""
+    """number of sequences to evaluate each SAE on (default: that of evaluate_sae_real_activations.py)"""
     dry_run: bool = False
     """list the SAEs, and stop"""
-    verbose: bool = flag(False, exclusive="verbosity")
-    """log details too"""
-    quiet: bool = flag(False, exclusive="verbosity")
-    """log nothing but warnings, errors and results"""
+    verbose: bool = flag(False, is_exclusive=True)
+    """also show details"""
+    quiet: bool = flag(False, is_exclusive=True)
+    """show only warnings, errors and results"""
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """A comparison's own settings."""
+    """Settings of a comparison, without those of its trainings."""
 
     contenders: ContenderSettings = field(default_factory=ContenderSettings)
     run: ComparisonRunSettings = field(default_factory=ComparisonRunSettings)
@@ -54,15 +54,13 @@ def parse_comparison_flags(description: str, argv: Sequence[str] | None = None) 
     """Parses the flags of a comparison.
 
     Args:
-        description: of the script, for its help.
+        description: description of the script, for --help.
 
     Returns:
-        The comparison's own settings, and the words that are flags of the trainings.
+        The settings of the comparison, and the words of the command line that are flags of its trainings.
 
     Raises:
         UserError: the value of a flag cannot be right.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flags(parser, ComparisonSettings)
-    own, words = parser.parse_known_args(argv)
+    own, words = build_parser(ComparisonSettings, description=description).parse_known_args(argv)
     return from_flags(ComparisonSettings, vars(own)), words

@@ -1,9 +1,10 @@
-"""docs/flags.md from the settings: python -m sae_toolkit.settings.document > docs/flags.md"""
+"""Writes docs/flags.md from the settings: python -m sae_toolkit.settings.document > docs/flags.md"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 from sae_toolkit.settings.comparison import ComparisonSettings
 from sae_toolkit.settings.evaluation import EvaluationSettings
@@ -14,35 +15,35 @@ from sae_toolkit.settings.training import TrainingSettings
 _LEAD = """\
 # Flags
 
-Every flag of every script, as `--help` shows them. This page is generated from `sae_toolkit/settings/`:
+All flags of all scripts, as `--help` shows them. This page is generated from `sae_toolkit/settings/`:
 `python -m sae_toolkit.settings.document > docs/flags.md`.
 
-A flag file holds flags as one types them, several a line if one likes, and comments after a `#`:
-`python sae_lens_train.py @presets/demo.args --k 32`. A flag that stands twice has its last value.
+sae_lens_train.py also reads flags from files: `python sae_lens_train.py @presets/demo.args --k 32`. A file holds flags
+as you would type them, one or more on a line, and comments after a `#`. If a flag is given twice, the last value holds.
 """
 _SCRIPTS = {
     "sae_lens_train.py": (
         TrainingSettings,
-        "The last column says whether the flag may differ when a run is resumed (`--resume`), and whether `--like`"
+        "The last column says whether you may change the flag when you resume a run (`--resume`), and whether `--like`"
         " takes it from the earlier run.",
     ),
     "evaluate_sae_real_activations.py": (EvaluationSettings, ""),
-    "sweep_saes.py": (SweepSettings, "All flags of sae_lens_train.py are accepted too, and hold for every trial."),
+    "sweep_saes.py": (SweepSettings, "You can also give any flag of sae_lens_train.py. It then holds for all trials."),
     "compare_sae_libraries.py": (
         ComparisonSettings,
-        "All flags of sae_lens_train.py are accepted too, and hold for every training.",
+        "You can also give any flag of sae_lens_train.py. It then holds for all trainings.",
     ),
 }
 _ON_RESUME = {
     Scope.SAE: "fixed",
     Scope.RUN: "fixed",
     Scope.PROCESS: "may differ",
-    Scope.COMMAND: "may differ; not by `--like`",
+    Scope.COMMAND: "may differ; not taken by `--like`",
 }
 
 
 def flags_page() -> str:
-    """Returns the page in Markdown."""
+    """Returns the page, in Markdown."""
     parts = [_LEAD]
     for script, (settings, note) in _SCRIPTS.items():
         parts += [f"## {script}\n", f"{note}\n"] if note else [f"## {script}\n"]
@@ -63,6 +64,7 @@ def _table(flags: list[Flag], settings: type) -> Iterator[str]:
 
 
 def _takes(flag: Flag) -> str:
+    """Returns in words what the value of a flag can be."""
     arguments = flag.arguments
     if arguments.get("action") == "store_true":
         return ""
@@ -71,9 +73,8 @@ def _takes(flag: Flag) -> str:
     if "metavar" in arguments:
         one = f"`{arguments['metavar']}`"
     else:
-        one = {str: "text", int: "a whole number"}.get(arguments["type"]) or (
-            "a path" if isinstance(arguments["type"], type) else str(arguments["type"].__doc__)
-        )
+        plain = {str: "text", int: "a whole number", Path: "a path"}
+        one = plain.get(arguments["type"]) or str(arguments["type"].__doc__)
     return f"one or more: {one}" if arguments.get("nargs") == "+" else one
 
 

@@ -1,17 +1,15 @@
-"""The settings of an evaluation, and its command line."""
+"""Settings of an evaluation, and its command line."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.fields import add_flags, flag, from_flags
+from sae_toolkit.settings.fields import build_parser, flag, from_flags
 from sae_toolkit.settings.values import NonNegative, Positive
-from sae_toolkit.terminal.console import Parser
 
 
 @dataclass(frozen=True)
@@ -19,21 +17,25 @@ class EvaluatedSAESettings:
     """SAEs and their language model."""
 
     sae_path: tuple[str, ...] = flag(metavar="SAE")
-    """directory of an SAE or of a run, release:sae_id, Hugging Face id[:hookpoint], or a pattern"""
+    """SAEs to evaluate: directories of SAEs or runs, patterns such as 'runs/*', SAELens's release:sae_id, or Hugging
+    Face ids, with :hookpoint if the repository holds several SAEs
+    """
     like: str | None = flag(None, metavar="SAE")
-    """measure them as this SAE is: its model, hook, text, held-out documents and positions stand for theirs"""
+    """evaluate all SAEs as this SAE would be: on its model, hook, text, held-out documents and positions"""
     model_name: str | None = None
-    """Hugging Face id, directory, .gguf file or embedded model (default: the SAE's)"""
+    """language model: a Hugging Face id, a directory, a .gguf file or embedded:smollm2-135m (default: the model
+    that the SAE was trained on)
+    """
     layer: NonNegative | None = None
-    """layer of the hook (default: the SAE's)"""
+    """evaluate at this layer; the first layer is 0 (default: the layer that the SAE was trained at)"""
     trust_remote_code: bool = False
-    """let code that comes with the model run"""
+    """run the Python code that comes with the model, which can do anything that you can do on this machine"""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: CUDA where torch sees it"""
+    """cpu, cuda, cuda:N, or auto, which is cuda if torch finds a GPU and cpu otherwise"""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the language model's dtype; auto: bfloat16 where the hardware computes in it, else float32"""
+    """dtype of the language model; auto is bfloat16 if the hardware computes in it, and float32 otherwise"""
     batch_size: Positive = 8
-    """sequences in one forward pass"""
+    """number of sequences in one forward pass of the language model"""
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,29 @@ class EvaluationTextSettings:
     """Text."""
 
     dataset: str | None = None
-    """Hugging Face id, file, directory or embedded text (default: what the SAE did not train on)"""
+    """text to evaluate on: a Hugging Face id, a file, a directory or embedded:wikipedia (default: the documents that
+    were held out of the SAE's training)
+    """
     dataset_config: str | None = None
-    """configuration of the data set (default: found)"""
+    """configuration of the data set, such as wikitext-2-raw-v1 (default: for the data of the SAE's training that of the
+    training; for other data the one that is called default, or the first)
+    """
     dataset_split: str | None = None
-    """split (default: the SAE's own data: as in training; another: test, validation or train)"""
+    """split of the data set (default: for the data of the SAE's training the split of the training; for other data the
+    first that exists of test, validation and train)
+    """
     text_column: str | None = None
-    """column of the text or of the token ids (default: found)"""
+    """column that holds the text or the token ids (default: found by its name and content)"""
     fallback_dataset: str | None = None
-    """data set to take where --dataset cannot be opened"""
+    """data set to use if --dataset cannot be opened"""
     num_samples: Positive | None = None
-    """sequences (default: as many as make 50,000 tokens; 20,000 for what needs the whole model)"""
+    """number of sequences to evaluate on (default: 50,000 tokens in all, and 20,000 for the losses of the model)"""
     dead_tokens: Positive | None = None
-    """count dead features on at least so many tokens (default: those of the other metrics)"""
+    """count dead features on at least this many tokens (default: on the tokens of the other metrics)"""
     context_length: Positive | None = None
-    """tokens in a sequence (default: as in training)"""
+    """number of tokens in a sequence (default: as in training)"""
     seed: NonNegative = 42
-    """of the sequences drawn"""
+    """random seed of the choice of sequences"""
 
 
 @dataclass(frozen=True)
@@ -65,15 +73,17 @@ class MeasurementSettings:
     """Measurements."""
 
     protocol: Literal["health", "saebench"] = "health"
-    """health: the SAE stands in where it was trained to; saebench: at every position, with SAEBench's averages"""
+    """health replaces activations by the SAE's output only at the positions that it was trained on; saebench does so at
+    every position, and averages as SAEBench does
+    """
     saebench: str | None = flag(None, metavar="EVALS")
-    """run sae-bench too, in its own environment: core,absorption,..."""
+    """also run these evaluations of sae-bench, in an environment of its own: core,absorption,..."""
     features: tuple[int, ...] = ()
-    """features to show in the report, beside a sample of them"""
+    """numbers of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
-    """size of that sample, spread over firing rates"""
+    """number of features to show in the report, chosen so that frequent and rare features are among them"""
     no_diagnosis: bool = False
-    """do not look for what makes an unhealthy SAE so"""
+    """do not look for the causes if an SAE is unhealthy"""
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,13 @@ class ResultSettings:
     """Results."""
 
     output_json: Path | None = None
-    """where the results go, the reports beside them (default: evaluation.json beside the checkpoint)"""
+    """file for the results, next to which the reports are written (default: evaluation.json in the SAE's directory)"""
     push_to_hub: str | None = flag(None, metavar="OWNER/NAME")
-    """publish the SAEs there, with a model card of what was measured"""
-    verbose: bool = flag(False, exclusive="verbosity")
-    """log details too"""
-    quiet: bool = flag(False, exclusive="verbosity")
-    """log nothing but warnings, errors and results"""
+    """publish the SAEs in this Hugging Face repository, with a model card that shows the results"""
+    verbose: bool = flag(False, is_exclusive=True)
+    """also show details"""
+    quiet: bool = flag(False, is_exclusive=True)
+    """show only warnings, errors and results"""
 
 
 @dataclass(frozen=True)
@@ -104,15 +114,14 @@ def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) 
     """Parses the flags of an evaluation.
 
     Args:
-        description: of the script, for its help.
+        description: description of the script, for --help.
 
     Raises:
-        UserError: a flag is unknown, or its value cannot be right by itself or beside the others.
+        UserError: a flag is unknown, its value cannot be right, or two flags do not fit together.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flags(parser, EvaluationSettings)
+    parser = build_parser(EvaluationSettings, description=description)
     settings = from_flags(EvaluationSettings, vars(parser.parse_args(argv)))
     push_to_hub = settings.results.push_to_hub
     if push_to_hub and settings.measurements.protocol != "health":
-        raise UserError(f"--push_to_hub {push_to_hub}: the model card has the numbers of --protocol health")
+        raise UserError(f"--push_to_hub {push_to_hub}: the model card shows the results of --protocol health; use that")
     return settings

@@ -1,4 +1,6 @@
-"""Dataclasses to argparse: a field of a settings group is a flag, and the sentence below the field is its help.
+"""Fields of dataclasses to flags of argparse.
+
+A group of settings is a frozen dataclass. Each field is a flag, and the sentence below the field is its help:
 
     @dataclass(frozen=True)
     class OptimizationSettings:
@@ -9,9 +11,16 @@
         lr_warm_up_steps: NonNegative = 0
         \"\"\"steps of linear warm-up\"\"\"
 
-The annotation says what the flag takes: `bool` makes a flag without a value, `Literal[...]` gives its choices,
-`tuple[X, ...]` takes several values, `Annotated[X, parse]` (values.py) names the function that reads one, and
-`X | None` may be left out. `flag(...)` in place of the default says more.
+The annotation says what the flag takes:
+
+- `bool`: the flag takes no value;
+- `Literal["a", "b"]`: one of these choices;
+- `Annotated[int, parse]`: what the function `parse` returns for the text (values.py);
+- `tuple[X, ...]`: one or more values, of type X each;
+- `X | None`: as X; None where the flag is not given.
+
+Write `flag(...)` instead of the default to say more about a flag. The settings of a script are a dataclass of groups.
+Settings hold tuples where a flag takes several values; records of flags, which are JSON, hold lists.
 """
 
 from __future__ import annotations
@@ -20,76 +29,76 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from functools import cache
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sae_toolkit.terminal.console import Parser
 
 T = TypeVar("T")
 
 
 class Scope(Enum):
-    """What a flag belongs to, and so where its value may differ."""
+    """What a flag belongs to. It decides where the value of the flag may differ."""
 
-    SAE = "the trained weights depend on it; it is fixed when a run is resumed, and part of the run's hash"
-    RUN = "the run, once started, keeps it; the weights do not depend on it"
-    PROCESS = "it may differ when a run is resumed"
-    COMMAND = "one command; neither --resume nor --like takes it from an earlier run"
+    SAE = "the trained weights depend on the flag; it is fixed when a run is resumed, and part of the run's hash"
+    RUN = "the weights do not depend on the flag, but a run keeps the value that it was started with"
+    PROCESS = "the flag may differ when a run is resumed"
+    COMMAND = "the flag is for one command; neither --resume nor --like takes it from an earlier run"
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag, as a field of a settings group describes it.
+    """One flag, as a field of a settings group describes it.
 
     Args:
-        name: without the dashes.
-        default: where the flag is not given; `dataclasses.MISSING` where it must be.
+        name: name of the flag, without the dashes.
+        default: the value where the flag is not given; `dataclasses.MISSING` if the flag is required.
         help: the sentence below the field.
-        is_tuple: whether it takes several values.
-        arguments: of argparse's `add_argument`, beside these.
+        arguments: further arguments for argparse's `add_argument`.
         scope: what the flag belongs to.
-        is_later: True for a flag that is newer than the runs on people's disks. While it has its default it does not
-            count in the hash of a run, so that older runs are found.
-        is_swept: whether a sweep may vary it; None: if the weights depend on it.
-        exclusive: flags of one group with the same word here exclude one another.
+        is_later: True for a flag that is newer than the runs on people's disks. It counts in the hash of a run only if
+            it differs from its default, so that the directories of older runs are still found.
+        is_swept: whether a sweep may vary the flag; None means that it may if the trained weights depend on it.
+        is_exclusive: only one of the exclusive flags of a group may be given.
     """
 
     name: str
     default: Any
     help: str
-    is_tuple: bool
     arguments: Mapping[str, Any]
     scope: Scope = Scope.SAE
     is_later: bool = False
     is_swept: bool | None = None
-    exclusive: str | None = None
+    is_exclusive: bool = False
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether the value is a tuple."""
+        return self.arguments.get("nargs") == "+" or self.arguments.get("action") == "append"
 
     @property
     def may_be_swept(self) -> bool:
         return self.scope is Scope.SAE if self.is_swept is None else self.is_swept
 
     @property
-    def shown_default(self) -> str | None:
-        """The default as one would type it; None where there is none."""
-        if self.default in (None, dataclasses.MISSING, ()):
-            return None
-        shown = " ".join(map(str, self.default)) if self.is_tuple else str(self.default)
-        return shown.lower() if isinstance(self.default, bool) else shown
-
-    @property
-    def described(self) -> str:
-        """Its help, with the default where there is one."""
-        return f"{self.help} (default: {self.shown_default})" if self.shown_default else self.help
+    def shown_default(self) -> str:
+        """The default as a person would type it; empty if there is none."""
+        return "" if self.default in (None, dataclasses.MISSING) else _text(self.default)
 
 
-_OF_FLAG = {field.name for field in dataclasses.fields(Flag)}
+_OF_FLAG = ("scope", "is_later", "is_swept", "is_exclusive")
 
 
 def flag(default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """Describes a field: `scope`, `is_later`, `is_swept` and `exclusive` as in `Flag`, and arguments of argparse's
-    `add_argument` such as `metavar`.
+    """Returns a dataclass field with a default and more about its flag.
+
+    Args:
+        more: `scope`, `is_later`, `is_swept` and `is_exclusive` as in `Flag`, and arguments for argparse's
+            `add_argument`, such as `metavar`.
     """
     return dataclasses.field(default=default, metadata=more)
 
@@ -100,15 +109,12 @@ def flags_of(settings: type) -> dict[str, Flag]:
     if groups := groups_of(settings):
         return {name: each for group in groups.values() for name, each in flags_of(group).items()}
     hints, sentences = get_type_hints(settings, include_extras=True), _sentences(settings)
-    found = {}
+    flags = {}
     for field in dataclasses.fields(settings):
-        arguments, is_tuple = _from_annotation(hints[field.name])
-        arguments |= {name: value for name, value in field.metadata.items() if name not in _OF_FLAG}
-        if arguments.get("action") == "append":
-            del arguments["nargs"]
-        of_flag = {name: value for name, value in field.metadata.items() if name in _OF_FLAG}
-        found[field.name] = Flag(field.name, field.default, sentences[field.name], is_tuple, arguments, **of_flag)
-    return found
+        more = _arguments(hints[field.name]) | field.metadata
+        of_flag = {name: more.pop(name) for name in _OF_FLAG if name in more}
+        flags[field.name] = Flag(field.name, field.default, sentences[field.name], more, **of_flag)
+    return flags
 
 
 def groups_of(settings: type) -> dict[str, type]:
@@ -118,96 +124,111 @@ def groups_of(settings: type) -> dict[str, type]:
 
 
 def title_of(group: type) -> str:
-    """Returns the heading of a settings group, which is the first sentence of its docstring."""
-    return (group.__doc__ or "").split(".")[0]
+    """Returns the heading of a settings group: its docstring, without the full stop."""
+    return str(group.__doc__).removesuffix(".")
 
 
-def _sentences(settings: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(settings))).body
+def _sentences(group: type) -> dict[str, str]:
+    """Returns the string below each field of a dataclass, by the name of the field."""
+    (tree,) = ast.parse(inspect.getsource(group)).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for statement, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            sentence = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
-            found[statement.target.id] = " ".join(sentence.split())
-    return found
+    return {
+        statement.target.id: " ".join(ast.literal_eval(below.value).split())
+        for statement, below in pairwise(tree.body)
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if isinstance(below, ast.Expr)
+    }
 
 
-def _from_annotation(hint: Any) -> tuple[dict[str, Any], bool]:
-    """The arguments of `add_argument` for a type, and whether its value is a tuple."""
+def _arguments(hint: Any) -> dict[str, Any]:
+    """Returns the arguments of argparse's `add_argument` for a type."""
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (each for each in get_args(hint) if each is not NoneType)
     if hint is bool:
-        return {"action": "store_true"}, False
+        return {"action": "store_true"}
     if get_origin(hint) is tuple:
-        return {"nargs": "+"} | _from_annotation(get_args(hint)[0])[0], True
+        return {"nargs": "+"} | _arguments(get_args(hint)[0])
     if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}, False
-    return {"type": get_args(hint)[1] if get_origin(hint) is Annotated else hint}, False
+        return {"choices": get_args(hint)}
+    return {"type": get_args(hint)[1] if get_origin(hint) is Annotated else hint}
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds the flags of a dataclass of groups to a parser, under a heading for each group.
+def build_parser(settings: type, **kwargs: Any) -> Parser:
+    """Builds a parser for the flags of a dataclass of groups, with a heading for each group.
 
-    With `argument_default=argparse.SUPPRESS` the parser returns the flags that were given, and no defaults.
+    Args:
+        kwargs: for `argparse.ArgumentParser`. With `argument_default=argparse.SUPPRESS` the parser returns only the
+            flags that were given, without defaults.
     """
+    parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
     for group in groups_of(settings).values():
-        heading, exclusive = parser.add_argument_group(title_of(group).lower()), dict[str, Any]()
-        for each in flags_of(group).values():
-            to = heading
-            if each.exclusive:
-                to = exclusive.setdefault(each.exclusive, None) or heading.add_mutually_exclusive_group()
-                exclusive[each.exclusive] = to
-            is_required = each.default is dataclasses.MISSING
-            default = argparse.SUPPRESS if is_required else parser.argument_default or _as_list(each.default)
-            more = dict(each.arguments) | ({"required": True} if is_required else {})
-            to.add_argument(f"--{each.name}", default=default, help=each.described.replace("%", "%%"), **more)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+        flags = flags_of(group).values()
+        heading = parser.add_argument_group(title_of(group).lower())
+        exclusive = heading.add_mutually_exclusive_group() if any(each.is_exclusive for each in flags) else heading
+        for each in flags:
+            default = f" (default: {each.shown_default})" if each.shown_default else ""
+            (exclusive if each.is_exclusive else heading).add_argument(
+                f"--{each.name}",
+                default=parser.argument_default or _as_json(each.default),
+                required=each.default is dataclasses.MISSING,
+                help=(each.help + default).replace("%", "%%"),
+                **each.arguments,
+            )
+    return parser
 
 
 def from_flags(settings: type[T], values: Mapping[str, Any], **others: Any) -> T:
-    """Builds a dataclass of groups from the values of its flags, by name; a flag that is missing has its default.
+    """Builds a dataclass of groups from the values of its flags, by name. A flag that is missing has its default.
 
     Args:
-        others: fields of the dataclass that are no groups.
+        others: fields of the dataclass that are not groups.
     """
     groups = {}
     for name, group in groups_of(settings).items():
-        of_group = {flag_name: values[flag_name] for flag_name in flags_of(group) if flag_name in values}
-        for flag_name, value in of_group.items():
-            if flags_of(group)[flag_name].is_tuple and value is not None:
-                of_group[flag_name] = tuple(value)
-        groups[name] = group(**of_group)
+        flags = [each for each in flags_of(group).values() if each.name in values]
+        groups[name] = group(**{each.name: _from_json(each, values[each.name]) for each in flags})
     return settings(**groups, **others)
 
 
 def as_flags(settings: Any) -> dict[str, Any]:
-    """Returns the values of all flags by name: what `from_flags` takes, as JSON can hold it."""
+    """Returns the values of all flags by name, as JSON can hold them. `from_flags` is the inverse."""
     groups = (getattr(settings, name) for name in groups_of(type(settings)))
-    return {name: _as_list(getattr(group, name)) for group in groups for name in flags_of(group.__class__)}
+    return {name: _as_json(getattr(group, name)) for group in groups for name in flags_of(group.__class__)}
+
+
+def _from_json(each: Flag, value: Any) -> Any:
+    return tuple(value) if each.takes_several and value is not None else value
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def as_words(settings: type, values: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
-    """Returns the words of a command line that give flags their values, where these are not the defaults."""
+    """Returns the words of a command line that give flags their values, without the flags that have their defaults."""
     return [
         word
         for name, each in flags_of(settings).items()
-        if name not in leave_out and _as_list(values.get(name, each.default)) != _as_list(each.default)
+        if name not in leave_out and _as_json(values.get(name, each.default)) != _as_json(each.default)
         for word in _words(each, values[name])
     ]
 
 
-def _words(each: Flag, value: Any) -> Iterator[str]:
-    if each.arguments.get("action") == "store_true":
-        yield f"--{each.name}"
-    elif each.arguments.get("action") == "append":
-        yield from (word for item in value for word in (f"--{each.name}", str(item)))
-    elif each.is_tuple:
-        yield from (f"--{each.name}", *map(str, value))
-    else:
-        shown = ",".join(map(str, value)) if isinstance(value, list) else value  # token ids
-        yield from (f"--{each.name}", str(shown).lower() if isinstance(shown, bool) else str(shown))
+def _words(each: Flag, value: Any) -> list[str]:
+    name, action = f"--{each.name}", each.arguments.get("action")
+    if action == "store_true":
+        return [name]
+    if action == "append":
+        return [word for item in value for word in (name, str(item))]
+    if each.takes_several:
+        return [name, *map(str, value)]
+    return [name, _text(value)]
+
+
+def _text(value: Any) -> str:
+    """Returns a value as a person would type it."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    if isinstance(value, list):  # token ids
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

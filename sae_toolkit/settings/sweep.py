@@ -1,14 +1,12 @@
-"""The settings of a sweep, and its command line."""
+"""Settings of a sweep, and its command line."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sae_toolkit.settings.fields import add_flags, flag, from_flags
+from sae_toolkit.settings.fields import build_parser, flag, from_flags
 from sae_toolkit.settings.values import NonNegative, NonNegativeFloat, Positive
-from sae_toolkit.terminal.console import Parser
 
 
 @dataclass(frozen=True)
@@ -16,15 +14,15 @@ class TrialSettings:
     """Trials."""
 
     grid: tuple[str, ...] = flag((), action="extend", metavar="NAME=V1,V2")
-    """values to combine, of any flag"""
+    """values of a flag of sae_lens_train.py to try; with several flags all combinations"""
     range: tuple[str, ...] = flag((), action="extend", metavar="NAME=LOW:HIGH")
-    """ends to draw between"""
+    """draw the values of a flag of sae_lens_train.py between these ends, evenly in the logarithm; needs --sample"""
     sample: Positive | None = flag(None, metavar="N")
-    """draw N trials at random rather than run all combinations"""
+    """run N trials at random instead of all combinations"""
     sample_seed: NonNegative = 0
-    """of these draws"""
+    """random seed of --sample"""
     no_cache: bool = False
-    """do not keep activations; trials compute their own"""
+    """do not keep the activations of the language model; each trial computes them again"""
 
 
 @dataclass(frozen=True)
@@ -32,24 +30,24 @@ class SweepRunSettings:
     """Sweep."""
 
     early_stop: bool = False
-    """stop trials that promise too little (ASHA)"""
+    """stop trials early whose metrics are behind those of the others (Ray's ASHA scheduler)"""
     sweep_dir: str | None = None
     """directory of the sweep (default: sweeps/OUTPUT_NAME)"""
     address: str | None = None
-    """a Ray cluster: auto, or host:port of its head (default: this machine alone)"""
+    """Ray cluster to run on: auto, or host:port of its head (default: only this machine)"""
     cpus_per_trial: Positive = 1
-    """cores of each trial"""
+    """number of CPU cores of each trial"""
     gpus_per_trial: NonNegativeFloat | None = None
-    """GPUs of each trial (default: 1 where there are any)"""
+    """number of GPUs of each trial (default: 1, or 0 on a machine without GPUs)"""
     num_samples: Positive | None = None
-    """sequences of each evaluation (default: the evaluation's)"""
+    """number of sequences to evaluate each SAE on (default: that of evaluate_sae_real_activations.py)"""
     dry_run: bool = False
     """list the trials, and stop"""
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """A sweep's own settings."""
+    """Settings of a sweep, without those of its trainings."""
 
     trials: TrialSettings = field(default_factory=TrialSettings)
     run: SweepRunSettings = field(default_factory=SweepRunSettings)
@@ -59,15 +57,13 @@ def parse_sweep_flags(description: str, argv: Sequence[str] | None = None) -> tu
     """Parses the flags of a sweep.
 
     Args:
-        description: of the script, for its help.
+        description: description of the script, for --help.
 
     Returns:
-        The sweep's own settings, and the words that are flags of all trials.
+        The settings of the sweep, and the words of the command line that are flags of its trainings.
 
     Raises:
         UserError: the value of a flag cannot be right.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_flags(parser, SweepSettings)
-    own, words = parser.parse_known_args(argv)
+    own, words = build_parser(SweepSettings, description=description).parse_known_args(argv)
     return from_flags(SweepSettings, vars(own)), words

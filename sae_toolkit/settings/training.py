@@ -1,5 +1,7 @@
-"""The settings of a training run: first the names and values of the document that this project reproduces (README),
-then what a healthy SAE needs.
+"""Settings of a training run, and the directory of a run.
+
+The names and defaults that the document has that this project reproduces (README) are kept. The other flags are those
+that a healthy SAE needs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from sae_toolkit.settings.values import (
     TrueOrFalse,
 )
 
-# SAELens's registry of training classes; written out because importing SAELens takes seconds, and --help should not.
+# The keys of SAELens's registry of training classes, written out so that --help need not import SAELens, which takes
+# seconds. A test compares the two.
 Architecture = Literal[
     "standard",
     "topk",
@@ -43,42 +46,42 @@ class ModelSettings:
     """Language model."""
 
     model_name: str = "meta-llama/Meta-Llama-3-8B"
-    """Hugging Face id, directory, .gguf file or embedded model"""
+    """language model: a Hugging Face id, a directory, a .gguf file or embedded:smollm2-135m"""
     layer: NonNegative = 12
-    """the layer whose residual stream is hooked, from 0"""
+    """train on the residual stream after this layer; the first layer is 0"""
     hook_name: str | None = None
-    """TransformerLens hook (default: blocks.LAYER.hook_resid_post)"""
+    """train on the activations at this TransformerLens hook (default: blocks.LAYER.hook_resid_post)"""
     layers: tuple[NonNegative, ...] | None = flag(None, is_swept=False)
-    """several layers, an SAE each, from one pass of the model"""
+    """train one SAE for each of these layers, all from one pass of the language model"""
     hook_names: tuple[str, ...] | None = flag(None, is_swept=False)
-    """several hooks, an SAE each, from one pass of the model"""
+    """train one SAE for each of these hooks, all from one pass of the language model"""
     device: str = flag("auto", scope=Scope.PROCESS)
-    """cpu, cuda, cuda:N, or auto: CUDA where torch sees it"""
+    """device of the SAE: cpu, cuda, cuda:N, or auto, which is cuda if torch finds a GPU and cpu otherwise"""
     llm_device: str | None = flag(None, scope=Scope.PROCESS, is_swept=True)
-    """where the language model is, if not with the SAE: cpu, cuda:N"""
+    """device of the language model: cpu or cuda:N (default: the device of the SAE)"""
     n_devices: Positive = flag(1, scope=Scope.PROCESS, is_swept=True)
-    """spread the language model over so many GPUs, from --llm_device on"""
+    """spread the language model over this many GPUs, of which --llm_device is the first"""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the language model's dtype, and on a CPU of the SAE's products too; auto: bfloat16 where the hardware computes
-    in it, else float32
+    """dtype of the language model, and on a CPU also of the SAE's matrix products; auto is bfloat16 if the hardware
+    computes in it, and float32 otherwise
     """
     cache_activations: str | None = flag(None, scope=Scope.RUN, metavar="DIRECTORY")
-    """keep the activations in this directory, in bfloat16, and take those that lie there"""
+    """keep the activations in this directory, in bfloat16, and read the ones that an earlier run left there"""
     store_batch_size_prompts: Positive = 8
-    """contexts in one forward pass of the language model"""
+    """number of contexts in one forward pass of the language model"""
     trust_remote_code: bool = flag(False, scope=Scope.COMMAND)
-    """let code that comes with the model run"""
+    """run the Python code that comes with the model, which can do anything that you can do on this machine"""
 
     @property
     def all_hook_names(self) -> list[str]:
-        """The hooks that an SAE each is trained at."""
+        """The hooks; one SAE is trained at each."""
         if self.hook_names or self.hook_name:
             return list(self.hook_names or [str(self.hook_name)])
         return [f"blocks.{layer}.hook_resid_post" for layer in self.layers or [self.layer]]
 
     @property
     def hook_flag(self) -> str:
-        """The flag that says where SAEs are trained."""
+        """The flag that chose the hooks."""
         return next((f"--{name}" for name in ("hook_names", "hook_name", "layers") if getattr(self, name)), "--layer")
 
 
@@ -87,29 +90,31 @@ class TextSettings:
     """Text."""
 
     dataset_path: str = "jyanimaulik/yahoo_finance_stockmarket_news"
-    """Hugging Face id, file, directory or embedded text"""
+    """text to train on: a Hugging Face id, a file, a directory or embedded:wikipedia"""
     dataset_config: str | None = None
-    """configuration of the data set (default: found)"""
+    """configuration of the data set, such as wikitext-2-raw-v1 (default: the one that is called default, or the
+    first)
+    """
     dataset_split: str | None = None
-    """split to train on (default: train)"""
+    """split of the data set to train on (default: train)"""
     text_column: str | None = None
-    """column of the text or of the token ids (default: found)"""
+    """column that holds the text or the token ids (default: found by its name and content)"""
     streaming: TrueOrFalse = flag(True, is_swept=False)
-    """read the data set as needed rather than download it whole"""
+    """download the data set piece by piece while it is read, not as a whole before the run"""
     fallback_dataset: str | None = None
-    """data set to take where --dataset_path cannot be opened"""
+    """data set to use if --dataset_path cannot be opened"""
     held_out_fraction: Fraction = 0.1
-    """share of documents kept for evaluation, never trained on"""
+    """share of the documents that the SAE is not trained on, so that it can be evaluated on them"""
     held_out_seed: NonNegative | None = flag(None, is_later=True)
-    """which documents these are (default: --seed)"""
+    """random seed that chooses the held-out documents (default: the value of --seed)"""
     context_size: Positive = 2048
-    """tokens in one context of the language model"""
+    """number of tokens in one context of the language model"""
     exclude_special_tokens: TrueFalseOrIds = True
-    """leave special tokens out: true, false, or token ids joined by commas"""
+    """do not train on special tokens, such as the start of a text: true, false, or their token ids joined by commas"""
     skip_positions: NonNegative = 1
-    """positions at the start of a context that are left out"""
+    """do not train on this many positions at the start of each context"""
     max_activation_norm_multiple: NormMultiple = 10.0
-    """leave out activations whose norm is more than this many times the median; 0 keeps all"""
+    """do not train on activations whose norm is more than this many times the median norm; 0 keeps all"""
 
 
 @dataclass(frozen=True)
@@ -117,21 +122,23 @@ class SAESettings:
     """Sparse autoencoder."""
 
     architecture: Architecture = "standard"
-    """kind of SAE"""
+    """kind of sparse autoencoder, by the name that SAELens gives it"""
     expansion_factor: Positive = 32
-    """features per dimension of the activations"""
+    """number of features of the SAE for each dimension of the activations"""
     l1_coefficient: NonNegativeFloat = 5.0
-    """sparsity weight (standard, gated)"""
+    """weight of the sparsity loss; a higher weight makes fewer features active (standard, gated)"""
     l0_coefficient: NonNegativeFloat = 1.0
-    """sparsity weight (jumprelu)"""
+    """weight of the sparsity loss; a higher weight makes fewer features active (jumprelu)"""
     target_l0: PositiveFloat | None = flag(None, is_later=True)
-    """adjust that weight while training until so many features are active a token (jumprelu: with SAELens's
-    recommended loss, unless --set chooses another)
+    """adjust the weight of the sparsity loss during training until this many features are active for each token
+    (standard, gated, jumprelu; jumprelu then has the loss that SAELens recommends, unless --set chooses another)
     """
     k: Positive = 100
-    """active features a token (topk; on average: batchtopk)"""
+    """number of features that are active for each token (the topk kinds; for the batchtopk kinds on average)"""
     matryoshka_widths: tuple[Positive, ...] | None = flag(None, is_swept=False)
-    """widths of the nested dictionaries, ascending (matryoshka_batchtopk; default: 1/16, 1/4 and all)"""
+    """numbers of features of the nested dictionaries, in ascending order (matryoshka_batchtopk; default: 1/16, 1/4 and
+    all of the features)
+    """
     normalize_activations: Literal[
         "none",
         "expected_average_only_in",
@@ -141,9 +148,11 @@ class SAESettings:
         "expected_average_in_and_out",
         "expected_average_only_out",
     ] = "none"
-    """scaling of the activations; folded back into the saved weights where it is expected_average_only_in"""
+    """how the activations are scaled before the SAE gets them; the scale of expected_average_only_in is folded into the
+    saved weights
+    """
     shard_features: bool = flag(False, scope=Scope.PROCESS)
-    """spread the features over the ranks of run_simple.sh, where no device holds all of them (topk, batchtopk)"""
+    """divide the features among the processes of run_simple.sh, if one GPU cannot hold all of them (topk, batchtopk)"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """dtype of the SAE"""
 
@@ -153,23 +162,23 @@ class OptimizationSettings:
     """Optimization."""
 
     training_tokens: Positive = 500_000
-    """activations to train on"""
+    """number of tokens whose activations the SAE is trained on"""
     train_batch_size_tokens: Positive = 1024
-    """activations in a training step"""
+    """number of tokens in one training step"""
     n_batches_in_buffer: Positive = 64
-    """contexts whose activations are mixed"""
+    """number of contexts whose activations are mixed before they are divided into batches"""
     lr: PositiveFloat = 1e-4
     """learning rate of Adam"""
     lr_warm_up_steps: NonNegative = 0
-    """steps of linear warm-up"""
+    """number of steps at the start in which the learning rate rises linearly"""
     lr_decay_steps: NonNegative = 0
-    """steps of linear decay to zero, at the end"""
+    """number of steps at the end in which the learning rate falls linearly to zero"""
     dead_feature_window: Positive = 1000
-    """steps without firing after which a feature is dead"""
+    """count a feature as dead once it was not active for this many steps"""
     seed: NonNegative = 42
-    """of the weights, the shuffling and, by default, the held-out split"""
-    set: tuple[str, ...] = flag((), action="append", metavar="KEY=VALUE")
-    """any other field of SAELens's LanguageModelSAERunnerConfig, such as sae.aux_loss_coefficient=0.5"""
+    """random seed of the weights and the shuffling and, by default, of the held-out documents"""
+    set: tuple[str, ...] = flag((), action="append", nargs=None, metavar="KEY=VALUE")
+    """set another field of SAELens's LanguageModelSAERunnerConfig, such as sae.aux_loss_coefficient=0.5"""
 
 
 @dataclass(frozen=True)
@@ -177,25 +186,25 @@ class RunSettings:
     """Run."""
 
     output_name: str = flag("llama_layer12_sae_saelens_500k", scope=Scope.RUN)
-    """name of the run's directory"""
+    """first part of the name of the run's directory"""
     checkpoint_path: str = flag("checkpoints", scope=Scope.RUN)
-    """directory of all runs"""
+    """directory in which the directories of all runs are made"""
     n_checkpoints: NonNegative = flag(0, scope=Scope.PROCESS)
-    """checkpoints along the way, evenly spaced, which stay"""
+    """number of evenly spaced checkpoints that are kept after the run"""
     checkpoint_every: IntervalText = flag("30min", scope=Scope.PROCESS, metavar="TIME|TOKENS")
-    """how often to save what a resume needs: 90s, 30min, 2h, a number of tokens, or 0 for never"""
+    """how often to save a checkpoint to resume from: 90s, 30min, 2h, a number of tokens, or 0 for never"""
     keep: Positive = flag(2, scope=Scope.PROCESS)
-    """how many of those to keep; none is left once the run is finished"""
+    """number of checkpoints to resume from that are kept; they are deleted when the run is finished"""
     resume: str | None = flag(None, scope=Scope.COMMAND, nargs="?", const="auto", metavar="DIRECTORY")
-    """go on from a checkpoint, from the newest one of a run's directory, or (no value, or auto) from the newest one
-    of a run with these flags, if there is any
+    """go on with an interrupted run: from this checkpoint, or from the newest checkpoint of this run's directory.
+    Without a value, or with auto: from the newest checkpoint of a run with the same flags, if there is one
     """
     like: str | None = flag(None, scope=Scope.COMMAND, metavar="DIRECTORY")
-    """take the flags of an earlier run, except those that are given"""
+    """use the flags of the earlier run that has this directory, except for the flags that are given here"""
     dry_run: bool = flag(False, scope=Scope.COMMAND)
-    """check everything, say what would run, and stop"""
+    """check the flags, the model and the data, show what would run, and stop"""
     strict: bool = flag(False, scope=Scope.COMMAND)
-    """refuse to train where the result is likely to be unhealthy, rather than warn"""
+    """refuse to train if the SAE is likely to become unhealthy; without this flag there is a warning"""
 
 
 @dataclass(frozen=True)
@@ -203,33 +212,30 @@ class RecordingSettings:
     """Recording."""
 
     eval_every: NonNegative = flag(0, scope=Scope.RUN, metavar="TOKENS")
-    """measure on held-out text after so many tokens each time: loss recovered and the rest; 0 never does"""
+    """measure the SAE on held-out text every time it has been trained on this many more tokens; 0 for never"""
     logger: Literal["wandb", "tensorboard"] = flag("wandb", scope=Scope.PROCESS)
-    """what records the run; tensorboard writes into the run's directory"""
+    """what records the metrics of the run; tensorboard writes into the run's directory"""
     wandb_mode: Literal["online", "offline", "disabled"] = flag("online", scope=Scope.PROCESS)
-    """offline is used where there is no login"""
+    """whether wandb uploads the metrics, keeps them on disk or does nothing; online becomes offline without a login"""
     wandb_project: str = flag("sae_lens_training", scope=Scope.PROCESS)
-    """wandb project"""
+    """wandb project of the run"""
     wandb_entity: str | None = flag(None, scope=Scope.PROCESS)
-    """wandb user or team (default: your own)"""
+    """wandb user or team of the run (default: your own)"""
     run_name: str | None = flag(None, scope=Scope.COMMAND)
     """name of the wandb run (default: the output name and the run's id)"""
-    verbose: bool = flag(False, scope=Scope.COMMAND, exclusive="verbosity")
-    """log details too"""
-    quiet: bool = flag(False, scope=Scope.COMMAND, exclusive="verbosity")
-    """log nothing but warnings, errors and results"""
+    verbose: bool = flag(False, scope=Scope.COMMAND, is_exclusive=True)
+    """also show details"""
+    quiet: bool = flag(False, scope=Scope.COMMAND, is_exclusive=True)
+    """show only warnings, errors and results"""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    (
-        """All settings of a training run.
+    """All settings of a training run.
 
     Args:
-        preset: the names of the flag files that were given, for the record.
+        preset: the names of the flag files on the command line, for the record.
     """
-        ""
-    )
 
     model: ModelSettings = field(default_factory=ModelSettings)
     text: TextSettings = field(default_factory=TextSettings)
@@ -241,32 +247,32 @@ class TrainingSettings:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> TrainingSettings:
-        """Builds the settings from what `as_flags` returned, or from the flags that are given and defaults."""
+        """Builds the settings from flags by name, as `as_flags` returns them. Missing flags have their defaults."""
         return fields.from_flags(cls, flags, preset=flags.get("preset"))
 
     def as_flags(self) -> dict[str, Any]:
-        """Returns the flags by name, and the preset, as training_flags.json keeps them."""
+        """Returns the flags and the preset by name, as training_flags.json keeps them."""
         return fields.as_flags(self) | {"preset": self.preset}
 
     @property
     def held_out_seed(self) -> int:
-        """The seed of the held-out split."""
+        """The random seed that chooses the held-out documents."""
         return self.optimization.seed if self.text.held_out_seed is None else self.text.held_out_seed
 
     @property
     def output_directory(self) -> Path:
-        """Where the runs with these settings are kept: checkpoints/{output_name}_{8 hex digits}."""
+        """The directory of all runs with these settings: {checkpoint_path}/{output_name}_{8 hex digits}."""
         return Path(self.run.checkpoint_path) / f"{self.run.output_name}_{self._hash()}"
 
     def _hash(self) -> str:
-        """Eight hex digits that are the same for runs of the same model, data, SAE and optimization."""
+        """Returns eight hex digits that are the same for runs of the same model, data, SAE and optimization."""
         relevant = {
             name: value
             for name, value in self.as_flags().items()
             if (each := TRAINING_FLAGS.get(name)) and each.scope is Scope.SAE
             if not (each.is_later and value == each.default)
         }
-        if self.model.cache_activations is not None:  # wherever the cache lies, it rounds to bfloat16
+        if self.model.cache_activations is not None:  # a cache rounds to bfloat16, in whichever directory it is
             relevant["cache_activations"] = True
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 

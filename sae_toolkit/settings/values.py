@@ -1,4 +1,4 @@
-"""What a flag's value may be: numbers within bounds, booleans, token ids, lengths of time."""
+"""Types of the values of flags: numbers within bounds, booleans, token ids, lengths of time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+_LARGEST = 10**15  # far above any sensible count, far below what overflows in a tensor's size
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A length of time or a number of tokens; never over where neither is given."""
+    """A length of time, or a number of tokens. An interval with neither is never over."""
 
     seconds: float | None = None
     tokens: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Interval:
-        """From `90s`, `30min`, `2h`, a number of tokens, or 0.
+        """Parses `90s`, `30min`, `2h`, a number of tokens, or 0.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: the text is none of these.
         """
         found = re.fullmatch(r"(\d{1,15})(s|min|h)?", text, re.ASCII)
         if found is None:
@@ -34,6 +36,7 @@ class Interval:
 
     @classmethod
     def checked(cls, text: str) -> str:
+        """Returns the text, if `parse` accepts it."""
         try:
             cls.parse(text)
         except ValueError:
@@ -41,12 +44,21 @@ class Interval:
         return text
 
     def is_over(self, seconds: float, tokens: int) -> bool:
+        """Whether this much time, or this many tokens, fill the interval."""
         return (self.seconds is not None and seconds >= self.seconds) or (
             self.tokens is not None and tokens >= self.tokens
         )
 
 
 def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Returns a function that parses a number and checks it.
+
+    Args:
+        kind: int or float.
+        wanted: what the number must be, in words: the error message and docs/flags.md show it.
+        holds: whether a number is so.
+    """
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -62,14 +74,12 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
     return parse
 
 
-_LARGEST = 10**15  # far above any sensible count, far below what overflows in a tensor's size
-
 positive = _number(int, "a whole number of 1 or more", lambda v: v >= 1)
 non_negative = _number(int, "a whole number of 0 or more", lambda v: v >= 0)
 positive_float = _number(float, "a number above 0", lambda v: v > 0)
 non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
 norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
-fraction = _number(float, "a number from 0 to 1, without 1", lambda v: 0 <= v < 1)
+fraction = _number(float, "a number of 0 or more and below 1", lambda v: 0 <= v < 1)
 
 
 def boolean(text: str) -> bool:

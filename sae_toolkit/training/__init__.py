@@ -1,1 +1,1 @@
-"""A training run: prepared and checked, driven to its end, saved and resumed."""
+"""Training runs: how one is prepared, checked, trained to the end, saved and resumed."""

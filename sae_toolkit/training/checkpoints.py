@@ -1,4 +1,4 @@
-"""When a run is saved, what is kept of it, and how it goes on."""
+"""The checkpoints of a run: when they are saved, which of them are kept, and how to go on from them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
-    """The checkpoints of a run that is under way. Where it has several ranks, all of them call its methods and rank 0
-    writes.
+    """Saves the checkpoints of a run. If the run has several ranks, all of them call the methods, and rank 0 writes.
 
     Args:
         run: the run.
-        trainer: what is saved.
-        stream: what a resumption goes on with.
+        trainer: the trainer whose state is saved.
+        stream: the stream of activations whose position is saved.
     """
 
     def __init__(self, run: PreparedRun, trainer: MultiTrainer, stream: ActivationStream) -> None:
@@ -43,14 +42,19 @@ class RunCheckpoints:
 
     @property
     def is_due(self) -> bool:
+        """Whether --checkpoint_every asks for a checkpoint now."""
         n_tokens = self.trainer.n_training_samples - self._saved_tokens
         return self._every.is_over(time.monotonic() - self._saved_at, n_tokens)
 
     def save(self, milestone: bool = False) -> None:
-        """Saves a checkpoint, unless there is no room for it; then the last one stays and the run goes on."""
+        """Saves a checkpoint. If the disk has no room for it, the checkpoint before it stays and the run goes on.
+
+        Args:
+            milestone: whether this is a checkpoint of --n_checkpoints, which is kept after the run.
+        """
         n_tokens, ranks = self.trainer.n_training_samples, self.run.ranks
         if milestone or self._saved_tokens != n_tokens:
-            stream_state, trainer = self.stream.state_dict(), self.trainer.whole()  # of all ranks
+            stream_state, trainer = self.stream.state_dict(), self.trainer.whole()  # all ranks take part in both
             if ranks.is_main and trainer:
                 self._save(trainer, stream_state, milestone)
             self.newest = ranks.broadcast(self.newest)
@@ -64,15 +68,18 @@ class RunCheckpoints:
             )
             self.run.run_directory.keep_newest(self.run.saving.keep)
         except NotSaved as error:
-            kept = f"the last is {self.newest}" if self.newest else "there is none yet"
+            kept = f"the last is {self.newest}" if self.newest else "there is no other yet"
             n_tokens = f"{trainer.n_training_samples:,}"
             log.warning("the checkpoint at %s tokens is not saved: %s; %s", n_tokens, error, kept)
 
     def save_final(self) -> Path:
-        """Saves the finished SAE, or one for each hook, and deletes the checkpoints that were there to resume from.
+        """Saves the finished SAE, or one for each hook, and deletes the checkpoints to resume from.
+
+        Returns:
+            Directory of the SAE, or of the SAEs.
 
         Raises:
-            RunFailed: there is no room.
+            RunFailed: the disk has no room.
         """
         trainer = self.trainer.whole(finished=True)
         if self.run.ranks.is_main and trainer:
@@ -93,6 +100,7 @@ class RunCheckpoints:
         directory.keep_newest(0)
 
     def _with_room(self, save: Callable[[], Path]) -> Path:
+        """Saves; if there is no room, tries again after deleting all checkpoints to resume from except the newest."""
         try:
             return save()
         except NotSaved:
@@ -100,7 +108,7 @@ class RunCheckpoints:
             return save()
 
     def how_to_go_on(self) -> str:
-        """For somebody whose run was stopped, in a few words."""
+        """Returns the command with which a person goes on with the run, or says that there is nothing to go on with."""
         if self.final is not None:
             return f"the SAE is finished: {self.final}"
         if not self.run.directory.exists():
@@ -109,9 +117,10 @@ class RunCheckpoints:
             python = Path(sys.executable)
             if python.is_relative_to(Path.cwd()):
                 python = python.relative_to(Path.cwd())
-            command = [str(python), "sae_lens_train.py", "--resume", str(self.newest or self.run.directory)]
+            command = [str(python), "sae_lens_train.py"]
         else:
-            command = ["./run_simple.sh", "NUM_GPUS", "GPU_IDS", "--resume", str(self.newest or self.run.directory)]
+            command = ["./run_simple.sh", "NUM_GPUS", "GPU_IDS"]
+        command += ["--resume", str(self.newest or self.run.directory)]
         if self.run.is_sharded:
             command.append("--shard_features")
         if self.run.model.trust_remote_code:

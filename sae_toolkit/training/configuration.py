@@ -1,4 +1,4 @@
-"""Settings to SAELens's own configuration of a run, so that `--set` reaches whatever SAELens can do."""
+"""SAELens's configuration of a run, built from the settings, and the fields of it that `--set` can set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sae_toolkit.steps.target_l0 import JUMPRELU
 
 log = logging.getLogger(__name__)
 
-# Fields of SAELens's configuration that a flag owns; `--set` refuses them and names the flag.
+# Fields of SAELens's configuration that a flag sets. `--set` refuses them and names the flag.
 _OWNED = {
     **{
         field: f"--{field}"
@@ -52,8 +52,8 @@ _OWNED = {
     "sae.dtype": "--dtype",
     "sae.device": "--device",
 }
-# Fields that `--set` passes on; with all of `sae.` that is not owned. The others are SAELens's own ways of
-# doing what this project does differently (its activation store, its model loader, its evaluator).
+# Fields that `--set` can set, beside those of `sae.` that no flag sets. The remaining fields belong to parts of SAELens
+# that this project replaces: the activation store, the model loader, the evaluator.
 _HONOURED = set(
     "adam_beta1 adam_beta2 lr_scheduler_name lr_end n_restart_cycles feature_sampling_window"
     " n_batches_for_norm_estimate autocast compile_sae sae_compilation_mode activations_mixing_fraction prepend_bos"
@@ -63,7 +63,7 @@ _HONOURED = set(
 _NOT_HONOURED_IN_SAE = {"metadata", "reshape_activations"}
 _LARGEST = 1e15  # far above any sensible value, far below what overflows in float32
 
-# What SAELens takes without a word, to fail or to write NaN weights once the run is under way.
+# Bounds of values that SAELens does not check: outside of them the run would fail later, or write NaN weights.
 _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), ("0 or more and below 1", lambda v: 0 <= v < 1)),
     **dict.fromkeys(
@@ -88,7 +88,7 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 
-_READINGS = 10  # at least, of a short run
+_LEAST_READINGS = 10  # how often metrics are recorded in a short run
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
 
 
@@ -98,14 +98,14 @@ def build_runner_config(
     """Builds SAELens's configuration from the settings.
 
     Args:
-        settings: of the run.
-        hook_name: of the SAE.
+        settings: settings of the run.
+        hook_name: hook that the SAE is trained at.
         d_in: width of the activations at the hook.
-        device: the device of the SAE, resolved.
+        device: device of the SAE; not `auto`.
         run_id: name of the run's own directory.
 
     Raises:
-        UserError: a value cannot be right beside the others, or `--set` names a field that is not settable.
+        UserError: the settings do not fit together, or `--set` names a field that cannot be set.
     """
     sae_settings, assignments = settings.sae, settings.optimization.set
     sae_class, sae_config_class = get_sae_training_class(sae_settings.architecture)
@@ -124,8 +124,10 @@ def build_runner_config(
         if (target := sae_settings.target_l0) is not None and (
             getattr(cfg.sae, "jumprelu_sparsity_loss_mode", None) == "quadratic"
         ):
-            raise UserError(f"--target_l0 {target:g}: the quadratic loss has a target of its own, --set sae.target_l0")
-        with torch.device("meta"):  # the SAE checks its own settings; on meta it costs no memory
+            raise UserError(
+                f"--target_l0 {target:g}: the quadratic loss has its own target; use --set sae.target_l0=..."
+            )
+        with torch.device("meta"):  # SAELens checks the SAE's settings when it is made; on meta that takes no memory
             sae_class(dataclasses.replace(cfg.sae, device="meta"))
     except ValueError as error:
         given = " ".join(
@@ -176,7 +178,7 @@ def _logger_fields(settings: TrainingSettings, run_id: str) -> dict[str, Any]:
         "wandb_entity": recording.wandb_entity,
         "run_name": recording.run_name or f"{settings.run.output_name}-{run_id}",
         "wandb_id": run_id,
-        "wandb_log_frequency": max(1, min(10, _n_whole_batches(settings.optimization) // _READINGS)),
+        "wandb_log_frequency": max(1, min(10, _n_whole_batches(settings.optimization) // _LEAST_READINGS)),
     }
 
 
@@ -188,10 +190,10 @@ def _sae_fields(settings: SAESettings, hook_name: str, d_in: int, device: str) -
     d_sae = settings.expansion_factor * d_in
     if d_sae * d_in > _LARGEST:
         raise UserError(
-            f"--expansion_factor {settings.expansion_factor}: {d_sae:,} features fit in no memory; lower it"
+            f"--expansion_factor {settings.expansion_factor}: {d_sae:,} features fit into no memory; lower it"
         )
     if settings.target_l0 is not None and settings.target_l0 > d_sae:
-        raise UserError(f"--target_l0 {settings.target_l0:g}: more than the {d_sae:,} features")
+        raise UserError(f"--target_l0 {settings.target_l0:g}: more than the {d_sae:,} features; lower it")
     return {
         "d_in": d_in,
         "d_sae": d_sae,
@@ -204,18 +206,18 @@ def _sae_fields(settings: SAESettings, hook_name: str, d_in: int, device: str) -
 
 
 def _normalization(mode: str) -> str:
-    """SAELens's name of a mode of --normalize_activations."""
+    """Returns SAELens's name of a mode of --normalize_activations."""
     if mode != "expected_average_in_and_out":
         return mode
     log.info(
-        "--normalize_activations expected_average_in_and_out is expected_average_only_in in SAELens: the scale is"
-        " folded into the saved weights, so that the saved SAE takes raw activations in and gives raw ones out"
+        "--normalize_activations expected_average_in_and_out is called expected_average_only_in in SAELens: the scale"
+        " is folded into the saved weights, so that the saved SAE takes and returns activations that are not scaled"
     )
     return "expected_average_only_in"
 
 
 def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, Any]:
-    """What the architecture takes to be sparse, and refusals of what it does not."""
+    """Returns the fields that make the SAE sparse, and refuses flags that are not for its architecture."""
     architecture, fields = settings.architecture, dict[str, Any]()
     if architecture in ("standard", "gated"):
         fields["l1_coefficient"] = settings.l1_coefficient
@@ -227,7 +229,7 @@ def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, 
         if settings.k > d_sae:
             raise UserError(
                 f"--k {settings.k}: more than the {d_sae} features (--expansion_factor {settings.expansion_factor} x"
-                f" {d_in})"
+                f" {d_in}); lower it"
             )
         if settings.normalize_activations in ("layer_norm", "constant_norm_rescale"):
             raise UserError(
@@ -241,12 +243,18 @@ def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, 
             raise UserError(f"--matryoshka_widths {widths}: must ascend, to at most the {d_sae} features")
         fields["matryoshka_widths"] = widths
     elif settings.matryoshka_widths:
-        raise UserError(f"--matryoshka_widths: only for --architecture matryoshka_batchtopk, not {architecture}")
+        raise UserError(
+            f"--matryoshka_widths: only for --architecture matryoshka_batchtopk, not {architecture}; leave it out"
+        )
     return fields
 
 
 def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> None:
-    """Carries out one `--set KEY=VALUE`."""
+    """Applies one `--set KEY=VALUE`.
+
+    Args:
+        owners: by the part of the key before the dot, the values so far and the class that they are fields of.
+    """
     key, equals, text = assignment.partition("=")
     prefix, _, name = key.rpartition(".")
     if not equals or prefix not in owners:
@@ -256,10 +264,10 @@ def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> 
     if key in _OWNED:
         raise UserError(f"--set {key}: use {_OWNED[key]}")
     if name not in known:
-        raise UserError(f"--set {key}: {config_class.__name__} has no such field")
+        raise UserError(f"--set {key}: {config_class.__name__} has no such field; leave it out")
     settable = name not in _NOT_HONOURED_IN_SAE if prefix == "sae" else key in _HONOURED
     if not settable:
-        raise UserError(f"--set {key}: a field of SAELens that this project does not honour")
+        raise UserError(f"--set {key}: a field of SAELens that this project does not use; leave it out")
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
@@ -278,18 +286,18 @@ def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> 
 
 
 def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
-    """Raises what SAELens would raise only once the model is loaded and the run has begun."""
+    """Raises now what SAELens would raise only after the model was loaded."""
     if getattr(cfg.sae, "use_sparse_activations", False) and cfg.device == "cpu":
-        raise UserError(
-            "--set sae.use_sparse_activations=true: its backward pass does not exist on a CPU; leave it out"
-        )
+        raise UserError("--set sae.use_sparse_activations=true: it has no backward pass on a CPU; leave it out")
     if cfg.n_batches_for_norm_estimate > cfg.total_training_steps:
         raise UserError(
             f"--set n_batches_for_norm_estimate={cfg.n_batches_for_norm_estimate}: more than the run's"
-            f" {cfg.total_training_steps} steps"
+            f" {cfg.total_training_steps} steps; lower it"
         )
     if cfg.from_pretrained_path is not None and not Path(cfg.from_pretrained_path, "cfg.json").is_file():
-        raise UserError(f"--set from_pretrained_path={cfg.from_pretrained_path}: holds no SAE (no cfg.json)")
+        raise UserError(
+            f"--set from_pretrained_path={cfg.from_pretrained_path}: holds no SAE (no cfg.json); name another directory"
+        )
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=cfg.lr, betas=betas)
     assert cfg.lr_end is not None  # SAELens sets it
@@ -305,4 +313,6 @@ def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
             num_cycles=cfg.n_restart_cycles,
         )
     except ZeroDivisionError:
-        raise UserError(f"--set lr_scheduler_name={cfg.lr_scheduler_name}: too few steps for it") from None
+        raise UserError(
+            f"--set lr_scheduler_name={cfg.lr_scheduler_name}: too few steps for it; train longer"
+        ) from None

@@ -1,4 +1,4 @@
-"""A run's directory: made whole, claimed by one process, and found again to go on from."""
+"""The directory of a run: how it is made, claimed by one process, and found again by --resume."""
 
 from __future__ import annotations
 
@@ -37,24 +37,30 @@ _OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "
 
 
 class RunDirectory:
-    """Directory of one run: its flags, text and tokens, run.log, metrics.jsonl, its checkpoints and the finished SAE.
+    """The directory of one run. It holds its flags, text, tokens, log, metrics, checkpoints and the finished SAE.
 
     Args:
-        path: `create` makes it; `claim` takes one that is there.
+        path: path of the directory. It need not exist before `create`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.key = ""  # drawn for each run; its checkpoints have it too
+        self.key = ""  # random; in the manifests of the directory and of its checkpoints, so that none is mixed up
         self._lock: IO[str] | None = None
 
     def create(
         self, flags: Mapping[str, Any], text: TextSource, rows_NT: np.ndarray, held_out_NT: np.ndarray | None
     ) -> None:
-        """Makes the directory with all that a resumption needs beside a checkpoint, and claims it.
+        """Makes the directory, with all that a resumed run needs besides a checkpoint, and claims it.
+
+        Args:
+            flags: flags of the run, by name.
+            text: the text that the tokens are from.
+            rows_NT: token ids to train on.
+            held_out_NT: token ids of held-out text; None if the run measures on none.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the directory cannot be written.
         """
         try:
             with whole_directory(self.path, run=secrets.token_hex(8)) as directory:
@@ -68,10 +74,10 @@ class RunDirectory:
         self.claim()
 
     def claim(self) -> None:
-        """Makes this process the only one that writes there, until `release` or its end.
+        """Makes this process the only one that may write into the directory, until `release` or the process's end.
 
         Raises:
-            UserError: another process writes there, or what `create` wrote is damaged.
+            UserError: another process has claimed the directory, or the files that `create` wrote are damaged.
         """
         where = f"--resume {self.path}"
         try:
@@ -82,7 +88,7 @@ class RunDirectory:
             self._take_lock(self._lock, where)
             manifest = check_manifest(self.path, where)
             if not manifest:
-                raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing")
+                raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing; start a new run")
         except BaseException:
             self.release()
             raise
@@ -113,11 +119,11 @@ class RunDirectory:
         self.release()
 
     def open_log(self) -> None:
-        """What was logged since the script's start, and what will be, goes into run.log too."""
+        """Writes log lines into run.log from now on, and those since the start of the script."""
         open_run_log(self.path / _LOG)
 
     def keep_metrics_up_to(self, step: int) -> None:
-        """Forgets the metrics of steps that a resumed run will take again, and a line that was cut off."""
+        """Deletes the metrics of this and later steps, which a resumed run repeats, and a line that was cut off."""
         for name in (METRICS_FILENAME, HELD_OUT_METRICS_FILENAME):
             path = self.path / name
             with suppress(OSError):
@@ -125,20 +131,20 @@ class RunDirectory:
                 path.write_text("".join(f"{line}\n" for line in kept))
 
     def record_metrics(self, step: int, values: dict[str, Any], name: str = METRICS_FILENAME) -> None:
-        """Adds a line to metrics.jsonl, or another file; a full disk costs the line, no run."""
+        """Adds a line to metrics.jsonl, or to the file with another name. On a full disk the line is lost."""
         with suppress(OSError), (self.path / name).open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
     def text(self) -> TextSource:
-        """The text as it was found at the start; it is tokenized, and not opened again."""
-        return TextSource(**json.loads((self.path / _TEXT).read_text()), read=lambda: ())
+        """Returns the text that `create` was given. Its documents cannot be read again; `rows` has their tokens."""
+        return TextSource(**json.loads((self.path / _TEXT).read_text()), read=tuple)
 
     def rows(self) -> np.ndarray:
-        """[n_rows, context_size] token ids, memory-mapped."""
+        """Returns the token ids to train on, [n_rows, context_size], memory-mapped."""
         return np.load(self.path / _TOKENS, mmap_mode="r")
 
     def held_out_rows(self) -> np.ndarray | None:
-        """[n_rows, context_size] token ids of held-out text, if the run measures on any."""
+        """Returns the token ids of held-out text, [n_rows, context_size]; None if the run measures on none."""
         path = self.path / _HELD_OUT
         return np.load(path) if path.exists() else None
 
@@ -147,37 +153,37 @@ class RunDirectory:
         return any(self.path.glob("final_*"))
 
     def checkpoints(self) -> list[Path]:
-        """Unfinished checkpoints, the one with the most tokens first."""
+        """Returns the checkpoints, without the finished SAE; the one with the most tokens is first."""
         found = [path for path in self.path.iterdir() if path.name.isdigit() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def check_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
-        """Checks every byte of a checkpoint, and that it is this run's; returns its manifest.
+        """Checks that a checkpoint belongs to this run and that no byte of it changed, and returns its manifest.
 
         Raises:
-            UserError: it is neither.
+            UserError: it does not, or it is damaged.
         """
         where = f"--resume {checkpoint}"
         manifest = check_manifest(checkpoint, where)
         if not manifest:
-            raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing; --resume {self.path} takes another")
+            raise UserError(f"{where}: incomplete: {MANIFEST_FILENAME} is missing; --resume {self.path} uses another")
         if manifest.get("run") != self.key:
-            raise UserError(f"{where}: belongs to another run; --resume {self.path} takes one of this run's own")
+            raise UserError(f"{where}: belongs to another run; --resume {self.path} uses one of this run")
         return manifest
 
     def newest_checkpoint(self) -> Path | None:
-        """The whole checkpoint with the most tokens; those that are damaged are said and passed over."""
+        """Returns the checkpoint with the most tokens. Damaged checkpoints are skipped with a warning."""
         for checkpoint in self.checkpoints():
             try:
                 self.check_checkpoint(checkpoint)
             except UserError as error:
-                log.warning("%s; taking the one before it", error)
+                log.warning("%s; trying the one before it", error)
             else:
                 return checkpoint
         return None
 
     def keep_newest(self, n: int) -> None:
-        """Deletes all but the newest n checkpoints; those that `--n_checkpoints` asked for stay and do not count."""
+        """Deletes the checkpoints to resume from, except for the newest n. Those of `--n_checkpoints` all stay."""
         for_resuming = [c for c in self.checkpoints() if not _is_milestone(c)]
         for checkpoint in for_resuming[n:]:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -185,21 +191,24 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run goes on: from a checkpoint, or with its tokens from the first step where it has none."""
+    """A run to go on with, and the checkpoint to go on from; None if it has none and begins at the first step."""
 
     directory: RunDirectory
     checkpoint: Path | None
 
 
 def find_resumption(resume: str | None, output_directory: Path) -> Resumption | None:
-    """Returns what `--resume` asks for, claimed for this process; None where it asks for nothing or finds nothing.
+    """Finds the run that `--resume` asks for and claims its directory.
 
     Args:
-        resume: the value of the flag.
-        output_directory: where the runs with the same settings are.
+        resume: value of the flag.
+        output_directory: directory of the runs with the same settings, where `auto` looks.
+
+    Returns:
+        None if the flag is not given, or is `auto` and there is no unfinished run.
 
     Raises:
-        UserError: there is nothing to resume, it is damaged, or another process writes there.
+        UserError: the run is finished or damaged, or another process has claimed it.
     """
     if resume is None:
         return None
@@ -224,6 +233,12 @@ def find_resumption(resume: str | None, output_directory: Path) -> Resumption | 
         raise
 
 
+def find_run_directory(sae_path: Path) -> Path | None:
+    """Returns the directory of the run that wrote an SAE; None if no run of this project wrote it."""
+    above = sae_path.absolute().parents[:2]  # of several hooks, an SAE is one level deeper
+    return next((parent for parent in above if (parent / FLAGS_FILENAME).is_file()), None)
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -232,7 +247,7 @@ def _step_of(line: str) -> float:
 
 
 def _unfinished_runs(directory: Path) -> Iterator[RunDirectory]:
-    for path in directory.glob("[!.]*"):  # a run that was killed while its directory was made has begun nothing
+    for path in directory.glob("[!.]*"):  # those with a dot are incomplete: their run was killed while it made them
         if (path / FLAGS_FILENAME).is_file() and not RunDirectory(path).is_finished:
             yield RunDirectory(path)
 
@@ -246,4 +261,4 @@ def _is_milestone(checkpoint: Path) -> bool:
     try:
         return bool(json.loads((checkpoint / MANIFEST_FILENAME).read_text())["milestone"])
     except (OSError, ValueError, KeyError, TypeError):
-        return True  # whatever it is, it is not ours to delete
+        return True  # not a checkpoint that this project wrote, so not one to delete

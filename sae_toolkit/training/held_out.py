@@ -1,4 +1,4 @@
-"""What the evaluation would say of SAEs that are still in training, on a little text that they are not trained on."""
+"""Measures SAEs during their training on held-out text, with the metrics of the evaluation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sae_toolkit.training.prepared_run import PreparedRun
 
 
 class HeldOutText:
-    """Measures the SAEs of a run, as the evaluation does; nothing of the run is changed.
+    """Measures the SAEs of a run on its held-out text. Random states and the SAEs stay as they are.
 
     Args:
-        run: with rows of held-out text.
-        source: of its activations; it has all layers of the language model.
+        run: the run, which must have rows of held-out text.
+        source: source of its activations, with all layers of the language model.
     """
 
     def __init__(self, run: PreparedRun, source: LanguageModel | CachedActivations) -> None:
@@ -36,25 +36,25 @@ class HeldOutText:
         self.rows_NT = run.held_out_NT
 
     def measure(self, trainer: MultiTrainer, max_norms: dict[str, float | None]) -> dict[str, dict[str, float]]:
-        """The evaluation's metrics of the SAE at each hook.
+        """Returns the evaluation's metrics of the SAE at each hook, by the names of the hooks.
 
         Args:
-            trainer: of the SAEs.
-            max_norms: above which activations at a hook are left out.
+            trainer: trainer of the SAEs.
+            max_norms: by hook, the norm above which activations are left out; None leaves none out.
         """
         model = self.source.model if isinstance(self.source, CachedActivations) else self.source
-        found = {}
+        metrics = {}
         with torch.random.fork_rng():
             for name, each in trainer.trainers.items():
-                prepared = self._prepare(name, EvaluatedSAE(
+                evaluated = EvaluatedSAE(
                     SAEFile(name, self.run.directory, "SAELens", "in training"),
                     finished_copy(each),
                     replace(self.run.positions, max_activation_norm=max_norms[name]),
-                ))  # fmt: skip
-                at_hook = LanguageModel(model.model, name)
+                )
+                prepared, at_hook = self._prepare(name, evaluated), LanguageModel(model.model, name)
                 (evaluation,) = evaluate_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
-                found[name] = evaluation.metrics
-        return found
+                metrics[name] = evaluation.metrics
+        return metrics
 
     def _prepare(self, hook_name: str, evaluated: EvaluatedSAE) -> PreparedEvaluation:
         run, n_rows = self.run, len(self.rows_NT)

@@ -1,4 +1,4 @@
-"""SAELens's `fit`, with progress that moves, checkpoints that resume, signals that are heard, and a record."""
+"""The training loop: steps, progress, checkpoints, signals, and the record of the run."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from sae_toolkit.training.run import Training
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_READINGS = 1.0
-_NOT_FINITE_AT_MOST = 10  # steps in a row
-_HISTOGRAMS = 20  # of firing rates, over a run
+_MOST_STEPS_NOT_FINITE = 10  # in a row, before the run stops
+_N_HISTOGRAMS = 20  # of firing rates, in one run
 
 
 def fit(training: Training, record: RunRecord, signals: StopSignals) -> Path:
-    """Trains the SAE to the end and saves it.
+    """Trains the SAEs of a run to the end and saves them.
 
     Args:
         training: the run.
-        record: where it is recorded.
-        signals: what may stop it.
+        record: the record that metrics are written into.
+        signals: signals that stop the run.
 
     Returns:
-        Directory of the finished SAE; of several, the directory that holds one for each hook.
+        Directory of the finished SAE; if there are several SAEs, the directory that holds one for each hook.
 
     Raises:
-        Stopped: a signal came; a checkpoint is saved, if there was room for it.
-        RunFailed: the losses are not finite any more, or the finished SAE cannot be written.
+        Stopped: a signal came. A checkpoint is saved, if there was room for it.
+        RunFailed: losses are not finite any more, or the finished SAE cannot be written.
     """
     run = training.run
     with signals.deferred():
         TrainingLoop(training, record, signals).to_the_end()
-        _describe_what_was_left_out(training)
-        _describe_l0(training.trainer)
+        _log_what_was_left_out(training)
+        _log_l0(training.trainer)
         final = training.checkpoints.save_final()
     metadata = {"training": run.metadata(), "resumed_from": run.resume_from and run.resume_from.name}
     record.save_sae(final, metadata, with_weights=training.cfg.logger.log_weights_to_wandb)
     return final
 
 
-def _describe_what_was_left_out(training: Training) -> None:
+def _log_what_was_left_out(training: Training) -> None:
     stream = training.stream
     if stream.max_activation_norms is not None:
         log.info(
@@ -73,7 +73,8 @@ def _describe_what_was_left_out(training: Training) -> None:
         log.info(stream.source.describe())
 
 
-def _describe_l0(trainers: MultiTrainer) -> None:
+def _log_l0(trainers: MultiTrainer) -> None:
+    """Logs how near the L0 came to --target_l0."""
     for name, trainer in trainers.trainers.items():
         if (control := trainer.l0_control) is None:
             continue
@@ -91,12 +92,12 @@ def _describe_l0(trainers: MultiTrainer) -> None:
 
 
 class TrainingLoop:
-    """Takes a run from where it is to its last step.
+    """Trains from the step where a run is to its last step.
 
     Args:
         training: the run.
-        record: where it is recorded.
-        signals: what may stop it.
+        record: the record that metrics are written into.
+        signals: signals that stop the run.
     """
 
     def __init__(self, training: Training, record: RunRecord, signals: StopSignals) -> None:
@@ -105,19 +106,21 @@ class TrainingLoop:
         self.max_norms = training.max_norms
         self.record = record
         self.signals = signals
-        self._waits_for_no_device = torch.device(self.cfg.device).type == "cpu"
-        self._histogram_every = math.ceil(self.cfg.total_training_steps / _HISTOGRAMS)
+        self._is_on_cpu = torch.device(self.cfg.device).type == "cpu"
+        self._histogram_every = math.ceil(self.cfg.total_training_steps / _N_HISTOGRAMS)
         self._firing_rates = {name: _FiringRates(each) for name, each in self.trainer.trainers.items()}
+        self._read_at = 0.0
+        self._shown: Mapping[str, str] | None = None
         self._held_out = None
         if self.run.recording.eval_every and self.ranks.is_main:
             self._held_out = HeldOutText(self.run, training.activations)
 
     def to_the_end(self) -> None:
-        """Steps until all tokens are used.
+        """Takes steps until all tokens are used.
 
         Raises:
-            Stopped: a signal came; a checkpoint is saved, if there was room for it.
-            RunFailed: the losses are not finite any more.
+            Stopped: a signal came. A checkpoint is saved, if there was room for it.
+            RunFailed: losses are not finite any more.
         """
         trainer = self.trainer
         progress = Progress(
@@ -127,7 +130,7 @@ class TrainingLoop:
             device=self.cfg.device,
             speaks=self.ranks.is_main,
         )
-        self.ranks.wait()  # for one that reads a checkpoint, or starts wandb; within a step there is less patience
+        self.ranks.wait()  # for ranks that still read a checkpoint or start wandb; the timeout within a step is shorter
         if self.ranks.is_main:
             self.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
         with progress:
@@ -143,7 +146,7 @@ class TrainingLoop:
         before = trainer.n_training_samples
         outputs = trainer.step(self.stream.at_each_hook(next(self.stream)))
         to_record = (trainer.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
-        show, save, signal_number = self.ranks.largest(  # each rank has its own clock and hears its own signals
+        show, save, signal_number = self.ranks.largest(  # each rank has its own clock and gets its own signals
             time.monotonic() - self._read_at >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, self.signals.received
         )
         if to_record or show:
@@ -152,7 +155,7 @@ class TrainingLoop:
             self._shown = _shown(readings, self.cfg.sae.d_sae)
             if to_record:
                 self._record(readings, progress)
-        if to_record or show or self._waits_for_no_device:
+        if to_record or show or self._is_on_cpu:  # on a GPU a check waits for the device
             self._check_losses(outputs)
         if (trainer.n_training_steps + 1) % self._histogram_every == 0:
             self._record_firing_rates()
@@ -166,13 +169,10 @@ class TrainingLoop:
         if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:
             trainer.checkpoint_thresholds.pop(0)
             checkpoints.save(milestone=True)
-        elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # else the last stays
+        elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # else the last good one stays
             checkpoints.save()
         if signal_number:
             raise Stopped(signal_number)
-
-    _read_at = 0.0
-    _shown: Mapping[str, str] | None = None
 
     def _record(self, readings: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
         step, d_sae = self.trainer.n_training_steps, self.cfg.sae.d_sae
@@ -193,12 +193,12 @@ class TrainingLoop:
             self.record.log_histogram(name, values_F.numpy(), self.trainer.n_training_steps)
 
     def _measure_held_out(self) -> None:
-        """Measures on rank 0, while the others wait."""
+        """Measures on rank 0, while the other ranks wait."""
         if self._held_out is not None:
             self.stream.wait()
             try:
                 measured = self._held_out.measure(self.trainer, self.max_norms)
-            except UserError as error:  # of the evaluation, which would end there
+            except UserError as error:  # ends an evaluation, but not a training
                 log.warning("not measured on held-out text: %s", error)
             else:
                 self._record_held_out(measured)
@@ -222,12 +222,12 @@ class TrainingLoop:
             )
 
     def _check_losses(self, outputs: Mapping[str, TrainStepOutput]) -> None:
-        """Stops a run whose losses are not finite any more."""
+        """Raises RunFailed if losses have not been finite for several steps."""
         trainer, checkpoints = self.trainer, self.checkpoints
-        if (n := trainer.n_not_finite_in_a_row) < _NOT_FINITE_AT_MOST:
+        if (n := trainer.n_not_finite_in_a_row) < _MOST_STEPS_NOT_FINITE:
             return
         if checkpoints.newest is None:
-            checkpoints.save()  # none of those steps was applied
+            checkpoints.save()  # the weights are good: none of these steps was applied
         name = next(name for name, each in trainer.trainers.items() if int(each.n_not_finite_in_a_row) == n)
         raise RunFailed(
             f"{n} steps in a row had a loss or gradient that is not finite"
@@ -239,7 +239,7 @@ class TrainingLoop:
 
 
 class _FiringRates:
-    """Firings a token of each feature since they were last asked for."""
+    """Computes how often each feature was active for a token since the last call."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -247,17 +247,17 @@ class _FiringRates:
         self._counts_F: torch.Tensor | None = None
 
     def log10(self) -> torch.Tensor:
-        """Of each feature, [F], on the CPU; one that never fired has half a firing."""
+        """Returns log10 of the firings per token of each feature, [F], on the CPU. No firing counts as half of one."""
         counts_F, n_tokens = self.trainer.firing_counts().double().cpu(), int(self.trainer.n_frac_active_samples)
         new_F, n_new = counts_F, n_tokens
-        if self._counts_F is not None and n_tokens > self._n_tokens:  # else SAELens's window began anew
+        if self._counts_F is not None and n_tokens > self._n_tokens:  # otherwise SAELens has reset its counts
             new_F, n_new = counts_F - self._counts_F, n_tokens - self._n_tokens
         self._counts_F, self._n_tokens = counts_F, n_tokens
         return (new_F.clamp(min=0.5) / n_new).log10()
 
 
 def _shown(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> dict[str, str]:
-    """What a progress view shows of readings, from the lowest to the highest of the SAEs."""
+    """Returns the readings that the progress view shows; of several SAEs, the range of each reading."""
 
     def spread(form: str, values: list[float]) -> str:
         low, high = format(min(values), form), format(max(values), form)

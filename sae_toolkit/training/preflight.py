@@ -1,4 +1,4 @@
-"""Before a run starts: what it will cost, whether it fits, and what is likely to come out unhealthy."""
+"""Checks before a run starts: what it takes, whether it fits, and whether the SAE is likely to become unhealthy."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from sae_toolkit.training.run import create_sae
 
 log = logging.getLogger(__name__)
 
-_MASSIVE = 10  # times the median norm, as --max_activation_norm_multiple is by default
-_MOST_STEPS, _SECONDS_OF_STEPS = 5, 2.0
+_MASSIVE = 10  # times the median norm, the default of --max_activation_norm_multiple
+_MOST_STEPS, _MOST_SECONDS_OF_STEPS = 5, 2.0  # timed
 
 
 def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
-    """Logs what will run, what it takes, and what is likely to come out unhealthy, with nothing large loaded yet.
+    """Logs what will run, what it takes, and why the SAE may become unhealthy, before anything large is loaded.
 
     Args:
-        run: what will run.
-        settings: whether warnings are refused, and whether the run ends here.
+        run: the run.
+        settings: whether this is a dry run, and whether a warning ends the run.
 
     Raises:
-        UserError: it does not fit on the disk or in memory; or --strict was given and there is a warning.
+        UserError: the run does not fit on the disk or into memory, or there is a warning and --strict is given.
     """
     if not run.ranks.is_main:
         return
@@ -54,17 +54,19 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
 
 
 def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations, settings: RunSettings) -> None:
-    """Measures one batch of activations and a few training steps, and says how long the run will take and what does
-    not fit the activations. Nothing that the run trains on or draws at random is changed. Where there are several
-    ranks, rank 0 does so with its share.
+    """Measures one batch of activations and a few training steps. Logs how long the run will take, and which settings
+    do not fit the activations.
+
+    The run trains on the same activations and draws the same random numbers as without this check. If there are several
+    ranks, rank 0 measures its share.
 
     Args:
-        run: what will run.
-        source: the activations of the run.
-        settings: whether warnings are refused.
+        run: the run.
+        source: source of its activations.
+        settings: whether a warning ends the run.
 
     Raises:
-        UserError: a step does not fit in memory; or --strict was given and there is a warning.
+        UserError: a step does not fit into memory, or there is a warning and --strict is given.
     """
     if run.resume_from is None and run.ranks.is_main:
         measured, speed = measure(run, source)
@@ -89,11 +91,11 @@ def _warn_of_activations(run: PreparedRun, measured: Sequence[MeasuredActivation
 
 
 def dry_run(run: PreparedRun, settings: RunSettings) -> None:
-    """Checks what a run checks before its first step, and leaves nothing behind; the model is not downloaded.
+    """Does the checks of a run before its first step, and leaves no files. It does not download the model.
 
     Args:
-        run: what would run.
-        settings: whether warnings are refused.
+        run: the run.
+        settings: whether a warning ends the run.
 
     Raises:
         UserError: as `check_activations`.
@@ -121,16 +123,23 @@ def _warn(warnings: list[str], strict: bool) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast the parts of a run were on a rank, on its share of a batch."""
+    """The measured speed of a rank on its share of a batch.
 
-    tokens_a_second: float  # of the language model or of the cache
+    Args:
+        tokens_a_second: of the language model or the cache.
+        seconds_a_step: of the training steps of all SAEs together.
+    """
+
+    tokens_a_second: float
     seconds_a_step: float
 
     def describe(self, cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int, *, reads_cache: bool = False) -> str:
-        """Returns how long a run of a configuration takes, in a line.
+        """Returns a line that says how long a run takes.
 
         Args:
-            reads_cache: whether an earlier run left all activations in the cache, while those here were computed.
+            cfg: configuration of the run.
+            n_ranks: number of its ranks.
+            reads_cache: whether the run will read all activations from the cache, although they were computed here.
         """
         n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
         rate = math.inf if reads_cache else self.tokens_a_second * n_ranks
@@ -147,22 +156,22 @@ def _duration(seconds: float) -> str:
 
 
 def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tuple[list[MeasuredActivations], Speed]:
-    """Measures the first batch of a run's activations at each hook, and steps on it of SAEs that are thrown away.
+    """Measures the first batch of activations at each hook, and training steps on it with SAEs that are then deleted.
 
     Raises:
-        UserError: the activations are not finite, or a step does not fit in memory.
+        UserError: the activations are not finite, or a step does not fit into memory.
     """
     cfg = run.cfg
     multiple = run.max_norm_multiple
     found, seconds_a_step = [], 0.0
     with _without_trace(source):
         first = _stream(run, source, batch_size=1, rows_per_forward=1)
-        first_ND = first.calibrate(1, None)  # slower than the others
+        first_ND = first.calibrate(1, None)  # the first pass of the model is slower, so it is not timed
         first.close()
         if first_ND.shape[1] != sum(run.widths):
             raise UserError(
                 f"{run.hook_flag}: the activations at {' '.join(run.hook_names)} have a width of"
-                f" {first_ND.shape[1]}, where the modules have {sum(run.widths)}; name another"
+                f" {first_ND.shape[1]}, and the modules have {sum(run.widths)}; name another"
             )
         stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts // run.ranks.size)
         started = _now(cfg.device)
@@ -181,10 +190,10 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
 def _measure_norms(
     cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, dtype: torch.dtype, kept_share: float
 ) -> tuple[MeasuredActivations, float]:
-    """What the activations at a hook are like, and the factor that gives them a mean norm of sqrt(d_in)."""
+    """Returns what the activations at a hook are like, and the factor that makes their mean norm sqrt(d_in)."""
     norms_N = acts_ND.double().norm(dim=-1)
     if not norms_N.isfinite().all():
-        raise UserError(f"--lm_dtype {dtype}: there are activations that are not finite; use another")
+        raise UserError(f"--lm_dtype {dtype}: some activations are not finite; use another dtype")
     scale = math.sqrt(cfg.sae.d_in) / norms_N.mean().item()
     median_norm = norms_N.median().item()
     massive_N = norms_N > _MASSIVE * median_norm
@@ -201,7 +210,7 @@ def _measure_norms(
 def _stream(
     run: PreparedRun, source: LanguageModel | CachedActivations, batch_size: int, rows_per_forward: int
 ) -> ActivationStream:
-    """What the run's own stream begins with."""
+    """Returns a stream of the first activations of the run."""
     return ActivationStream(
         source,
         run.rows_NT,
@@ -219,14 +228,14 @@ def _stream(
 
 
 def _share_of_positions(run: PreparedRun) -> float:
-    """Share of the tokens that are not special which the filter of positions keeps."""
+    """Returns the share of tokens that are kept, among the tokens that are not special."""
     rows_NT = run.rows_NT[:1000]
     not_special = replace(run.positions, skip_positions=0).keeps_tokens(rows_NT).sum()
     return float(run.positions.keeps_tokens(rows_NT).sum() / not_special)
 
 
 def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, scale: float) -> float:
-    """Seconds that a training step of one SAE takes on a rank, without what it says to others."""
+    """Returns the seconds that a training step of one SAE takes on a rank, without communication."""
     share = run.share_of_rank(cfg)
     trainer_cfg = share.to_sae_trainer_config()
     trainer_cfg.logger = LoggingConfig(log_to_wandb=False)
@@ -237,7 +246,7 @@ def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_N
         trainer.products_in_bfloat16 = run.products_in_bfloat16
         if cfg.sae.normalize_activations == "expected_average_only_in":
             trainer.activation_scaler.scaling_factor = scale
-        while len(seconds) < _MOST_STEPS and sum(seconds) < _SECONDS_OF_STEPS:
+        while len(seconds) < _MOST_STEPS and sum(seconds) < _MOST_SECONDS_OF_STEPS:
             started = _now(cfg.device)
             trainer.step(batch_BD)
             trainer.n_training_steps += 1
@@ -246,10 +255,10 @@ def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_N
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step does not fit in the memory of"
+            f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step does not fit into the memory of"
             f" {cfg.device}; lower it, --expansion_factor or --n_batches_in_buffer"
         ) from None
-    return median(seconds[1:] or seconds)  # the first is slower
+    return median(seconds[1:] or seconds)  # the first step is slower
 
 
 def _now(device: str) -> float:
@@ -260,13 +269,13 @@ def _now(device: str) -> float:
 
 @contextmanager
 def _without_trace(source: LanguageModel | CachedActivations) -> Iterator[None]:
-    """Leaves random states, a cache's counts of contexts, and memory as they were."""
+    """Restores random states, a cache's counts of contexts, and memory afterwards."""
     cache = source.cache if isinstance(source, CachedActivations) else None
     before = cache.n_read + cache.n_computed if cache else 0
     with torch.random.fork_rng():
         yield
     if cache:
-        cache.n_read -= cache.n_read + cache.n_computed - before  # the run will read these again
+        cache.n_read -= cache.n_read + cache.n_computed - before  # the run itself reads these again
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

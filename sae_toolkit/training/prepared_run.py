@@ -1,4 +1,4 @@
-"""A training run that is ready to start: what it trains on what, what that takes, and whether it fits."""
+"""A training run that is ready to start, the memory and disk space that it takes, and whether these are there."""
 
 from __future__ import annotations
 
@@ -37,27 +37,29 @@ class PreparedRun:
     """A run that is ready to start.
 
     Args:
-        cfgs: of each SAE; they differ in the hook and its width.
-        hook_flag: the flag that named the hooks.
-        model: where the language model comes from.
-        llm_device: of the language model.
-        lm_dtype: of the language model.
-        n_devices: over how many CUDA devices the language model is spread.
-        cache_directory: where activations are kept; None to keep none.
-        text: what is trained on.
-        rows_NT: its token ids.
-        held_out: which documents are kept for evaluation.
-        held_out_NT: rows of held-out text to measure on; where there are ranks, rank 0 has them.
-        positions: which positions are trained on.
-        max_norm_multiple: times the median norm, above which activations are left out; None leaves none out.
-        target_l0: the L0 that the sparsity weight is adjusted to; None leaves the weight as it is.
-        shards_features: whether the ranks share the features.
-        run_directory: of the run; it need not exist yet.
-        resume_from: a checkpoint; None at the first step.
-        saving: when the run is saved, and where.
-        recording: where the run is recorded.
-        started_with: the flags of the run by name, for the record.
-        ranks: which train the SAE.
+        cfgs: SAELens's configuration of each SAE. They differ only in the hook and its width.
+        hook_flag: the flag that chose the hooks.
+        model: source of the language model.
+        llm_device: device of the language model.
+        lm_dtype: dtype of the language model.
+        n_devices: number of CUDA devices that the language model is spread over.
+        cache_directory: directory of the cached activations; None if they are not cached.
+        text: the text that is trained on.
+        rows_NT: token ids of that text.
+        held_out: the split that keeps documents for the evaluation.
+        held_out_NT: token ids of held-out text to measure on during training, on rank 0; None on the other ranks, and
+            if the run does not measure.
+        positions: the positions that are trained on.
+        max_norm_multiple: activations whose norm is more than this many times the median are left out; None leaves
+            none out.
+        target_l0: the L0 that the weight of the sparsity loss is adjusted to; None leaves the weight as it is.
+        shards_features: whether --shard_features is given.
+        run_directory: directory of the run; it need not exist yet.
+        resume_from: checkpoint to go on from; None to begin at the first step.
+        saving: settings of the checkpoints.
+        recording: settings of the record.
+        flags: flags of the run by name, for the record.
+        ranks: the ranks that train the SAE.
     """
 
     cfgs: list[LanguageModelSAERunnerConfig[Any]]
@@ -79,12 +81,12 @@ class PreparedRun:
     resume_from: Path | None
     saving: RunSettings
     recording: RecordingSettings
-    started_with: Mapping[str, Any]
+    flags: Mapping[str, Any]
     ranks: Ranks = ALONE
 
     @property
     def cfg(self) -> LanguageModelSAERunnerConfig[Any]:
-        """The first SAE's: in all but the hook and its width that of the others."""
+        """The configuration of the first SAE. That of the others differs only in the hook and its width."""
         return self.cfgs[0]
 
     @property
@@ -98,7 +100,7 @@ class PreparedRun:
 
     @property
     def products_in_bfloat16(self) -> bool:
-        """Whether an SAE's products on a CPU take bfloat16: where the language model does, and the hardware can."""
+        """Whether the SAE's products on a CPU are in bfloat16: if the model is, and the hardware computes in it."""
         return self.lm_dtype == choose_lm_dtype("auto", self.cfg.device) == torch.bfloat16
 
     @property
@@ -106,15 +108,15 @@ class PreparedRun:
         return self.run_directory.path
 
     def open_directory(self) -> None:
-        """Makes the run's directory, unless it is there to be resumed; from now on the run's log is written there."""
+        """Makes the directory of the run, unless the run is resumed, and writes the log into it from now on."""
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
-            self.run_directory.create(self.started_with, self.text, self.rows_NT, self.held_out_NT)
+            self.run_directory.create(self.flags, self.text, self.rows_NT, self.held_out_NT)
         self.run_directory.open_log()
 
     def metadata(self) -> dict[str, Any]:
-        """What the saved SAE records of its training, beside what SAELens knows of."""
+        """Returns what the saved SAE records of its training, besides the fields that SAELens has."""
         return {
             "dataset_config": self.text.config,
             "dataset_split": self.text.split,
@@ -126,7 +128,7 @@ class PreparedRun:
         }
 
     def cache_parameters(self) -> dict[str, Any]:
-        """What the activations of a row of tokens depend on."""
+        """Returns what the activations depend on, besides the tokens."""
         return {
             "model_name": self.model.name,
             "model_from_pretrained_kwargs": self.model.model_kwargs,
@@ -137,17 +139,13 @@ class PreparedRun:
             "d_in": sum(self.widths),
         }
 
-    def plan_memory(self) -> MemoryPlan:
-        """What each process takes."""
-        return self._plan_memory(self.cfg)
-
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds some of the features; else each holds all."""
+        """Whether each rank holds a part of the features. Otherwise each rank holds all of them."""
         return self.shards_features and not self.ranks.is_alone
 
     def share_of_rank(self, cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
-        """What one rank has of a configuration: of a batch, or of the features and the active ones among them."""
+        """Returns the configuration of one rank's share: of a batch, and of the features if they are sharded."""
         share = copy.copy(cfg)
         for name in ("train_batch_size_tokens", "store_batch_size_prompts", "n_batches_in_buffer"):
             setattr(share, name, -(-getattr(cfg, name) // self.ranks.size))
@@ -156,12 +154,17 @@ class PreparedRun:
             share.sae = copy.copy(cfg.sae)
             share.sae.d_sae = cfg.sae.d_sae // self.ranks.size
             share.sae.k = max(1, cfg.sae.k // self.ranks.size)
-            share.from_pretrained_path = None  # its weights are of all features
+            share.from_pretrained_path = None  # it has the weights of all features
         return share
 
-    def _plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any]) -> MemoryPlan:
+    def plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any] | None = None) -> MemoryPlan:
+        """Returns the memory that one rank takes.
+
+        Args:
+            cfg: a configuration to plan for instead of that of the run.
+        """
         return plan_memory(
-            self.share_of_rank(cfg),
+            self.share_of_rank(cfg or self.cfg),
             self.model,
             self.lm_dtype,
             n_parameters=self._n_parameters,
@@ -172,19 +175,20 @@ class PreparedRun:
 
     @property
     def _shares_device(self) -> bool:
-        """Whether the language model and the SAE are on one device."""
+        """Whether the language model and the SAE are on the same device."""
         both = (torch.device(name) for name in (self.llm_device, self.cfg.device))
         return len({(device.type, device.index or 0) for device in both}) == 1
 
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
+        """Number of parameters of the language model, and of its part up to the hooks."""
         return self.model.n_parameters, parameters_up_to_hook(
             self.model.config, self.hook_names, self.model.trust_remote_code
         )
 
     @cached_property
     def is_cached(self) -> bool:
-        """Whether an earlier run left activations in --cache_activations.
+        """Whether an earlier run left activations in the cache.
 
         Raises:
             UserError: the directory holds something else.
@@ -193,10 +197,10 @@ class PreparedRun:
         return directory is not None and check_cache_directory(directory, self.cache_parameters())
 
     def check_memory(self) -> None:
-        """Warns where the run is not predicted to fit, with what to lower so that it does.
+        """Warns if the run is not predicted to fit into memory, and says which flags to lower so that it does.
 
         Raises:
-            UserError: it surely does not fit: on a CPU the kernel would end the process without a word.
+            UserError: the run surely does not fit. On a CPU the kernel would kill the process without a message.
         """
         if not self._shares_device and not self.is_cached:
             takes, there = self._n_parameters[0] * self.lm_dtype.itemsize, free_memory(self.llm_device)
@@ -212,7 +216,7 @@ class PreparedRun:
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
-        flags = suggest_flags(self.cfg, self._plan_memory, free)
+        flags = suggest_flags(self.cfg, self.plan_memory, free)
         message = (
             f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
             f" {free / 2**30:.1f} GiB free; " + (f"it would fit with {flags}" if flags else "a smaller model is needed")
@@ -222,8 +226,9 @@ class PreparedRun:
         log.warning(message)
 
     def _check_memory_of_host(self) -> None:
+        """Warns if the host of rank 0 has no room for all features, which a checkpoint gathers there."""
         plan = self.plan_memory()
-        # beside weights and moments a copy of the encoder, as it is written
+        # weights, Adam's moments, and a copy of the encoder while it is written
         gathers, there = self.ranks.size * (3 * plan.sae // 2 + plan.adam), free_memory("cpu")
         if gathers > there:
             log.warning(
@@ -234,28 +239,28 @@ class PreparedRun:
             )
 
     def _free_memory(self) -> int:
-        """Bytes that one process can take: the processes of a machine share its memory, and each has its own GPU."""
+        """Returns the bytes that one rank can take. Ranks of a machine share its memory, but each has its own GPU."""
         free = free_memory(self.cfg.device)
         return free // self.ranks.local_size if torch.device(self.cfg.device).type == "cpu" else free
 
     def disk_plan(self) -> dict[str, int]:
-        """Bytes that the run takes on disk at the most, by item."""
+        """Returns the most bytes that the run takes on disk, by item."""
         memory = self.plan_memory()
         sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
         checkpoint = sae + adam + self.ranks.size * memory.buffer
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
         if Interval.parse(self.saving.checkpoint_every) != Interval():
-            n_checkpoints += self.saving.keep + 1  # the last go when the next is whole
+            n_checkpoints += self.saving.keep + 1  # one more: an old one is deleted when the new one is complete
         plan = {"final SAE": sae, "checkpoints": n_checkpoints * checkpoint}
         if self.resume_from is None:
             plan["tokens"] = self.rows_NT.nbytes + (0 if self.held_out_NT is None else self.held_out_NT.nbytes)
         return {item: size for item, size in plan.items() if size}
 
     def check_disk(self) -> None:
-        """Warns where the disk has no room for all checkpoints.
+        """Warns if the disk has no room for all checkpoints.
 
         Raises:
-            UserError: it has none even for the final SAE.
+            UserError: the disk has no room for the final SAE.
         """
         plan, free = self.disk_plan(), free_disk(Path(self.saving.checkpoint_path))
         least = sum(size for item, size in plan.items() if item != "checkpoints")
@@ -266,7 +271,7 @@ class PreparedRun:
             )
         if sum(plan.values()) > free:
             log.warning(
-                "--n_checkpoints %d --keep %d: the checkpoints take up to %s, and %s are free on the disk",
+                "--n_checkpoints %d --keep %d: the checkpoints take up to %s, and %s are free on the disk; lower them",
                 self.cfg.n_checkpoints,
                 self.saving.keep,
                 _size(plan["checkpoints"]),
@@ -274,10 +279,10 @@ class PreparedRun:
             )
 
     def describe(self, *, details: bool) -> str:
-        """Returns what will run and what it takes, in about ten lines.
+        """Returns about ten lines that say what will run and what it takes.
 
         Args:
-            details: whether to list the memory item by item.
+            details: whether the memory is listed item by item.
         """
         cfg, sae = self.cfg, self.cfg.sae
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
@@ -321,12 +326,12 @@ class PreparedRun:
 
 
 def existing(directory: Path) -> Path:
-    """The directory, or the nearest one above it that is there."""
+    """Returns the directory if it exists, and otherwise the nearest directory above it that exists."""
     return next(path for path in (directory, *directory.absolute().parents) if path.exists())
 
 
 def free_disk(directory: Path) -> int:
-    """Bytes that can be written into a directory, which need not be there yet."""
+    """Returns the bytes that are free on the disk of a directory, which need not exist yet."""
     return shutil.disk_usage(existing(directory)).free
 
 

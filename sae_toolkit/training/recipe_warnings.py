@@ -1,8 +1,8 @@
-"""What of a run's settings is likely to end in an unhealthy SAE, why, and what to set instead.
+"""Warnings of settings that are likely to make an SAE unhealthy, with the reason and with what to set instead.
 
-Each warning is one line that starts with its flag. The bounds come from published recipes, from arithmetic, or lie
-between runs on the embedded model that ended well and ones that did not (2,304 features, 488 steps, batches of 1,024);
-each says which.
+Each warning is one line that starts with its flag. Comments say where each bound comes from: from a published recipe,
+from arithmetic, or from runs on the embedded model (2,304 features, 488 steps, batches of 1,024), where it lies between
+the runs that became healthy and those that did not.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS
 
-# 3.8 tokens a feature ended with 88.8% dead in the document that this project started from; 108 with 0.0% and 217
-# with 0.2% on the embedded model.
+# With 3.8 tokens for each feature 88.8% of the features ended dead in the document that this project reproduces. Runs:
+# with 108 tokens 0.0%, with 217 tokens 0.2%.
 LEAST_TOKENS_A_FEATURE = 100
 
-# Adam moves a weight by about lr in a step, and a feature is a direction of length 1 over d_in weights, so it can turn
-# by lr x steps x sqrt(d_in) of its own length. At 4.1 (lr 4e-4) 22% ended dead, at 10.3 (lr 1e-3) 0.4%.
+# Adam changes a weight by about lr in a step. A feature is a direction of length 1 with d_in weights, so a run can move
+# it by lr x steps x sqrt(d_in). Runs: at 4.1 (lr 4e-4) 22% ended dead, at 10.3 (lr 1e-3) 0.4%.
 LEAST_TURN = 7.0
-# Arithmetic alone: a step that turns a feature this far undoes what the steps before it learnt. The demo's is 0.05.
+# Arithmetic: a step that moves a feature this far undoes what earlier steps learnt. In the demo it is 0.05.
 MOST_TURN_A_STEP = 0.5
 
-# The last fifth, linearly to zero: Anthropic, Circuits Updates, April 2024, and both presets that we recommend.
+# The last fifth of the steps, linearly to zero: Anthropic, Circuits Updates, April 2024, and both presets that we
+# recommend.
 _DECAYING_SHARE = 1 / 5
 
-# A window of 20 of 488 steps (4%) left 0.4% dead, one of 200 (41%) 37%.
+# Runs: with a window of 20 of 488 steps (4%) 0.4% ended dead, with one of 200 steps (41%) 37%.
 LARGEST_WINDOW_SHARE = 1 / 8
-# A feature that fires at a hundredth of the mean rate would, in a shorter window, be silent with a probability of
+# In a shorter window a feature that fires at a hundredth of the mean rate would not fire at all with a probability of
 # more than 5% (the rule of three: Hanley & Lippman-Hand 1983).
 _FIRINGS_TO_BE_SEEN, _RARER_THAN_MEAN = 3, 100
 
-# How far a feature must stand out of the activations' projections on random directions (in their standard deviations,
-# |x| / sqrt(d_in)) before the sparsity term lets it be active. At 0.4 (L1 5.0 without normalization) 1,931 of 4,608
-# features were active at once, at 1.0 (JumpReLU, L0 weight 1.0, normalized) 220 of 2,304.
+# The least projection of an activation on a feature at which the sparsity loss lets the feature be active, in standard
+# deviations of the projections on random directions, |x| / sqrt(d_in). Runs: at 0.4 (L1 weight 5.0, not normalized)
+# 1,931 of 4,608 features were active at once, at 1.0 (JumpReLU, L0 weight 1.0, normalized) 220 of 2,304.
 LOWEST_CUT_OFF = 1.2
-# For activations scaled to |x| = sqrt(d_in). L1: Anthropic, Circuits Updates, April 2024; L0: the same cut-off, 2.5.
+# Weights for activations that are scaled to |x| = sqrt(d_in). L1: Anthropic, Circuits Updates, April 2024. L0: by the
+# same cut-off, 2.5.
 _L1_FOR_NORMALIZED, _L0_FOR_NORMALIZED = 5.0, 6.0
 
-# Share of the variance. On the embedded model massive activations are 99% of it, or none once they are left out.
+# Share of the variance. On the embedded model massive activations are 99% of the variance, and 0% after the filter.
 MOST_MASSIVE_SHARE = 0.1
 
 _LOWEST_L0, _HIGHEST_L0 = next(standard.borderline for standard in STANDARDS if standard.metric == "l0")
@@ -49,13 +51,13 @@ _LOWEST_L0, _HIGHEST_L0 = next(standard.borderline for standard in STANDARDS if 
 
 @dataclass(frozen=True)
 class MeasuredActivations:
-    """One batch of what a run will train on.
+    """Measurements of one batch of the activations that a run will train on.
 
     Args:
-        median_norm: their median L2 norm, as the SAE is given them: scaled as the run scales them.
-        massive_share: share of their variance, in [0, 1], that is due to the massive among them: those of more than
-            10 times the median norm.
-        kept_share: share of the tokens that are not special at which they are trained on.
+        median_norm: median L2 norm of the activations after the run's scaling, as the SAE gets them.
+        massive_share: share of the variance, in [0, 1], of massive activations: those with more than 10 times the
+            median norm.
+        kept_share: share of the tokens that are trained on, in [0, 1], among the tokens that are not special.
     """
 
     median_norm: float
@@ -64,7 +66,7 @@ class MeasuredActivations:
 
 
 def recipe_warnings(cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float) -> list[str]:
-    """Returns what the settings and shapes alone say."""
+    """Returns the warnings that follow from the settings and the shapes."""
     n_steps = cfg.total_training_steps
     found = [
         _too_few_tokens(cfg),
@@ -84,14 +86,15 @@ def activation_warnings(
     max_norm_multiple: float | None,
     skip_positions: int,
 ) -> list[str]:
-    """Returns what takes the activations' scale to say; where they were not measured, what may be wrong.
+    """Returns the warnings that depend on the activations.
 
     Args:
-        cfg: of the SAE.
-        measured: the activations at its hook.
-        finds_weight: whether the run adjusts the sparsity weight itself (--target_l0).
-        max_norm_multiple: times the median norm, above which activations are left out; None leaves none out.
-        skip_positions: at the start of a context, that are left out.
+        cfg: configuration of the SAE.
+        measured: measurements at its hook. If they are None, the warnings are of settings that may be wrong.
+        finds_weight: whether the run adjusts the weight of the sparsity loss (--target_l0).
+        max_norm_multiple: activations whose norm is more than this many times the median are left out; None leaves
+            none out.
+        skip_positions: number of positions at the start of a context that are left out.
     """
     left_out = max_norm_multiple, skip_positions
     found = [
@@ -108,8 +111,8 @@ def _too_few_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
         return None
     fewer = tokens // (LEAST_TOKENS_A_FEATURE * cfg.sae.d_in)
     return (
-        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and with few most features end dead (88.8%"
-        f" at 3.8, 0.2% at 217); ask for {LEAST_TOKENS_A_FEATURE * d_sae} or more"
+        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and with few tokens most features end dead"
+        f" (88.8% at 3.8, 0.2% at 217); use {LEAST_TOKENS_A_FEATURE * d_sae} or more"
         + (f", or lower --expansion_factor to {fewer}" if fewer else "")
     )
 
@@ -119,20 +122,23 @@ def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any]) -> str | Non
     if k is None or _LOWEST_L0 <= k <= _HIGHEST_L0:
         return None
     return (
-        f"--k {k}: is the L0 that the SAE ends with, and one outside {_LOWEST_L0} to {_HIGHEST_L0} is unhealthy; use 64"
+        f"--k {k}: is the L0 that the SAE ends with, and outside {_LOWEST_L0} to {_HIGHEST_L0} it is unhealthy; use 64"
     )
 
 
 def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> list[str]:
-    full_steps = n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2  # as many at the full rate
+    full_steps = (
+        n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2
+    )  # steps at the full rate that move a weight as far
     root = math.sqrt(cfg.sae.d_in)
     turn = cfg.lr * full_steps * root
     found = []
     if turn < LEAST_TURN:
         enough, most = _round(1.5 * LEAST_TURN / (full_steps * root)), MOST_TURN_A_STEP / root / 2
         found.append(
-            f"--lr {cfg.lr:g}: {n_steps} steps can turn a feature by {turn:.2g} times its length, and at 4.1 22% ended"
-            " dead; " + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
+            f"--lr {cfg.lr:g}: {n_steps} steps can turn a feature by {turn:.2g} times its length, and at 4.1 times 22%"
+            " of the features ended dead; "
+            + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
         )
     if cfg.lr * root > MOST_TURN_A_STEP:
         found.append(
@@ -154,20 +160,20 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
     if window >= n_steps:
         return (
             f"--dead_feature_window {window}: longer than the run's {n_steps} steps, so no feature will "
-            + ("be noticed dead and revived" if revives else "be counted dead, and the progress bar says nothing")
+            + ("be found dead and revived" if revives else "be counted as dead, and the progress shows 0%")
             + f"; use about {sensible}"
         )
     if revives and window > most:
         return (
             f"--dead_feature_window {window}: of {n_steps} steps, which leaves dead features little time to be revived"
-            f" (200 of 488 left 37% dead, 20 0.2%); use about {sensible}"
+            f" (200 of 488 steps left 37% dead, 20 steps 0.2%); use about {sensible}"
         )
     if revives and (k := getattr(cfg.sae, "k", None)):
         needed = math.ceil(_FIRINGS_TO_BE_SEEN * _RARER_THAN_MEAN * cfg.sae.d_sae / k / cfg.train_batch_size_tokens)
         if window < needed <= most:
             return (
-                f"--dead_feature_window {window}: {window * cfg.train_batch_size_tokens} tokens, in which a feature"
-                f" that fires a hundredth as often as the mean is taken for dead; use {needed} or more"
+                f"--dead_feature_window {window}: {window * cfg.train_batch_size_tokens} tokens, after which a feature"
+                f" that fires a hundredth as often as the mean is counted as dead; use {needed} or more"
             )
     return None
 
@@ -175,14 +181,21 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
 def _nothing_held_out(held_out_fraction: float) -> str | None:
     if held_out_fraction > 0:
         return None
-    return "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name another; use 0.1"
+    return (
+        "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name another data set; use 0.1"
+    )
 
 
 def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None) -> str | None:
-    """The L1 term l1 x sum f against the squared error: for one feature, (f - p)^2 + l1 x f is least at f = 0 where
-    its projection p is below l1 / 2. The L0 term: where p^2 is below the weight. Both count for how sparse the SAE
-    becomes only beside the projection on a random direction, |x| / sqrt(d_in). Too strong is a weight that cuts off
-    each of 20 equal features that make up an activation, |x| / sqrt(20): L0 would be lower.
+    """Returns a warning if the weight of the sparsity loss does not fit the scale of the activations.
+
+    Let p be the projection of an activation on a feature, and f the feature's activation. With an L1 loss,
+    (f - p)^2 + weight x f has its minimum at f = 0 if p is below weight / 2. With an L0 loss the feature is off if p^2
+    is below the weight. How sparse the SAE becomes depends on this cut-off relative to the projection on a random
+    direction, |x| / sqrt(d_in).
+
+    The weight is too strong if it cuts off each of 20 equal features that make up an activation, whose projections are
+    |x| / sqrt(20): then the L0 would be below 20.
     """
     sae = cfg.sae
     architecture = sae.architecture()
@@ -198,8 +211,8 @@ def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredA
         if normalizes:
             return None
         return (
-            f"{flag} {weight:g}: means nothing without the scale of the activations, which --normalize_activations none"
-            f" leaves as the model has it; use {normalize}about {usual:g}"
+            f"{flag} {weight:g}: depends on the scale of the activations, which --normalize_activations none leaves as"
+            f" it is in the model; use {normalize}about {usual:g}"
         )
     scale = measured.median_norm / math.sqrt(sae.d_in)
     threshold = (weight / 2 if flag == "--l1_coefficient" else math.sqrt(weight)) / scale
@@ -211,7 +224,7 @@ def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredA
     fitting = _round(usual * (scale if flag == "--l1_coefficient" else scale**2))
     return (
         f"{flag} {weight:g}: too {what}, since activations have a norm of {measured.median_norm:.3g}, and features are"
-        f" cut off at {threshold:.2g} times their spread; use "
+        f" cut off at {threshold:.2g} times their standard deviation; use "
         + (f"about {fitting:g}" if normalizes else f"{normalize}about {usual:g} (or {fitting:g} as it is)")
     )
 
@@ -229,15 +242,15 @@ def _massive(max_norm_multiple: float | None, skip_positions: int, measured: Mea
         if max_norm_multiple:
             return None
         return (
-            f"{given}: massive activations stay in, which in Llama-like models are most of the variance; use"
+            f"{given}: massive activations are kept, which in Llama-like models are most of the variance; use"
             " --max_activation_norm_multiple 10"
         )
     if measured.massive_share <= MOST_MASSIVE_SHARE:
         return None
     flag = given or f"--max_activation_norm_multiple {max_norm_multiple:g}"
     return (
-        f"{flag}: massive activations stay in and are {measured.massive_share:.1%} of the variance, which the SAE will"
-        " learn instead of the rest; use --max_activation_norm_multiple 10 --skip_positions 1"
+        f"{flag}: massive activations are kept and are {measured.massive_share:.1%} of the variance, so the SAE will"
+        " learn little else; use --max_activation_norm_multiple 10 --skip_positions 1"
     )
 
 
@@ -246,17 +259,16 @@ def _too_little_kept(
 ) -> str | None:
     if measured is None or measured.kept_share >= LEAST_REPLACED_SHARE:
         return None
-    flag = (
-        f"--skip_positions {skip_positions}"
-        if skip_positions > (1 - LEAST_REPLACED_SHARE) * context_size
-        else f"--max_activation_norm_multiple {max_norm_multiple or 0:g}"
-    )
+    if skip_positions > (1 - LEAST_REPLACED_SHARE) * context_size:
+        flag, change = f"--skip_positions {skip_positions}", "lower"
+    else:
+        flag, change = f"--max_activation_norm_multiple {max_norm_multiple or 0:g}", "raise"
     return (
         f"{flag}: leaves {1 - measured.kept_share:.1%} of the tokens out, and the evaluation gives no verdict above"
-        f" {1 - LEAST_REPLACED_SHARE:.0%}"
+        f" {1 - LEAST_REPLACED_SHARE:.0%}; {change} it"
     )
 
 
 def _round(number: float) -> float:
-    """To one digit that counts: a flag's value, not a measurement."""
+    """Returns a number rounded to one significant digit, for the value of a flag."""
     return float(f"{number:.1g}")

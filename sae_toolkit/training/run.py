@@ -1,4 +1,4 @@
-"""A training run at its first step, or at the checkpoint that it is resumed from."""
+"""A training run that is loaded: at its first step, or at the checkpoint that it goes on from."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
-    """Where activations come from: the language model up to its hook, or the cache before it.
+    """Opens the source of a run's activations: the language model, or a cache that loads it when it is needed.
 
     Raises:
-        UserError: the model cannot be loaded, or the cache is not for this run.
+        UserError: the model cannot be loaded, or the cache holds other activations.
     """
 
     def load() -> LanguageModel:
@@ -51,14 +51,16 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
 
 
 class Training:
-    """A run at its first step: SAEs, trainer and activation stream are made, norms measured, or a checkpoint loaded.
+    """The SAEs, the trainer and the stream of activations of a run, ready for the next step.
+
+    A new run measures the norms of its first activations here. A resumed run loads its checkpoint.
 
     Args:
-        run: what to train on what.
-        activations: from `open_activations`.
+        run: the run.
+        activations: what `open_activations` returned.
 
     Raises:
-        UserError: the activations leave nothing to train on, or a checkpoint does not fit.
+        UserError: no activations are left to train on, or the checkpoint does not fit the run.
     """
 
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
@@ -84,7 +86,7 @@ class Training:
             device=cfg.device,
         )
         trainer_cfg = cfg.to_sae_trainer_config()
-        trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the loop records; SAELens's own is not used
+        trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the training loop records instead
         self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.target_l0)
         for each_trainer in self.trainer.trainers.values():
             each_trainer.products_in_bfloat16 = run.products_in_bfloat16
@@ -105,7 +107,7 @@ class Training:
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
 
     def _create_sae(self, cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
-        """The SAE that this rank trains: all of it, or its shard of one that rank 0 makes in its host's memory."""
+        """Returns the SAE that this rank trains. If features are sharded, rank 0 makes all of them on its CPU first."""
         if not self.run.is_sharded:
             return create_sae(cfg)
         on_cpu = copy(cfg)
@@ -114,7 +116,7 @@ class Training:
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:
-    """Fills the metadata that goes into cfg.json: what SAELens's own runner records, and more."""
+    """Fills the metadata of cfg.json with the fields that SAELens's runner records, and more."""
     for name in (
         "dataset_path hook_name model_name model_class_name hook_head_index context_size seqpos_slice"
         " model_from_pretrained_kwargs prepend_bos exclude_special_tokens sequence_separator_token"
@@ -126,10 +128,10 @@ def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[An
 
 
 def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
-    """The SAE as a run starts with it: of weights that the seed fixes, or those of `from_pretrained_path`.
+    """Returns the SAE at the first step: with random weights that follow from the seed, or from `from_pretrained_path`.
 
     Raises:
-        UserError: the pretrained SAE is of another architecture, shape or normalization.
+        UserError: the pretrained SAE has another architecture, shape or normalization.
     """
     torch.manual_seed(cfg.seed)
     if cfg.from_pretrained_path is None:
@@ -140,7 +142,7 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"--set from_pretrained_path={cfg.from_pretrained_path}: no SAE can be read there: {one_line(error)}"
+            f"--set from_pretrained_path={cfg.from_pretrained_path}: cannot be read ({one_line(error)}); name another"
         ) from None
     architecture = found.cfg.architecture()
     if architecture != cfg.sae.architecture():
@@ -152,7 +154,7 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         if getattr(found.cfg, field) != getattr(cfg.sae, field):
             raise UserError(
                 f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {getattr(found.cfg, field)},"
-                f" the run's {getattr(cfg.sae, field)}"
+                f" and that of the run is {getattr(cfg.sae, field)}; name another"
             )
     sae = sparse_class(type(found), found.cfg, compiled=cfg.compile_sae)(found.cfg)
     sae.load_state_dict(found.state_dict())
@@ -165,16 +167,16 @@ def _calibrate(
     stream: ActivationStream,
     max_norm_multiple: float | None,
 ) -> None:
-    """Freezes the norm limits and the normalization on the first batches of the stream, which are trained on too."""
+    """Fixes the norm limits and the normalization by the first batches of the stream, which are also trained on."""
     mode = cfg.sae.normalize_activations
     estimated = mode in ("expected_average_only_in", "covariance_whitening")
     if max_norm_multiple is None and not estimated:
-        stream.calibrate(1, None)  # for the record alone
+        stream.calibrate(1, None)  # only for the record
         return
     log.info("measuring activation norms on %d batches", cfg.n_batches_for_norm_estimate)
     acts_ND = stream.calibrate(cfg.n_batches_for_norm_estimate, max_norm_multiple)
     for each, acts in zip(trainer.trainers.values(), stream.at_each_hook(acts_ND), strict=True):
-        if mode == "expected_average_only_in":  # of which SAELens takes the norms alone
+        if mode == "expected_average_only_in":  # SAELens uses only the norms
             batches = stream.ranks.gather(acts.norm(dim=-1, keepdim=True))
             each.activation_scaler.estimate_scaling_factor(each.sae.cfg.d_in, iter(batches), len(batches))
         elif mode == "covariance_whitening":

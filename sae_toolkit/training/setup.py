@@ -1,4 +1,4 @@
-"""Settings to a run that is ready, checked before anything large is loaded and before anything is written."""
+"""Prepares a run from its settings, before anything large is loaded and before anything is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import secrets
 import string
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,46 +33,58 @@ from sae_toolkit.training.prepared_run import PreparedRun, existing
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # that a run measures on each time
+_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # how much held-out text a run measures on each time
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What one rank found for all: the run's directory, where it goes on, and its text."""
+class _FoundByRank0:
+    """What rank 0 found and the other ranks use too.
+
+    Args:
+        directory: directory of the run.
+        resume_from: checkpoint to go on from; None to begin at the first step.
+        text: the text that is trained on; its documents cannot be read again.
+        rows_NT: token ids of that text.
+    """
 
     directory: Path
     resume_from: Path | None
     text: TextSource
+    rows_NT: np.ndarray
 
 
 def prepare_run(settings: TrainingSettings, ranks: Ranks = ALONE) -> PreparedRun:
-    """Checks settings, model, data and output against one another, and tokenizes the training text.
+    """Checks that settings, model, data and output directory fit together, and tokenizes the training text.
 
-    This is where the settings end: what comes after takes values from the `PreparedRun`.
+    The settings are not used after this: whatever comes later takes its values from the `PreparedRun`.
 
-    Rank 0 does so before the others, which take its tokens: a mistake is said once, and a text is read once.
+    Rank 0 prepares the run before the other ranks, which use its tokens. So a mistake is reported once, and the text is
+    read once.
 
     Raises:
         UserError: the run could not succeed.
     """
     run = _prepare_run(settings, ranks) if ranks.is_main else None
-    if ranks.is_alone:
-        assert run is not None
-        return run
-    found = _Found(run.directory, run.resume_from, replace(run.text, read=_no_documents)) if run else None
-    found, shape = ranks.broadcast((found, run.rows_NT.shape if run else ()))
+    if not ranks.is_alone:
+        found = _broadcast(run, ranks)
+        run = run or _prepare_run(settings, ranks, found)
+    assert run is not None
+    return run
+
+
+def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
+    """Sends what rank 0 found to all ranks. The run is that of rank 0, and None on the others."""
+    sent: Any = None
+    if run:
+        text = replace(run.text, read=tuple)  # the function that reads the documents cannot be sent
+        sent = run.directory, run.resume_from, text, run.rows_NT.shape
+    directory, resume_from, text, shape = ranks.broadcast(sent)
     rows_NT = torch.from_numpy(np.array(run.rows_NT).view(np.int32) if run else np.empty(shape, np.int32))
     ranks.broadcast_tensor(rows_NT)
-    return run or _prepare_run(settings, ranks, found, rows_NT.numpy().view(np.uint32))
+    return _FoundByRank0(directory, resume_from, text, rows_NT.numpy().view(np.uint32))
 
 
-def _no_documents() -> Iterator[Any]:
-    return iter(())
-
-
-def _prepare_run(
-    settings: TrainingSettings, ranks: Ranks, found: _Found | None = None, rows_NT: np.ndarray | None = None
-) -> PreparedRun:
+def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 | None = None) -> PreparedRun:
     check_world_size(settings, ranks.size)
     device, llm_device = _choose_devices(settings.model, ranks)
     model, widths = _find_model(settings)
@@ -81,30 +93,19 @@ def _prepare_run(
     else:
         directory, resume_from = _choose_directory(settings)
     try:
-        cfgs = [
-            build_runner_config(settings, name, d_in=d_in, device=device, run_id=directory.path.name)
-            for name, d_in in widths.items()
-        ]
-        cfg = cfgs[0]
-        if cfg.activations_mixing_fraction == 0 and not ranks.is_alone:
-            raise UserError(
-                "--set activations_mixing_fraction=0: a batch that is not mixed lies with one process; leave it out"
-            )
-        if settings.sae.shard_features:
-            _check_shards(settings.sae.expansion_factor, cfgs, ranks)
+        cfgs = _build_configurations(settings, widths, device, directory.path, ranks)
         tokenizer = load_tokenizer(model)
-        skip_positions = settings.text.skip_positions
-        positions = PositionFilter(special_tokens(settings.text.exclude_special_tokens, tokenizer), skip_positions)
-        held_out_NT = None
-        if found and rows_NT is not None:
-            text = found.text
+        positions = PositionFilter(
+            special_tokens(settings.text.exclude_special_tokens, tokenizer), settings.text.skip_positions
+        )
+        if found:
+            text, rows_NT, held_out_NT = found.text, found.rows_NT, None
         elif directory.path.exists():
             text, rows_NT, held_out_NT = directory.text(), directory.rows(), directory.held_out_rows()
         else:
-            text, rows_NT, held_out_NT = _read_text(settings, cfg, model, tokenizer, positions)
-        for each in cfgs:
-            each.checkpoint_path = str(directory.path)  # of a resumed run: wherever it has been moved to
-            each.dataset_path = text.name
+            text, rows_NT, held_out_NT = _read_text(settings, cfgs[0], model, tokenizer, positions)
+        for cfg in cfgs:
+            cfg.dataset_path = text.name
     except BaseException:
         directory.release()
         raise
@@ -128,25 +129,44 @@ def _prepare_run(
         resume_from=resume_from,
         saving=settings.run,
         recording=settings.recording,
-        started_with=settings.as_flags(),
+        flags=settings.as_flags(),
         ranks=ranks,
     )
 
 
+def _build_configurations(
+    settings: TrainingSettings, widths: dict[str, int], device: str, directory: Path, ranks: Ranks
+) -> list[LanguageModelSAERunnerConfig[Any]]:
+    """Builds SAELens's configuration of the SAE at each hook, and checks that the ranks can train it."""
+    cfgs = [
+        build_runner_config(settings, name, d_in=d_in, device=device, run_id=directory.name)
+        for name, d_in in widths.items()
+    ]
+    if cfgs[0].activations_mixing_fraction == 0 and not ranks.is_alone:
+        raise UserError(
+            "--set activations_mixing_fraction=0: each batch would be on one process, if nothing is mixed; leave it out"
+        )
+    if settings.sae.shard_features:
+        _check_shards(settings.sae.expansion_factor, cfgs, ranks)
+    for cfg in cfgs:
+        cfg.checkpoint_path = str(directory)  # a run that is resumed may have been moved
+    return cfgs
+
+
 def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
-    """The devices of the SAE and of the language model."""
+    """Returns the devices of the SAE and of the language model."""
     device = choose_device(settings.device, ranks.local_rank)
     llm_device = choose_llm_device(settings.llm_device, settings.n_devices, device)
     if not ranks.is_alone:
         if settings.llm_device is not None or settings.n_devices > 1:
-            raise UserError("--llm_device, --n_devices: of several processes each has a GPU for both; leave them out")
+            raise UserError("--llm_device, --n_devices: each of several processes has one GPU for both; leave them out")
         if ":" in settings.device:
-            raise UserError(f"--device {settings.device}: several processes have a GPU each; use cuda")
+            raise UserError(f"--device {settings.device}: each of several processes has a GPU of its own; use cuda")
     return device, llm_device
 
 
 def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]]:
-    """The language model, and the width of the activations at each hook."""
+    """Returns the language model, and the width of the activations at each hook."""
     chosen, context_size = settings.model, settings.text.context_size
     model = find_model(
         chosen.model_name, _model_kwargs(settings.optimization.set), trust_remote_code=chosen.trust_remote_code
@@ -157,13 +177,13 @@ def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]
     }
     if model.max_context is not None and context_size > model.max_context:
         raise UserError(
-            f"--context_size {context_size}: {model.name} was made for contexts of at most {model.max_context}"
+            f"--context_size {context_size}: {model.name} was made for at most {model.max_context}; lower it"
         )
     return model, widths
 
 
 def _choose_directory(settings: TrainingSettings) -> tuple[RunDirectory, Path | None]:
-    """The run's directory, and the checkpoint that it is resumed from."""
+    """Returns the directory of the run, and the checkpoint to go on from."""
     _check_writable(Path(settings.run.checkpoint_path))
     if resumption := find_resumption(settings.run.resume, settings.output_directory):
         return resumption.directory, resumption.checkpoint
@@ -176,14 +196,14 @@ def _held_out_split(settings: TrainingSettings) -> HeldOutSplit:
 
 def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
     if ranks.is_alone:
-        log.warning("--shard_features: a single process holds all features; ./run_simple.sh NUM_GPUS starts several")
+        log.warning("--shard_features: the only process holds all features; ./run_simple.sh NUM_GPUS starts several")
     for cfg in cfgs:
         if cfg.compile_sae:
             raise UserError("--shard_features, --set compile_sae=true: shards are not compiled; leave one of them out")
         if cfg.sae.d_sae % ranks.size:
             raise UserError(
                 f"--shard_features: {ranks.size} processes do not divide {cfg.sae.d_sae:,} features evenly; use another"
-                f" number of them, or another --expansion_factor than {expansion_factor}"
+                f" number of processes, or another --expansion_factor than {expansion_factor}"
             )
 
 
@@ -194,7 +214,7 @@ def _read_text(
     tokenizer: PreTrainedTokenizerBase,
     positions: PositionFilter,
 ) -> tuple[TextSource, np.ndarray, np.ndarray | None]:
-    """The text, its rows of tokens to train on, and those to measure on where the run does so."""
+    """Returns the text, its token ids to train on, and held-out token ids if the run measures on any."""
     chosen, seed, eval_every = settings.text, settings.optimization.seed, settings.recording.eval_every
     text = open_text(
         chosen.dataset_path,
@@ -221,7 +241,7 @@ def _read_text(
 
 
 def _model_kwargs(assignments: Sequence[str]) -> dict[str, Any]:
-    """`--set model_from_pretrained_kwargs=...`, which is needed before the configuration can be built."""
+    """Returns the value of `--set model_from_pretrained_kwargs=...`, which finding the model needs."""
     for assignment in reversed(assignments):
         key, _, value = assignment.partition("=")
         if key == "model_from_pretrained_kwargs":
@@ -236,7 +256,7 @@ def _model_kwargs(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _new_run_id() -> str:
-    """Eight lower-case letters and digits, as wandb's run ids are."""
+    """Returns eight random lower-case letters and digits, which is the form of wandb's run ids."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 

@@ -97,7 +97,7 @@ def test_the_evaluation_is_one_table_and_one_plot_over_layers(script, tiny_run):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--layers", 1, 1], "--layers 1 1: one stands there twice"),
+        (["--layers", 1, 1], "--layers 1 1: one of them is given twice"),
         (["--layers", 1, 9], "--layers 9: the model has 4 layers, 0 to 3"),
         (["--layers", 1, "--hook_name", "blocks.1.hook_mlp_out"], "--hook_name and --layers: only one of them"),
         (["--hook_names", "blocks.1.hook_mlp_out", "nowhere"], "--hook_names nowhere: not of the form"),

@@ -1,1 +1,1 @@
-"""Where a training run is recorded: wandb or TensorBoard."""
+"""The record of a training run, in wandb or TensorBoard."""

@@ -1,6 +1,7 @@
-"""What a run's record shows, in groups by what one asks of it: is it learning, is it sparse, is it alive, is it fast.
+"""The panels of a run's record, grouped by the question that they answer: does the SAE learn, is it sparse, are its
+features alive, is training fast.
 
-Within a group the names are SAELens's. `held_out` is what the evaluation measures, on text that is not trained on.
+Within a group the names are SAELens's. The group `held_out` has the metrics of the evaluation, on held-out text.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# SAELens's names, or how they begin -> the group.
+# A prefix of SAELens's names -> the group. The first prefix that fits counts.
 _GROUPS = {
     "metrics/l0": "sparsity",
     "metrics/topk_threshold": "sparsity",
@@ -28,19 +29,21 @@ _HELD_OUT = (
 
 
 def panels(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Readings of SAEs by the name of their hook, as one record; of several, the hook's name stands after the group."""
-    found = {}
+    """Returns readings, which are given by hook, by the names of their panels: group/name, or group/hook/name if there
+    are several hooks.
+    """
+    by_panel = {}
     for hook_name, reading in readings.items():
         between = f"{hook_name}/" if len(readings) > 1 else ""
         for name, value in reading.items():
             begins = next((key for key in _GROUPS if name.startswith(key)), None)
             if begins is None:
-                found[f"{between}{name}"] = value
+                by_panel[f"{between}{name}"] = value
             else:
-                found[f"{_GROUPS[begins]}/{between}{name.partition('/')[2]}"] = value
-    return found
+                by_panel[f"{_GROUPS[begins]}/{between}{name.partition('/')[2]}"] = value
+    return by_panel
 
 
 def of_held_out(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What an evaluation's metrics show during training."""
+    """Returns those of an evaluation's metrics that are recorded during training, by the names of their panels."""
     return {f"held_out/{name}": metrics[name] for name in _HELD_OUT}

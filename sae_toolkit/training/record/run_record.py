@@ -1,31 +1,49 @@
-"""A run's record: what it was started with, what was measured on the way, and what it came to."""
+"""The interface of a run's record: what it was started with, its metrics, and its results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sae_toolkit.errors import one_line
+
+log = logging.getLogger(__name__)
+
 
 class RunRecord:
-    """Records nothing, as of a run that nobody wants recorded; its subclasses do, and raise nothing."""
+    """A record that records nothing. The subclasses record, and none of their methods raises an exception."""
+
+    service = ""  # name of what records, for messages
+    _has_warned = False
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Numbers of a step."""
+        """Records numbers of a step."""
 
     def log_histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """A distribution at a step, [N]."""
+        """Records a distribution at a step. The values are [N]."""
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table of what the run came to."""
+        """Records a table of results."""
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """Sets values of the run's summary, which is what a table of runs shows."""
+        """Sets values of the summary of the run, which a table of runs shows."""
 
     def save_sae(self, directory: Path, metadata: dict[str, Any], *, with_weights: bool) -> None:
-        """Records a finished SAE, with its files or with where they lie."""
+        """Records a finished SAE, either with its weights or with the path of their directory."""
 
     def finish(self) -> None:
-        """Waits until all of it is written, or for as long as that may take."""
+        """Waits until the record is written, up to a time limit."""
+
+    def _safely(self, action: Callable[[], Any]) -> None:
+        """Does something, and logs the first exception instead of raising it."""
+        try:
+            action()
+        except Exception as error:  # such as a full disk
+            if not self._has_warned:
+                message = "%s: %s; the run goes on, and its record may be incomplete"
+                log.warning(message, self.service, one_line(error))
+            self._has_warned = True

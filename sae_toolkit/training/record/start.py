@@ -1,4 +1,4 @@
-"""Where a run is recorded, and what it was started with."""
+"""Starts the record of a run, with what the run was started with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import xxhash
 from sae_toolkit import ROOT
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings.training import RecordingSettings
+from sae_toolkit.training.directory import find_run_directory
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.record.tensorboard_run import TensorBoardRun
@@ -21,10 +22,10 @@ from sae_toolkit.training.record.wandb_run import WandbRun
 
 
 def run_config(run: PreparedRun) -> dict[str, Any]:
-    """What a run was started with: SAELens's configuration, and the flags, preset, data and code behind it."""
+    """Returns what a run was started with: SAELens's configuration, and the flags, preset, data and code behind it."""
     return run.cfg.to_dict() | {
-        "flags": dict(run.started_with),
-        "preset": run.started_with["preset"],
+        "flags": dict(run.flags),
+        "preset": run.flags["preset"],
         "data": data_of(run),
         "git": git_state(),
         "resumed_from": None if run.resume_from is None else run.resume_from.name,
@@ -32,7 +33,7 @@ def run_config(run: PreparedRun) -> dict[str, Any]:
 
 
 def data_of(run: PreparedRun) -> dict[str, Any]:
-    """What text a run trains on, which documents of it, and the checksum of its tokens."""
+    """Returns which text a run trains on, which documents are held out, and a checksum of the tokens."""
     return run.metadata() | {
         "name": run.text.name,
         "context_size": run.cfg.context_size,
@@ -42,12 +43,12 @@ def data_of(run: PreparedRun) -> dict[str, Any]:
 
 
 def _checkpoint(run: PreparedRun) -> dict[str, Any]:
-    """Which checkpoint a run goes on from."""
+    """Returns which checkpoint a run goes on from."""
     return {"run": run.directory.name, "tokens": int(run.resume_from.name) if run.resume_from else 0}
 
 
 def git_state() -> dict[str, Any] | None:
-    """The commit that this code is of, and whether it was changed since; None where it is no clone."""
+    """Returns the commit of this code, and whether files were changed since; None if this is not a git clone."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -61,7 +62,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def start_record(run: PreparedRun) -> RunRecord:
-    """Starts a training run's record, or goes on with it."""
+    """Starts the record of a training run. A resumed run goes on with its record."""
     if not run.ranks.is_main:
         return RunRecord()
     if run.recording.logger == "tensorboard":
@@ -88,19 +89,19 @@ def record_runs(
     saes: Mapping[str, Path],
     table: tuple[Sequence[str], Sequence[Sequence[Any]]],
 ) -> None:
-    """Records a sweep or a comparison in a wandb run of its own, which names the runs of its trainings.
+    """Records a sweep or a comparison in a wandb run of its own, with links to the wandb runs of its trainings.
 
     Args:
-        kind: what it is, a word.
-        directory: its own.
-        recording: where the trainings are recorded.
-        started_with: the flags of the trainings, by name.
-        saes: the finished SAEs of these, by what each is called.
-        table: columns and rows.
+        kind: `sweep` or `comparison`.
+        directory: directory of the sweep or comparison.
+        recording: settings of the record of the trainings.
+        started_with: flags of the trainings, by name.
+        saes: directories of the finished SAEs, by the names of the trainings.
+        table: columns and rows of the results.
     """
     if recording.logger != "wandb":
         return
-    runs = {name: path.absolute().parent.name for name, path in saes.items()}  # the directory of a run has its id
+    runs = {name: path.absolute().parent.name for name, path in saes.items()}  # a run's directory is named by its id
     where = f"{recording.wandb_entity + '/' if recording.wandb_entity else ''}{recording.wandb_project}"
     record = WandbRun(
         recording.wandb_mode,
@@ -119,20 +120,19 @@ def record_runs(
 
 
 def record_of_training(sae_path: Path) -> RunRecord:
-    """The record of the training that wrote an SAE, to go on with; one that records nothing where it had none."""
-    above = sae_path.absolute().parents[:2]  # one of several hooks lies a step deeper
-    path = next((found for parent in above if (found := parent / FLAGS_FILENAME).is_file()), None)
+    """Returns the record of the training that wrote an SAE, to go on with. If it has none, nothing is recorded."""
+    directory = find_run_directory(sae_path)
     try:
-        flags = dict(json.loads(path.read_text())) if path else {}
-    except (OSError, ValueError, TypeError, RecursionError):  # not ours
+        flags = dict(json.loads((directory / FLAGS_FILENAME).read_text())) if directory else {}
+    except (OSError, ValueError, TypeError, RecursionError):  # not written by this project
         flags = {}
-    if path is None or not flags:
+    if directory is None or not flags:
         return RunRecord()
     if flags.get("logger") == "tensorboard":
-        return TensorBoardRun(path.parent)
+        return TensorBoardRun(directory)
     return WandbRun(
         flags.get("wandb_mode", "disabled"),
-        run_id=path.parent.name,
+        run_id=directory.name,
         project=flags.get("wandb_project", ""),
         entity=flags.get("wandb_entity"),
     )

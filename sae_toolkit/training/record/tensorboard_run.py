@@ -1,43 +1,41 @@
-"""A run's record in TensorBoard, in the run's own directory."""
+"""The record of a run in TensorBoard, in the directory of the run."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.errors import UserError
 from sae_toolkit.training.record.run_record import RunRecord
-
-log = logging.getLogger(__name__)
 
 DIRECTORY = "tensorboard"
 
 
 class TensorBoardRun(RunRecord):
-    """Event files under {run directory}/tensorboard, by the names that wandb has; tables and settings are texts.
+    """Writes event files into {run directory}/tensorboard. Names are the same as in wandb; tables are texts.
 
     Args:
-        directory: the run's.
-        config: what it was started with.
-        first_step: what was recorded of it and later steps is forgotten.
+        directory: directory of the run.
+        config: what the run was started with.
+        first_step: earlier records of this and later steps are deleted.
 
     Raises:
         UserError: TensorBoard is not installed.
     """
+
+    service = "tensorboard"
 
     def __init__(self, directory: Path, *, config: dict[str, Any] | None = None, first_step: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise UserError(
-                f"--logger tensorboard: {error.name} is not installed here: pip install -c constraints.txt tensorboard"
+                f"--logger tensorboard: {error.name} is not installed; run `pip install -c constraints.txt tensorboard`"
             ) from None
-        self._has_warned = False
         self._writer = SummaryWriter(str(directory / DIRECTORY), purge_step=first_step)
         if config is not None:
             self._text("config", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
@@ -68,11 +66,3 @@ class TensorBoardRun(RunRecord):
 
     def _text(self, name: str, text: str) -> None:
         self._safely(lambda: self._writer.add_text(name, text, 0))
-
-    def _safely(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:  # such as a full disk
-            if not self._has_warned:
-                log.warning("tensorboard: %s; the run goes on, and its record may be incomplete", one_line(error))
-            self._has_warned = True

@@ -1,4 +1,4 @@
-"""A run's record in wandb: online, offline where there is no login or no connection, or none."""
+"""The record of a run in wandb: online, or offline if there is no login or no connection."""
 
 from __future__ import annotations
 
@@ -22,23 +22,26 @@ from sae_toolkit.training.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
-# wandb's reports of its own errors: at the end of a process they wait half a minute for a host that is away.
+# Switches off wandb's reports of its own errors. At the end of a process they wait half a minute for an absent host.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
-# Seconds that wandb may keep a run waiting at its start and at its end (by default 90, and for ever). Between them its
-# own process retries in the background. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT choose others.
+# Most seconds that a run waits for wandb at its start and at its end. wandb's own limits are 90 seconds, and none. In
+# between, wandb's process retries in the background. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT set other limits.
 _LIMITS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 
 
 class WandbRun(RunRecord):
-    """One wandb run. With mode `disabled` every method does nothing; nothing that wandb raises ends the caller's run.
+    """Records a run in wandb.
 
     Args:
-        mode: `online`, `offline` or `disabled`; `online` becomes `offline` where there is no login or no connection.
-        run_id: the same id continues the same run.
-        uses: what it is made from, by kind: each becomes an artifact that it is derived from. Offline, where wandb
-            takes none, they are in the configuration and in the SAE's own artifact alone.
+        mode: `online`, `offline` or `disabled`. `online` becomes `offline` if there is no login or no connection, and
+            with `disabled` nothing is recorded.
+        run_id: id of the wandb run; the same id continues the same run.
+        uses: what the run is made from, by kind. Each becomes an artifact that the run uses. Offline, wandb does not
+            allow that, so they are only in the configuration and in the artifact of the SAE.
     """
+
+    service = "wandb"
 
     def __init__(
         self,
@@ -54,8 +57,7 @@ class WandbRun(RunRecord):
     ) -> None:
         self.run: wandb.Run | None = None
         self.uses = uses or {}
-        self._has_warned = False
-        self._artifacts: threading.Thread | None = None  # tells the host of them, which may hang
+        self._artifacts: threading.Thread | None = None  # sends them to the host, which may hang
         self._artifact_error: str | None = None
         if mode == "disabled":
             return
@@ -85,7 +87,7 @@ class WandbRun(RunRecord):
                     self._in_background(self._use)
                     return
                 log.info("wandb: no login (`wandb login`), so the run is recorded offline, under ./wandb")
-            except Exception as error:  # wandb's, and those of its process
+            except Exception as error:  # of wandb or of its process
                 reason = one_line(error)
         self._safely(lambda: setattr(self, "run", start("offline")))
         if reason and self.run is not None:
@@ -134,7 +136,7 @@ class WandbRun(RunRecord):
             self._in_background(save)
 
     def _in_background(self, action: Callable[[], None]) -> None:
-        """Runs what waits for the host, one after the other, while the caller's run goes on and hears its signals."""
+        """Does something that waits for the host, in a thread, after what this method was given before."""
         before = self._artifacts
 
         def work() -> None:
@@ -149,7 +151,7 @@ class WandbRun(RunRecord):
         self._artifacts.start()
 
     def finish(self) -> None:
-        """Waits for the record to be uploaded; not for ever, and no longer once a signal came."""
+        """Waits until the record is uploaded, up to a time limit, or until a signal comes."""
         if self.run is None:
             return
         try:
@@ -158,28 +160,20 @@ class WandbRun(RunRecord):
             self.run.finish()
             if self._artifact_error:
                 log.warning("wandb: %s; the run's artifacts may be missing from its record", self._artifact_error)
-        except Exception as error:  # a host that is away ends in a TimeoutError; anything else may have come earlier
+        except Exception as error:  # a TimeoutError if the host is absent; others may be of earlier calls
             what = "record is whole" if isinstance(error, TimeoutError) else "record up to then is"
             log.warning("wandb: %s; the %s on disk: `wandb sync %s` uploads it", one_line(error), what, self._directory)
         except BaseException:
             for process in psutil.Process().children():
-                if "wandb" in process.name():  # which this one would wait for at its end
+                if "wandb" in process.name():  # this process would wait for it at its end
                     process.kill()
             with suppress(Exception):
                 wandb.teardown()
             raise
 
-    def _safely(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except Exception as error:
-            if not self._has_warned:
-                log.warning("wandb: %s; the run goes on, and its record may be incomplete", one_line(error))
-            self._has_warned = True
-
 
 def _name(text: str) -> str:
-    """As the name of an artifact may be."""
+    """Returns a text without the characters that the name of an artifact must not have."""
     return re.sub(r"[^\w.-]", "_", text)
 
 
