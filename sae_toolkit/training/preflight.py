@@ -82,7 +82,7 @@ def _warn_of_activations(run: PreparedRun, measured: Sequence[MeasuredActivation
         found_warnings = activation_warnings(
             cfg,
             found,
-            finds_weight=run.target_l0 is not None,
+            finds_weight=run.sae.target_l0 is not None,
             max_norm_multiple=run.max_norm_multiple,
             skip_positions=run.positions.skip_positions,
         )

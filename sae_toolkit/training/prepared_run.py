@@ -22,7 +22,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory
 from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
-from sae_toolkit.settings.training import RecordingSettings, RunSettings
+from sae_toolkit.settings.training import OptimizationSettings, RecordingSettings, RunSettings, SAESettings
 from sae_toolkit.settings.values import Interval
 from sae_toolkit.steps.memory import MemoryPlan, plan_memory, suggest_flags
 from sae_toolkit.text.positions import PositionFilter
@@ -52,8 +52,8 @@ class PreparedRun:
         positions: the positions that are trained on.
         max_norm_multiple: activations whose norm is more than this many times the median are left out; None leaves
             none out.
-        target_l0: the L0 that the weight of the sparsity loss is adjusted to; None leaves the weight as it is.
-        shards_features: whether --shard_features is given.
+        sae: settings of the SAE.
+        optimization: settings of the steps and of the optimizer.
         run_directory: directory of the run; it need not exist yet.
         resume_from: checkpoint to go on from; None to begin at the first step.
         saving: settings of the checkpoints.
@@ -75,8 +75,8 @@ class PreparedRun:
     held_out_NT: np.ndarray | None
     positions: PositionFilter
     max_norm_multiple: float | None
-    target_l0: float | None
-    shards_features: bool
+    sae: SAESettings
+    optimization: OptimizationSettings
     run_directory: RunDirectory
     resume_from: Path | None
     saving: RunSettings
@@ -142,7 +142,7 @@ class PreparedRun:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the features. Otherwise each rank holds all of them."""
-        return self.shards_features and not self.ranks.is_alone
+        return self.sae.shard_features and not self.ranks.is_alone
 
     def share_of_rank(self, cfg: LanguageModelSAERunnerConfig[Any]) -> LanguageModelSAERunnerConfig[Any]:
         """Returns the configuration of one rank's share: of a batch, and of the features if they are sharded."""

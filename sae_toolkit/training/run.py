@@ -69,17 +69,18 @@ class Training:
         self.cfg = cfg = run.cfg
         self.ranks = run.ranks
         self.saes = {each.hook_name: self._create_sae(each) for each in run.cfgs}
-        n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
+        batch_size = run.optimization.train_batch_size_tokens
+        n_steps = -(-run.optimization.training_tokens // batch_size)
         self.stream = ActivationStream(
             activations,
             run.rows_NT,
             run.positions,
-            batch_size=cfg.train_batch_size_tokens,
+            batch_size=batch_size,
             buffer_size=cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)]),
             mix_fraction=cfg.activations_mixing_fraction,
             rows_per_forward=cfg.store_batch_size_prompts,
-            total=n_steps * cfg.train_batch_size_tokens,
-            seed=cfg.seed,
+            total=n_steps * batch_size,
+            seed=run.optimization.seed,
             dtype=str_to_dtype(cfg.dtype),
             ranks=run.ranks,
             widths=run.widths,
@@ -87,7 +88,7 @@ class Training:
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the training loop records instead
-        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.target_l0)
+        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.sae.target_l0)
         for each_trainer in self.trainer.trainers.values():
             each_trainer.products_in_bfloat16 = run.products_in_bfloat16
         self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
