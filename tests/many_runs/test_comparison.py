@@ -12,7 +12,7 @@ from sae_lens import SAE
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.comparison.contenders import Contender, parse_contenders
 from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty
-from sae_toolkit.many_runs.processes import pareto_front
+from sae_toolkit.many_runs.page import pareto_front
 from support.processes import run_process
 
 
