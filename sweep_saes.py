@@ -4,30 +4,31 @@
     # six trials, two at a time where there are two cores
     python sweep_saes.py @presets/demo.args --grid lr=3e-4,1e-3,3e-3 k=32,64
 
-    # ten drawn at random, hopeless ones stopped early
+    # ten trials drawn at random; stop those that are less promising than the others
     python sweep_saes.py @presets/demo.args --sample 10 --range lr=1e-4:1e-2 --grid k=32,64 --early_stop
 
-    # one GPU a trial, on a cluster (`ray start --head` on one machine, `ray start --address` on the others)
+    # one GPU for each trial, on a cluster (`ray start --head` on one machine, `ray start --address` on the others)
     python sweep_saes.py @presets/llama3-8b.args --grid k=32,64,128 --address auto --gpus_per_trial 1
 
-    # what would run
+    # list the trials, and run none
     python sweep_saes.py @presets/demo.args --grid k=32,64 --dry_run
 
-All other flags are those of sae_lens_train.py and hold for each trial. A trial is an ordinary training run with its
-evaluation; trials share the activations that they have in common. A sweep that was stopped or killed goes on with the
-same command. The table goes to standard output; sweep.json, sweep.md and sweep.html into the sweep's directory.
+All other flags are flags of sae_lens_train.py and hold for every trial. A trial is an ordinary training run, followed
+by its evaluation. Trials on the same model, hook and context size share their activations. The same command continues a
+sweep that was stopped or killed. It prints a table, and writes sweep.json, sweep.md and sweep.html to the sweep's
+directory.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs.processes import claimed
-from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
+from sae_toolkit.many_runs.directories import claimed, read_result
+from sae_toolkit.many_runs.sweep.trials import make_trials
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.sweep import parse_sweep_flags
 from sae_toolkit.terminal.console import run_script, set_up_logging
@@ -50,36 +51,30 @@ def main() -> int:
         seed=settings.trials.sample_seed,
         caches=not settings.trials.no_cache,
     )
-    log.info("%d trials, %d of them finished before, in %s", len(trials), _n_finished(trials), directory)
+    n_finished = sum(read_result(trial.directory) is not None for trial in trials)
+    log.info("%d trials, %d of them finished before, in %s", len(trials), n_finished, directory)
     if settings.run.dry_run:
         for trial in trials:
             print(f"{trial.number}: {trial.name}")
         return 0
 
-    # Ray and torch take seconds to import: not for --help or a mistyped flag.
+    if find_spec("ray") is None:
+        install = f"{sys.executable} -m pip install -c constraints.txt -r requirements/sweep.txt"
+        raise UserError(f"sweep_saes.py: Ray is not installed here: {install}")
+    # Ray and torch take seconds to import, so --help and a mistyped flag do without them.
     from rich.console import Console
 
     from sae_toolkit.many_runs.sweep.report import render_sweep, sweep_table, write_sweep
+    from sae_toolkit.many_runs.sweep.run import ray_cluster, run_trials
     from sae_toolkit.training.record.start import record_runs
 
-    try:
-        from sae_toolkit.many_runs.sweep.run import default_gpus, ray_cluster, run_trials
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        install = f"{sys.executable} -m pip install -c constraints.txt -r requirements/sweep.txt"
-        raise UserError(f"sweep_saes.py: Ray is not installed here: {install}") from None
-
     with claimed(directory, "--sweep_dir"), ray_cluster(settings.run.address):
-        for number in (signal.SIGTERM, signal.SIGHUP):  # Ray Tune hears Ctrl-C, and stops its trials
-            if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` sets it
-                signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
         outcomes = run_trials(
             trials,
             directory,
             name=name,
             cpus_per_trial=settings.run.cpus_per_trial,
-            gpus_per_trial=default_gpus() if settings.run.gpus_per_trial is None else settings.run.gpus_per_trial,
+            gpus_per_trial=settings.run.gpus_per_trial,
             early_stop=settings.run.early_stop,
             evaluation_flags=["--num_samples", str(settings.run.num_samples)] if settings.run.num_samples else [],
         )
@@ -88,13 +83,9 @@ def main() -> int:
     record_runs("sweep", directory, training.recording, training.as_flags(), saes, sweep_table(outcomes))
     log.info("written to %s", page)
     Console(width=None if sys.stdout.isatty() else 120).print(render_sweep(outcomes))
-    if not any("metrics" in outcome for _, outcome in outcomes):
+    if not saes:
         raise UserError(f"--grid: no trial of {len(trials)} was evaluated; {page.with_suffix('.md')} says why")
     return 0
-
-
-def _n_finished(trials: list[Trial]) -> int:
-    return sum(trial.result() is not None for trial in trials)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python benchmarks/eval_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
     python benchmarks/eval_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --repeats 5
 
-Every contender measures the same rows, in the same dtype, at the same batch size, in a process of its own; the
-model is loaded before the clock starts. Contenders are interleaved. Prints medians, spread, peak memory and
-ratios as Markdown. More than one SAE adds the comparison of one pass with several.
+Every contender measures the same rows, in the same dtype, at the same batch size, in a process of its own. The clock
+starts after the model is loaded. Contenders are interleaved. Given several SAEs, it also compares one pass for all of
+them with a pass for each. Prints medians, spread, peak memory and ratios as Markdown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def prepare(flags: argparse.Namespace) -> Any:
 
 
 def run_this(flags: argparse.Namespace) -> dict[str, float]:
-    """This project's evaluation: both passes, intervals, estimates and the feature browser's data."""
+    """Runs this project's evaluation: both passes, intervals, estimates and the data of the feature browser."""
     from sae_toolkit.evaluation.run import evaluate_saes
     from sae_toolkit.model.devices import choose_lm_dtype
     from sae_toolkit.model.loading import load_language_model
@@ -68,7 +68,10 @@ def run_this(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def run_evals_inputs(flags: argparse.Namespace, prepared: Any, model: Any) -> tuple[Any, Any, Any, Any]:
-    """What sae-lens's `run_evals` takes: model, store, scaler and configuration, its two passes over the same rows."""
+    """Returns what sae-lens's `run_evals` takes: model, store, scaler and configuration.
+
+    The store holds the rows twice, because the second pass of `run_evals` reads on where the first one ended.
+    """
     import datasets
     from sae_lens import ActivationsStore
     from sae_lens.evals import get_eval_everything_config
@@ -93,7 +96,7 @@ def run_evals_inputs(flags: argparse.Namespace, prepared: Any, model: Any) -> tu
 
 
 def run_run_evals(flags: argparse.Namespace) -> dict[str, float]:
-    """sae-lens's `run_evals` with all metrics on."""
+    """Runs sae-lens's `run_evals` with all metrics on."""
     from sae_lens import run_evals
 
     from sae_toolkit.model.devices import choose_lm_dtype

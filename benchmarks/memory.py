@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Holds the memory that `--dry_run` predicts to what runs then take.
+"""Compares the memory that `--dry_run` predicts with the memory that a run then takes.
 
     python benchmarks/memory.py                  # the embedded model, on this machine
     python benchmarks/memory.py --device cuda --model_name meta-llama/Meta-Llama-3-8B --dataset_path wikitext
 
-Each configuration runs for 24 steps in a process of its own; its peak is the operating system's (resident) on a CPU
-and torch's (allocated) on a GPU. None of the configurations is one that the prediction's constants were fitted to.
+Each configuration runs for 24 steps in a process of its own. Its peak is the resident memory that the operating system
+reports on a CPU, and the allocated memory that torch reports on a GPU. The constants of the prediction were fitted to
+other configurations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sae_lens_train.py"
 
-# The constants of sae_toolkit/steps/memory.py come from runs of 4 to 16 x the width, batch 1,024, context 256.
+# The constants of sae_toolkit/steps/memory.py come from runs with 4 to 16 times as many features as dimensions, batch
+# 1,024 and context 256.
 CONFIGURATIONS = [
     "--architecture batchtopk --expansion_factor 32 --k 40 --train_batch_size_tokens 2048",
     "--architecture standard --expansion_factor 12 --train_batch_size_tokens 2048 --context_size 128",

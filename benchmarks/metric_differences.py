@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What each tool reports of one SAE on the same rows: the table of docs/metrics.md.
+"""Prints what each tool reports of one SAE on the same rows: the table of docs/metrics.md.
 
     python benchmarks/metric_differences.py --sae_path checkpoints/demo_topk_1a2b3c4d/k3j2h1g0/final_500736
 
-The SAE must be a TopK one, which every tool can represent: its weights are given to sparsify's SparseCoder and to
-dictionary_learning's AutoEncoderTopK as they are. Every number comes from the tool's own code; SAEBench and
-dictionary_learning run in their own environments, which `./run_tests.sh --parity` makes.
+The SAE must be a TopK SAE, since every tool can represent these: sparsify's SparseCoder and dictionary_learning's
+AutoEncoderTopK take its weights unchanged. Every number comes from the tool's own code. SAEBench and
+dictionary_learning run in environments of their own, which `./run_tests.sh --parity` makes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 
 import numpy as np
@@ -30,7 +30,8 @@ from sae_lens import run_evals
 
 from sae_toolkit.model.loading import load_language_model
 
-# Run by dictionary_learning's Python: a directory with ae.pt and config.json, a file of activations [B, N, D].
+# A program for dictionary_learning's environment. Its arguments: a directory with ae.pt and config.json, and a file of
+# activations [B, N, D].
 _DICTIONARY_LEARNING = """
 import json, sys
 import numpy as np, torch
@@ -88,7 +89,7 @@ def evaluate(flags: argparse.Namespace, protocol: str, output: Path) -> dict[str
 
 
 def named(theirs: dict[str, Any], dead: float | None = None) -> dict[str, float]:
-    """Our names for the metrics of SAELens's and SAEBench's categories."""
+    """Returns the metrics of SAELens's or SAEBench's categories under this project's names."""
     performance = theirs["model_performance_preservation"]
     found = {
         "loss_recovered": performance["ce_loss_score"],
@@ -105,7 +106,7 @@ def named(theirs: dict[str, Any], dead: float | None = None) -> dict[str, float]
 
 
 def without_massive(acts_BND: torch.Tensor, prepared: Any) -> torch.Tensor:
-    """The batches without the positions that the SAE was not trained for, all cut to the shortest."""
+    """Returns the batches without the positions that the SAE was not trained on, all cut to the shortest batch."""
     positions = prepared.saes[0].positions
     kept_BN = torch.from_numpy(positions.keeps_tokens(prepared.rows_NT)).view(acts_BND.shape[:2])
     kept_BN &= positions.keeps_norms(acts_BND)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Times a training step of this project against SAELens's own, by width and k: where sparse products pay.
+"""Times a training step of this project against SAELens's own, by width and k, to find where sparse products pay.
 
     python benchmarks/step_speed.py                                         # this machine's CPU, some minutes
     python benchmarks/step_speed.py --device cuda --d_in 4096 --batch 4096 --d_sae 32768 131072
 
-Random activations and weights: only shapes matter. Each pair of steps is timed in turn, on equal SAEs, optimizer
-included. The crossover is the number of features for each active one above which the sparse step is faster.
+Activations and weights are random, since only shapes matter. Both steps, optimizer included, are timed in turn on
+equal SAEs. The sparse step is faster where the number of features for each active one is above the crossover.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@
     python benchmarks/stock_faults.py --faults signals damage        # some of them
     python benchmarks/stock_faults.py --tools sparsify --repeats 8   # one tool, more kills
 
-Each run is a process of its own: SAELens by its runner (bad lines and mistyped values by its command line), sparsify
-by its Trainer, both unmodified, on a Llama of random weights and one file of tokens. torch is seeded before each run,
-as a user could from Python; no flag does it (SAELens never reads its `--seed`). The disk that fills is a tmpfs of this
-program's own, which takes root. dictionary_learning is not here: it does not start beside this project's packages.
+Each run is a process of its own, on a Llama of random weights and one file of tokens. SAELens runs by its runner (bad
+lines and mistyped values by its command line), sparsify by its Trainer, both unmodified. torch is seeded before each
+run, as a user could do from Python; no flag does it (SAELens never reads its `--seed`). The disk that fills up is a
+tmpfs that this program mounts, for which it must run as root. dictionary_learning is left out, since it does not start
+next to this project's packages.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Rows = Iterator[tuple[str, str, str]]  # what was injected, what happened, what 
 
 
 def difference(a: Path, b: Path) -> str:
-    """How far two files of weights are apart."""
+    """Says in which tensors two files of weights differ, and by how much."""
     one, other = load_file(a), load_file(b)
     gaps = {name: float((one[name] - other[name]).abs().max()) for name in one}
     differing = {name: gap for name, gap in gaps.items() if gap != 0}
@@ -48,7 +49,7 @@ def difference(a: Path, b: Path) -> str:
 def attempt(work: Callable[[], Any]) -> str:
     try:
         work()
-    except Exception as error:  # whatever a user would see
+    except Exception as error:  # of any kind, as a user would see it
         return without_folders(f"{type(error).__name__}: {error}").splitlines()[0][:80]
     return "loads without a word"
 
@@ -63,7 +64,7 @@ def finished(tool: Any, name: str, **settings: Any) -> tuple[Run, Path]:
 
 
 def begun(tool: Any, out: Path, n: int = 1, **settings: Any) -> Run:
-    """A run that has just written its n-th checkpoint."""
+    """Returns a run that has just written its n-th checkpoint."""
     run = Run(tool, out, **settings)
     run.until(lambda: len(tool.checkpoints(out)) >= n)
     return run
@@ -106,7 +107,7 @@ def write_kill(tool: Any, repeats: int) -> Rows:
         start = time.monotonic()
         run.until(lambda: tool.checkpoints(out))  # noqa: B023
         duration, first = time.monotonic() - start, tool.checkpoints(out)[0]
-        time.sleep(0.1)  # its last file is there, and soon whole
+        time.sleep(0.1)  # its last file exists, but may still be written to
         files = (path for path in first.rglob("*") if path.is_file())
         sizes = {path.relative_to(first): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
         n = tool.saves_begun(out)
@@ -124,7 +125,13 @@ def write_kill(tool: Any, repeats: int) -> Rows:
 
 
 def describe(checkpoint: Path, sizes: dict[Path, tuple[int, int]], in_place: bool) -> str:
-    """Which files of a checkpoint are whole, cut or missing, and which are still the last checkpoint's."""
+    """Says which files of a checkpoint are new, cut short or missing, and which are those of the last checkpoint.
+
+    Args:
+        checkpoint: its directory.
+        sizes: size and modification time of each file of the last checkpoint, which was whole.
+        in_place: whether the tool writes over the last checkpoint.
+    """
     states: dict[str, list[str]] = {}
     for name, (size, mtime) in sizes.items():
         path = checkpoint / name
@@ -162,7 +169,7 @@ def small_disk(path: Path, mebibytes: int) -> Iterator[None]:
 
 
 def full(tool: Any, repeats: int) -> Rows:
-    # A checkpoint is 100 MiB. sparsify overwrites its own, so that only the first can fill a disk of its own.
+    # A checkpoint takes 100 MiB. sparsify overwrites the one before, so only its first one can fill the disk.
     sizes = (115, 150) if isinstance(tool, SAELens) else (20, 60)
     for what, mebibytes in zip(("weights", "optimizer state"), sizes, strict=True):
         out = folder(tool, "full")

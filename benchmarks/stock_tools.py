@@ -1,4 +1,4 @@
-"""Stock SAELens and stock sparsify, started as processes on one tiny job, for stock_faults.py."""
+"""Stock SAELens and stock sparsify on one tiny job, as the processes that stock_faults.py injects its faults into."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ class SAELens:
         from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
 
         cfg = _parse_cfg_args(self.flags(settings))
-        # The command line asks the hub about a tokenized data set, also where it is a local file.
+        # Given the path of a tokenized data set, the CLI asks the Hub about it, even if it is a local file.
         dataset = load_dataset("parquet", data_files=settings["data"], split="train")
         LanguageModelSAETrainingRunner(cfg=cfg, override_dataset=dataset).run()
 
     def checkpoints(self, out: Path) -> list[Path]:
-        """Whole ones, oldest first."""
+        """Returns the whole checkpoints, oldest first."""
         return sorted((p.parent for p in out.glob("runs/*/*/runner_cfg.json")), key=lambda p: int(p.name))
 
     def saves_begun(self, out: Path) -> int:
-        """Another number once another checkpoint has begun to be written."""
+        """Returns a number that changes when the tool begins to write another checkpoint."""
         return len(list(out.glob("runs/*/*")))
 
     def newest(self, out: Path) -> Path:
-        """The directory last written to, whole or not."""
+        """Returns the checkpoint that was written to last, whole or not."""
         return max(out.glob("runs/*/*"), key=lambda p: int(p.name))
 
     def final(self, out: Path) -> Path:
@@ -75,7 +75,7 @@ class SAELens:
         TrainingSAE.load_from_disk(checkpoint)
 
     def position(self, checkpoint: Path) -> str:
-        """What a resumed run reads again, and what it never sees."""
+        """Says what a run that is resumed from a checkpoint reads again, and what it never trains on."""
         import torch
         from safetensors.torch import load_file
 
@@ -100,7 +100,7 @@ class Sparsify:
         from sparsify.data import chunk_and_tokenize
         from transformers import AutoModel, AutoTokenizer
 
-        # The order of sparsify's own command line, which wants a GPU.
+        # The steps of sparsify's own command line, which itself needs a GPU.
         model = AutoModel.from_pretrained(settings["model"])
         if settings["data"].endswith(".parquet"):
             dataset = load_dataset("parquet", data_files=settings["data"], split="train")
@@ -152,12 +152,12 @@ TOOLS = {tool.name: tool for tool in (SAELens(), Sparsify())}
 
 
 def without_folders(text: str) -> str:
-    """Paths cut to their last names, so that equal errors read equal."""
+    """Returns the text with each path cut to its last name, so that equal errors have equal texts."""
     return re.sub(r"(?<![:/\w])(?:/[\w.+-]+)+/", "", text)
 
 
 class Run:
-    """A tool's process, what it printed kept beside its output."""
+    """A tool's process. `log` is the file of what it printed."""
 
     def __init__(self, tool: Any, out: Path, command_line: bool = False, env: dict[str, str] | None = None, **settings):
         settings = DEFAULTS | {"out": str(out)} | settings
@@ -177,7 +177,7 @@ class Run:
             time.sleep(0.0005)
 
     def end(self, signal_number: int = 0, limit: float = 300) -> Run:
-        """Sends the signal, if any, and waits."""
+        """Sends the signal, if any, and waits for the process to end. Kills it after `limit` seconds."""
         if signal_number:
             if self.process.poll() is not None:
                 raise RuntimeError("ended before its signal")
@@ -192,7 +192,7 @@ class Run:
         return self
 
     def said(self) -> str:
-        """Its exit status, and its last line where that is an error's."""
+        """Returns the exit status, and the error where the process printed one."""
         status, text = self.process.returncode, without_folders(self.log.read_text())
         if self.stopped:
             return f"still waiting after {self.seconds:.0f} s"
@@ -206,7 +206,11 @@ class Run:
 
 
 def prepare() -> None:
-    """Saves two models, one with an embedding that is not finite, and tokens and text, in the working directory."""
+    """Saves models, tokens and text in the working directory.
+
+    `nan_model` has a token whose embedding is not finite, `nan_tokens.parquet` one row with that token, and `bad_text`
+    a line that is cut short.
+    """
     import datasets
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -236,7 +240,7 @@ def prepare() -> None:
 
 
 def train(tool_name: str, settings: dict[str, Any]) -> None:
-    """The child's main program."""
+    """Trains with one tool, in the process that `Run` starts."""
     import torch
 
     if settings["seeded"]:

@@ -28,9 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,30 +35,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-JOBS: dict[str, dict[str, Any]] = {
-    "embedded": {"layer": 12, "k": 64, "d_in": 576, "d_sae": 4608, "context": 256, "batch": 1024},
-    "llama3-8b": {
-        **{"layer": 12, "k": 64, "d_in": 4096, "d_sae": 131_072, "context": 2048, "batch": 4096},
-        "model": {"intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab": 128_256},
-    },
-    # To try the benchmark itself: its figures mean nothing.
-    "tiny": {
-        **{"layer": 1, "k": 4, "d_in": 32, "d_sae": 128, "context": 64, "batch": 128},
-        "model": {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab": 49_152},
-    },
-}
-ROWS_PER_FORWARD = 8
-CONTENDERS = {
-    "this": "this project",
-    "this_cached": "this project, cached activations",
-    "saelens": "SAELens, its defaults",
-    "saelens_fast": "SAELens, its fastest flags",
-    "sparsify": "sparsify",
-}
-
-
-class _Finished(BaseException):
-    """The steps to be timed are done. No `Exception`, which a script would take for a bug."""
+from train_contenders import CONTENDERS, run_contender
+from train_job import JOBS, ROWS_PER_FORWARD, job, prepare
 
 
 def parse_flags() -> argparse.Namespace:
@@ -80,324 +55,14 @@ def parse_flags() -> argparse.Namespace:
     return flags
 
 
-def job(flags: argparse.Namespace) -> dict[str, Any]:
-    return JOBS[flags.job]
-
-
-def n_rows(flags: argparse.Namespace) -> int:
-    """Rows for all steps, and for what each contender reads ahead."""
-    size = job(flags)
-    return (flags.warm_up + flags.steps + 24) * size["batch"] // size["context"] + 160
-
-
-def prepare(flags: argparse.Namespace, work_dir: Path) -> None:
-    """Saves the model and the rows of tokens that every contender reads."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import torch
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
-    from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
-    from sae_toolkit.text.rows import ContextFormat, token_rows
-    from sae_toolkit.text.sources import open_text
-
-    size, source = job(flags), find_model(EMBEDDED_MODEL)
-    tokenizer = load_tokenizer(source)
-    if flags.job == "embedded":
-        model: Any = load_language_model(source, f"model.layers.{size['layer']}", "cpu", torch.float32).model
-        fields = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "quantization_config")}
-        unquantized = LlamaForCausalLM(AutoConfig.for_model("llama", **fields))
-        unquantized.load_state_dict(model.state_dict())
-        unquantized.save_pretrained(work_dir / "model")
-        documents = open_text(EMBEDDED_TEXT, flag="--dataset").documents()
-        rows = [row for _, row in token_rows(documents, tokenizer, ContextFormat(size["context"]), tokenized=False)]
-        rows_NT = np.stack(rows)[: n_rows(flags)]
-    else:
-        config = AutoConfig.for_model(
-            "llama",
-            hidden_size=size["d_in"],
-            num_hidden_layers=size["layer"] + 1,
-            vocab_size=size["model"]["vocab"],
-            **{name: value for name, value in size["model"].items() if name != "vocab"},
-            max_position_embeddings=8192,
-            rope_theta=500_000.0,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        torch.manual_seed(0)
-        with torch.device(flags.device):
-            weights = LlamaForCausalLM(config)
-        weights.to(torch.bfloat16 if flags.device != "cpu" else torch.float32).save_pretrained(work_dir / "model")
-        rows_NT = np.random.default_rng(0).integers(3, 49_000, (n_rows(flags), size["context"]))
-        rows_NT[:, 0] = tokenizer.bos_token_id
-    tokenizer.save_pretrained(work_dir / "model")
-    (work_dir / "tokens").mkdir()
-    pq.write_table(pa.table({"input_ids": rows_NT.tolist()}), work_dir / "tokens" / "train.parquet")
-
-
-def run_this(flags: argparse.Namespace, work_dir: Path, cache: bool = False) -> None:
-    import runpy
-
-    size = job(flags)
-    # As SAELens does by default: every position is trained on, in its own scale.
-    values = {
-        "model_name": work_dir / "model",
-        "dataset_path": work_dir / "tokens" / "train.parquet",
-        "layer": size["layer"],
-        "device": flags.device,
-        "held_out_fraction": 0,
-        "context_size": size["context"],
-        "store_batch_size_prompts": ROWS_PER_FORWARD,
-        "exclude_special_tokens": "false",
-        "skip_positions": 0,
-        "max_activation_norm_multiple": 0,
-        "architecture": "topk",
-        "expansion_factor": size["d_sae"] // size["d_in"],
-        "k": size["k"],
-        "lr": 3e-4,
-        "train_batch_size_tokens": size["batch"],
-        "training_tokens": (flags.warm_up + flags.steps + 8) * size["batch"],
-        "checkpoint_path": work_dir / "runs",
-        "wandb_mode": "offline",
-    }
-    if cache:
-        values["cache_activations"] = work_dir / "activations"
-    sys.argv = ["sae_lens_train.py", *(str(part) for name, value in values.items() for part in (f"--{name}", value))]
-    runpy.run_path(str(ROOT / "sae_lens_train.py"), run_name="__main__")
-
-
-# SAELens's flags that make it faster at the same job; what else was tried is in BENCHMARKS.md.
-SAELENS_FAST = {
-    "cpu": ["--store_batch_size_prompts", "8"],
-    "cpu_bfloat16": [
-        *("--store_batch_size_prompts", "8", "--autocast", "true"),
-        *("--model_from_pretrained_kwargs", '{"dtype": "bfloat16"}'),
-    ],
-    "cuda": [
-        *("--store_batch_size_prompts", "8", "--autocast", "true", "--compile_sae", "true"),
-        *("--model_from_pretrained_kwargs", '{"dtype": "bfloat16"}'),
-    ],
-}
-
-
-def run_saelens(flags: argparse.Namespace, work_dir: Path, more: list[str]) -> None:
-    from datasets import load_dataset
-    from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, _parse_cfg_args
-
-    size = job(flags)
-    values = {
-        "architecture": "topk",
-        "model_name": work_dir / "model",
-        "model_class_name": "AutoModelForCausalLM",
-        "hook_name": f"model.layers.{size['layer']}",
-        "dataset_path": "tokens",
-        "context_size": size["context"],
-        "d_in": size["d_in"],
-        "d_sae": size["d_sae"],
-        "k": size["k"],
-        "training_tokens": (flags.warm_up + flags.steps + 8) * size["batch"],
-        "train_batch_size_tokens": size["batch"],
-        "device": flags.device,
-        "checkpoint_path": work_dir / "runs",
-        "output_path": work_dir / "output",
-    }
-    cfg = _parse_cfg_args([str(part) for name, value in values.items() for part in (f"--{name}", value)] + more)
-    # The CLI asks the Hub of a tokenized data set's tokenizer, also where it is a local file.
-    dataset = load_dataset("parquet", data_files=str(work_dir / "tokens" / "train.parquet"), split="train")
-    LanguageModelSAETrainingRunner(cfg=cfg, override_dataset=dataset).run()
-
-
-def run_sparsify(flags: argparse.Namespace, work_dir: Path) -> None:
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1" if flags.device == "cpu" else "0")
-    import torch
-    from datasets import load_dataset
-    from sparsify import SaeConfig, TrainConfig, Trainer
-    from transformers import AutoModel
-
-    size = job(flags)
-    config = TrainConfig(
-        SaeConfig(num_latents=size["d_sae"], k=size["k"]),
-        batch_size=size["batch"] // size["context"],
-        optimizer="adam",
-        lr=3e-4,
-        layers=[size["layer"]],
-        save_dir=str(work_dir / "runs"),
-        run_name="sparsify",
-    )
-    # As its own CLI loads it: bfloat16 on a GPU, else the file's dtype.
-    dtype = torch.bfloat16 if flags.device != "cpu" else "auto"
-    model = AutoModel.from_pretrained(work_dir / "model", dtype=dtype, device_map={"": flags.device})
-    dataset = load_dataset("parquet", data_files=str(work_dir / "tokens" / "train.parquet"), split="train")
-    Trainer(config, dataset.with_format("torch"), model).fit()
-
-
-def run_floors(flags: argparse.Namespace, work_dir: Path) -> dict[str, float]:
-    """Seconds a token: the language model alone, and the SAE step's arithmetic and bytes over measured peaks."""
-    import torch
-    import torch.nn.functional as F
-
-    from sae_toolkit.model.devices import choose_lm_dtype
-    from sae_toolkit.model.loading import find_model, load_language_model
-
-    size = job(flags)
-    batch, d_in, d_sae = size["batch"], size["d_in"], size["d_sae"]
-
-    def seconds(work: Any, for_seconds: float) -> float:
-        """Median over about as long a time as a contender takes."""
-        times: list[float] = []
-        end = time.perf_counter() + for_seconds
-        while time.perf_counter() < end or len(times) < 4:
-            _synchronize(flags)
-            start = time.perf_counter()
-            work()
-            _synchronize(flags)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
-
-    dtype = choose_lm_dtype("auto", flags.device)
-    hook = f"model.layers.{size['layer']}"
-    model = load_language_model(find_model(str(work_dir / "model")), hook, flags.device, dtype)
-    model.keep_only_up_to_hook()
-    tokens_BT = torch.randint(3, 40_000, (ROWS_PER_FORWARD, size["context"]))
-    lm = seconds(lambda: model.activations(tokens_BT), min(15.0, 0.15 * flags.steps)) / tokens_BT.numel()
-
-    x, W = torch.randn(batch, d_in, device=flags.device), torch.randn(d_sae, d_in, device=flags.device)
-
-    def flops(precision: str) -> float:
-        torch.set_float32_matmul_precision(precision)
-        return 2 * batch * d_in * d_sae / seconds(lambda: F.linear(x, W), 5)
-
-    # in the SAE's dtype, float32 (on a GPU in TF32); and as training takes the products on a CPU that can: in bfloat16
-    in_float32 = flops("highest" if flags.device == "cpu" else "high")
-    in_bfloat16 = flops("medium") if flags.device == "cpu" and dtype == torch.bfloat16 else in_float32
-    source = torch.empty(2**28, dtype=torch.uint8, device=flags.device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * 2**28 / seconds(lambda: target.copy_(source), 2)
-    # Encoder; decoder, gradients of values and of both weights on k features. Weights and gradients once through
-    # the forward and backward pass, clipping and Adam (read 4, write 3); pre-activations written and read.
-    arithmetic = 2 * batch * d_in * (d_sae + 4 * size["k"])
-    moved = 4 * (2 * d_in * d_sae * (2 + 1 + 1 + 7) + 2 * batch * d_sae)
-    return {
-        "lm": lm,
-        "sae": (arithmetic / in_float32 + moved / bandwidth) / batch,
-        "sae_bfloat16": (arithmetic / in_bfloat16 + moved / bandwidth) / batch,
-        "gflops": in_float32 / 1e9,
-        "gflops_bfloat16": in_bfloat16 / 1e9,
-        "gigabytes": bandwidth / 1e9,
-        "dtype": str(dtype),  # type: ignore[dict-item]
-    }
-
-
-def _synchronize(flags: argparse.Namespace) -> None:
-    if flags.device != "cpu":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
-    """Runs one contender in this process until the last timed step."""
-    import torch
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    from sae_toolkit.model.devices import choose_lm_dtype
-
-    if flags.contender == "floors":
-        return run_floors(flags, work_dir)
-    times: list[float] = []
-    spent = _profile() if flags.profile else {}
-    at_start: dict[str, float] = {}
-    optimizers: list[Any] = []
-
-    def after_step(optimizer: Any, *_: Any) -> None:
-        if optimizer not in optimizers:  # what came before were steps that a run measures itself by
-            optimizers.append(optimizer)
-            times.clear()
-        if len(times) in (flags.warm_up - 1, flags.warm_up + flags.steps - 1):
-            _synchronize(flags)
-        times.append(time.perf_counter())
-        if len(times) == flags.warm_up:
-            at_start.update(spent)
-        if len(times) == flags.warm_up + flags.steps:
-            raise _Finished
-
-    register_optimizer_step_post_hook(after_step)
-    bfloat16 = choose_lm_dtype("auto", flags.device) == torch.bfloat16
-    fast = SAELENS_FAST["cuda" if flags.device != "cpu" else "cpu_bfloat16" if bfloat16 else "cpu"]
-    with suppress(_Finished):
-        {
-            "this": lambda: run_this(flags, work_dir),
-            "this_cached": lambda: run_this(flags, work_dir, cache=True),
-            "saelens": lambda: run_saelens(flags, work_dir, []),
-            "saelens_fast": lambda: run_saelens(flags, work_dir, fast),
-            "sparsify": lambda: run_sparsify(flags, work_dir),
-        }[flags.contender]()
-    if len(times) < flags.warm_up + flags.steps:
-        sys.exit(f"{flags.contender} ended after {len(times)} steps")
-    peak = torch.cuda.max_memory_allocated() if flags.device != "cpu" else _peak_resident()
-    seconds = times[flags.warm_up + flags.steps - 1] - times[flags.warm_up - 1]
-    return {
-        "tokens_per_second": flags.steps * job(flags)["batch"] / seconds,
-        "peak_gib": peak / 2**30,
-        "seconds": seconds,
-        "spent": {name: spent[name] - at_start.get(name, 0) for name in spent},
-    }
-
-
-def _peak_resident() -> int:
-    """In bytes, of this program alone: ru_maxrss also counts what the process held before it became this one."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
-
-
-def _profile() -> dict[str, float]:
-    """Seconds in each part of this project's step, as they come: parts within parts are counted in both."""
-    import torch
-
-    import sae_toolkit.steps.trainer
-    from sae_toolkit.activations.stream import ActivationStream
-    from sae_toolkit.model.language_model import LanguageModel
-    from sae_toolkit.steps.trainer import Trainer
-
-    spent: dict[str, float] = defaultdict(float)
-
-    def timed(owner: Any, method: str, name: str) -> None:
-        inner = getattr(owner, method)
-
-        def outer(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                spent[name] += time.perf_counter() - start
-
-        setattr(owner, method, outer)
-
-    timed(LanguageModel, "activations", "next batch: language model")
-    timed(ActivationStream, "__next__", "next batch")
-    timed(torch.Tensor, "backward", "step: backward")
-    timed(Trainer, "_grad_norm", "step: norm of the gradient")
-    timed(torch.optim.Adam, "step", "step: Adam")
-    timed(torch.nn.utils, "clip_grads_with_norm_", "step: clipping")
-    timed(sae_toolkit.steps.trainer, "_count_firings", "step: counting firings")
-    timed(Trainer, "step", "step")
-    timed(Trainer, "build_train_step_log_dict", "reading the metrics")
-    return spent
-
-
 def measure(flags: argparse.Namespace, contender: str, work_dir: Path) -> dict[str, Any]:
-    """Runs a contender in a process of its own."""
+    """Runs a contender, or the measurement of the floors, in a process of its own."""
     command = [sys.executable, __file__, "--contender", contender, "--work_dir", str(work_dir)]
     for name in ("device", "job", "steps", "warm_up"):
         command += [f"--{name}", str(getattr(flags, name))]
     command += ["--profile"] if flags.profile else []
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_DIR": str(work_dir), "WANDB_SILENT": "true"}
-    if contender == "floors":  # memory that glibc gives back after each layer and takes again is no part of a floor
+    if contender == "floors":  # else glibc returns memory to the system after each layer, and that time would count
         environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     done = subprocess.run(command, cwd=work_dir, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -405,11 +70,20 @@ def measure(flags: argparse.Namespace, contender: str, work_dir: Path) -> dict[s
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measure_here(flags: argparse.Namespace) -> dict[str, Any]:
+    """Runs a contender, or the measurement of the floors, in this process."""
+    work_dir = Path(flags.work_dir)
+    if flags.contender != "floors":
+        return run_contender(flags, work_dir)
+    from floors import measure_floors
+
+    return measure_floors(job(flags), flags.device, work_dir / "model", ROWS_PER_FORWARD, flags.steps)
+
+
 def main() -> None:
     flags = parse_flags()
     if flags.contender:
-        result = run_contender(flags, Path(flags.work_dir))
-        print("\n" + json.dumps(result), flush=True)
+        print("\n" + json.dumps(measure_here(flags)), flush=True)
         os._exit(0)  # the contender was stopped in the middle of its run
     with tempfile.TemporaryDirectory(prefix="train_speed-") as temporary:
         work_dir = Path(flags.work_dir or temporary).absolute()
@@ -442,6 +116,23 @@ def show_profile(result: dict[str, Any]) -> None:
 
 
 def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints the machine and the job, a table of contenders and floors, and the ratios to this project."""
+    print_heading(flags)
+    print("| | tokens/s | spread | peak memory, GiB | of the floor | of the lower |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in flags.contenders:
+        print_contender(name, results[name], results["floors"])
+    print_floors(results["floors"])
+    for name in flags.contenders:
+        if not name.startswith("this") and "this" in flags.contenders:
+            pairs = [
+                a["tokens_per_second"] / b["tokens_per_second"]
+                for a, b in zip(results["this"], results[name], strict=True)
+            ]
+            print(f"{statistics.median(pairs):.2f} x {CONTENDERS[name]} ({min(pairs):.2f} to {max(pairs):.2f})")
+
+
+def print_heading(flags: argparse.Namespace) -> None:
     from importlib.metadata import version
 
     import torch
@@ -454,49 +145,40 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
         f" {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']}, context {size['context']}, batch"
         f" {size['batch']:,}; {flags.steps} steps after {flags.warm_up}, medians of {flags.repeats}\n"
     )
-    names = ("lm", "sae", "sae_bfloat16")
-    floors = {name: statistics.median(run[name] for run in results["floors"]) for name in names}
-    print("| | tokens/s | spread | peak memory, GiB | of the floor | of the lower |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    medians = {}
-    for name in flags.contenders:
-        figures = [run["tokens_per_second"] for run in results[name]]
-        medians[name] = statistics.median(figures)
-        shares = [
-            [
-                run["tokens_per_second"] * (floor["lm"] + floor[sae])
-                for run, floor in zip(results[name], results["floors"], strict=True)
-            ]
-            for sae in ("sae", "sae_bfloat16")
-        ]
-        print(
-            f"| {CONTENDERS[name]} | {medians[name]:,.0f} | {min(figures):,.0f} to {max(figures):,.0f} |"
-            f" {statistics.median(run['peak_gib'] for run in results[name]):.2f} |"
-            + "".join(f" {'' if name == 'this_cached' else _with_spread(each)} |" for each in shares)
-        )
+
+
+def print_contender(name: str, runs: list[dict[str, Any]], floors: list[dict[str, Any]]) -> None:
+    """Prints a contender's row. Each run is compared with the floor that was measured in the same repeat."""
+    figures = [run["tokens_per_second"] for run in runs]
+    shares = [
+        [run["tokens_per_second"] * (floor["lm"] + floor[sae]) for run, floor in zip(runs, floors, strict=True)]
+        for sae in ("sae", "sae_bfloat16")
+    ]
     print(
-        f"| floor: both parts | {1 / (floors['lm'] + floors['sae']):,.0f} | | | | |\n"
-        f"| floor: language model alone, {results['floors'][0]['dtype']} | {1 / floors['lm']:,.0f} | | | | |\n"
-        f"| floor: SAE step alone | {1 / floors['sae']:,.0f} | | | | |\n"
-        "| lower floor: both parts, the SAE's products in the language model's dtype |"
-        f" {1 / (floors['lm'] + floors['sae_bfloat16']):,.0f} | | | | |\n"
+        f"| {CONTENDERS[name]} | {statistics.median(figures):,.0f} | {min(figures):,.0f} to {max(figures):,.0f} |"
+        f" {statistics.median(run['peak_gib'] for run in runs):.2f} |"
+        + "".join(f" {'' if name == 'this_cached' else _with_spread(each)} |" for each in shares)
     )
-    peaks = results["floors"][0]
+
+
+def print_floors(runs: list[dict[str, Any]]) -> None:
+    """Prints the floors' rows, and the measured peaks behind them."""
+    lm, sae, sae_bfloat16 = (statistics.median(run[name] for run in runs) for name in ("lm", "sae", "sae_bfloat16"))
+    print(
+        f"| floor: both parts | {1 / (lm + sae):,.0f} | | | | |\n"
+        f"| floor: language model alone, {runs[0]['dtype']} | {1 / lm:,.0f} | | | | |\n"
+        f"| floor: SAE step alone | {1 / sae:,.0f} | | | | |\n"
+        "| lower floor: both parts, the SAE's products in the language model's dtype |"
+        f" {1 / (lm + sae_bfloat16):,.0f} | | | | |\n"
+    )
+    peaks = runs[0]
     print(
         f"Measured peaks: {peaks['gflops']:.0f} GFLOP/s in the encoder's product ({peaks['gflops_bfloat16']:.0f} in the"
         f" language model's dtype), {peaks['gigabytes']:.0f} GB/s\n"
     )
-    for name in flags.contenders:
-        if not name.startswith("this") and "this" in medians:
-            pairs = [
-                a["tokens_per_second"] / b["tokens_per_second"]
-                for a, b in zip(results["this"], results[name], strict=True)
-            ]
-            print(f"{statistics.median(pairs):.2f} x {CONTENDERS[name]} ({min(pairs):.2f} to {max(pairs):.2f})")
 
 
 def _with_spread(shares: list[float]) -> str:
-    """Of what the floor measured just before allowed."""
     return f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
 
 

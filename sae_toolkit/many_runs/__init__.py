@@ -1,1 +1,1 @@
-"""What sweeps and comparisons share: processes, results on disk, a page."""
+"""Sweeps over settings and comparisons of libraries, and what both need: processes, directories, tables, a page."""

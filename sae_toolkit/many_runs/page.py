@@ -1,14 +1,22 @@
-"""The page of many runs: a plot of loss recovered over L0, and tables."""
+"""How many runs are shown: tables, a plot of loss recovered over L0, and a page with both."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from plotly import graph_objects as go
+from rich.table import Column
+from rich.table import Table as TerminalTable
 
 from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.reports.tables import MARKS
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
+
+LEGEND = ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
+"""The meaning of the marks in the tables."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -24,28 +32,32 @@ th {{ white-space: normal; vertical-align: bottom }}
 {tables}<p>{marks}</p>{notes}</body></html>
 """
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
-
 
 def runs_page(
-    title: str, lead: str, figure: go.Figure, tables: Sequence[tuple[str, Table]], notes: Sequence[str], *, words: bool
+    title: str,
+    lead: str,
+    figure: go.Figure,
+    tables: Sequence[tuple[str, Table]],
+    notes: Sequence[str],
+    *,
+    names_first: bool,
 ) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Args:
-        title: of the page.
-        lead: HTML that stands before the plot.
+        title: the title of the page.
+        lead: HTML before the plot.
         figure: the plot.
         tables: each with its heading, which may be empty.
-        notes: text that stands last, a paragraph each.
-        words: whether the first column of the tables is text.
+        notes: paragraphs of text at the end.
+        names_first: whether the first column of each table holds names, which are aligned to the left.
     """
-    parts = []
+    parts, css_classes = [], "table words" if names_first else "table"
     for heading, (columns, rows) in tables:
         header = "".join(f"<th>{escape(cell)}</th>" for cell in columns)
         body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         parts.append(f"<h2>{escape(heading)}</h2>" if heading else "")
-        parts.append(f'<div class="table{" words" if words else ""}"><table><tr>{header}</tr>{body}</table></div>')
+        parts.append(f'<div class="{css_classes}"><table><tr>{header}</tr>{body}</table></div>')
     return _PAGE.format(
         title=escape(title),
         lead=lead,
@@ -53,18 +65,29 @@ def runs_page(
             full_html=False, include_plotlyjs=True, config={"responsive": True, "displayModeBar": False}
         ),
         tables="".join(parts),
-        marks=escape(legend()),
+        marks=escape(LEGEND),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes),
     )
 
 
-def legend() -> str:
-    """What the marks mean."""
-    return ", ".join(f"{mark} {status}" for status, mark in MARKS.items())
+def terminal_table(table: Table, *, names_first: bool) -> TerminalTable:
+    """Returns a table for the terminal. Its cells are aligned to the right, except for names in the first column."""
+    columns, rows = table
+    shown = TerminalTable(*(Column(column, justify="right") for column in columns))
+    if names_first:
+        shown.columns[0].justify = "left"
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
-def over_l0(traces: Sequence[go.Scatter]) -> go.Figure:
-    """A plot of loss recovered over L0, its healthy range shaded, that fits a phone too."""
+def count_healthy(health: Mapping[str, Any]) -> str:
+    """Returns how many metrics are healthy, such as `3/4`; `?` for an evaluation without a verdict."""
+    return "?" if health["healthy"] is None else f"{health['healthy']}/{health['of']}"
+
+
+def plot_over_l0(traces: Sequence[go.Scatter]) -> go.Figure:
+    """Returns a plot of loss recovered over L0 with the healthy range shaded, laid out to fit a phone too."""
     figure = go.Figure(traces)
     l0 = next(standard for standard in STANDARDS if standard.metric == "l0")
     figure.add_vrect(x0=l0.healthy[0], x1=l0.healthy[1], fillcolor="#2a2", opacity=0.08, line_width=0)
@@ -79,11 +102,24 @@ def over_l0(traces: Sequence[go.Scatter]) -> go.Figure:
     return figure
 
 
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the indices of the points (L0, loss recovered) on the Pareto front, in the order of their L0.
+
+    A point is on the front if all other points with the same or a lower L0 have a lower loss recovered.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
 def front_trace(points: Sequence[tuple[float, float]]) -> go.Scatter:
-    """The Pareto front's points, by L0, as a line."""
+    """Returns a line through the Pareto front of the points (L0, loss recovered)."""
+    front = [points[i] for i in pareto_front(points)]
     return go.Scatter(
-        x=[l0 for l0, _ in points],
-        y=[recovered for _, recovered in points],
+        x=[l0 for l0, _ in front],
+        y=[recovered for _, recovered in front],
         mode="lines",
         line={"color": "#888", "shape": "hv", "dash": "dot"},
         name="Pareto front",

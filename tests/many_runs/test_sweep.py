@@ -1,4 +1,4 @@
-"""A sweep trains what its grid says, refuses what cannot be, and ends in a table, a front and a command."""
+"""A sweep trains what its grid says, refuses what it cannot train, and ends in a table, a front and a command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs.sweep.trials import Trial, in_order, make_trials, pareto_front
+from sae_toolkit.many_runs.sweep.report import best_first, trials_on_front
+from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
 from support.processes import ROOT, run_process
 
 DEMO = [f"@{ROOT}/presets/demo.args"]
@@ -56,7 +57,7 @@ def test_a_sample_is_drawn_from_ranges_and_values_and_is_the_same_each_time(tmp_
         (["k"], {}, "--grid k: must be NAME=VALUES"),
         (["k=32,,64"], {}, "--grid k=32,,64: must be NAME=VALUES"),
         (["help=1"], {}, "has no flag --help"),
-        (["output_name=a,b"], {}, "--output_name is not one to sweep"),
+        (["output_name=a,b"], {}, "--output_name cannot be swept"),
         (["k=32", "k=64"], {}, "--grid k=64: --k is swept twice"),
         (["k=32,many"], {}, "trial 2 (k=many): argument --k"),
         (["lr=-1"], {}, "trial 1 (lr=-1): argument --lr"),
@@ -88,8 +89,8 @@ def test_the_best_is_the_healthiest_and_the_front_is_what_no_other_beats(tmp_pat
         outcome(40, 0.70, 2),
     ]
     numbered = [(Trial(n, {}, [], tmp_path, None), found) for n, found in enumerate(measured, 1)]
-    assert [trial.number for trial, _ in in_order(numbered)] == [3, 4, 1, 2, 6]
-    assert [trial.number for trial, _ in pareto_front(numbered)] == [6, 2, 3]
+    assert [trial.number for trial, _ in best_first(numbered)] == [3, 4, 1, 2, 6]
+    assert trials_on_front(numbered) == [6, 2, 3]
 
 
 def sweep(tiny_args, directory, *flags):

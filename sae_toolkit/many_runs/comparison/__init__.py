@@ -1,1 +1,1 @@
-"""A comparison of libraries: each trains on the same activations, and all are evaluated alike."""
+"""A comparison of libraries: each trains on the same activations, and one evaluation measures all SAEs."""

@@ -1,35 +1,26 @@
-"""What a comparison trains: which library's SAE of which kind, at which L0, with which seed, and what it came to."""
+"""What a comparison trains: SAEs by library, kind, L0 and seed; and the outcome of each."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs.processes import read_result
+from sae_toolkit.many_runs.directories import read_result
 from sae_toolkit.settings.values import positive_float
 
 TITLES = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
-# Kinds by library -> SAELens's name of the architecture.
-ARCHITECTURES: dict[str, dict[str, str]] = {
-    "saelens": {
-        **{name: name for name in ("standard", "topk", "batchtopk", "jumprelu", "gated")},
-        "matryoshka": "matryoshka_batchtopk",
-    },
-    "sparsify": {"topk": "topk"},
-    "dictionary_learning": {
-        **{name: name for name in ("standard", "topk", "batchtopk", "jumprelu", "gated")},
-        "matryoshka": "matryoshka_batchtopk",
-        "p_anneal": "standard",
-    },
+_KINDS = {
+    "saelens": ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"),
+    "sparsify": ("topk",),
+    "dictionary_learning": ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "p_anneal"),
 }
-_ONLY_BY_NAME = {("dictionary_learning", "p_anneal")}
-LIBRARIES = tuple(TITLES)
+_ONLY_BY_NAME = "p_anneal"  # of dictionary_learning; the name of the library alone does not choose it
 
 
 @dataclass(frozen=True)
@@ -37,9 +28,9 @@ class Contender:
     """One kind of SAE of one library.
 
     Args:
-        library: one of `LIBRARIES`.
-        architecture: one of that library's.
-        lr: learning rate; None for the library's own choice.
+        library: a key of `TITLES`.
+        architecture: the kind, by the name that all libraries share here.
+        lr: the learning rate; None for the library's own choice.
     """
 
     library: str
@@ -56,10 +47,10 @@ class Entry:
     """One SAE of a comparison.
 
     Args:
-        contender: whose.
-        l0: that it is to have.
-        seed: of its weights and of the order of its text.
-        directory: of its files.
+        contender: its library and kind.
+        l0: the L0 that it is to have.
+        seed: the seed of its weights and of the order of its text.
+        directory: where its files go.
     """
 
     contender: Contender
@@ -71,18 +62,13 @@ class Entry:
     def name(self) -> str:
         return f"{self.contender.name}, L0 {self.l0}, seed {self.seed}"
 
-    @property
-    def is_own(self) -> bool:
-        """Whether sae_lens_train.py trains it, as a run with a record of its own."""
-        return self.contender.library == "saelens"
-
     def trained(self) -> dict[str, Any] | None:
-        """What its training came to: the `sae`'s directory, `seconds`, `peak_bytes`, `tried`; None while it has not."""
+        """Returns the result of its training, as `train_saelens` describes it; None where it is not trained yet."""
         result = read_result(self.directory)
         return result if result and Path(result["sae"]).is_dir() else None
 
     def evaluation(self) -> dict[str, Any] | None:
-        """The content of its evaluation.json; None while there is none."""
+        """Returns the content of its evaluation.json; None where it is not evaluated yet."""
         trained = self.trained()
         try:
             return json.loads((Path(trained["sae"]) / "evaluation.json").read_text()) if trained else None
@@ -90,22 +76,39 @@ class Entry:
             return None
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one SAE of a comparison.
+
+    Args:
+        entry: the SAE.
+        trained: from `Entry.trained`; None if the training failed.
+        evaluation: from `Entry.evaluation`; None if the training or the evaluation failed.
+        failed: why it failed; None if it did not.
+    """
+
+    entry: Entry
+    trained: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
+    failed: str | None
+
+
 def parse_contenders(texts: Sequence[str]) -> list[Contender]:
-    """Contenders from words such as `saelens`, `sparsify:topk` or `dictionary_learning:batchtopk@2e-3`, each once.
+    """Returns the contenders that words such as `saelens`, `sparsify:topk` or `saelens:gated@2e-3` name, each once.
 
     Raises:
-        UserError: there is no such library, or it has no such architecture.
+        UserError: a library does not exist or has no such kind, or the learning rate is not a number above 0.
     """
     found: dict[Contender, None] = {}
     for text in texts:
         what, at, rate = text.partition("@")
-        library, colon, architecture = what.partition(":")
-        if library not in ARCHITECTURES:
-            raise UserError(f"--libraries {text}: no such library{_closest(library, LIBRARIES)}")
-        kinds = ARCHITECTURES[library]
-        if colon and architecture not in kinds:
+        library, colon, kind = what.partition(":")
+        if library not in _KINDS:
+            raise UserError(f"--libraries {text}: no such library{_closest(library, TITLES)}")
+        kinds = _KINDS[library]
+        if colon and kind not in kinds:
             raise UserError(
-                f"--libraries {text}: {TITLES[library]} trains {', '.join(kinds)} here{_closest(architecture, kinds)}"
+                f"--libraries {text}: {TITLES[library]} trains {', '.join(kinds)} here{_closest(kind, kinds)}"
             )
         lr = None
         if at:
@@ -113,12 +116,12 @@ def parse_contenders(texts: Sequence[str]) -> list[Contender]:
                 lr = positive_float(rate)
             except argparse.ArgumentTypeError:
                 raise UserError(f"--libraries {text}: after @ comes a learning rate, such as @2e-3") from None
-        chosen = [architecture] if colon else [kind for kind in kinds if (library, kind) not in _ONLY_BY_NAME]
-        found |= dict.fromkeys(Contender(library, kind, lr) for kind in chosen)
+        chosen = [kind] if colon else [each for each in kinds if each != _ONLY_BY_NAME]
+        found |= dict.fromkeys(Contender(library, each, lr) for each in chosen)
     return list(found)
 
 
-def _closest(name: str, names: Sequence[str] | dict[str, str]) -> str:
+def _closest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; the closest is {near[0]}" if near else f"; there are {', '.join(names)}"
 
@@ -126,7 +129,7 @@ def _closest(name: str, names: Sequence[str] | dict[str, str]) -> str:
 def make_entries(
     contenders: Sequence[Contender], l0s: Sequence[int], seeds: Sequence[int], directory: Path
 ) -> list[Entry]:
-    """All SAEs of a comparison, one contender after the other: those of the first L0 and seed first."""
+    """Returns the SAEs of a comparison: for the first seed and the first L0 one of each contender, and so on."""
     return [
         Entry(contender, l0, seed, directory / "saes" / _directory_name(contender, l0, seed))
         for seed in seeds

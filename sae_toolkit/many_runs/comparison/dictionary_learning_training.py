@@ -1,4 +1,4 @@
-"""dictionary_learning's trainers on our batches: its settings, and the penalty for an L0 that is an outcome."""
+"""Trains one SAE of a comparison by dictionary_learning's own trainer, and searches the penalty that gives an L0."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sae_toolkit.files.own_environments import OwnEnvironment
 from sae_toolkit.many_runs.comparison.contenders import Entry
-from sae_toolkit.many_runs.comparison.library_trainings import Work
+from sae_toolkit.many_runs.comparison.library_trainings import run_training
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
-from sae_toolkit.many_runs.processes import read_result
+from sae_toolkit.many_runs.directories import read_result
 
 log = logging.getLogger(__name__)
 
@@ -27,81 +28,107 @@ DICTIONARY_LEARNING = OwnEnvironment(
     because="the versions that dictionary_learning needs are listed for Python 3.11 and 3.12",
     takes="2 GB, some minutes",
 )
-# dictionary_learning_demo's settings, and the 500 M tokens in batches of 2,048 that they are for: schedules are a share
-# of these steps. The threshold's memory is not under 20 steps, of which it would be noise.
-_THEIR_STEPS = 500_000_000 // 2048
-THEIR_LR, _WARM_UP, _SPARSITY_WARM_UP, _THRESHOLD_START, _ANNEAL_START = 3e-4, 1000, 5000, 1000, 10_000
-_DECAY_START, _NORM_BATCHES, _LEAST_MEMORY = 0.8, 100, 20
-# Where the search for a penalty begins: the middle of what dictionary_learning_demo tries.
-_PENALTIES = {"standard": 0.03, "gated": 0.024, "p_anneal": 0.01}
-_MOST_TRIALS, _NEAR = 4, 0.1
+# The settings of dictionary_learning_demo, which are for 500 M tokens in batches of 2,048. The schedules of a shorter
+# run take the same shares of its steps. The running mean of the threshold spans at least 20 steps, since over fewer it
+# would be noise.
+_DEMO_STEPS = 500_000_000 // 2048
+DEMO_LR, _WARM_UP, _SPARSITY_WARM_UP, _THRESHOLD_START, _ANNEAL_START = 3e-4, 1000, 5000, 1000, 10_000
+_DECAY_START, _NORM_BATCHES, _MIN_MEMORY = 0.8, 100, 20
+# The first penalty of a search: the middle of those that dictionary_learning_demo tries.
+_FIRST_PENALTIES = {"standard": 0.03, "gated": 0.024, "p_anneal": 0.01}
+_MAX_TRIALS, _TOLERANCE = 4, 0.1
 
 
 def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by the library's own trainer, with several penalties where L0 is an outcome, of which the nearest counts.
+    """Trains by the library's own trainer. Where a penalty decides the L0, several trainings search for the penalty.
 
     Returns:
-        What `train_saelens` does; with a penalty also `penalty`, `l0` and `tried`, pairs of both.
+        What `train_saelens` returns, for the training whose L0 is nearest. After a search also `penalty` and `l0` of
+        this training, and `tried`: penalty and L0 of each training of the same kind, those of other entries included.
     """
-    python = DICTIONARY_LEARNING.python()
-    name, cfg = entry.contender.architecture, shared.run.cfg
-    tried = _penalties_known(entry) if name in _PENALTIES else []
-    best: dict[str, Any] | None = None
-    for trial in range(1, _MOST_TRIALS + 1):
-        penalty = next_penalty(tried, entry.l0, _PENALTIES[name]) if name in _PENALTIES else None
-        directory = entry.directory / f"trial{trial}"
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        job = _dictionary_learning_job(entry, shared, directory, penalty)
-        (directory / "job.json").write_text(json.dumps(job, indent=1))
-        command = [python, Path(__file__).with_name("dictionary_learning_worker.py"), directory / "job.json"]
-        work = Work(entry, command, shared.n_steps * cfg.train_batch_size_tokens)
-        seconds, peak = work.run_fed(shared, job)
-        trained = json.loads((directory / "trained.json").read_text())
-        result = {
-            "sae": str(directory / "trainer_0"),
-            "seconds": seconds,
-            "peak_bytes": trained["peak_bytes"] or peak,
-            "lr": job["arguments"]["lr"],
-        }
-        if penalty is None:
-            return result
-        tried.append((penalty, trained["l0"]))
-        log.info("%s: a penalty of %.3g gives an L0 of %.1f", entry.name, penalty, trained["l0"])
-        if best is None or _off(trained["l0"], entry.l0) < _off(best["l0"], entry.l0):
-            best = result | {"penalty": penalty, "l0": trained["l0"]}
-        if _off(trained["l0"], entry.l0) <= math.log(1 + _NEAR):
+    first = _FIRST_PENALTIES.get(entry.contender.architecture)
+    if first is None:
+        result, _ = _train(entry, shared, entry.directory / "trial1", None)
+        return result
+    tried = _tried_before(entry)
+    best: dict[str, Any] = {}
+    for trial in range(1, _MAX_TRIALS + 1):
+        penalty = next_penalty(tried, entry.l0, first)
+        result, l0 = _train(entry, shared, entry.directory / f"trial{trial}", penalty)
+        tried.append((penalty, l0))
+        log.info("%s: a penalty of %.3g gives an L0 of %.1f", entry.name, penalty, l0)
+        if not best or _distance(l0, entry.l0) < _distance(best["l0"], entry.l0):
+            best = result | {"penalty": penalty, "l0": l0}
+        if _distance(l0, entry.l0) <= math.log(1 + _TOLERANCE):
             break
-    assert best is not None
     return best | {"tried": tried}
 
 
-def _off(l0: float, target: float) -> float:
+def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> tuple[dict[str, Any], float]:
+    """Trains once, on this project's batches. Returns what `train_saelens` returns, and the L0 that was reached."""
+    python = DICTIONARY_LEARNING.python()
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    job = _job(entry, shared, directory, penalty)
+    job_file = directory / "job.json"
+    job_file.write_text(json.dumps(job, indent=1))
+    norm_batches, all_batches = (shared.training(entry.seed).stream for _ in range(2))
+    n_done = 0
+
+    def feed(stdin: IO[bytes]) -> None:
+        nonlocal n_done
+        with suppress(BrokenPipeError), stdin:
+            for stream, n in ((norm_batches, job["norm_batches"]), (all_batches, job["steps"])):
+                for _ in range(n):
+                    acts_ND = next(stream)
+                    stdin.write(acts_ND.float().cpu().contiguous().numpy().data)
+                    n_done += len(acts_ND) if stream is all_batches else 0
+
+    seconds, peak = run_training(
+        entry,
+        [python, Path(__file__).with_name("dictionary_learning_worker.py"), job_file],
+        n_tokens=shared.n_steps * shared.run.cfg.train_batch_size_tokens,
+        n_done=lambda: n_done,
+        feed=feed,
+    )
+    trained = json.loads((directory / "trained.json").read_text())
+    result = {
+        "sae": str(directory / "trainer_0"),
+        "seconds": seconds,
+        "peak_bytes": trained["peak_bytes"] or peak,
+        "lr": job["arguments"]["lr"],
+    }
+    return result, trained["l0"]
+
+
+def _distance(l0: float, target: float) -> float:
     return abs(math.log(max(l0, 1e-3) / target))
 
 
-def _penalties_known(entry: Entry) -> list[tuple[float, float]]:
-    """What trainings of the same kind came to, at any L0 and with any seed: pairs of penalty and L0."""
+def _tried_before(entry: Entry) -> list[tuple[float, float]]:
+    """Returns penalty and L0 of the trainings of the same kind, for any target L0 and with any seed."""
     kind = entry.directory.name.partition("-l0_")[0]
     results = [read_result(path) for path in sorted(entry.directory.parent.glob(f"{kind}-l0_*"))]
     return [(penalty, l0) for result in results if result for penalty, l0 in result.get("tried", [])]
 
 
 def next_penalty(tried: Sequence[tuple[float, float]], target: float, first: float) -> float:
-    """A sparsity penalty for an L0, from those that were tried: on the line through the two nearest, in logarithms.
+    """Returns the sparsity penalty to try next: where the line through two of those tried meets the target.
+
+    The line is that of log penalty over log L0, through the L0 nearest to the target and the next nearest for which
+    a higher penalty gives a lower L0. Its slope is -1 where there is no such other, and limited to [-3, -0.2].
 
     Args:
         tried: pairs of penalty and L0.
-        target: the L0.
-        first: the penalty where nothing was tried.
+        target: the L0 that is wanted.
+        first: the penalty to begin with.
     """
     if not tried:
         return first
-    points = sorted({(math.log(max(l0, 1e-3)), math.log(penalty)) for penalty, l0 in tried})
+    points = {(math.log(max(l0, 1e-3)), math.log(penalty)) for penalty, l0 in tried}
     wanted = math.log(target)
-    nearest = sorted(points, key=lambda point: abs(point[0] - wanted))
-    (l0, penalty), *others = nearest
-    slope = -1.0  # of the penalty over L0, where there is one point alone
+    (l0, penalty), *others = sorted(points, key=lambda point: (abs(point[0] - wanted), point))
+    slope = -1.0
     for other_l0, other_penalty in others:
         if abs(other_l0 - l0) > 0.05 and (other_penalty - penalty) * (other_l0 - l0) < 0:
             slope = (other_penalty - penalty) / (other_l0 - l0)
@@ -109,11 +136,12 @@ def next_penalty(tried: Sequence[tuple[float, float]], target: float, first: flo
     return math.exp(penalty + min(max(slope, -3.0), -0.2) * (wanted - l0))
 
 
-def _dictionary_learning_job(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> dict[str, Any]:
+def _job(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> dict[str, Any]:
+    """Returns what dictionary_learning_worker.py reads from JOB.json."""
     cfg, n_steps, name = shared.run.cfg, shared.n_steps, entry.contender.architecture
 
     def scaled(steps: int) -> int:
-        return max(1, round(steps * n_steps / _THEIR_STEPS))
+        return max(1, round(steps * n_steps / _DEMO_STEPS))
 
     arguments: dict[str, Any] = {
         "activation_dim": cfg.sae.d_in,
@@ -122,12 +150,12 @@ def _dictionary_learning_job(entry: Entry, shared: Shared, directory: Path, pena
         "submodule_name": cfg.hook_name,
         "seed": entry.seed,
         "device": cfg.device,
-        "lr": entry.contender.lr or THEIR_LR,
+        "lr": entry.contender.lr or DEMO_LR,
         "warmup_steps": scaled(_WARM_UP),
         "decay_start": max(scaled(_WARM_UP) + 1, int(_DECAY_START * n_steps)),
     }
     if name in ("topk", "batchtopk", "matryoshka"):
-        memory = max(_LEAST_MEMORY, scaled(_THRESHOLD_START))
+        memory = max(_MIN_MEMORY, scaled(_THRESHOLD_START))
         arguments |= {"k": entry.l0, "threshold_start_step": scaled(_THRESHOLD_START)}
         arguments |= {"threshold_beta": 1 - 1 / memory}
     else:

@@ -4,10 +4,15 @@ It imports nothing of this project, and reads activations from its standard inpu
 
     python sae_toolkit/many_runs/comparison/dictionary_learning_worker.py JOB.json < activations
 
-JOB.json: `trainer` (a name in TRAINERS), `arguments` of it, `batch` and `d_in` of the activations, `norm_batches` that
-come first, for the library's estimate of their norm, `steps` batches after them, and `directory`, which gets the
-library's trainer_0/ae.pt and trainer_0/config.json, and trained.json: `l0` over the last batches of the training and
-`peak_bytes` on a GPU.
+The activations are float32 batches [batch, d_in]: first `norm_batches`, from which the library estimates their norm,
+then `steps` to train on. JOB.json holds these numbers, and:
+
+    trainer       a name in TRAINERS
+    arguments     the arguments of that trainer
+    layer         the layer of the hook, which the library records
+    context_size  the tokens in a context, which the library records
+    directory     where the library's trainer_0/ae.pt and trainer_0/config.json go, and trained.json: `l0` on the last
+                  batches, and `peak_bytes` of GPU memory, null on a CPU
 """
 
 import json
@@ -40,17 +45,17 @@ TRAINERS = {
     "matryoshka": MatryoshkaBatchTopKTrainer,
     "p_anneal": PAnnealTrainer,
 }
-_LAST = 10  # batches on which L0 is measured
+_L0_BATCHES = 10  # the last batches of the training, on which L0 is measured
 
 
 class Activations:
-    """Batches [batch, d_in] in float32 from standard input: the first pass over it takes those for the norm."""
+    """Batches [batch, d_in] in float32 from standard input. The first pass over them yields those for the norm."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.config = {"io": "out", "ctx_len": job["context_size"]}  # which the library saves
+        self.config = {"io": "out", "ctx_len": job["context_size"]}  # trainSAE saves it
         self.shape = (job["batch"], job["d_in"])
         self.passes = [job["norm_batches"], job["steps"]]
-        self.last: deque[torch.Tensor] = deque(maxlen=_LAST)
+        self.last: deque[torch.Tensor] = deque(maxlen=_L0_BATCHES)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for _ in range(self.passes.pop(0)):
@@ -59,7 +64,7 @@ class Activations:
                 sys.exit("error: the activations ended too early")
             batch = np.frombuffer(read, np.float32)
             acts = torch.from_numpy(batch.reshape(self.shape).copy())
-            self.last.append(acts.clone())  # the library scales what it is given
+            self.last.append(acts.clone())  # trainSAE scales `acts` in place
             yield acts
 
 

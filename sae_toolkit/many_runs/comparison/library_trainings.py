@@ -1,24 +1,27 @@
-"""One SAE of a comparison, trained by its library's own code in a process of its own."""
+"""Trains one SAE of a comparison by its library's own code, in a process of its own: SAELens and sparsify."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from sae_lens.util import dtype_to_str
 
 from sae_toolkit import ROOT
-from sae_toolkit.many_runs.comparison.contenders import ARCHITECTURES, Entry
+from sae_toolkit.errors import RunFailed
+from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
-from sae_toolkit.many_runs.processes import finished_sae, last_line_of, readings_of, script, start_process
+from sae_toolkit.many_runs.directories import finished_sae, read_metrics
+from sae_toolkit.many_runs.processes import failure_reason, script_command, start_process
 from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.progress import Progress
@@ -27,82 +30,53 @@ from sae_toolkit.text.rows import special_tokens
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class TrainingFailed(Exception):
-    """A training that came to nothing; says why."""
-
-
-class Work:
-    """A training as a process of its own, with its progress.
+def run_training(
+    entry: Entry,
+    command: Sequence[str | Path],
+    *,
+    n_tokens: int,
+    n_done: Callable[[], int],
+    feed: Callable[[IO[bytes]], None] | None = None,
+    **environment: str,
+) -> tuple[float, int]:
+    """Runs a training as a process to its end, and shows its progress.
 
     Args:
-        entry: what is trained.
-        command: of the process.
-        total: tokens.
+        entry: the SAE that is trained. The output of the process goes to training.log in its directory.
+        command: the program and its arguments.
+        n_tokens: on how many tokens it trains.
+        n_done: returns on how many tokens it has trained so far.
+        feed: writes the standard input of the process, on a thread of its own.
+        environment: variables to add to this process's environment.
+
+    Returns:
+        The seconds that the process ran, its start included, and the peak of its resident memory in bytes.
+
+    Raises:
+        RunFailed: the process failed.
     """
-
-    def __init__(self, entry: Entry, command: Sequence[str | Path], total: int) -> None:
-        self.entry = entry
-        self.command = command
-        self.total = total
-        self.log = entry.directory / "training.log"
-
-    def run(self, done: Callable[[], int], **environment: str) -> tuple[float, int]:
-        """Runs it to its end.
-
-        Args:
-            done: says how many tokens it has trained on.
-
-        Returns:
-            Seconds from its start to its end, and the most bytes of memory that it held.
-
-        Raises:
-            TrainingFailed: it ended badly.
-        """
-        return self._run(done, lambda process: None, None, environment)
-
-    def run_fed(self, shared: Shared, job: dict[str, Any]) -> tuple[float, int]:
-        """Likewise, with batches of activations in its standard input: first those for the norm, then all."""
-        n_done = 0
-        norm_batches, all_batches = (shared.of_seed(self.entry.seed).stream for _ in range(2))
-
-        def feed(process: subprocess.Popen[bytes]) -> None:
-            nonlocal n_done
-            assert process.stdin is not None
-            with suppress(BrokenPipeError), process.stdin:
-                for stream, n in ((norm_batches, job["norm_batches"]), (all_batches, job["steps"])):
-                    for _ in range(n):
-                        acts_ND = next(stream)
-                        process.stdin.write(acts_ND.float().cpu().contiguous().numpy().data)
-                        n_done += len(acts_ND) if stream is all_batches else 0
-
-        def start(process: subprocess.Popen[bytes]) -> None:
-            threading.Thread(target=feed, args=(process,), daemon=True).start()
-
-        return self._run(lambda: n_done, start, subprocess.PIPE, {})
-
-    def _run(
-        self,
-        done: Callable[[], int],
-        start: Callable[[subprocess.Popen[bytes]], None],
-        stdin: int | None,
-        environment: dict[str, str],
-    ) -> tuple[float, int]:
-        started = time.monotonic()
-        peak = 0
-        with self.log.open("w") as out, Progress(self.entry.name, self.total) as progress:
-            process = start_process(self.command, output=out, log=out, stdin=stdin or subprocess.DEVNULL, **environment)
-            start(process)
-            while process.poll() is None:
-                peak = max(peak, _peak_resident(process.pid))
-                progress.advance(done() - progress.done)
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-        if process.returncode != 0:
-            raise TrainingFailed(f"{last_line_of(self.log).removeprefix('error: ')} ({self.log})")
-        return time.monotonic() - started, peak
+    started = time.monotonic()
+    peak = 0
+    log = entry.directory / "training.log"
+    with log.open("w") as out, Progress(entry.name, n_tokens) as progress:
+        stdin = subprocess.PIPE if feed else subprocess.DEVNULL
+        process = start_process(command, output=out, log=out, stdin=stdin, **environment)
+        if feed:
+            threading.Thread(target=feed, args=(process.stdin,), daemon=True).start()
+        while process.poll() is None:
+            peak = max(peak, _peak_resident(process.pid))
+            progress.advance(n_done() - progress.done)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if process.returncode != 0:
+        raise RunFailed(f"{failure_reason(log).removeprefix('error: ')} ({log})")
+    return time.monotonic() - started, peak
 
 
 def _peak_resident(pid: int) -> int:
-    """In bytes, of this program alone, from Linux; 0 elsewhere. What wait4 says counts what its parent held, too."""
+    """Returns the peak of a process's resident memory in bytes, on Linux; 0 elsewhere.
+
+    The peak that wait4 returns may be the parent's, since it counts the time before the process started its program.
+    """
     with suppress(OSError, StopIteration):
         status = Path(f"/proc/{pid}/status").read_text()
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
@@ -110,58 +84,90 @@ def _peak_resident(pid: int) -> int:
 
 
 def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by sae_lens_train.py, going on where an earlier attempt ended.
+    """Trains by sae_lens_train.py, which continues an earlier attempt.
 
     Returns:
-        `sae`, its directory; `seconds` and `peak_bytes` of the process; `lr`, None for the library's own.
+        `sae`, its directory; `seconds` and `peak_bytes` of the process; `lr`, None for the library's own choice.
     """
-    architecture = ARCHITECTURES["saelens"][entry.contender.architecture]
-    words = [*shared.words, "--architecture", architecture, "--output_name", "sae", "--resume"]
+    kind = entry.contender.architecture
+    words = [*shared.words, "--architecture", "matryoshka_batchtopk" if kind == "matryoshka" else kind]
+    words += ["--output_name", "sae", "--resume"]
     words += ["--checkpoint_path", str(entry.directory), "--seed", str(entry.seed)]
     words += ["--held_out_seed", str(shared.run.metadata()["held_out_seed"])]
-    searched = architecture in ("standard", "gated", "jumprelu")
-    words += ["--target_l0" if searched else "--k", str(entry.l0)]
+    words += ["--target_l0" if kind in ("standard", "gated", "jumprelu") else "--k", str(entry.l0)]
     if entry.contender.lr is not None:
         words += ["--lr", str(entry.contender.lr)]
-    batch = shared.run.cfg.train_batch_size_tokens
 
-    def done() -> int:
-        readings = readings_of(entry.directory)
-        return readings[-1]["details/n_training_samples"] if readings else 0
+    def n_done() -> int:
+        metrics = read_metrics(entry.directory)
+        return metrics[-1]["details/n_training_samples"] if metrics else 0
 
-    work = Work(entry, [*script("sae_lens_train.py"), *words], shared.n_steps * batch)
-    seconds, peak = work.run(done, WANDB_RUN_GROUP=shared.directory.name)
+    seconds, peak = run_training(
+        entry,
+        [*script_command("sae_lens_train.py"), *words],
+        n_tokens=shared.n_steps * shared.run.cfg.train_batch_size_tokens,
+        n_done=n_done,
+        WANDB_RUN_GROUP=shared.directory.name,
+    )
     sae = finished_sae(entry.directory)
     if sae is None:
-        raise TrainingFailed("left no SAE")
-    readings = readings_of(entry.directory)
+        raise RunFailed("left no SAE")
     if shared.run.cfg.device != "cpu":
-        peak = int(2**30 * max((reading["details/memory_gib"] for reading in readings), default=0.0))
+        gibibytes = (metrics["details/memory_gib"] for metrics in read_metrics(entry.directory))
+        peak = int(2**30 * max(gibibytes, default=0.0))
     return {"sae": str(sae), "seconds": seconds, "peak_bytes": peak, "lr": parse_training_flags(words).optimization.lr}
 
 
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by sparsify's Trainer on the live model; returns what `train_saelens` does."""
+    """Trains by sparsify's Trainer, which runs the language model itself. Returns what `train_saelens` returns."""
     if find_spec("sparsify") is None:
-        raise TrainingFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
-    run = shared.run
-    layer = run.cfg.hook_name.removeprefix("blocks.").removesuffix(".hook_resid_post")
+        raise RunFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
+    run, cfg = shared.run, shared.run.cfg
+    layer = cfg.hook_name.removeprefix("blocks.").removesuffix(".hook_resid_post")
     if not layer.isdigit():
-        raise TrainingFailed(f"trains on outputs of modules, and not at {run.cfg.hook_name}")
-    cfg = run.cfg
-    rows = -(-cfg.train_batch_size_tokens // cfg.context_size)  # of a batch, which it counts in contexts
+        raise RunFailed(f"trains on the outputs of layers, and not at {cfg.hook_name}")
+    rows_per_batch = -(-cfg.train_batch_size_tokens // cfg.context_size)
     order = np.random.default_rng((entry.seed, 0)).permutation(len(run.rows_NT))
-    wanted = min(shared.n_steps * rows, len(order))
-    np.save(entry.directory / "rows.npy", run.rows_NT[order[:wanted]])
+    n_rows = min(shared.n_steps * rows_per_batch, len(order))
+    rows_file, job_file = entry.directory / "rows.npy", entry.directory / "job.json"
+    np.save(rows_file, run.rows_NT[order[:n_rows]])
+    job = _sparsify_job(entry, shared, f"layers.{layer}", rows_file, rows_per_batch)
+    job_file.write_text(json.dumps(job, indent=1))
+
+    def n_done() -> int:
+        with suppress(OSError, ValueError):
+            return int((entry.directory / "steps").read_text()) * rows_per_batch * cfg.context_size
+        return 0
+
+    seconds, peak = run_training(
+        entry,
+        [sys.executable, "-m", "sae_toolkit.many_runs.comparison.sparsify_worker", job_file],
+        n_tokens=n_rows * cfg.context_size,
+        n_done=n_done,
+        PYTHONPATH=str(ROOT),
+    )
+    rows_file.unlink()
+    peak_on_gpu = json.loads((entry.directory / "trained.json").read_text())["peak_bytes"]
+    return {
+        "sae": str(entry.directory / "sae" / job["hookpoint"]),
+        "seconds": seconds,
+        "peak_bytes": peak_on_gpu or peak,
+        "lr": entry.contender.lr,
+    }
+
+
+def _sparsify_job(entry: Entry, shared: Shared, hookpoint: str, rows_file: Path, rows_per_batch: int) -> dict[str, Any]:
+    """Returns what sparsify_worker.py reads from JOB.json."""
+    run, cfg = shared.run, shared.run.cfg
+    special = special_tokens(shared.settings.text.exclude_special_tokens, load_tokenizer(run.model))
     training: dict[str, Any] = {
-        "batch_size": rows,
+        "batch_size": rows_per_batch,
         "init_seeds": [entry.seed],
-        "exclude_tokens": list(special_tokens(shared.settings.text.exclude_special_tokens, load_tokenizer(run.model))),
+        "exclude_tokens": list(special),
     }
     if entry.contender.lr is not None:
         training["lr"] = entry.contender.lr
-    hookpoint = f"layers.{layer}"
-    job = {
+    return {
         "model_name": run.model.name,
         "model_kwargs": run.model.model_kwargs,
         "trust_remote_code": run.model.trust_remote_code,
@@ -169,26 +175,8 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
         "device": cfg.device,
         "hook_name": cfg.hook_name,
         "hookpoint": hookpoint,
-        "rows": str(entry.directory / "rows.npy"),
+        "rows": str(rows_file),
         "sae": {"num_latents": cfg.sae.d_sae, "k": entry.l0},
         "training": training,
         "directory": str(entry.directory),
     }
-    (entry.directory / "job.json").write_text(json.dumps(job, indent=1))
-    command = [
-        *script("")[:1],
-        "-m",
-        "sae_toolkit.many_runs.comparison.sparsify_worker",
-        str(entry.directory / "job.json"),
-    ]
-
-    def done() -> int:
-        with suppress(OSError, ValueError):
-            return int((entry.directory / "steps").read_text()) * rows * cfg.context_size
-        return 0
-
-    seconds, peak = Work(entry, command, wanted * cfg.context_size).run(done, PYTHONPATH=str(ROOT))
-    (entry.directory / "rows.npy").unlink()
-    on_gpu = json.loads((entry.directory / "trained.json").read_text())["peak_bytes"]
-    sae = entry.directory / "sae" / hookpoint
-    return {"sae": str(sae), "seconds": seconds, "peak_bytes": on_gpu or peak, "lr": entry.contender.lr}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +19,19 @@ from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 
+_SETTINGS_FILENAME = "settings.json"
+
 
 @dataclass(frozen=True)
 class Shared:
     """What all SAEs of a comparison have in common.
 
     Args:
-        words: of the command line of sae_lens_train.py.
-        settings: parsed from these.
-        run: the same, prepared; not to be started.
-        directory: of the comparison.
-        reference: an SAE, not trained, whose record says on what all are measured.
+        words: the command line of sae_lens_train.py.
+        settings: the same words, parsed.
+        run: the same settings, prepared. The run itself is never started.
+        directory: the directory of the comparison.
+        reference: an untrained SAE, whose metadata names the text and the positions that all SAEs are measured on.
     """
 
     words: list[str]
@@ -40,25 +44,27 @@ class Shared:
     def n_steps(self) -> int:
         return -(-self.run.cfg.training_tokens // self.run.cfg.train_batch_size_tokens)
 
-    def of_seed(self, seed: int) -> Training:
-        """A training of ours at its first step, for its stream of batches."""
+    def training(self, seed: int) -> Training:
+        """Returns a training of sae_lens_train.py at its first step, to take batches from its stream."""
         words = [*self.words, "--seed", str(seed), "--held_out_seed", str(self.run.metadata()["held_out_seed"])]
         run = prepare_run(parse_training_flags(words))
         return Training(run, open_activations(run))
 
 
 def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
-    """Checks what all SAEs are trained on, and computes the activations that are not in the cache.
+    """Checks what all SAEs are trained on, and computes the activations that the cache does not hold.
 
     Args:
-        words: of the command line of sae_lens_train.py.
-        directory: of the comparison.
-        highest_l0: that an SAE is to have.
+        words: the command line of sae_lens_train.py.
+        directory: the directory of the comparison.
+        highest_l0: the highest L0 that an SAE is to have.
 
     Raises:
-        UserError: there are fewer features than that, training would refuse the flags, or the cache is of other
-            activations.
+        UserError: the comparison in the directory has other flags, the SAEs have fewer features than `highest_l0`,
+            training would refuse the flags, or the cache holds other activations.
     """
+    in_common = _flags_in_common(words)
+    _check_same_flags(directory, in_common)
     words = [*words, "--checkpoint_path", str(directory / "runs"), "--eval_every", "0"]
     settings = parse_training_flags(words)
     if settings.model.cache_activations is None:
@@ -66,7 +72,9 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
         settings = parse_training_flags(words)
     run = prepare_run(settings)
     if highest_l0 > run.cfg.sae.d_sae:
-        raise UserError(f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features (--expansion_factor)")
+        raise UserError(
+            f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features (--expansion_factor); give a lower one"
+        )
     activations = open_activations(run)
     rows = torch.from_numpy(run.rows_NT.astype(np.int64))
     with Progress("activations", len(rows), unit="contexts", device=run.cfg.device) as progress:
@@ -76,4 +84,32 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
     reference = directory / ".measured_like"
     sae = next(iter(Training(run, activations).saes.values()))
     sae.save_inference_model(reference)
+    (directory / _SETTINGS_FILENAME).write_text(json.dumps(in_common, indent=1) + "\n")
     return Shared(words, settings, run, directory, reference)
+
+
+def _flags_in_common(words: Sequence[str]) -> dict[str, Any]:
+    """Returns the flags that must be the same for all SAEs of a comparison, by name."""
+    return {
+        name: value
+        for name, value in parse_training_flags(words).as_flags().items()
+        if name not in ("verbose", "quiet", "seed", "device", "preset") and not name.startswith(("wandb", "logger"))
+    }
+
+
+def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
+    """Refuses flags that differ from those of the SAEs that the comparison already holds."""
+    file = directory / _SETTINGS_FILENAME
+    try:
+        before = json.loads(file.read_text()) if file.exists() else flags
+        changed = sorted(name for name in flags if flags[name] != before.get(name))
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"--comparison_dir {directory}: {_SETTINGS_FILENAME} is damaged; name another directory"
+        ) from None
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"--{name} {flags[name]}: the comparison in {directory} has {before.get(name)}; name another"
+            " --comparison_dir"
+        )

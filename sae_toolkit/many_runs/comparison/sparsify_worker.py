@@ -2,10 +2,14 @@
 
     python -m sae_toolkit.many_runs.comparison.sparsify_worker JOB.json
 
-JOB.json: `model_name`, `model_kwargs`, `trust_remote_code`, `lm_dtype` and `device`; `hook_name` and `hookpoint`, ours
-and sparsify's; `rows`, a .npy file of token ids [N, T] in the order of training; `sae` and `training`, arguments of its
-configurations; `directory`, which gets sae/HOOKPOINT, trained.json (`peak_bytes` on a GPU) and, while it trains, the
-number of its steps in `steps`.
+JOB.json holds:
+
+    model_name, model_kwargs, trust_remote_code, lm_dtype, device   the language model
+    hook_name, hookpoint   where the SAE is trained, by this project's name and by sparsify's
+    rows                   a .npy file of token ids [N, T] in the order of training
+    sae, training          arguments of sparsify's SaeConfig and TrainConfig
+    directory              where sae/HOOKPOINT goes, trained.json with `peak_bytes` of GPU memory (null on a CPU), and
+                           `steps`, the number of steps so far
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ def main(job: dict[str, Any]) -> None:
         log_to_wandb=False,
         **job["training"],
     )
-    # without the head, whose logits it does not use: so does its own command
+    # Like sparsify's own command, this leaves out the head, because the Trainer does not use the logits.
     Trainer(config, dataset, model.model.base_model).fit()
     peak = torch.cuda.max_memory_allocated() if torch.device(job["device"]).type == "cuda" else None
     (directory / "trained.json").write_text(json.dumps({"peak_bytes": peak}))

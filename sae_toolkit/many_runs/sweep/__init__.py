@@ -1,1 +1,1 @@
-"""A sweep over settings: its trials, run on Ray Tune, and its report."""
+"""A sweep over settings: its trials, their run on Ray Tune, and the report."""

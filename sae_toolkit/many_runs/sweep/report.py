@@ -1,8 +1,9 @@
-"""What a sweep found: a table, the Pareto front, and the command of the best trial."""
+"""The report of a sweep: a table, the Pareto front, and the command of the best trial."""
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,133 +12,140 @@ from typing import Any
 
 from plotly import graph_objects as go
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sae_toolkit.evaluation.health import STANDARDS
-from sae_toolkit.many_runs.page import front_trace, legend, over_l0, runs_page
-from sae_toolkit.many_runs.sweep.trials import Trial, in_order, pareto_front
-from sae_toolkit.reports.tables import MARKS, format_value
+from sae_toolkit.many_runs.page import (
+    LEGEND,
+    count_healthy,
+    front_trace,
+    pareto_front,
+    plot_over_l0,
+    runs_page,
+    terminal_table,
+)
+from sae_toolkit.many_runs.sweep.trials import Trial
+from sae_toolkit.reports.tables import MARKS, format_value, markdown_table
 
-Outcomes = Sequence[tuple[Trial, Mapping[str, Any]]]
+Outcomes = Sequence[tuple[Trial, Mapping[str, Any]]]  # from `run_trials`
+
+
+def best_first(outcomes: Outcomes) -> list[tuple[Trial, Mapping[str, Any]]]:
+    """Returns the evaluated trials, ordered by the number of healthy metrics, then by loss recovered."""
+    return sorted(
+        (pair for pair in outcomes if "metrics" in pair[1]),
+        key=lambda pair: (pair[1]["n_healthy"], pair[1]["metrics"]["loss_recovered"] or -math.inf),
+        reverse=True,
+    )
+
+
+def trials_on_front(outcomes: Outcomes) -> list[int]:
+    """Returns the numbers of the trials on the Pareto front of low L0 and high loss recovered, ordered by L0."""
+    measured = _measured(outcomes)
+    return [measured[i][0].number for i in pareto_front(_points(measured))]
+
+
+def _measured(outcomes: Outcomes) -> list[tuple[Trial, Mapping[str, Any]]]:
+    """Returns the metrics of each trial for which both L0 and loss recovered could be measured."""
+    evaluated = ((trial, outcome["metrics"]) for trial, outcome in outcomes if "metrics" in outcome)
+    return [(trial, metrics) for trial, metrics in evaluated if None not in (metrics["l0"], metrics["loss_recovered"])]
+
+
+def _points(measured: Sequence[tuple[Trial, Mapping[str, Any]]]) -> list[tuple[float, float]]:
+    return [(metrics["l0"], metrics["loss_recovered"]) for _, metrics in measured]
 
 
 def render_sweep(outcomes: Outcomes) -> RenderableType:
-    """A row for each trial, the best first, and the command of the best."""
-    table = Table()
-    for name in _names(outcomes):
-        table.add_column(name, justify="right")
-    for title in (*(standard.title for standard in STANDARDS), "Healthy"):
-        table.add_column(title, justify="right")
-    for row in _rows(outcomes):
-        table.add_row(*row)
-    parts: list[RenderableType] = [table, Text(legend())]
-    if best := in_order(outcomes):
-        parts.append(Text(f"best: {command(best[0][0])}", overflow="fold"))
+    """Returns the table for the terminal, followed by the command of the best trial."""
+    parts: list[RenderableType] = [terminal_table(sweep_table(outcomes), names_first=False), Text(LEGEND)]
+    if best := best_first(outcomes):
+        parts.append(Text(f"best: {_command(best[0][0])}", overflow="fold"))
     return Group(*parts)
 
 
-def command(trial: Trial) -> str:
-    """What trains the trial's SAE by itself."""
+def _command(trial: Trial) -> str:
+    """Returns the command that trains the trial's SAE without a sweep."""
     return shlex.join(["python", "sae_lens_train.py", *trial.flags])
 
 
 def sweep_table(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
-    """Columns, and a row for each trial, the best first."""
-    return [*_names(outcomes), *(standard.title for standard in STANDARDS), "Healthy"], _rows(outcomes)
-
-
-def _names(outcomes: Outcomes) -> list[str]:
-    return list(dict.fromkeys(name for trial, _ in outcomes for name in trial.values))
-
-
-def _rows(outcomes: Outcomes) -> list[list[str]]:
-    names, evaluated = _names(outcomes), in_order(outcomes)
+    """Returns columns, and a row for each trial: first the evaluated trials, the best of them at the top."""
+    names = list(dict.fromkeys(name for trial, _ in outcomes for name in trial.values))
     rows = []
-    for trial, outcome in evaluated:
+    for trial, outcome in best_first(outcomes):
         health, metrics = outcome["health"], outcome["metrics"]
         cells = [f"{format_value(s.metric, metrics[s.metric])} {MARKS[health[s.metric]]}" for s in STANDARDS]
-        verdict = "?" if health["healthy"] is None else f"{health['healthy']}/{health['of']}"
-        rows.append([*(trial.values.get(name, "") for name in names), *cells, verdict])
+        rows.append([*(trial.values.get(name, "") for name in names), *cells, count_healthy(health)])
     for trial, outcome in outcomes:
         if "metrics" not in outcome:
             why = next(key for key in ("refused", "failed", "stopped") if key in outcome)
             rows.append([*(trial.values.get(name, "") for name in names), *[""] * len(STANDARDS), why])
-    return rows
+    return [*names, *(standard.title for standard in STANDARDS), "Healthy"], rows
 
 
 def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
-    """Writes sweep.json, sweep.md and sweep.html; returns the last."""
-    header, rows = sweep_table(outcomes)
-    best = in_order(outcomes)
-    front = [trial.number for trial, _ in pareto_front(outcomes)]
+    """Writes sweep.json, sweep.md and sweep.html, and returns the path of the last."""
+    best = best_first(outcomes)
+    front = trials_on_front(outcomes)
     content = {
         "trials": [
             {
                 "number": trial.number,
                 "values": trial.values,
-                "command": command(trial),
+                "command": _command(trial),
                 "on_front": trial.number in front,
+                **outcome,
             }
-            | dict(outcome)
             for trial, outcome in outcomes
         ],
         "best": best[0][0].number if best else None,
     }
     (directory / "sweep.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    lines = [header, ["---"] * len(header), *rows]
-    markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    title = f"Sweep {directory.name}"
+    columns, rows = sweep_table(outcomes)
     reasons = [
         f"Trial {trial.number} ({trial.name}): {outcome.get('refused') or outcome.get('failed')}"
         for trial, outcome in outcomes
         if "refused" in outcome or "failed" in outcome
     ]
-    best_command = command(best[0][0]) if best else "no trial was evaluated"
-    (directory / "sweep.md").write_text(
-        "\n\n".join([f"# Sweep {directory.name}", markdown, *reasons, f"Best: `{best_command}`"]) + "\n"
-    )
+    command = _command(best[0][0]) if best else "no trial was evaluated"
+    parts = [f"# {title}", "\n".join(markdown_table(columns, rows)), *reasons, f"Best: `{command}`"]
+    (directory / "sweep.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page = directory / "sweep.html"
     lead = "<p>Best, by the number of healthy metrics, then by loss recovered:</p>"
-    lead += f"<p><code>{escape(best_command)}</code></p>"
-    figure = front_figure(outcomes)
-    page.write_text(
-        runs_page(f"Sweep {directory.name}", lead, figure, [("", (header, rows))], reasons, words=False),
-        encoding="utf-8",
-    )
+    lead += f"<p><code>{escape(command)}</code></p>"
+    html = runs_page(title, lead, _figure(outcomes), [("", (columns, rows))], reasons, names_first=False)
+    page.write_text(html, encoding="utf-8")
     return page
 
 
-def front_figure(outcomes: Outcomes) -> go.Figure:
-    """Loss recovered over L0 of all trials, dead features as colour, the Pareto front as a line."""
-    shown = [
-        (trial, outcome["metrics"])
-        for trial, outcome in in_order(outcomes)
-        if None not in (outcome["metrics"]["l0"], outcome["metrics"]["loss_recovered"])
-    ]
-    front = [outcome["metrics"] for _, outcome in pareto_front(outcomes)]
-    return over_l0(
+def _figure(outcomes: Outcomes) -> go.Figure:
+    """Returns a plot with a point for each trial, coloured by dead features, and the Pareto front as a line."""
+    measured = _measured(best_first(outcomes))
+    points = _points(measured)
+    return plot_over_l0(
         [
-            front_trace([(metrics["l0"], metrics["loss_recovered"]) for metrics in front]),
+            front_trace(points),
             go.Scatter(
-                x=[metrics["l0"] for _, metrics in shown],
-                y=[metrics["loss_recovered"] for _, metrics in shown],
+                x=[l0 for l0, _ in points],
+                y=[recovered for _, recovered in points],
                 mode="markers",
                 marker={
                     "size": 12,
-                    "color": [metrics["dead_features"] for _, metrics in shown],
+                    "color": [metrics["dead_features"] for _, metrics in measured],
                     "colorscale": "Viridis",
                     "cmin": 0,
                     "colorbar": {
                         "title": "dead features",
                         "tickformat": ".0%",
-                        "orientation": "h",  # beside the plot there is no room for it on a phone
+                        "orientation": "h",  # a vertical one leaves no room for the plot on a phone
                         "y": 1.02,
                         "yanchor": "bottom",
                         "thickness": 12,
                     },
                     "line": {"width": 1, "color": "#fff"},
                 },
-                text=[f"trial {trial.number}: {escape(trial.name)}" for trial, _ in shown],
+                text=[f"trial {trial.number}: {escape(trial.name)}" for trial, _ in measured],
                 hovertemplate="%{text}<br>L0 %{x:.1f}<br>loss recovered %{y:.2%}<extra></extra>",
                 name="trials",
             ),

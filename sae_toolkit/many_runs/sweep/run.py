@@ -1,9 +1,10 @@
-"""Runs the trials of a sweep on Ray Tune, on this machine or a cluster."""
+"""Runs the trials of a sweep on Ray Tune, on this machine or on a cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,30 +19,31 @@ from ray.tune.schedulers import ASHAScheduler
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.many_runs.directories import read_result
 from sae_toolkit.many_runs.sweep.trials import Trial
 from sae_toolkit.many_runs.sweep.worker import SweepTrial
 from sae_toolkit.settings.command_line import parse_training_flags
 
 log = logging.getLogger(__name__)
 
-_MOST_FAILURES = 3  # of a trial, each gone on from its checkpoint
+_MAX_FAILURES = 3  # of a trial; each further attempt continues from its last checkpoint
 _SECONDS_BETWEEN_LINES = 20.0
-_OF_EVALUATED = ("sae", "metrics", "health", "n_healthy")
+_EVALUATED_KEYS = ("sae", "metrics", "health", "n_healthy")
 
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
-    """Ray on this machine alone, or a cluster that is there.
+    """Connects to a Ray cluster, or starts Ray on this machine alone and shuts it down at the end.
 
     Args:
-        address: of the cluster: `auto`, or host:port; None for a Ray of our own, which ends with us.
+        address: of the cluster, `auto` or host:port; None for this machine alone.
 
     Raises:
-        UserError: it cannot be reached.
+        UserError: the cluster cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's run has its own log
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each training keeps its own log
     if address is not None:
         _check_address(address)
     try:
@@ -58,15 +60,31 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         ) from None
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"--address {address}: no Ray cluster can be reached there: {one_line(error)}") from None
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # `_Narrator` says it
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # `_TrialLog` reports failures
+    with _termination_as_interrupt():
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into Ctrl-C, upon which Ray Tune stops its trials."""
+    previous = {
+        number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # `nohup` ignores SIGHUP
+    }
     try:
         yield
     finally:
-        ray.shutdown()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _check_address(address: str) -> None:
-    """Ray itself tries for minutes."""
+    """Refuses at once an address to which Ray itself would try to connect for minutes."""
     if address == "auto":
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -77,7 +95,7 @@ def _check_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster can be reached there: {one_line(error)}; `ray start --head` on one"
-            " machine says the address"
+            " machine prints the address"
         ) from None
 
 
@@ -87,110 +105,121 @@ def run_trials(
     *,
     name: str,
     cpus_per_trial: int,
-    gpus_per_trial: float,
+    gpus_per_trial: float | None,
     early_stop: bool,
     evaluation_flags: Sequence[str],
 ) -> list[tuple[Trial, Mapping[str, Any]]]:
-    """Trains and evaluates all trials; those that came to their end before are not run again.
+    """Trains and evaluates all trials, except those that an earlier call has finished.
 
     Args:
         trials: from `make_trials`.
-        directory: of the sweep.
-        name: of the group of wandb runs.
-        cpus_per_trial: cores of each.
-        gpus_per_trial: GPUs of each; a fraction lets several share one.
-        early_stop: whether trials that promise less than half of those before them at the same point are stopped.
-        evaluation_flags: more flags of evaluate_sae_real_activations.py.
+        directory: the directory of the sweep.
+        name: the group of the trials' wandb runs.
+        cpus_per_trial: cores for each trial.
+        gpus_per_trial: GPUs for each trial, where a fraction lets several share one; None for one GPU where this
+            machine has any.
+        early_stop: whether ASHA stops a trial that is less promising than half of those that have come as far.
+        evaluation_flags: further flags of evaluate_sae_real_activations.py.
 
     Returns:
-        Each trial with what it came to: `metrics` and `health` where it was evaluated, `refused` or `failed` with
-        the reason where it was not, `stopped` where it promised too little.
+        Each trial with its outcome: `sae`, `metrics`, `health` and `n_healthy` of an evaluated trial, or the reason
+        under `refused` or `failed`, or under `stopped` the tokens after which the scheduler stopped it.
 
     Raises:
-        UserError: no machine of the cluster has what a trial takes.
-        KeyboardInterrupt: it was stopped; the same call goes on.
+        UserError: no machine of the cluster has the cores and GPUs that a trial needs.
+        KeyboardInterrupt: the sweep was stopped; the same call continues it.
     """
+    if gpus_per_trial is None:
+        gpus_per_trial = 1.0 if torch.cuda.is_available() else 0.0
     _check_resources(cpus_per_trial, gpus_per_trial)
-    settings = {
-        "name": name,
-        "cwd": str(Path.cwd()),
-        "cpus_per_trial": cpus_per_trial,
-        "evaluation_flags": list(evaluation_flags),
+    # Finished trials are left out, because a scheduler would compare the others with them.
+    outcomes = {
+        trial.number: {key: result[key] for key in _EVALUATED_KEYS}
+        for trial in trials
+        if (result := read_result(trial.directory))
     }
-    scheduler = None
-    if early_stop:
-        tokens = max(parse_training_flags(trial.flags).optimization.training_tokens for trial in trials)
-        scheduler = ASHAScheduler(  # at a quarter and at a half of the tokens; never while it is evaluated
-            time_attr="tokens",
-            grace_period=max(1, tokens // 4),
-            max_t=max(2, tokens * 9 // 10),
-            reduction_factor=2,
-            stop_last_trials=False,
-        )
-    # Trials that were evaluated before would count as rivals of those that run.
-    outcomes: dict[int, Mapping[str, Any]] = {
-        trial.number: {name: result[name] for name in _OF_EVALUATED} for trial in trials if (result := trial.result())
-    }
-    unfinished = [trial for trial in trials if trial.number not in outcomes]
-    if not unfinished:
-        return [(trial, outcomes[trial.number]) for trial in trials]
-    started, narrator = time.monotonic(), _Narrator(trials)
-    tuner = tune.Tuner(
-        tune.with_resources(
+    unfinished = [trial.number for trial in trials if trial.number not in outcomes]
+    if unfinished:
+        settings = {
+            "name": name,
+            "cwd": str(Path.cwd()),
+            "cpus_per_trial": cpus_per_trial,
+            "evaluation_flags": list(evaluation_flags),
+        }
+        trainable = tune.with_resources(
             tune.with_parameters(SweepTrial, trials=list(trials), settings=settings),
             {"cpu": cpus_per_trial, "gpu": gpus_per_trial},
-        ),
-        param_space={"number": tune.grid_search([trial.number for trial in unfinished])},
+        )
+        outcomes |= _run(trials, unfinished, trainable, _scheduler(trials) if early_stop else None, directory / "ray")
+    return [(trial, outcomes[trial.number]) for trial in trials]
+
+
+def _run(
+    trials: Sequence[Trial], numbers: Sequence[int], trainable: Any, scheduler: ASHAScheduler | None, directory: Path
+) -> dict[int, dict[str, Any]]:
+    """Runs the trials with these numbers on Ray Tune, and returns the outcome of each."""
+    started, trial_log = time.monotonic(), _TrialLog(trials)
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"number": tune.grid_search(list(numbers))},
         tune_config=tune.TuneConfig(
             metric="promise", mode="max", scheduler=scheduler, trial_dirname_creator=lambda trial: trial.trial_id
         ),
         run_config=tune.RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str((directory / "ray").absolute()),
-            failure_config=tune.FailureConfig(max_failures=_MOST_FAILURES),
-            callbacks=[narrator],
+            storage_path=str(directory.absolute()),
+            failure_config=tune.FailureConfig(max_failures=_MAX_FAILURES),
+            callbacks=[trial_log],
             verbose=0,
         ),
     )
-    found = tuner.fit()
-    if len(narrator.ended) < len(unfinished):
-        log.warning("stopped; the same command goes on")
+    results = tuner.fit()
+    if len(trial_log.ended) < len(numbers):
+        log.warning("stopped; the same command continues the sweep")
         raise KeyboardInterrupt
     log.info("the trials took %s", f"{time.monotonic() - started:,.0f} s")
-    for each in (found[i] for i in range(len(found))):
-        if each.error:
-            outcome: Mapping[str, Any] = {"failed": _reason(each.error)}
-        else:
-            metrics = each.metrics or {}
-            kept = ("refused",) if "refused" in metrics else _OF_EVALUATED if "metrics" in metrics else ()
-            outcome = {name: metrics[name] for name in kept} or {"stopped": metrics.get("tokens", 0)}
-        outcomes[(each.config or {})["number"]] = outcome
-    return [(trial, outcomes[trial.number]) for trial in trials]
+    return {(each.config or {})["number"]: _outcome(each) for each in (results[i] for i in range(len(results)))}
+
+
+def _scheduler(trials: Sequence[Trial]) -> ASHAScheduler:
+    """Returns a scheduler that stops trials at a quarter and at half of their tokens, and none during evaluation."""
+    tokens = max(parse_training_flags(trial.flags).optimization.training_tokens for trial in trials)
+    return ASHAScheduler(
+        time_attr="tokens",
+        grace_period=max(1, tokens // 4),
+        max_t=max(2, tokens * 9 // 10),
+        reduction_factor=2,
+        stop_last_trials=False,
+    )
+
+
+def _outcome(result: tune.Result) -> dict[str, Any]:
+    if result.error:
+        return {"failed": str(result.error).strip().rpartition("\n")[2][:300]}
+    metrics = result.metrics or {}
+    if "refused" in metrics:
+        return {"refused": metrics["refused"]}
+    if "metrics" in metrics:
+        return {key: metrics[key] for key in _EVALUATED_KEYS}
+    return {"stopped": metrics.get("tokens", 0)}
 
 
 def _check_resources(cpus: int, gpus: float) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         there = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise UserError(f"--cpus_per_trial {cpus} --gpus_per_trial {gpus:g}: no machine has as many; there are {there}")
+        raise UserError(
+            f"--cpus_per_trial {cpus} --gpus_per_trial {gpus:g}: no machine has as many; there are {there}; give less"
+        )
 
 
-def default_gpus() -> float:
-    """One for each trial where there are any here."""
-    return 1.0 if torch.cuda.is_available() else 0.0
-
-
-def _reason(error: BaseException | None) -> str:
-    return str(error).strip().rpartition("\n")[2][:300]
-
-
-class _Narrator(tune.Callback):
-    """Says how trials go, in a line each."""
+class _TrialLog(tune.Callback):
+    """Logs the progress and the end of each trial. `ended` holds the numbers of the trials that have ended."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.trials = trials
-        self._last: dict[str, float] = {}
         self.ended: set[int] = set()
+        self._last: dict[str, float] = {}
 
     def _name(self, trial: Any) -> str:
         number = trial.config["number"]
@@ -218,21 +247,21 @@ class _Narrator(tune.Callback):
             health = result["health"]
             log.info("%s: %s of %s metrics healthy", self._name(trial), health["healthy"], health["of"])
         else:
-            log.info(
-                "%s: stopped at %s tokens, it promises too little", self._name(trial), f"{result.get('tokens', 0):,}"
-            )
+            tokens = f"{result.get('tokens', 0):,}"
+            log.info("%s: stopped early after %s tokens, less promising than others", self._name(trial), tokens)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self.ended.add(trial.config["number"])
-        log.warning("%s: failed for good: %s", self._name(trial), _last_line_of(trial))
+        log.warning("%s: failed, and is not tried again: %s", self._name(trial), _error_of(trial))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        log.warning("%s: failed (%s); going on from its last checkpoint", self._name(trial), _last_line_of(trial))
+        log.warning("%s: failed (%s); going on from its last checkpoint", self._name(trial), _error_of(trial))
 
 
-def _last_line_of(trial: Any) -> str:
+def _error_of(trial: Any) -> str:
+    """Returns the last line of the error that Ray recorded for one of its trials."""
     try:
         lines = Path(trial.error_file).read_text().strip().splitlines()
     except (OSError, TypeError, AttributeError):
-        return "its machine is gone, or Ray is"
+        return "its machine, or Ray on it, is gone"
     return lines[-1][:300] if lines else "no reason given"

@@ -1,4 +1,4 @@
-"""The trials of a sweep: which flags each has, what it has come to, and which is best."""
+"""The trials of a sweep: the flags, the directory and the cache of activations of each."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.health import STANDARDS
-from sae_toolkit.many_runs.processes import pareto_front as pareto_front_of
-from sae_toolkit.many_runs.processes import read_result
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 
-# What activations depend on, beside the text: trials that share these can share a cache.
+# Trials with the same values of these flags share a cache. The flags of the text need not agree, since a cache finds
+# activations by their tokens.
 _OF_ACTIVATIONS = "model_name layer layers hook_name hook_names lm_dtype context_size set trust_remote_code".split()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a sweep, with its evaluation.
+    """One training run of a sweep, followed by its evaluation.
 
     Args:
-        number: from 1.
-        values: of the flags that the sweep varies.
-        flags: all of its words on the command line of sae_lens_train.py, but for where its files go.
-        directory: of its files.
-        cache: of its activations, if it has one.
+        number: counted from 1.
+        values: the values of the flags that the sweep varies, by name.
+        flags: the command line of sae_lens_train.py, without the flags that say where files go.
+        directory: where the trial's files go.
+        cache: the directory of its cached activations; None to cache none.
     """
 
     number: int
@@ -47,13 +45,9 @@ class Trial:
         return " ".join(f"{name}={value}" for name, value in self.values.items()) or "the only one"
 
     def training_flags(self) -> list[str]:
-        """What its training is started with, the first time and after each interruption."""
+        """Returns the whole command line of its training, the same for the first attempt and for every later one."""
         cache = [] if self.cache is None else ["--cache_activations", str(self.cache)]
         return [*self.flags, "--checkpoint_path", str(self.directory), *cache, "--resume"]
-
-    def result(self) -> dict[str, Any] | None:
-        """What it came to; None while it has not."""
-        return read_result(self.directory)
 
 
 def make_trials(
@@ -66,16 +60,16 @@ def make_trials(
     seed: int = 0,
     caches: bool = True,
 ) -> list[Trial]:
-    """The trials of a sweep, the same each time.
+    """Returns the trials of a sweep. Equal arguments give equal trials, so that a stopped sweep can go on.
 
     Args:
-        base: flags that all trials have.
-        directory: of the sweep.
-        grids: `name=value,value,...`; every combination of their values is a trial.
-        ranges: `name=low:high`, drawn from evenly in the logarithm; whole numbers where both ends are.
-        n_samples: how many trials to draw, of the ranges and of the grids' values; None for all combinations.
-        seed: of the draws.
-        caches: whether trials keep and share their activations.
+        base: the flags that all trials have in common.
+        directory: the directory of the sweep.
+        grids: `name=value,value,...`. Without `n_samples` every combination of the values is a trial.
+        ranges: `name=low:high`, sampled log-uniformly; whole numbers where both ends are whole numbers.
+        n_samples: how many trials to draw from the ranges and from the grids' values; None for all combinations.
+        seed: the seed of the draws.
+        caches: whether trials cache and share their activations.
 
     Raises:
         UserError: a flag does not exist, cannot be swept, or has a value that training would refuse.
@@ -101,8 +95,8 @@ def make_trials(
             | {name: _draw(draws, *ends) for name, ends in of_range.items()}
             for _ in range(n_samples)
         ]
-    combinations = list({json.dumps(values): values for values in combinations}.values())  # each once
-    return [_trial(n, values, base, directory, caches) for n, values in enumerate(combinations, 1)]
+    distinct = {json.dumps(values): values for values in combinations}.values()
+    return [_trial(number, values, base, directory, caches) for number, values in enumerate(distinct, 1)]
 
 
 def _name_and_values(flag: str, text: str, seen: Mapping[str, Any]) -> tuple[str, str]:
@@ -115,13 +109,14 @@ def _name_and_values(flag: str, text: str, seen: Mapping[str, Any]) -> tuple[str
         hint = f"; the closest is {near[0]}" if near else ""
         raise UserError(f"{flag} {text}: sae_lens_train.py has no flag --{name}{hint}")
     if not TRAINING_FLAGS[name].may_be_swept:
-        raise UserError(f"{flag} {text}: --{name} is not one to sweep; give it once, beside the grid")
+        raise UserError(f"{flag} {text}: --{name} cannot be swept; give it once, as a flag of all trials")
     if name in seen:
-        raise UserError(f"{flag} {text}: --{name} is swept twice")
+        raise UserError(f"{flag} {text}: --{name} is swept twice; give all its values at once")
     return name, values
 
 
 def _ends(text: str, values: str) -> tuple[float, float, bool]:
+    """Returns both ends of a range, and whether they are whole numbers."""
     low, colon, high = values.partition(":")
     try:
         ends = float(low), float(high)
@@ -140,19 +135,18 @@ def _draw(draws: random.Random, low: float, high: float, whole: bool) -> str:
 def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: Path, caches: bool) -> Trial:
     flags = [*base, *(word for name, value in values.items() for word in (f"--{name}", value))]
     try:
-        parsed = parse_training_flags(flags)
+        settings = parse_training_flags(flags)
     except UserError as error:
         raise UserError(f"trial {number} ({' '.join(f'{n}={v}' for n, v in values.items())}): {error}") from None
-    if parsed.model.layers or parsed.model.hook_names:
+    if settings.model.layers or settings.model.hook_names:
         raise UserError("--layers, --hook_names: a trial trains one SAE; sweep them, as in --grid layer=4,8,12")
-    cache = None
-    if caches:
-        cache = directory / "activations" / _key({name: parsed.as_flags()[name] for name in _OF_ACTIVATIONS})
-    return Trial(number, values, flags, directory / "trials" / _key(_of_run(parsed) | {"cached": caches}), cache)
+    given = settings.as_flags()
+    cache = directory / "activations" / _hash({name: given[name] for name in _OF_ACTIVATIONS}) if caches else None
+    return Trial(number, values, flags, directory / "trials" / _hash(_swept(settings) | {"cached": caches}), cache)
 
 
-def _of_run(settings: TrainingSettings) -> dict[str, Any]:
-    """What tells a trial from another: the flags that a sweep may vary."""
+def _swept(settings: TrainingSettings) -> dict[str, Any]:
+    """Returns the flags that a sweep may vary. They identify a trial, and so name its directory."""
     return {
         name: value
         for name, value in settings.as_flags().items()
@@ -161,39 +155,5 @@ def _of_run(settings: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def _key(values: Mapping[str, Any]) -> str:
+def _hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def in_order(results: Sequence[tuple[Trial, Mapping[str, Any]]]) -> list[tuple[Trial, Mapping[str, Any]]]:
-    """Trials that were evaluated, the best first: by the number of healthy metrics, then by loss recovered."""
-    return sorted(
-        (pair for pair in results if "metrics" in pair[1]),
-        key=lambda pair: (pair[1]["n_healthy"], pair[1]["metrics"]["loss_recovered"] or -math.inf),
-        reverse=True,
-    )
-
-
-def pareto_front(results: Sequence[tuple[Trial, Mapping[str, Any]]]) -> list[tuple[Trial, Mapping[str, Any]]]:
-    """The trials that no other beats in both L0 (lower) and loss recovered (higher), by L0."""
-    measured = [pair for pair in results if None not in (_l0(pair[1]), _recovered(pair[1]))]
-    return [measured[i] for i in pareto_front_of([(_l0(result), _recovered(result)) for _, result in measured])]
-
-
-def _l0(result: Mapping[str, Any]) -> Any:
-    return result.get("metrics", {}).get("l0")
-
-
-def _recovered(result: Mapping[str, Any]) -> Any:
-    return result.get("metrics", {}).get("loss_recovered")
-
-
-def promise(reading: Mapping[str, Any], d_sae: int) -> float:
-    """How promising a run is in the middle, to be compared with others of as many tokens: how many of L0 and dead
-    features are healthy, and the explained variance (from 0 to 1) where these are the same.
-    """
-    standards = {standard.metric: standard for standard in STANDARDS}
-    now = {"l0": reading["metrics/l0"], "dead_features": reading["sparsity/dead_features"] / d_sae}
-    healthy = sum(low <= now[metric] <= high for metric in now for low, high in [standards[metric].healthy])
-    explained = reading["metrics/explained_variance"]
-    return healthy + (min(max(explained, 0.0), 1.0) if math.isfinite(explained) else 0.0)

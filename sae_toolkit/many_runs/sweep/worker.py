@@ -1,30 +1,36 @@
-"""One trial on a Ray worker: sae_lens_train.py and the evaluation, each as a process of its own that dies with it."""
+"""One trial on a Ray worker. sae_lens_train.py and the evaluation run as processes, which end when the worker does."""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from sae_toolkit.many_runs.processes import finished_sae, last_line_of, readings_of, script, start_process, write_result
-from sae_toolkit.many_runs.sweep.trials import Trial, promise
+from sae_toolkit.evaluation.health import STANDARDS
+from sae_toolkit.many_runs.directories import finished_sae, read_metrics, write_result
+from sae_toolkit.many_runs.processes import failure_reason, script_command, start_process
+from sae_toolkit.many_runs.sweep.trials import Trial
 
 _SECONDS_BETWEEN_REPORTS = 2.0
-_STOP_SECONDS = 120  # for a checkpoint to be written
+_STOP_SECONDS = 120  # time to write a checkpoint
 
 
 class SweepTrial(tune.Trainable):
-    """Trains and evaluates the SAE of one trial. It goes on where an earlier attempt at the trial ended: training from
-    its last checkpoint, evaluation from the finished SAE.
+    """Trains and evaluates the SAE of one trial.
+
+    A later attempt at a trial continues an earlier one: the training from its last checkpoint, or the evaluation of
+    the finished SAE.
     """
 
-    def setup(  # type: ignore[override]  # tune.with_parameters gives the others
+    def setup(  # type: ignore[override]  # tune.with_parameters passes `trials` and `settings`
         self, config: dict[str, Any], trials: list[Trial], settings: dict[str, Any]
     ) -> None:
-        """Takes the trial of config["number"], from 1; `settings` are those that `run_trials` makes for all."""
+        """Takes the trial with the number config["number"], and the settings that `run_trials` makes for all trials."""
         self.trial = trials[config["number"] - 1]
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
@@ -32,7 +38,11 @@ class SweepTrial(tune.Trainable):
         self.trial.directory.mkdir(parents=True, exist_ok=True)
 
     def step(self) -> dict[str, Any]:
-        """Waits a little; the metrics as they stand, or at the end what the trial came to."""
+        """Waits for a short time. Returns the metrics so far, or the result where the trial has finished.
+
+        Raises:
+            RuntimeError: a process failed. Ray then makes another attempt.
+        """
         if self.process is None:
             finished = finished_sae(self.trial.directory)
             if finished:
@@ -45,10 +55,10 @@ class SweepTrial(tune.Trainable):
             status = self.process.wait(_SECONDS_BETWEEN_REPORTS)
         except subprocess.TimeoutExpired:
             return self._progress()
-        if status == 2:  # a mistake in its flags or text, which another attempt would make again
-            return self._finish({"refused": last_line_of(self._log)})
+        if status == 2:  # a mistake in the flags or the text, which would fail another attempt too
+            return self._finish({"refused": failure_reason(self._log)})
         if status != 0:
-            raise RuntimeError(f"exit status {status}: {last_line_of(self._log)}")
+            raise RuntimeError(f"exit status {status}: {failure_reason(self._log)}")
         if self.is_training:
             self.sae = self._output.read_text().strip()
             self._start_evaluation()
@@ -71,10 +81,10 @@ class SweepTrial(tune.Trainable):
     def _log(self) -> Path:
         return self._output.with_suffix(".log")
 
-    def _start(self, name: str, *flags: str) -> None:
+    def _start(self, script: str, *flags: str) -> None:
         with self._output.open("w") as output, self._log.open("a") as log:
             self.process = start_process(
-                [*script(name), *flags],
+                [*script_command(script), *flags],
                 output=output,
                 log=log,
                 cwd=self.settings["cwd"],
@@ -83,53 +93,66 @@ class SweepTrial(tune.Trainable):
             )
 
     def _progress(self) -> dict[str, Any]:
-        """What a scheduler can compare; it does so by tokens, which are left out while the SAE is evaluated."""
+        """Returns what a scheduler compares. It compares by `tokens`, which are left out during the evaluation."""
         if not self.is_training:
             return {"promise": 0.0}
-        reading = self._reading()
-        if reading is None:
+        latest = self._latest_metrics()
+        if latest is None:
             return {"tokens": 0, "promise": 0.0}
         return {
-            "tokens": reading["details/n_training_samples"],
-            "l0": reading["metrics/l0"],
-            "explained_variance": reading["metrics/explained_variance"],
-            "dead_features": reading["sparsity/dead_features"] / reading["d_sae"],
-            "promise": promise(reading, reading["d_sae"]),
+            "tokens": latest["details/n_training_samples"],
+            "l0": latest["metrics/l0"],
+            "explained_variance": latest["metrics/explained_variance"],
+            "dead_features": latest["sparsity/dead_features"] / latest["d_sae"],
+            "promise": _promise(latest),
         }
 
-    def _reading(self) -> dict[str, Any] | None:
-        readings = readings_of(self.trial.directory)
-        return readings[-1] if readings else None
+    def _latest_metrics(self) -> dict[str, Any] | None:
+        metrics = read_metrics(self.trial.directory)
+        return metrics[-1] if metrics else None
 
     def _evaluation(self) -> dict[str, Any]:
         summary = json.loads((Path(self.sae) / "evaluation.json").read_text())
+        n_healthy = summary["health"]["healthy"] or 0
         return {
             "sae": self.sae,
             "metrics": summary["metrics"],
             "health": summary["health"],
-            "n_healthy": summary["health"]["healthy"] or 0,
-            "promise": (summary["health"]["healthy"] or 0) + 1.0,
+            "n_healthy": n_healthy,
+            "promise": n_healthy + 1.0,
         }
 
     def _finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        reading = self._reading()
-        result = {"tokens": reading["details/n_training_samples"] if reading else 0, "promise": -1.0} | result
-        if "metrics" in result:  # a refusal may be mended, and is tried again
+        latest = self._latest_metrics()
+        result = {"tokens": latest["details/n_training_samples"] if latest else 0, "promise": -1.0} | result
+        if "metrics" in result:  # the cause of a refusal may be corrected, so a refused trial is tried again
             write_result(self.trial.directory, result)
         return result | {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing: what an attempt leaves lies in the trial's directory, with the training's own checkpoints."""
+        """Saves nothing, since the training's own checkpoints are in the trial's directory."""
         return {}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         pass
 
     def cleanup(self) -> None:
-        """Stops what runs, which saves a checkpoint first."""
+        """Stops a process that still runs. A training saves a checkpoint first."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
                 self.process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+
+
+def _promise(metrics: Mapping[str, Any]) -> float:
+    """Returns how promising an unfinished training is, from 0 to 3, to compare with others after as many tokens.
+
+    It is the number of healthy metrics among L0 and dead features, plus the explained variance limited to [0, 1],
+    which decides between trainings with the same number.
+    """
+    now = {"l0": metrics["metrics/l0"], "dead_features": metrics["sparsity/dead_features"] / metrics["d_sae"]}
+    n_healthy = sum(each.status(now[each.metric]) == "healthy" for each in STANDARDS if each.metric in now)
+    explained = metrics["metrics/explained_variance"]
+    return n_healthy + (min(max(explained, 0.0), 1.0) if math.isfinite(explained) else 0.0)
