@@ -1,4 +1,4 @@
-"""Libraries are compared on the same activations by one evaluation. A library that cannot run gets a row that says so."""
+"""Libraries are compared on the same activations by one evaluation. One that cannot run gets a row that says so."""
 
 import json
 import math
