@@ -34,9 +34,7 @@ def main() -> int:
     check_world_size(settings, n_processes * n_machines)
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "FATAL"
-    )  # `_explain` says in a line what torch's C++ code logs in pages
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch would log in pages what `_explain` says in a line
     # Otherwise restarted ranks would use the addresses of the ranks before them, which the shared store still holds.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
@@ -117,7 +115,7 @@ def _torchrun(*arguments: str) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_explain` says what went wrong
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # for the same reason
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:

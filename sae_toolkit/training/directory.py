@@ -158,10 +158,10 @@ class RunDirectory:
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def check_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
-        """Checks that a checkpoint belongs to this run and that no byte of it changed, and returns its manifest.
+        """Checks that a checkpoint belongs to this run and that no byte of it has changed, and returns its manifest.
 
         Raises:
-            UserError: it does not, or it is damaged.
+            UserError: the checkpoint belongs to another run, or is damaged.
         """
         where = f"--resume {checkpoint}"
         manifest = check_manifest(checkpoint, where)
