@@ -11,7 +11,6 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,10 +157,10 @@ class RunDirectory:
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def check_checkpoint(self, checkpoint: Path) -> dict[str, Any]:
-        """Checks that a checkpoint belongs to this run and that no byte of it changed, and returns its manifest.
+        """Checks that a checkpoint belongs to this run and that no byte of it has changed, and returns its manifest.
 
         Raises:
-            UserError: it does not, or it is damaged.
+            UserError: the checkpoint belongs to another run, or is damaged.
         """
         where = f"--resume {checkpoint}"
         manifest = check_manifest(checkpoint, where)
@@ -189,15 +188,7 @@ class RunDirectory:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Resumption:
-    """A run to go on with, and the checkpoint to go on from; None if it has none and begins at the first step."""
-
-    directory: RunDirectory
-    checkpoint: Path | None
-
-
-def find_resumption(resume: str | None, output_directory: Path) -> Resumption | None:
+def find_resumption(resume: str | None, output_directory: Path) -> tuple[RunDirectory, Path | None] | None:
     """Finds the run that `--resume` asks for and claims its directory.
 
     Args:
@@ -205,7 +196,8 @@ def find_resumption(resume: str | None, output_directory: Path) -> Resumption | 
         output_directory: directory of the runs with the same settings, where `auto` looks.
 
     Returns:
-        None if the flag is not given, or is `auto` and there is no unfinished run.
+        The directory, and the checkpoint to go on from; without a checkpoint, the run begins at the first step. None
+        if the flag is not given, or is `auto` and there is no unfinished run.
 
     Raises:
         UserError: the run is finished or damaged, or another process has claimed it.
@@ -225,9 +217,9 @@ def find_resumption(resume: str | None, output_directory: Path) -> Resumption | 
     directory.claim()
     try:
         if resume == "auto" or directory.path == Path(resume):
-            return Resumption(directory, directory.newest_checkpoint())
+            return directory, directory.newest_checkpoint()
         directory.check_checkpoint(Path(resume))
-        return Resumption(directory, Path(resume))
+        return directory, Path(resume)
     except BaseException:
         directory.release()
         raise

@@ -162,7 +162,6 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         UserError: the activations are not finite, or a step does not fit into memory.
     """
     cfg = run.cfg
-    multiple = run.max_norm_multiple
     found, seconds_a_step = [], 0.0
     with _without_trace(source):
         first = _stream(run, source, batch_size=1, rows_per_forward=1)
@@ -175,7 +174,7 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
             )
         stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts // run.ranks.size)
         started = _now(cfg.device)
-        acts_ND = stream.calibrate(1, multiple)
+        acts_ND = stream.calibrate(1, run.max_norm_multiple)
         n_run = stream.n_kept + stream.n_massive
         rate = n_run / (_now(cfg.device) - started)
         stream.close()
@@ -190,7 +189,12 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
 def _measure_norms(
     cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, dtype: torch.dtype, kept_share: float
 ) -> tuple[MeasuredActivations, float]:
-    """Returns what the activations at a hook are like, and the factor that makes their mean norm sqrt(d_in)."""
+    """Returns what the activations at a hook are like, and the factor that makes their mean norm sqrt(d_in).
+
+    Args:
+        dtype: dtype of the language model, for an error message.
+        kept_share: `MeasuredActivations.kept_share`.
+    """
     norms_N = acts_ND.double().norm(dim=-1)
     if not norms_N.isfinite().all():
         raise UserError(f"--lm_dtype {dtype}: some activations are not finite; use another dtype")
@@ -235,7 +239,13 @@ def _share_of_positions(run: PreparedRun) -> float:
 
 
 def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, scale: float) -> float:
-    """Returns the seconds that a training step of one SAE takes on a rank, without communication."""
+    """Returns the seconds that a training step of one SAE takes on a rank, without communication.
+
+    Args:
+        cfg: configuration of the SAE.
+        acts_ND: activations to train on; repeated if they are fewer than a batch.
+        scale: factor that the run's normalization multiplies the activations by.
+    """
     share = run.share_of_rank(cfg)
     trainer_cfg = share.to_sae_trainer_config()
     trainer_cfg.logger = LoggingConfig(log_to_wandb=False)

@@ -127,9 +127,7 @@ def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any]) -> str | Non
 
 
 def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> list[str]:
-    full_steps = (
-        n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2
-    )  # steps at the full rate that move a weight as far
+    full_steps = n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2  # with the full rate, for the same movement
     root = math.sqrt(cfg.sae.d_in)
     turn = cfg.lr * full_steps * root
     found = []
@@ -181,9 +179,7 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
 def _nothing_held_out(held_out_fraction: float) -> str | None:
     if held_out_fraction > 0:
         return None
-    return (
-        "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name another data set; use 0.1"
-    )
+    return "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name other data; use 0.1"
 
 
 def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None) -> str | None:

@@ -185,9 +185,8 @@ def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]
 def _choose_directory(settings: TrainingSettings) -> tuple[RunDirectory, Path | None]:
     """Returns the directory of the run, and the checkpoint to go on from."""
     _check_writable(Path(settings.run.checkpoint_path))
-    if resumption := find_resumption(settings.run.resume, settings.output_directory):
-        return resumption.directory, resumption.checkpoint
-    return RunDirectory(settings.output_directory / _new_run_id()), None
+    new = RunDirectory(settings.output_directory / _new_run_id())
+    return find_resumption(settings.run.resume, settings.output_directory) or (new, None)
 
 
 def _held_out_split(settings: TrainingSettings) -> HeldOutSplit:
