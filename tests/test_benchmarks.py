@@ -1,4 +1,4 @@
-"""Benchmarks run on real contenders and print whole tables. Nothing here looks at a time."""
+"""Benchmarks run on real contenders and print whole tables. No test depends on a measured time."""
 
 import re
 import sys

@@ -105,7 +105,7 @@ def plot_over_l0(traces: Sequence[go.Scatter]) -> go.Figure:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the indices of the points (L0, loss recovered) on the Pareto front, in the order of their L0.
 
-    A point is on the front if every point with an L0 as low or lower has a lower loss recovered.
+    A point is on the front if all other points with the same or a lower L0 have a lower loss recovered.
     """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):

@@ -1,4 +1,4 @@
-"""Libraries are compared on the same activations by the same evaluation; what cannot run is a row that says so."""
+"""Libraries are compared on the same activations by one evaluation. One that cannot run gets a row that says so."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def test_a_contender_that_does_not_exist_is_one_line(text, says):
 
 @pytest.fixture(scope="module")
 def tiny_args(tiny_model, text_file, tmp_path_factory):
-    """A flag file of a run of a second or two."""
+    """A flag file for a run that takes a second or two."""
     flags = {
         **{"model_name": tiny_model, "layer": 1, "dataset_path": text_file, "context_size": 64, "lr": 1e-3},
         **{"normalize_activations": "expected_average_only_in", "expansion_factor": 8, "training_tokens": 20480},
@@ -71,7 +71,7 @@ def tiny_args(tiny_model, text_file, tmp_path_factory):
 
 
 def of_comparison(tiny_args, directory, *flags):
-    """The words after the script's name."""
+    """Returns the words after the script's name."""
     return f"@{tiny_args}", "--comparison_dir", directory, "--num_samples", 12, "--l0", 4, 8, *flags
 
 
@@ -130,7 +130,7 @@ def test_the_same_command_goes_on_with_what_is_missing(compared, tiny_args):
 
 
 def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, tmp_path):
-    """As where pip cannot reach an index: the others are trained all the same."""
+    """The other libraries are trained even if one is not installed."""
     done = run_process(
         *(sys.executable, "compare_sae_libraries.py", f"@{tiny_args}", "--comparison_dir", tmp_path / "comparison"),
         *("--num_samples", 12, "--l0", 4, "--libraries", "saelens:batchtopk", "sparsify"),
@@ -146,7 +146,7 @@ def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, 
 
 
 def hidden_sparsify(tmp_path: Path) -> Path:
-    """A directory for PYTHONPATH with which Python finds no sparsify."""
+    """Returns a directory that, on PYTHONPATH, hides sparsify from Python."""
     hiding = tmp_path / "hiding"
     hiding.mkdir()
     (hiding / "sitecustomize.py").write_text(
@@ -184,7 +184,8 @@ def test_a_cache_of_another_model_is_refused_in_one_line(compared, tiny_args, sc
     assert done.status == 2
     (error,) = done.error_lines
     assert f"--cache_activations {directory / 'activations'}: holds activations with hook_name" in error
-    assert not (tmp_path / "other" / "settings.json").exists()  # the mended command is no other comparison
+    # The corrected command must not be taken for another comparison.
+    assert not (tmp_path / "other" / "settings.json").exists()
 
 
 @pytest.mark.parity

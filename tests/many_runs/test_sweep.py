@@ -1,4 +1,4 @@
-"""A sweep trains what its grid says, refuses what cannot be, and ends in a table, a front and a command."""
+"""A sweep trains what its grid says, refuses what it cannot train, and ends in a table, a front and a command."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
     """Trains by the library's own trainer. Where a penalty decides the L0, several trainings search for the penalty.
 
     Returns:
-        What `train_saelens` does, of the training whose L0 is nearest. After a search also its `penalty` and `l0`, and
-        `tried`: penalty and L0 of each training, the earlier ones of the same kind included.
+        What `train_saelens` returns, for the training whose L0 is nearest. After a search also `penalty` and `l0` of
+        this training, and `tried`: penalty and L0 of each training of the same kind, those of other entries included.
     """
     first = _FIRST_PENALTIES.get(entry.contender.architecture)
     if first is None:
@@ -65,7 +65,7 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
 
 
 def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> tuple[dict[str, Any], float]:
-    """Trains once, on this project's batches. Returns what `train_saelens` does, and the L0 that was reached."""
+    """Trains once, on this project's batches. Returns what `train_saelens` returns, and the L0 that was reached."""
     python = DICTIONARY_LEARNING.python()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -106,7 +106,7 @@ def _distance(l0: float, target: float) -> float:
 
 
 def _tried_before(entry: Entry) -> list[tuple[float, float]]:
-    """Returns penalty and L0 of the trainings of the same kind, for any target and with any seed."""
+    """Returns penalty and L0 of the trainings of the same kind, for any target L0 and with any seed."""
     kind = entry.directory.name.partition("-l0_")[0]
     results = [read_result(path) for path in sorted(entry.directory.parent.glob(f"{kind}-l0_*"))]
     return [(penalty, l0) for result in results if result for penalty, l0 in result.get("tried", [])]

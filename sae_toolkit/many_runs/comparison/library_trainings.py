@@ -119,7 +119,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
 
 
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by sparsify's Trainer, which runs the language model itself. Returns what `train_saelens` does."""
+    """Trains by sparsify's Trainer, which runs the language model itself. Returns what `train_saelens` returns."""
     if find_spec("sparsify") is None:
         raise RunFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
     run, cfg = shared.run, shared.run.cfg
