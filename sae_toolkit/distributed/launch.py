@@ -1,4 +1,4 @@
-"""Starts the ranks of sae_lens_train.py under torchrun, on one machine or several, and reports their end in one line.
+"""Starts the ranks of sae_lens_train.py under torchrun, on one machine or several, and reports failures in one line.
 
 python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]
 """
@@ -29,12 +29,13 @@ def main() -> int:
         raise UserError("usage: python -m sae_toolkit.distributed.launch NUM_PROCESSES [flags of sae_lens_train.py]")
     n_processes, flags = _whole_number(sys.argv[1], "NUM_GPUS", 1), sys.argv[2:]
     n_machines = _variable("NNODES", 1, 1)
-    settings = parse_training_flags(flags)  # a mistake is said once, and before anything starts
+    settings = parse_training_flags(flags)  # so a mistake is reported once, before any rank starts
     check_world_size(settings, n_processes * n_machines)
     n_threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # `_explain` says it in one line
-    # Without this, restarted ranks look for the ranks before them, whose addresses are still in the shared store.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # `_explain` reports errors in one line
+    # Without this, restarted ranks would try to reach the ranks that they replace: their addresses are still in the
+    # shared store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
         return _torchrun(
@@ -45,7 +46,7 @@ def main() -> int:
             f"--log-dir={logs}",
             "--local-ranks-filter=0",  # the other ranks of this machine log the same
             "--monitor-interval=0.5",
-            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds, to write a checkpoint in
+            f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds to write a checkpoint
             str(_SCRIPT),
             *flags,
         )
@@ -62,7 +63,7 @@ def _variable(name: str, default: int, least: int) -> int:
 
 
 def _meeting_place(n_machines: int) -> list[str]:
-    """Returns the torchrun flags with which machines find one another, from torchrun's own environment variables."""
+    """Returns the torchrun flags by which machines find one another, from NODE_RANK, MASTER_ADDR and MASTER_PORT."""
     for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
@@ -75,7 +76,7 @@ def _meeting_place(n_machines: int) -> list[str]:
     address = os.environ["MASTER_ADDR"]
     port = _whole_number(os.environ["MASTER_PORT"], "MASTER_PORT", 1)
     here = _address_towards(address, port)
-    if interface := _interface_of(here):  # by default gloo and NCCL use the host name's, which may be loopback
+    if interface := _interface_of(here):  # the default is that of the host name, which may be loopback
         for backend in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
     timeout = _variable("JOIN_TIMEOUT", 600, 1)  # seconds
@@ -112,7 +113,7 @@ def _torchrun(*arguments: str) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_explain` says it in one line
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # `_explain` reports errors in one line
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
@@ -128,7 +129,11 @@ def _torchrun(*arguments: str) -> int:
 
 
 def _explain(error: Any) -> int:
-    """Returns the exit status, after saying which rank failed first and why, unless that rank has said so itself."""
+    """Prints which rank failed first and why, unless that rank has printed it. Returns the exit status of that rank.
+
+    Raises:
+        RunFailed: a signal killed that rank.
+    """
 
     def how_telling(failure: Any) -> tuple[bool, bool, bool, int]:
         ended_by_torchrun = failure.exitcode == -signal.SIGTERM
@@ -140,7 +145,7 @@ def _explain(error: Any) -> int:
             f"rank {rank} was killed by {failure.signal_name()}; repeat the command with --resume to continue, or set"
             " MAX_RESTARTS=3 to let torchrun do that"
         )
-    if failure.local_rank != 0 and failure.exitcode < 128:  # local rank 0 has printed its own
+    if failure.local_rank != 0 and failure.exitcode < 128:  # local rank 0 has printed its error itself
         details = failure.error_file_data.get("message", {})
         stack = details.get("extraInfo", {}).get("py_callstack") if isinstance(details, dict) else None
         is_bug = failure.exitcode == 1 and not failure.message.startswith(RunFailed.__name__)

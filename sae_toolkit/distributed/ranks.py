@@ -17,8 +17,8 @@ from sae_toolkit.errors import RunFailed, one_line
 
 T = TypeVar("T")
 
-# These limits are for a rank that hangs; one that has ended is noticed at once. Within a step all ranks are at the same
-# place. Between steps the others may have to wait for a rank that reads a text or writes a checkpoint.
+# How long the ranks wait for one that hangs. One that has ended is noticed at once. Within a step all ranks are at the
+# same place. Between steps the others may have to wait for a rank that reads a text or writes a checkpoint.
 _WITHIN_A_STEP = timedelta(minutes=5)
 _BETWEEN_STEPS = timedelta(days=2)
 
@@ -27,7 +27,7 @@ _BETWEEN_STEPS = timedelta(days=2)
 class Ranks:
     """The ranks that torchrun started, as seen by this one; a single rank where it started none.
 
-    The methods are collective: all ranks call them in the same order. With a single rank they return their argument.
+    The methods are collective: all ranks call them in the same order. With a single rank nothing is sent.
     """
 
     rank: int = 0  # this process; rank 0 is the main one, which reads the text, writes files and logs
@@ -81,7 +81,7 @@ class Ranks:
         """Returns the tensors [N_r, ...] of all ranks. The number of rows N_r may differ between ranks."""
         if self.is_alone:
             return [rows]
-        lengths = [n for (n,) in self._gather_counts((len(rows),), None)]  # without `control` and its limit of days
+        lengths = [n for (n,) in self._gather_counts((len(rows),), None)]  # not by `control`, which would wait for days
         padded = _padded(rows, max(lengths))
         found = [torch.empty_like(padded) for _ in lengths]
         with _lost_ranks_reported():
@@ -112,7 +112,7 @@ class Ranks:
         return part
 
     def counts(self, *numbers: int) -> list[tuple[int, ...]]:
-        """Returns the integers that each rank gave."""
+        """Returns the integers that each rank passed, in the order of the ranks."""
         return [numbers] if self.is_alone else self._gather_counts(numbers, self.control)
 
     def _gather_counts(self, numbers: tuple[int, ...], group: dist.ProcessGroup | None) -> list[tuple[int, ...]]:
@@ -127,7 +127,7 @@ class Ranks:
         return tuple(map(max, zip(*self.counts(*numbers), strict=True)))
 
     def broadcast(self, thing: T) -> T:
-        """Returns the object that rank 0 gave. It is pickled, so it should be small."""
+        """Returns the object that rank 0 passed. It is pickled, so it should be small."""
         if self.is_alone:
             return thing
         things: list[Any] = [thing]
@@ -143,7 +143,7 @@ class Ranks:
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """Lets local rank 0 of each machine do something, such as a download, before the machine's other ranks do."""
+        """Context manager for work, such as a download, that local rank 0 of a machine does before its other ranks."""
         if self.local_rank > 0:
             self.wait()
         yield
@@ -184,7 +184,7 @@ def join_ranks() -> Iterator[Ranks]:
 
 @contextmanager
 def _lost_ranks_reported() -> Iterator[None]:
-    """Turns the error of a collective operation into the message that another rank has ended."""
+    """Context manager that turns the error of a collective operation into the message that another rank is gone."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,16 +1,16 @@
-"""What torchrun tells this process in its environment, read without importing torch."""
+"""Reads the environment variables that torchrun sets for its processes, without importing torch."""
 
 from __future__ import annotations
 
 import os
 
-# A rank says this of the others when a collective operation fails; the launcher looks for it, as the rank whose failure
-# came first has a better message.
+# A rank whose collective operation fails puts this text into its message. The launcher looks for the text, because the
+# rank that failed first has a better message.
 RANK_IS_GONE = "another rank is gone"
 
 
 def is_under_torchrun() -> bool:
-    """Returns whether torchrun started this process. WORLD_SIZE and RANK do not tell: other launchers set them too."""
+    """Returns whether torchrun started this process. WORLD_SIZE does not show it: other launchers set it too."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 

@@ -25,7 +25,7 @@ _FIRST_WAIT = float(os.environ.get("SAE_TOOLKIT_RETRY_WAIT", "1"))
 _N_TRIES = 6
 _LONGEST_OUTAGE = 300.0  # no new try begins later than this many seconds after the first error
 
-# Seconds that a request may wait. A request that sets no limit itself (the listing of files) would wait for ever.
+# Seconds that a request may wait. Requests without a limit of their own (the listing of files) would wait for ever.
 _LONGEST_WAIT = 3.0 * constants.HF_HUB_DOWNLOAD_TIMEOUT
 _TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 
@@ -93,7 +93,7 @@ class Retries:
         self.reset()
 
     def reset(self) -> None:
-        """Starts to count from zero again, after a success."""
+        """Sets the count of failed tries to zero, after a success."""
         self._n_failed = 0
         self._since = time.monotonic()
 
@@ -102,7 +102,7 @@ class Retries:
 
         Raises:
             ConnectionFailed: that was the last try.
-            Exception: `error` itself, if it is no connection error or another try cannot help.
+            Exception: `error` itself, if it is not a connection error, or if another try cannot help.
         """
         reason = connection_error(error)
         if reason is None:
@@ -120,11 +120,11 @@ class Retries:
 
 
 def retrying(what: str, call: Callable[[], T]) -> T:
-    """Returns the result of a call, which is repeated while it ends in a connection error.
+    """Calls a function, and again after each connection error. Returns the result.
 
     Args:
         what: the flag and its value, for messages.
-        call: the function to call; its other errors are raised as they are.
+        call: the function. Errors other than connection errors are passed on unchanged.
 
     Raises:
         ConnectionFailed: the connection failed at every try.

@@ -1,4 +1,4 @@
-"""The embedded model and the embedded text: real ones that Python packages carry, so no Hub account is needed."""
+"""The embedded model and the embedded text, which are files of Python packages, so that no Hub account is needed."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # configuration and tokeni
 
 @contextmanager
 def _refusals_in_one_line(name: str, kind: Kind, flag: str) -> Iterator[None]:
-    """Turns the Hub's permanent refusals into a `UserError`."""
+    """Context manager that turns the Hub's permanent refusals into a `UserError`."""
     try:
         yield
     except HFValidationError:
@@ -114,8 +114,8 @@ def check_repository(name: str, kind: Kind, flag: str) -> str:
 def download_small_files(name: str, revision: str | None, subfolder: str, flag: str) -> str | None:
     """Downloads a model's configuration and tokenizer files, and returns the commit that they belong to.
 
-    Transformers takes a file that it could not download for one that does not exist, and then makes a tokenizer
-    without it. Asked for this commit, it finds every file in the cache.
+    If a download fails, Transformers behaves as if the file did not exist, and makes a tokenizer without it. Called
+    with the commit that is returned here, it finds every file in the cache.
 
     Returns:
         The commit; None if the Hub cannot be reached and the files come from the cache.

@@ -22,13 +22,13 @@ class OwnEnvironment:
     """The virtual environment `.venv-NAME`, with the packages that `requirements/NAME.txt` lists.
 
     Args:
-        name: the NAME of the environment and of its list.
-        library: the library that it is for.
+        name: NAME in the two paths above.
+        library: the library that the environment is for.
         flag: the flag that needs it, for messages.
         imports: a module of the library, imported to test the finished environment.
-        python_versions: versions of Python for which its packages have wheels.
-        because: why it needs one of these versions, for messages.
-        takes: its size and the time to make it, for messages.
+        python_versions: versions of Python for which the packages have wheels.
+        because: why the environment needs one of these versions, for messages.
+        takes: the size of the environment and the time to make it, for messages.
         root: the directory that holds the environment and `requirements`.
     """
 

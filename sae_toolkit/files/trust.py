@@ -15,8 +15,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, cach
 
 from sae_toolkit.errors import UserError, one_line
 
-# The arguments of Transformers' from_pretrained that a user may set. This project sets the others itself, or they would
-# run code (trust_remote_code, weights_only, use_kernels), or a token would be saved with the run.
+# The arguments of Transformers' from_pretrained that a user may set. All others are refused: this project sets them
+# itself, or they could run code (trust_remote_code, weights_only, use_kernels), or a token would be saved with the run.
 _MODEL_KWARGS = {
     **dict.fromkeys(("attn_implementation", "cache_dir", "offload_folder", "revision", "subfolder", "variant"), str),
     **dict.fromkeys(("force_download", "local_files_only", "use_safetensors"), bool),
@@ -31,7 +31,7 @@ _NAME = re.compile(r"(embedded:)?[\w.-]+(/[\w.-]+)?")
 
 
 def check_model_kwargs(kwargs: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Checks the user's arguments for `from_pretrained`: only safe ones that nothing else sets are allowed.
+    """Checks the user's arguments for `from_pretrained`. Safe arguments that this project does not set are allowed.
 
     Args:
         kwargs: the arguments by name.
@@ -93,7 +93,7 @@ def check_kernels(config: PreTrainedConfig, where: str) -> None:
         where: the flag and the model, for messages.
 
     Raises:
-        UserError: it names one.
+        UserError: the configuration names one.
     """
     for part in (config, config.get_text_config()):
         for name in ("_attn_implementation", "_experts_implementation"):
@@ -102,7 +102,7 @@ def check_kernels(config: PreTrainedConfig, where: str) -> None:
 
 
 def check_weight_index(location: Mapping[str, Any], variant: str | None, where: str) -> None:
-    """Refuses a model whose index of weight files names a file outside its directory. Transformers would read it.
+    """Refuses a model whose index of weight files names a file outside its directory, which Transformers would read.
 
     Args:
         location: arguments of `from_pretrained` that say where the model is.
@@ -110,7 +110,7 @@ def check_weight_index(location: Mapping[str, Any], variant: str | None, where: 
         where: the flag and the model, for messages.
 
     Raises:
-        UserError: the index names a file outside, or is damaged.
+        UserError: the index names a file outside the directory, or is damaged.
     """
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         file = cached_file(

@@ -1,4 +1,4 @@
-"""Directories that are written as a whole or not at all, with a manifest of checksums to check them by.
+"""Writes directories as a whole or not at all, and checks them by a manifest of checksums.
 
 A directory is written under another name, checksummed, synced to the disk and then renamed.
 """
@@ -30,9 +30,9 @@ class NotSaved(Exception):
 
 @contextmanager
 def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
-    """Context manager that gives a directory to write into, and renames it to the target once it is on the disk.
+    """Context manager that yields a new directory to write into, and renames it to the target once it is on the disk.
 
-    Its manifest has the size and checksum of each file. If the process is killed at any moment, the target is
+    A manifest with the size and checksum of each file is added. If the process is killed at any moment, the target is
     either as it was before or new and complete. If the target exists and is complete already, it is kept.
 
     Args:

@@ -42,12 +42,12 @@ def choose_llm_device(llm_device: str | None, n_devices: int, device: str) -> st
     """Returns the language model's first device: `llm_device` if it is given, else the SAE's device.
 
     Args:
-        llm_device: the value of --llm_device, if it was given.
-        n_devices: over how many devices the model is to be spread.
+        llm_device: the value of --llm_device; None if it was not given.
+        n_devices: the number of devices that the model is to be spread over.
         device: the SAE's device.
 
     Raises:
-        UserError: torch does not see the device, or sees fewer than `n_devices` from there on.
+        UserError: torch does not see the device, or sees fewer than `n_devices` devices from that one on.
     """
     chosen = device if llm_device is None else choose_device(llm_device, flag="--llm_device")
     parsed = torch.device(chosen)

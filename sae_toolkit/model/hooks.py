@@ -1,6 +1,6 @@
 """Hooks: the places in a Transformers model where activations are read or replaced.
 
-They go by TransformerLens's names, which other SAE tools look for in a saved SAE.
+They have TransformerLens's names, because other SAE tools look for these names in a saved SAE.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from sae_toolkit.errors import UserError
 
 # TransformerLens's name within a block -> (submodule of the layer, whether the hook is its input or its output).
-# The names with a submodule are known only for layers built as Llama's are: elsewhere they mean other tensors.
+# The names with a submodule are used only for layers built as Llama's are: in other layers they mean other tensors.
 _BLOCK_HOOKS = {
     "hook_resid_pre": ("", "input"),
     "hook_resid_post": ("", "output"),
@@ -66,7 +66,7 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
         hook_name: `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
             `hook_attn_out`, `hook_mlp_out`, `attn.hook_z`, `mlp.hook_post`; or a module of the
             Transformers model, such as `model.layers.12`.
-        flag: the flag that named the hook, for messages; None where either --layer or --hook_name did.
+        flag: the flag that named the hook, for messages; None if it was --layer or --hook_name.
 
     Raises:
         UserError: the model has no such hook.
@@ -93,7 +93,7 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
         raise UserError(f"{where}: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
     if name not in _BLOCK_HOOKS:
         known = ", ".join(_BLOCK_HOOKS)
-        raise UserError(f"{where}: known within a block are {known}")
+        raise UserError(f"{where}: known within a block are {known}; use one of them")
     submodule, side = _BLOCK_HOOKS[name]
     if submodule and {child for child, _ in layers[layer].named_children()} != _LLAMA_LAYER:
         raise UserError(
@@ -104,8 +104,11 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
 
 
 def hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]) -> RemovableHandle:
-    """Registers a PyTorch hook that calls `function` with the module's first input or output, and replaces that
-    tensor by the result unless the result is None. The handle that it returns is a context manager.
+    """Registers a PyTorch hook on a module, and returns its handle, which is a context manager.
+
+    Args:
+        side: `input` or `output`.
+        function: called with the module's first input or output. Its result replaces that tensor, unless it is None.
     """
 
     def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -130,11 +133,11 @@ def hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]
 def forward_replaced(
     layer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], extras: int | None
 ) -> Iterator[None]:
-    """Makes a decoder layer compute nothing and return `function` of the hidden states that it is given.
+    """Context manager inside which a decoder layer computes nothing and returns `function` of its hidden states.
 
     Args:
-        extras: how many more values the layer's caller expects after the hidden states, in a tuple (they are None
-            here); None where it expects no tuple.
+        extras: how many more values the layer's caller expects in a tuple with the hidden states; they will be None.
+            If `extras` is None, the caller expects no tuple.
     """
 
     def forward(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:

@@ -62,7 +62,7 @@ class HookState:
 
     acts_BTD: torch.Tensor
     layer_input_BTD: torch.Tensor | None
-    layer_extras: int | None  # how many values follow the hidden states in a layer's output; None where it is no tuple
+    layer_extras: int | None  # number of values after the hidden states in a layer's output; None if that is no tuple
 
 
 class LanguageModel:
@@ -85,7 +85,7 @@ class LanguageModel:
         self.hooks = [find_hook(model, self.config, name) for name in hook_names]
         self.hook = self.hooks[0]
         self.dtype: torch.dtype = next(model.parameters()).dtype
-        self._one_pass = Lock()  # PyTorch's hooks would also see the activations of another thread's pass
+        self._one_pass = Lock()  # PyTorch's hooks would also be called in another thread's pass
         self._is_resid_mid = self.hook.name.endswith(".hook_resid_mid")
 
     @property
@@ -188,14 +188,14 @@ class LanguageModel:
         """Whether zeros at the hook, at every position, remove all information about the text. The model's predictions
         are then the same for every sequence of the same length.
 
-        That is so only if the hook is the residual stream and no later layer sees the tokens again, as some models'
-        layers do. It is therefore tested on two short texts, once.
+        This holds only if the hook is the residual stream and no later layer reads the tokens again. In some models
+        later layers do, so it is tested once, on two short texts.
         """
         if not self._is_resid_mid and all(self.hook.module is not layer for layer in self.layers):
             return False
         counted = self.sequences_run.copy()
         ablated = []
-        for first in (1, 5):  # one at a time: both run the same kernels, so equal predictions are equal bit for bit
+        for first in (1, 5):  # separately, so that both run the same kernels and equal results are equal bit for bit
             tokens_BT = torch.arange(first, first + 4)[None]
             _, state = self.logits(tokens_BT)
             ablated.append(self.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD)))

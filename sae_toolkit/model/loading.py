@@ -43,7 +43,7 @@ _FILE_ERRORS = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found and checked, and whose weights are not loaded yet."""
+    """A model that was found and checked. Its weights are not loaded yet."""
 
     name: str
     config: PreTrainedConfig
@@ -85,7 +85,7 @@ class ModelSource:
 
     @property
     def n_parameters(self) -> int:
-        """The model's number of parameters. No weights are loaded for it."""
+        """The model's number of parameters. No weights are loaded to count them."""
         return model_without_weights(self.config, self.trust_remote_code).num_parameters()
 
 
@@ -110,7 +110,7 @@ def find_model(
         wanted = location.get("revision"), location.get("subfolder", "")
         if commit := download_small_files(repository, *wanted, "--model_name"):
             location["revision"] = commit
-    # Set even where it is False: without it Transformers asks at the terminal.
+    # This is set even if it is False: without it Transformers would ask at the terminal.
     location["trust_remote_code"] = trust_remote_code
     with _errors_of_files(f"--model_name {name}"):
         config = retrying(f"--model_name {name}", lambda: AutoConfig.from_pretrained(**location))
@@ -121,7 +121,7 @@ def find_model(
 
 @contextmanager
 def _errors_of_files(where: str) -> Iterator[None]:
-    """Turns what Transformers raises about a model's files into a `UserError` of one line."""
+    """Context manager that turns Transformers' errors about a model's files into a `UserError` of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -171,10 +171,10 @@ def _hub_name(name: str) -> str:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer. One without a BOS token gets its EOS token as BOS.
+    """Loads a model's tokenizer. If it has no BOS token, its EOS token becomes the BOS token.
 
     Raises:
-        UserError: Transformers can load no tokenizer, or it has neither a BOS nor an EOS token.
+        UserError: Transformers cannot load the tokenizer, or it has neither a BOS nor an EOS token.
     """
     with _errors_of_files(f"--model_name {source.name}: no tokenizer"):
         tokenizer = retrying(f"--model_name {source.name}", lambda: AutoTokenizer.from_pretrained(**source.location))
@@ -196,7 +196,7 @@ def load_language_model(
         hook_names: the hook, or several hooks to be read at once.
         device: where to put the weights.
         dtype: the dtype to load them in.
-        n_devices: over how many CUDA devices Transformers spreads the layers, counted from `device`.
+        n_devices: the number of CUDA devices, from `device` on, that Transformers spreads the layers over.
 
     Raises:
         UserError: the weights are missing or damaged, or the model has no such hook.

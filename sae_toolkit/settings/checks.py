@@ -12,12 +12,12 @@ _SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "j
 
 _LONGEST_NAME = 255  # bytes, on Linux and macOS
 
-# Least number of tokens that a rank has of a batch on average. With 32, a rank has none in one of 10^13 batches.
+# A rank must have at least this many tokens of a batch on average. With 32, a rank has no token of one batch in 10^13.
 _LEAST_SHARE = 32
 
 
 def check_paths(settings: TrainingSettings) -> None:
-    """Checks the lengths of file names. The standard library raises for names that are too long for the file system.
+    """Checks the lengths of file names. Names that are too long for the file system would end in a traceback.
 
     Raises:
         UserError: a name is too long.
@@ -79,7 +79,7 @@ def _check_sae(sae: SAESettings) -> None:
     if sae.target_l0 is None:
         return
     if sae.architecture not in _SPARSITY_WEIGHTS:
-        instead = "; --k is its L0" if "topk" in sae.architecture else "; leave it out"
+        instead = "; --k is its L0, so set that" if "topk" in sae.architecture else "; leave it out"
         raise UserError(f"--target_l0 {sae.target_l0:g}: {sae.architecture} has no sparsity weight{instead}")
     weight = _SPARSITY_WEIGHTS[sae.architecture]
     if getattr(sae, weight) == 0:
@@ -92,8 +92,8 @@ def _check_held_out(settings: TrainingSettings) -> None:
         raise UserError(f"--eval_every {eval_every}: --held_out_fraction 0 leaves no text to measure on; use 0.1")
     if eval_every and settings.sae.shard_features:
         raise UserError(
-            f"--eval_every {eval_every}, --shard_features: no process holds all features, as measuring needs; leave one"
-            " of the flags out"
+            f"--eval_every {eval_every}, --shard_features: measuring needs all features, and no process holds all of"
+            " them; leave one of the flags out"
         )
 
 
@@ -111,13 +111,13 @@ def _check_steps(optimization: OptimizationSettings) -> None:
 
 
 def check_world_size(settings: TrainingSettings, size: int) -> None:
-    """Checks that the ranks can divide the sizes that are given for all of them together.
+    """Checks that the sizes that are given for all ranks together can be divided among the ranks.
 
     Args:
         size: number of ranks.
 
     Raises:
-        UserError: they cannot.
+        UserError: they cannot be divided.
     """
     batch, contexts = settings.optimization.train_batch_size_tokens, settings.model.store_batch_size_prompts
     if batch < _LEAST_SHARE * size and size > 1:

@@ -88,9 +88,9 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
 
 
 def after_restart(settings: TrainingSettings) -> TrainingSettings:
-    """Returns the settings with which torchrun's new ranks go on after one of the ranks failed.
+    """Returns the settings of ranks that torchrun starts again after one of them has failed.
 
-    They resume from the newest checkpoint, even if the run was started from an older one.
+    These ranks resume from the newest checkpoint, even if the run was started from an older one.
     """
     resume = settings.run.resume
     newest = "auto" if resume in (None, "auto") else str(run_directory_of(Path(resume)))
@@ -103,12 +103,12 @@ def default_flags() -> dict[str, Any]:
 
 
 def training_words(flags: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
-    """Returns the words of a command line that give flags their values, without the flags that have their defaults."""
+    """Returns the words of a command line that sets the flags to these values. Flags at their defaults are left out."""
     return fields.as_words(TrainingSettings, flags, leave_out=leave_out)
 
 
 def flags_with(*scopes: Scope) -> set[str]:
-    """Returns the names of the flags that have one of these scopes. `preset`, which is no flag, has `Scope.COMMAND`."""
+    """Returns the names of the flags that have one of these scopes. `preset`, not a flag, has `Scope.COMMAND`."""
     names = {name for name, each in TRAINING_FLAGS.items() if each.scope in scopes}
     return names | ({"preset"} if Scope.COMMAND in scopes else set())
 
@@ -124,7 +124,12 @@ def save_flags(flags: Mapping[str, Any], run_directory: Path) -> None:
 
 
 def _saved_flags(flag: str, path: Path) -> dict[str, Any]:
-    """Loads the flags of the run whose directory, or one of whose checkpoints, `--resume` or `--like` names."""
+    """Loads the flags of a run.
+
+    Args:
+        flag: `resume` or `like`, for messages.
+        path: the run's directory, or one of its checkpoints.
+    """
     file = run_directory_of(path) / FLAGS_FILENAME
     if not path.is_dir() or not file.is_file():
         raise UserError(f"--{flag} {path}: neither a training run nor a checkpoint of one: {file} does not exist")
@@ -146,7 +151,10 @@ def _settings_of_run(resume: Path, given: dict[str, Any]) -> TrainingSettings:
 
 
 def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
-    """Returns the settings of another run, with the given flags, and without the flags of the other run's command."""
+    """Returns the settings of another run, changed by the given flags.
+
+    The other run's flags of `Scope.COMMAND` are not taken; these have their defaults.
+    """
     saved, defaults = _saved_flags("like", like), default_flags()
     of_command = {name: defaults[name] for name in flags_with(Scope.COMMAND) - {"preset"}}
     assignments = [*saved["set"], *given.get("set", [])]

@@ -15,11 +15,11 @@ class ContenderSettings:
     """SAEs that are compared."""
 
     libraries: tuple[str, ...] = flag(("saelens", "sparsify", "dictionary_learning"), metavar="LIBRARY[:KIND][@LR]")
-    """libraries to compare, with all kinds of SAE that a library trains or only KIND, and with the library's own
-    learning rate or LR
+    """libraries to compare. A library trains each kind of SAE that it has, or only KIND, with its own learning rate, or
+    with LR
     """
     l0: tuple[Positive, ...] | None = None
-    """numbers of features that are active for each token (default: 20 40 80 160; with --quick 64)"""
+    """train with each of these numbers of active features per token (default: 20 40 80 160; with --quick 64)"""
     seeds: Positive = flag(1, metavar="N")
     """train each SAE with N random seeds: --seed and the numbers after it"""
 

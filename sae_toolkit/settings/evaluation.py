@@ -31,7 +31,7 @@ class EvaluatedSAESettings:
     trust_remote_code: bool = False
     """run the Python code that comes with the model, which can do anything that you can do on this machine"""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto, which is cuda if torch finds a GPU and cpu otherwise"""
+    """device: cpu, cuda, cuda:N, or auto, which is cuda if torch finds a GPU and cpu otherwise"""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the language model; auto is bfloat16 if the hardware computes in it, and float32 otherwise"""
     batch_size: Positive = 8
@@ -47,11 +47,11 @@ class EvaluationTextSettings:
     were held out of the SAE's training)
     """
     dataset_config: str | None = None
-    """configuration of the data set, such as wikitext-2-raw-v1 (default: for the data of the SAE's training that of the
-    training; for other data the one that is called default, or the first)
+    """configuration of the data set, such as wikitext-2-raw-v1 (default: if the SAE was trained on this data set, the
+    configuration of the training; otherwise the one that is called default, or the first)
     """
     dataset_split: str | None = None
-    """split of the data set (default: for the data of the SAE's training the split of the training; for other data the
+    """split of the data set (default: if the SAE was trained on this data set, the split of the training; otherwise the
     first that exists of test, validation and train)
     """
     text_column: str | None = None
@@ -79,9 +79,9 @@ class MeasurementSettings:
     saebench: str | None = flag(None, metavar="EVALS")
     """also run these evaluations of sae-bench, in an environment of its own: core,absorption,..."""
     features: tuple[int, ...] = ()
-    """numbers of features to show in the report, in addition to the sample of --n_features"""
+    """indices of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
-    """number of features to show in the report, chosen so that frequent and rare features are among them"""
+    """how many features to show in the report; they are chosen so that frequent and rare ones are among them"""
     no_diagnosis: bool = False
     """do not look for the causes if an SAE is unhealthy"""
 

@@ -1,4 +1,4 @@
-"""Fields of dataclasses to flags of argparse.
+"""Turns the fields of dataclasses into flags of argparse.
 
 A group of settings is a frozen dataclass. Each field is a flag, and the sentence below the field is its help:
 
@@ -17,7 +17,7 @@ The annotation says what the flag takes:
 - `Literal["a", "b"]`: one of these choices;
 - `Annotated[int, parse]`: what the function `parse` returns for the text (values.py);
 - `tuple[X, ...]`: one or more values, of type X each;
-- `X | None`: as X; None where the flag is not given.
+- `X | None`: what X takes; the value is None if the flag is not given.
 
 Write `flag(...)` instead of the default to say more about a flag. The settings of a script are a dataclass of groups.
 Settings hold tuples where a flag takes several values; records of flags, which are JSON, hold lists.
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Scope(Enum):
-    """What a flag belongs to. It decides where the value of the flag may differ."""
+    """What a flag belongs to. It decides whether a resumed run may change the flag, and whether --like takes it."""
 
     SAE = "the trained weights depend on the flag; it is fixed when a run is resumed, and part of the run's hash"
     RUN = "the weights do not depend on the flag, but a run keeps the value that it was started with"
@@ -52,7 +52,7 @@ class Scope(Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One flag, as a field of a settings group describes it.
+    """A flag, described by a field of a settings group.
 
     Args:
         name: name of the flag, without the dashes.
@@ -60,8 +60,8 @@ class Flag:
         help: the sentence below the field.
         arguments: further arguments for argparse's `add_argument`.
         scope: what the flag belongs to.
-        is_later: True for a flag that is newer than the runs on people's disks. It counts in the hash of a run only if
-            it differs from its default, so that the directories of older runs are still found.
+        is_later: True for a flag that was added after people had made runs. It is part of the hash of a run only if its
+            value is not the default, so that the directories of older runs are still found.
         is_swept: whether a sweep may vary the flag; None means that it may if the trained weights depend on it.
         is_exclusive: only one of the exclusive flags of a group may be given.
     """
@@ -94,7 +94,7 @@ _OF_FLAG = ("scope", "is_later", "is_swept", "is_exclusive")
 
 
 def flag(default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """Returns a dataclass field with a default and more about its flag.
+    """Returns a dataclass field with a default and with more information about its flag.
 
     Args:
         more: `scope`, `is_later`, `is_swept` and `is_exclusive` as in `Flag`, and arguments for argparse's
@@ -205,7 +205,7 @@ def _as_json(value: Any) -> Any:
 
 
 def as_words(settings: type, values: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
-    """Returns the words of a command line that give flags their values, without the flags that have their defaults."""
+    """Returns the words of a command line that sets the flags to these values. Flags at their defaults are left out."""
     return [
         word
         for name, each in flags_of(settings).items()

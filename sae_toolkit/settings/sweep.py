@@ -14,9 +14,9 @@ class TrialSettings:
     """Trials."""
 
     grid: tuple[str, ...] = flag((), action="extend", metavar="NAME=V1,V2")
-    """values of a flag of sae_lens_train.py to try; with several flags all combinations"""
+    """values to try for a flag of sae_lens_train.py; for several flags, all combinations are tried"""
     range: tuple[str, ...] = flag((), action="extend", metavar="NAME=LOW:HIGH")
-    """draw the values of a flag of sae_lens_train.py between these ends, evenly in the logarithm; needs --sample"""
+    """draw values for a flag of sae_lens_train.py between LOW and HIGH, evenly in the logarithm; needs --sample"""
     sample: Positive | None = flag(None, metavar="N")
     """run N trials at random instead of all combinations"""
     sample_seed: NonNegative = 0

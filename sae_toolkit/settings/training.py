@@ -1,7 +1,7 @@
 """Settings of a training run, and the directory of a run.
 
-The names and defaults that the document has that this project reproduces (README) are kept. The other flags are those
-that a healthy SAE needs.
+Flags that the document has which this project reproduces (README) keep their names and defaults. The other flags are
+those that a healthy SAE needs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ModelSettings:
     llm_device: str | None = flag(None, scope=Scope.PROCESS, is_swept=True)
     """device of the language model: cpu or cuda:N (default: the device of the SAE)"""
     n_devices: Positive = flag(1, scope=Scope.PROCESS, is_swept=True)
-    """spread the language model over this many GPUs, of which --llm_device is the first"""
+    """spread the language model over this many GPUs, beginning with --llm_device"""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the language model, and on a CPU also of the SAE's matrix products; auto is bfloat16 if the hardware
     computes in it, and float32 otherwise
@@ -272,7 +272,7 @@ class TrainingSettings:
             if (each := TRAINING_FLAGS.get(name)) and each.scope is Scope.SAE
             if not (each.is_later and value == each.default)
         }
-        if self.model.cache_activations is not None:  # a cache rounds to bfloat16, in whichever directory it is
+        if self.model.cache_activations is not None:  # a cache rounds to bfloat16; its path does not matter
             relevant["cache_activations"] = True
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 

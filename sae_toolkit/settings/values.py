@@ -14,7 +14,7 @@ _LARGEST = 10**15  # far above any sensible count, far below what overflows in a
 
 @dataclass(frozen=True)
 class Interval:
-    """A length of time, or a number of tokens. An interval with neither is never over."""
+    """A length of time or a number of tokens. An interval without both never ends."""
 
     seconds: float | None = None
     tokens: int | None = None
@@ -40,11 +40,13 @@ class Interval:
         try:
             cls.parse(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: must be such as 90s, 30min, 2h, 1000000 (tokens) or 0") from None
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be a time or a number of tokens, such as 90s, 30min, 2h, 1000000 or 0"
+            ) from None
         return text
 
     def is_over(self, seconds: float, tokens: int) -> bool:
-        """Whether this much time, or this many tokens, fill the interval."""
+        """Returns whether the interval is over after this many seconds and tokens."""
         return (self.seconds is not None and seconds >= self.seconds) or (
             self.tokens is not None and tokens >= self.tokens
         )
@@ -55,8 +57,8 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
 
     Args:
         kind: int or float.
-        wanted: what the number must be, in words: the error message and docs/flags.md show it.
-        holds: whether a number is so.
+        wanted: what the number must be, in words, for the error message and docs/flags.md.
+        holds: returns whether a number is what `wanted` says.
     """
 
     def parse(text: str) -> Any:

@@ -89,7 +89,7 @@ class Terminal(logging.Handler):
         self.begin(logging.INFO, shows_progress=False)
 
     def begin(self, level: int, *, shows_progress: bool) -> None:
-        """Resets the handler to its state at the start of a script."""
+        """Brings the handler into the state that it has at the start of a script."""
         self.setLevel(level)
         self.console = Console(
             file=cast("IO[str]", _StandardError()), soft_wrap=True, highlight=False, markup=False, emoji=False
@@ -134,7 +134,7 @@ terminal = Terminal()
 
 
 def open_run_log(path: Path) -> None:
-    """Writes all that was logged since the start of the script, and all that follows, to a file as well."""
+    """Makes the log go to a file too: the lines since the start of the script, and all later ones."""
     with suppress(OSError):
         file = _LogFile(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -148,7 +148,7 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
     Args:
         verbose: show debug lines and the warnings of other libraries too.
         quiet: show only warnings, and no progress. The run's log file still gets every line.
-        speaks: False in a rank that shows nothing because another rank shows the same.
+        speaks: whether this rank shows anything; False if another rank shows the same.
     """
     logging.setLogRecordFactory(_Record)
     logger = logging.getLogger("sae_toolkit")

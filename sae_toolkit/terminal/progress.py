@@ -1,4 +1,4 @@
-"""Progress of long work: a live view on a terminal; elsewhere a log line of `name=value` pairs every 10 seconds."""
+"""Shows the progress of long work: on a terminal as a live view, elsewhere as a log line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Progress:
     Inside another `Progress` it shows nothing.
 
     Args:
-        doing: the name of the work, one word.
+        doing: what the work is, in one word, such as `training`.
         total: the size of the work, in `unit`.
         done: the part that was done earlier, in `unit`.
         unit: name of the unit, in the plural.
         device: the device whose memory is shown: for a CUDA device what torch has allocated on it, for `cpu` the
             resident memory of this process. None shows no memory.
-        speaks: False in a rank that shows nothing because another rank shows the same.
+        speaks: whether this rank shows anything; False if another rank shows the same.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Progress:
 
         Args:
             n: how much was done since the last call, in `unit`.
-            readings: values to show by name; they replace the earlier ones. None keeps those.
+            readings: values to show by name; they replace the earlier ones. None keeps the earlier ones.
         """
         now = time.monotonic()
         self.done += n
@@ -105,7 +105,7 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context manager for other work in between. Its time does not count for the speed."""
+        """Context manager for other work in between. The time that it takes is left out of the speed."""
         started = time.monotonic()
         yield
         waited = time.monotonic() - started

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 
-# The libraries look for a token in these variables. A shorter value than this is not a token, and replacing it would
-# hide ordinary words.
+# The libraries look for a token in these variables.
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_SHORTEST = 8
+_SHORTEST = 8  # a shorter value is not a token, and replacing it would hide ordinary words
 
 _HIDDEN = "[hidden]"
 _TOKENS = re.compile(
@@ -28,7 +27,7 @@ _AFTER = re.compile(
 def redact(text: str) -> str:
     """Returns a text with `[hidden]` in place of each token, key and password.
 
-    These are the values of this process's environment variables for tokens, and whatever has the form of a secret.
+    Secrets are the values of the environment variables in `_VARIABLES`, and everything that has the form of a secret.
     """
     for name in _VARIABLES:
         value = os.environ.get(name, "").strip()

@@ -1,4 +1,4 @@
-"""Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that a run stops where it loses no work."""
+"""Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that a run can save its work before it stops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Raises `Stopped` when a signal arrives. While signals are deferred, only stores its number in `received`."""
+    """Raises `Stopped` when a signal arrives. While signals are deferred, it stores the signal's number instead."""
 
     def __init__(self) -> None:
         self.received = 0  # number of the first signal that arrived
@@ -34,9 +34,9 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Context manager inside which a signal does not interrupt: the work checks `received` where it can stop.
+        """Context manager inside which a signal raises nothing. The work checks `received` where it can stop.
 
-        A second signal interrupts the work if it is a Ctrl-C.
+        Only a Ctrl-C that comes after an earlier signal still raises `Stopped`.
         """
         self._deferred = True
         try:
@@ -55,7 +55,7 @@ class StopSignals:
 def hear_stop_signals() -> Iterator[StopSignals]:
     """Context manager that handles SIGINT, SIGTERM and SIGHUP.
 
-    If the process ignores SIGHUP, as under `nohup`, it goes on ignoring it.
+    If the process ignores SIGHUP, as it does under `nohup`, SIGHUP stays ignored.
     """
     signals = StopSignals()
     previous = {

@@ -1,1 +1,1 @@
-"""From the name of a data set to rows of token ids, and the choice of documents and positions to use."""
+"""The text: opening a data set by name, packing documents into rows of token ids, and choosing what is trained on."""

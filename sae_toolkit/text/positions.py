@@ -1,4 +1,4 @@
-"""The positions of a context that an SAE is trained on, replaces activations at, and is scored on."""
+"""The choice of the positions in a context at which an SAE is trained, replaces activations and is scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the records of a data set, goes on where a connection dropped, and skips and counts unusable records."""
+"""Reads the records of a data set. A dropped connection does not lose the place; unusable records are counted."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Row = dict[str, Any]
 _LARGEST_TOKEN_ID = np.iinfo(np.uint32).max
 _RECORDS_BEFORE_JUDGING = 1_000
 
-# `Retries` alone decides about retries. Those of datasets are switched off: they would ask a busy host 20 times a
-# minute, and never again after a dropped connection (they catch httpx's errors, and huggingface_hub 2 raises httpx2's).
+# `Retries` makes all retries. Those of datasets are switched off. They would send a busy host 20 requests a minute, and
+# would not retry after a dropped connection: they catch httpx's errors, and huggingface_hub 2 raises httpx2's.
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
 datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
@@ -47,7 +47,7 @@ class Records:
     Args:
         dataset: a data set of `datasets`, streaming or not.
         what: the flag and its value, for messages.
-        parse: turns a row of `dataset` into the row that is used, into `Bad`, or for a blank line into None.
+        parse: returns the row to use for a row of `dataset`; `Bad` if it cannot be used, and None for a blank line.
         is_lines: whether each record is a line of one file.
     """
 

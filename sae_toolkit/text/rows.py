@@ -162,7 +162,7 @@ def collect_evaluation_rows(
     seed: int,
     flag: str = "--dataset",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizes documents that the SAE did not train on, and draws rows from them.
+    """Tokenizes documents that the SAE was not trained on, and draws rows from them.
 
     Rows of text are drawn from the first 4 x `n_rows`. Rows of a tokenized data set are taken in their order.
 
@@ -172,7 +172,7 @@ def collect_evaluation_rows(
         context: how documents are packed into rows.
         held_out: the split that the SAE was trained with; None if it was trained on another data set.
         n_rows: how many rows to draw, at most.
-        n_more_rows: how many rows to add after those, at most. The rows drawn do not depend on it.
+        n_more_rows: how many rows to add after those, at most. The first `n_rows` rows do not depend on it.
         seed: seed of the draw.
         flag: the flag that named the data set, for messages.
 

@@ -52,7 +52,7 @@ class TextSource:
         split: its split.
         column: the column that holds the documents.
         tokenized: whether the documents are rows of token ids.
-        read: returns the documents from the first on: unusable records as `Bad`, blank lines as None.
+        read: returns an iterable over all documents, with `Bad` for an unusable record and None for a blank line.
         fallback_from: the data set that could not be opened, if this one takes its place.
         row_length: length of the first row in tokens, if the documents are rows of token ids.
         unit: what a record is called in messages.
@@ -92,7 +92,7 @@ class TextSource:
 
 @contextmanager
 def _errors_of_readers(name: str) -> Iterator[None]:
-    """Turns errors of `datasets` and the libraries it reads with (pyarrow, pandas, fsspec) into a `UserError`."""
+    """Context manager that turns errors of `datasets`, pyarrow, pandas and fsspec into a `UserError`."""
     try:
         yield
     except UserError:
@@ -102,7 +102,7 @@ def _errors_of_readers(name: str) -> Iterator[None]:
 
 
 def _readable(name: str, records: Iterable[T]) -> Iterator[T]:
-    """Yields the records, with the errors of `_errors_of_readers`."""
+    """Yields the records. An error in reading them becomes a `UserError`."""
     with _errors_of_readers(name):
         yield from records
 
@@ -112,7 +112,7 @@ class HeldOutSplit:
     """Chooses the documents that are held out of training, for evaluation.
 
     A document is held out if a hash of the seed and its content, read as a number in [0, 1), is below the fraction.
-    So the choice does not depend on order, sharding or streaming.
+    The choice therefore does not depend on order, sharding or streaming.
 
     Args:
         fraction: share of the documents that is held out, from 0 to 1.
@@ -123,6 +123,7 @@ class HeldOutSplit:
     seed: int
 
     def holds_out(self, document: Document) -> bool:
+        """Returns whether a document is held out of training."""
         content = document.encode() if isinstance(document, str) else np.asarray(document, np.int64).tobytes()
         digest = hashlib.sha256(f"{self.seed}\n".encode() + content).digest()
         return int.from_bytes(digest[:8], "big") < self.fraction * 2**64
@@ -145,13 +146,14 @@ def open_text(
         name: `embedded:wikipedia`, a local file (txt, jsonl, json, csv, parquet), a directory (of such files,
             or saved by `datasets`), or a Hugging Face id.
         flag: the flag that named it, for messages.
-        config: the configuration. None chooses the only one, `default`, or the first.
+        config: the configuration. None chooses the one called `default`, or the first if there is none.
         split: the split. None chooses the first of `preferred_splits` that exists, or the data set's first.
         column: the column. None chooses `tokens` or `input_ids` if they hold token ids, else `text`, else the
             column with the most text.
         streaming: read the data as needed instead of downloading them first.
         preferred_splits: the splits to choose from, best first.
-        fallback: a data set to open with choices of its own if this one cannot be opened.
+        fallback: a data set to open if this one cannot be opened. Its configuration, split and column are then chosen
+            as for None.
 
     Raises:
         UserError: it cannot be opened, is empty, or has no such configuration, split or column.
@@ -321,7 +323,11 @@ def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str
         return "text"
     longest = max(lengths, key=lambda c: lengths[c])
     if len(lengths) > 1:
-        log.info("%s has no column 'text'; using the longest, %r (choose with --text_column)", name, longest)
+        log.info(
+            "%s has no column 'text'; using the column with the most text, %r (choose with --text_column)",
+            name,
+            longest,
+        )
     return longest
 
 
