@@ -4,23 +4,23 @@
     # SAELens, sparsify and dictionary_learning on the embedded model, at one L0, on 250,000 tokens
     python compare_sae_libraries.py @presets/demo.args --quick
 
-    # the whole picture: four L0s, three seeds
+    # the full comparison: four L0s, three seeds
     python compare_sae_libraries.py @presets/demo.args --l0 20 40 80 160 --seeds 3
 
-    # only some kinds of SAE; an @ gives a learning rate other than the library's own
+    # only some kinds of SAE; a number after @ replaces the library's own learning rate
     python compare_sae_libraries.py @presets/demo.args --libraries saelens:batchtopk dictionary_learning:batchtopk@2e-3
 
     # list the SAEs, and train none
     python compare_sae_libraries.py @presets/demo.args --quick --dry_run
 
-All other flags are flags of sae_lens_train.py. Model, text, width, tokens and batch hold for every library; the
-settings of the training (--lr, ...) hold for SAELens alone. Each library trains with its own code:
+All other flags are flags of sae_lens_train.py. Model, text, width, tokens and batch apply to every library; the
+settings of the training (--lr, ...) apply to SAELens alone. Each library trains with its own code:
 
-    SAELens              by sae_lens_train.py. Where k does not set the L0, --target_l0 finds it.
-    sparsify             by its Trainer, with its optimizer and its learning rate, on the same rows of tokens. It runs
-                         the language model itself.
-    dictionary_learning  by its trainers, with the settings of dictionary_learning_demo, their schedules scaled to the
-                         run, in an environment of its own that is made the first time.
+    SAELens              sae_lens_train.py. For kinds of SAE without a k, --target_l0 adjusts the L0.
+    sparsify             Its Trainer, with its optimizer and its learning rate, on the same rows of tokens. The Trainer
+                         runs the language model itself.
+    dictionary_learning  Its trainers, with the settings of dictionary_learning_demo. The schedules are scaled to the
+                         run. The library has its own environment, which the first comparison creates.
 
 The same command continues a comparison that was stopped. It prints a table, and writes comparison.json, comparison.md
 and comparison.html to the comparison's directory, next to the SAEs.
@@ -50,9 +50,11 @@ def main() -> int:
     set_up_logging(settings.run.verbose, settings.run.quiet)
     training = parse_training_flags(words)
     if training.model.layers or training.model.hook_names:
-        raise UserError("--layers, --hook_names: a comparison is of one hook; give --layer")
+        raise UserError("--layers, --hook_names: a comparison is of one hook; use --layer")
     if training.run.resume or training.sae.shard_features:
-        raise UserError("--resume, --shard_features: not in a comparison, which goes on by itself; leave them out")
+        raise UserError(
+            "--resume, --shard_features: not for a comparison, which resumes without a flag; leave them out"
+        )
     if settings.run.quick and "--training_tokens" not in words:
         decay = training.optimization.lr_decay_steps * _QUICK_TOKENS // training.optimization.training_tokens
         words = [*words, "--training_tokens", str(_QUICK_TOKENS), "--lr_decay_steps", str(decay)]
@@ -66,7 +68,7 @@ def main() -> int:
             print(f"{number}: {entry.name}")
         return 0
 
-    # torch and SAELens take seconds to import, so --help and a mistyped flag do without them.
+    # Imported here because torch and SAELens take seconds to import, and --help and a mistyped flag do not need them.
     from rich.console import Console
 
     from sae_toolkit.many_runs.comparison.report import render_comparison, summary_table, write_comparison

@@ -4,21 +4,21 @@
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
     python evaluate_sae_real_activations.py --sae_path ./my_sae --model_name ./my_model --layer 12 --dataset wikitext
 
-  # SAEBench's protocol, and SAEBench itself
+    # SAEBench's protocol, and SAEBench itself
     python evaluate_sae_real_activations.py --sae_path ./my_sae --protocol saebench --saebench core
 
-  # publish the SAE, with a model card that shows the results
+    # publish the SAE, with a model card that shows the results
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --push_to_hub my_name/my_sae
 
-  # several SAEs in one pass of the model: all checkpoints or layers of a run, or SAEs of several libraries
+    # several SAEs in one pass of the model: all checkpoints or layers of a run, or SAEs of several libraries
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0
     python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
 
-  # an SAE whose library does not record the text of its training, on the held-out text of another SAE
+    # an SAE whose library does not record the text of its training, on the held-out text of another SAE
     python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
 
 SAEs of SAELens (a directory, or release:sae_id), sparsify and dictionary_learning are recognized by their files.
-Model, hook, text and held-out documents are those of the training, unless flags choose others. The table of
+By default, model, hook, text and held-out documents are those of the training. The table of
 results goes to standard output; evaluation.json, report.html and report.md go into the directory of the SAE.
 """
 

@@ -28,9 +28,9 @@ set_up_environment requirements.txt requirements/embedded.txt
 gpus=$(cuda_devices)
 flags=("$@")
 if [[ " $*" == *" --like"* ]]; then
-    echo "The flags of an earlier run, as asked, on ${gpus:-the CPU}"
+    echo "The flags of an earlier run (--like), on ${gpus:-the CPU}"
 elif [[ -n "$preset" ]]; then
-    echo "Preset $preset, as asked, on ${gpus:-the CPU}"
+    echo "Preset $preset, on ${gpus:-the CPU}"
 elif [[ -n "$gpus" ]]; then
     preset=llama3-8b
     echo "Preset $preset: torch sees a CUDA device, $(head -1 <<<"$gpus")"
@@ -44,7 +44,7 @@ fi
 
 # Stage 1: train. The training prints one line on standard output: the directory of the finished SAE.
 # SIGTERM and SIGHUP may reach this script alone, so it passes them on; the training then saves a checkpoint and says
-# how to resume. Ctrl-C reaches the training without help.
+# how to resume. Ctrl-C reaches the training directly.
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 "$PYTHON" sae_lens_train.py "${flags[@]}" >"$output" <&0 &

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests. Other arguments go to pytest.
 #
-#   ./run_tests.sh              all tests but those below
+#   ./run_tests.sh              all tests except those below
 #   ./run_tests.sh --parity     agreement with SAEBench and dictionary_learning, in environments made for them
 #   ./run_tests.sh --scale      many ranks, machines and trials: about half an hour
 #   ./run_tests.sh --diagnosis  SAEs that are unhealthy on purpose, and the advice for them: about half an hour

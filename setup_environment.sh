@@ -27,8 +27,8 @@ PYTHON
 }
 
 # set_up_environment FILE...: sets PYTHON to an interpreter whose environment satisfies the requirement files.
-# If the active venv or conda environment satisfies them, it takes that one. Otherwise it takes .venv, makes it if it
-# is missing, and installs the versions of constraints.txt. If nothing is missing, it installs nothing.
+# It uses the active venv or conda environment if that satisfies them. Otherwise it uses .venv: it makes .venv if there
+# is none, and installs the versions of constraints.txt. If .venv already satisfies them, it installs nothing.
 set_up_environment() {
     local files=("$@") active venv="$root/.venv" file
     for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
@@ -70,7 +70,7 @@ set_up_environment() {
 }
 
 # cuda_devices: prints the names of the CUDA devices that torch sees, one per line. If the machine has an NVIDIA GPU
-# that torch does not see, the script stops with an error: otherwise it would run on the CPU without a word.
+# that torch does not see, the script stops with an error: otherwise it would run on the CPU without a warning.
 cuda_devices() {
     local driver names
     names=$("$PYTHON" -c 'import torch

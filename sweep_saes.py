@@ -61,7 +61,7 @@ def main() -> int:
     if find_spec("ray") is None:
         install = f"{sys.executable} -m pip install -c constraints.txt -r requirements/sweep.txt"
         raise UserError(f"sweep_saes.py: Ray is not installed here: {install}")
-    # Ray and torch take seconds to import, so --help and a mistyped flag do without them.
+    # Imported here because Ray and torch take seconds to import, and --help and a mistyped flag do not need them.
     from rich.console import Console
 
     from sae_toolkit.many_runs.sweep.report import render_sweep, sweep_table, write_sweep

@@ -1,1 +1,1 @@
-"""Diagnosis of unhealthy SAEs: the evidence, the causes that it shows, and the command that mends each cause."""
+"""Diagnosis of unhealthy SAEs: collects the evidence, finds the causes, and names the command that fixes each cause."""

@@ -1,8 +1,12 @@
 """Finds the causes that make an SAE unhealthy, and the flags to change.
 
-Causes come in three tiers. The first lies in the evaluation: an SAE that is measured on another layer, for instance,
-tells nothing about its training. The second is what the SAE was given to learn, the third how it was trained. Within a
-tier, the cause with the largest effect comes first.
+Causes come in three tiers, in this order:
+
+1. Mistakes in the evaluation: at the wrong layer, for instance, the metrics of an SAE say nothing about its training.
+2. The activations that the SAE was trained on.
+3. The settings of the training.
+
+Within a tier, the cause with the largest effect comes first.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ _TIERS = (evaluation_causes.CAUSES, training_causes.GIVEN, training_causes.SETTI
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
-    """Returns the causes that the evidence shows, with the one to mend first in front; none for a healthy SAE."""
+    """Returns the causes that the evidence shows, the one to fix first at the front; an empty list for a healthy SAE.
+
+    Causes with an effect of 0 or less come last, whatever their tier.
+    """
     found = []
     for tier, causes in enumerate(_TIERS):
         of_tier = [finding for cause in causes if (finding := cause(evidence))]
@@ -31,7 +38,7 @@ def diagnose(evidence: Evidence) -> list[Finding]:
 
 
 def command(finding: Finding, evidence: Evidence) -> str:
-    """Returns the command that follows a finding's advice."""
+    """Returns the command that applies the flags of a finding; only the flags if the training run is not known."""
     history, sae_path = evidence.history, evidence.summary["sae"]["path"]
     if not finding.of_training:
         return shlex.join(["python", "evaluate_sae_real_activations.py", "--sae_path", sae_path, *finding.flags])
@@ -44,7 +51,7 @@ def command(finding: Finding, evidence: Evidence) -> str:
 
 
 def as_records(findings: Sequence[Finding], evidence: Evidence) -> list[dict[str, Any]]:
-    """Returns findings in the form that evaluation.json has."""
+    """Returns findings as evaluation.json stores them."""
     return [
         {
             "cause": finding.cause,

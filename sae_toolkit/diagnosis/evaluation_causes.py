@@ -1,4 +1,4 @@
-"""Causes that lie in how an SAE was evaluated. Until they are mended, its numbers say nothing about its training.
+"""Causes that lie in how an SAE was evaluated. Until they are fixed, its numbers say nothing about its training.
 
 Each function returns a finding if the evidence shows its cause, and None if not.
 """
@@ -39,7 +39,7 @@ def _too_small_a_sample(e: Evidence) -> Finding | None:
 
 
 def _rows_needed(e: Evidence, metric: str) -> float:
-    """Returns by what factor to increase the rows, so that the interval no longer crosses a limit; at most 16."""
+    """Returns the factor by which to increase the rows so that a metric's interval crosses no limit, 1.5 to 16."""
     few = LEAST_SEQUENCES / e.summary["loss_sequences"]
     if metric not in e.summary["intervals"]:
         return max(4.0, few)
@@ -62,7 +62,7 @@ def _wrong_layer(e: Evidence) -> Finding | None:
         return None
     trained_at = e.metadata.get("hook_name")
     layer = next(part for part in best_name.split(".") if part.isdigit())
-    if trained_at == here_name and e.history is not None:  # a run of ours trained it here
+    if trained_at == here_name and e.history is not None:  # a run of this project trained the SAE at this hook
         return None
     return Finding(
         "evaluated at another hook than it was trained at",
@@ -75,7 +75,7 @@ def _wrong_layer(e: Evidence) -> Finding | None:
 
 
 def _wrong_model(e: Evidence) -> Finding | None:
-    """The activations have another norm than those of the training."""
+    """The norm of the activations differs from the norm in the training."""
     recorded = e.metadata.get("median_activation_norm")
     if not recorded or e.metadata.get("hook_name") != e.summary["hook_name"]:
         return None
@@ -98,7 +98,7 @@ def _wrong_model(e: Evidence) -> Finding | None:
 
 
 def _too_few_positions(e: Evidence) -> Finding | None:
-    """The SAE replaces the activations of too few tokens to be judged."""
+    """The SAE replaces the activations of so few tokens that the evaluation gives no verdict."""
     share = e.metrics["replaced_share"]
     if not share < LEAST_REPLACED_SHARE:
         return None

@@ -1,4 +1,4 @@
-"""The evidence that causes are found by, and the finding that names a cause."""
+"""`Evidence`, which the diagnosis examines, and `Finding`, a cause that it found."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Finding:
     Args:
         cause: name of the cause, in a few words.
         metrics: health metrics that it makes unhealthy.
-        says: what the measurements say, in a line.
+        says: one line with the measurements that show the cause.
         flags: what to change, as words of a command line; at most three flags.
-        effect: estimated share of the trouble that is due to it, in [0, 1].
+        effect: estimated share of the problem that this cause explains, in [0, 1].
         of_training: whether `flags` belong to the training; if not, they belong to the evaluation.
     """
 
@@ -45,12 +45,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that causes are found by.
+    """Everything that the diagnosis examines.
 
     Args:
         summary: content of evaluation.json.
         probes: measurements made for the diagnosis.
-        metadata: the fields `METADATA` of the SAE's cfg.json, about its training.
+        metadata: the fields of the SAE's cfg.json that `METADATA` lists.
         history: history of the training; None if no run of this project trained the SAE.
     """
 
@@ -78,12 +78,12 @@ class Evidence:
         return self.summary["sae"]["d_in"]
 
     def flag(self, name: str) -> Any:
-        """Returns a flag of the training; None if there is no history."""
+        """Returns the value of a flag of the training; None if there is no history."""
         return None if self.history is None else self.history.settings.as_flags()[name]
 
     @property
     def architecture(self) -> str:
-        """Architecture that the SAE was trained as: a BatchTopK SAE, for instance, is saved as a JumpReLU."""
+        """Architecture during the training. The saved one can differ: a BatchTopK SAE is saved as a JumpReLU SAE."""
         return self.metadata.get("training_architecture") or self.summary["sae"]["architecture"]
 
 

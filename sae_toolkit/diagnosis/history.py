@@ -1,4 +1,4 @@
-"""The history of an SAE's training, as its run recorded it: flags, learning curve, and what became of each feature."""
+"""The history of an SAE's training: its flags, its learning curve, and how each feature fired and changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.directory import find_run_directory
 from sae_toolkit.training.run import create_sae
 
-_LEAST_READINGS = 8  # to fit a curve to
+_LEAST_READINGS = 8  # for the fit of a learning curve
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class TrainingHistory:
         settings: settings of the run.
         n_steps: number of steps of the run.
         readings: SAELens's metrics, one mapping for each recorded step; empty if the run recorded none.
-        steps_since_fired_F: number of steps since each feature fired last, at the end of the run, [F]; None if it is
-            not recorded. It is the number of all steps for a feature that never fired.
-        turned_F: cosine similarity between each decoder vector at the end and at the start, [F], in [-1, 1]; None if
-            the start is not known.
+        steps_since_fired_F: at the end of the run, the number of steps since each feature last fired, [F]; None if it
+            is not recorded. For a feature that never fired it is the number of steps of the run.
+        turned_F: cosine similarity between each decoder vector after the training and its initial value, [F], in
+            [-1, 1]; None if the initial values are not known.
     """
 
     directory: Path
@@ -53,7 +53,7 @@ class TrainingHistory:
         return optimization.lr_warm_up_steps, self.n_steps - optimization.lr_decay_steps
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and unexplained variance, [N] each, of the second half of the steps with the full rate."""
+        """Returns tokens and unexplained variance, [N] each, from the second half of the steps at the full rate."""
         first, last = self.full_rate_steps
         points = [
             (reading["details/n_training_samples"], 1 - reading["metrics/explained_variance"])
@@ -64,9 +64,9 @@ class TrainingHistory:
         return np.array([p[0] for p in points]), np.array([p[1] for p in points])
 
     def gain_of_doubling(self) -> float | None:
-        """Returns by which share the unexplained variance would fall with twice the tokens.
+        """Returns the share of the unexplained variance that twice the tokens would explain, at most 1.
 
-        This is extrapolated by a power law that is fitted to `curve`. None if there are too few readings.
+        A power law that is fitted to `curve` extrapolates it. None if there are too few readings.
         """
         tokens, unexplained = self.curve()
         if len(tokens) < _LEAST_READINGS:
@@ -104,7 +104,7 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
 
 
 def _readings(path: Path, hook_name: str) -> list[dict[str, float]]:
-    """Returns the metrics at a hook that a run recorded."""
+    """Returns the metrics that a run recorded at one hook, a mapping for each step; empty without a readable file."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
@@ -117,7 +117,8 @@ def _readings(path: Path, hook_name: str) -> list[dict[str, float]]:
 def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
     """Returns `TrainingHistory.turned_F`.
 
-    The weights at the start follow from the seed, on the kind of device that the run was on. They are made again here.
+    This creates the initial weights again from the seed. The same seed gives the same weights only on the same kind of
+    device (CPU or CUDA), so this uses the kind that the run used.
     """
     trained_on, has_gpu = settings.model.device, torch.cuda.is_available()
     device = "cuda" if trained_on.startswith("cuda") or (trained_on == "auto" and has_gpu) else "cpu"

@@ -1,4 +1,4 @@
-"""Measurements on a little text that tell why an SAE is unhealthy: each cause of the diagnosis changes one of them."""
+"""Measurements on about 8,000 tokens, from which the diagnosis tells why an SAE is unhealthy."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ _FEATURES_COMPARED = 4096
 
 @dataclass(frozen=True)
 class Probes:
-    """What `probe` measures. Shares are in [0, 1]; an activation is massive above 10 times the median norm.
+    """The results of `probe`. Shares are in [0, 1]; an activation is massive above 10 times the median norm.
 
     Args:
         tokens: number of tokens measured, without special tokens and skipped positions.
         median_norm: median L2 norm of the activations, massive ones included.
-        massive_share: share of the variance that is due to massive activations, among the activations that the SAE
-            is applied to.
+        massive_share: share of massive activations in the variance of the activations that the SAE is applied to.
         explained: explained variance of the same activations.
         explained_of_others: explained variance of the activations that are not massive.
         explained_by_strongest: the same, if the SAE decodes only the 64 strongest features of each token.
         explained_at: explained variance by hook, without massive activations: at the hook of the evaluation, at the
             same place in nearby layers, and at the hook of the training.
         twins: share of features with a twin: another feature whose decoder vector has a cosine above 0.9 to its own.
-        twins_together: share of the tokens on which a feature or its twin fires where both fire; None if there are
-            no twins or none fires.
+        twins_together: of the tokens on which a feature or its twin fires, the share on which both fire; None if there
+            are no twins, or none of them fires.
     """
 
     tokens: int
@@ -93,7 +92,7 @@ def probe(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, model: Language
 
 
 def hooks_around(hook_name: str, n_layers: int) -> list[str]:
-    """Returns a hook together with the same place in up to two layers before it and two after it."""
+    """Returns the names of a hook and of the same place in up to two layers before it and two layers after it."""
     layer = re.search(r"\.(\d+)(?=\.|$)", hook_name)
     if layer is None:
         return [hook_name]

@@ -1,4 +1,4 @@
-"""Causes that lie in the training of an SAE: what it was given to learn, and the settings.
+"""Causes that lie in the training of an SAE: the activations that it was trained on, and the settings.
 
 Each function returns a finding if the evidence shows its cause, and None if not.
 """
@@ -18,9 +18,9 @@ from sae_toolkit.training.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOK
 _TARGET_L0 = 64
 # Flag of the sparsity weight, for the architectures that have one.
 _WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
-# A feature is a direction of length 1 over d_in weights, and Adam moves each weight by about lr in a step. So a step
-# turns the feature by lr * sqrt(d_in) of its length. Of the runs of 488 steps with 2,304 and 4,608 features, those with
-# lr 2e-3 ended healthy; there a step turns a feature by 0.05 of its length, and the whole run by 20 lengths.
+# A feature is a vector of length 1 with d_in weights, and Adam moves each weight by about lr in a step. So a step moves
+# the feature by lr * sqrt(d_in). Among the runs of 488 steps with 2,304 and 4,608 features, those with lr 2e-3 ended
+# healthy. There a step moves a feature by 0.05, and the steps of the whole run add up to 20.
 _TURN_A_STEP, _TURN_IN_ALL = 0.05, 20.0
 
 
@@ -103,7 +103,7 @@ def _l1_penalty(e: Evidence) -> Finding | None:
 
 
 def _steps(e: Evidence) -> Finding | None:
-    """The learning rate or the dead-feature window does not fit the number of steps; one finding if both do not."""
+    """The learning rate or the dead-feature window does not fit the number of steps; if both, in one finding."""
     rate, window = _low_learning_rate(e), _window(e)
     if rate is None or window is None:
         return rate or window
@@ -118,7 +118,7 @@ def _steps(e: Evidence) -> Finding | None:
 
 
 def _low_learning_rate(e: Evidence) -> Finding | None:
-    """The learning rate is too low to turn the features far from where they began."""
+    """The learning rate is too low to move the features far from their initial directions."""
     history = e.history
     if history is None or history.turned_F is None:
         return None
@@ -142,7 +142,7 @@ def _low_learning_rate(e: Evidence) -> Finding | None:
 
 
 def _gain_of_doubling(history: TrainingHistory) -> str:
-    """Returns how much twice the tokens would explain, as part of a sentence; nothing if that is little or unknown."""
+    """Returns the clause that says what twice the tokens would explain; empty if that is at most 20% or not known."""
     gain = history.gain_of_doubling()
     return f", and twice the tokens would explain {gain:.0%} of what is left" if gain and gain > 0.2 else ""
 
@@ -166,10 +166,10 @@ def _high_learning_rate(e: Evidence) -> Finding | None:
 
 
 def _swings(history: TrainingHistory) -> float | None:
-    """Returns how far a reading of the explained variance is from the middle of its two neighbours (the median).
+    """Returns the median distance between a reading of the explained variance and the mean of its two neighbours.
 
-    This is over the second half of the steps at the full learning rate; None if there are too few readings. A steady
-    rise of the curve does not count.
+    It covers the second half of the steps at the full learning rate. A steady rise of the curve gives 0. None if there
+    are too few readings.
     """
     _, unexplained = history.curve()
     return float(np.median(np.abs(np.diff(unexplained, n=2)))) / 2 if len(unexplained) > 3 else None
@@ -225,7 +225,7 @@ def _share_of_auxiliary_loss(history: TrainingHistory) -> float:
 
 
 def _dead_at_birth(history: TrainingHistory) -> str:
-    """Returns how many of the features that were silent at the end never fired, as the end of a sentence."""
+    """Returns the clause that says how many of the features silent at the end never fired; empty if none is silent."""
     if history.steps_since_fired_F is None:
         return ""
     silent = history.steps_since_fired_F > _fitting_window(history)
@@ -239,7 +239,7 @@ def _dead_at_birth(history: TrainingHistory) -> str:
 
 
 def _died_later(e: Evidence) -> Finding | None:
-    """Features fired at first and stopped, in an architecture without an auxiliary loss that would revive them."""
+    """Features fired at first and then stopped, and the architecture has no auxiliary loss to revive them."""
     history = e.history
     if history is None or history.steps_since_fired_F is None or "dead_features" not in e.unhealthy:
         return None

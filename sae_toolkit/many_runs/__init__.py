@@ -1,1 +1,1 @@
-"""Sweeps over settings and comparisons of libraries, and what both need: processes, directories, tables, a page."""
+"""Sweeps over settings, comparisons of libraries, and the code for both: processes, directories, tables, a page."""

@@ -57,7 +57,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
-    """Writes the result of a finished run. A process killed meanwhile leaves either the whole file or none."""
+    """Writes the result of a finished run. If the process is killed meanwhile, the file is either whole or absent."""
     partial = directory / f".{RESULT_FILENAME}"
     partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.replace(directory / RESULT_FILENAME)

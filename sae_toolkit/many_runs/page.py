@@ -1,4 +1,4 @@
-"""How many runs are shown: tables, a plot of loss recovered over L0, and a page with both."""
+"""Shows the results of a sweep or comparison: tables, a plot of loss recovered over L0, and an HTML page with both."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def count_healthy(health: Mapping[str, Any]) -> str:
 
 
 def plot_over_l0(traces: Sequence[go.Scatter]) -> go.Figure:
-    """Returns a plot of loss recovered over L0 with the healthy range shaded, laid out to fit a phone too."""
+    """Returns a plot of loss recovered over L0 with the healthy range shaded. It also fits on a phone."""
     figure = go.Figure(traces)
     l0 = next(standard for standard in STANDARDS if standard.metric == "l0")
     figure.add_vrect(x0=l0.healthy[0], x1=l0.healthy[1], fillcolor="#2a2", opacity=0.08, line_width=0)

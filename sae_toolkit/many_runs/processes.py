@@ -1,4 +1,4 @@
-"""Runs as processes of their own."""
+"""Starts the scripts as child processes, and finds out why one failed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def start_process(
     stdin: int = subprocess.DEVNULL,
     **environment: str,
 ) -> subprocess.Popen[bytes]:
-    """Starts a process that is killed when this one ends, so that no process is left that writes to a run.
+    """Starts a child process and returns it. It is killed when this process ends, and so never writes to a run alone.
 
     Args:
         command: the program and its arguments.
@@ -56,6 +56,6 @@ def script_command(name: str) -> list[str | Path]:
 
 
 def failure_reason(log: Path) -> str:
-    """Returns the last `error:` line in the log of a failed process, or its last line where there is none."""
+    """Returns the last `error:` line in the log of a failed process, or the last line if no line starts with that."""
     lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").split("\n") if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")

@@ -1,1 +1,1 @@
-"""What an evaluation leaves behind: tables, plots, HTML and Markdown reports, and a model card on the Hub."""
+"""The output of an evaluation: tables, plots, HTML and Markdown reports, and a model card on the Hub."""

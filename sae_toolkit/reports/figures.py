@@ -1,4 +1,4 @@
-"""The report's plots as plotly figures. Their colours are CSS variables of the page, which its script looks up."""
+"""The report's plots as plotly figures. Their colours are CSS variables, which the page's script resolves."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _losses(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
     caption = "Mean cross-entropy of the next token, in nats."
     if metrics["loss_recovered"] is not None:
         share = format_value("loss_recovered", metrics["loss_recovered"])
-        caption += f" The SAE recovers {share} of what zeros at the hook cost."
+        caption += f" The SAE recovers {share} of the loss that zeros at the hook add."
     return caption, _figure([bars], _titled("nats", range=[0, end], showgrid=True), {"showgrid": False})
 
 
@@ -152,7 +152,7 @@ def _silent_share(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
     y = _titled("still silent", tickformat=".0%" if top > 0.05 else ".1%", range=[0, top])
     caption = (
         f"Share of features without one firing: {shares[-1]:.2%} after {tokens[-1]:,} tokens. The hollow point is"
-        f" what to expect after as many again: {twice:.2%}."
+        f" the share to expect after as many tokens again: {twice:.2%}."
     )
     return caption, _figure([seen, expected], x, y, shapes=lines)
 
@@ -246,7 +246,15 @@ def _over(
     x: Mapping[str, Any],
     hover: str,
 ) -> tuple[str, go.Figure]:
-    """Returns the caption and figure of a metric of several SAEs, each at a place along x."""
+    """Returns the caption and figure of one metric over several SAEs.
+
+    Args:
+        standard: standard of the metric.
+        places: position of each SAE on the x axis, such as its layer.
+        measured: mapping of each SAE that holds its `metrics`.
+        x: settings of the x axis.
+        hover: end of the text that is shown at a point.
+    """
     values = [each["metrics"][standard.metric] for each in measured]
     known = [value for value in values if value is not None]
     low, high = standard.healthy

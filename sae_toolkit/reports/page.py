@@ -1,4 +1,4 @@
-"""An evaluation as a single HTML file that opens without a network, and as Markdown."""
+"""Renders an evaluation as a single HTML file that opens without a network, and as Markdown."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators":
 def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: Sequence[Feature]) -> str:
     """Returns the report as one HTML page, to be saved as UTF-8.
 
-    The page holds the numbers as tables. What needs scripts (plots, feature browser) is in it as data.
+    The numbers are in HTML tables. A script in the page draws the plots and the feature browser from data in the page.
 
     Args:
         summary: content of evaluation.json.
-        plots: `log10_firing_rate`, `l0` and `decoder_cosine`, histograms as edges [n + 1] and counts [n];
-            `never_fired`, a number of features; optionally `checkpoints`, the `tokens` and `metrics` of each
-            checkpoint of a run; and optionally `layers`, the `layer` and `metrics` of SAEs at several layers.
+        plots: `log10_firing_rate`, `l0` and `decoder_cosine` are histograms: edges [n + 1] and counts [n].
+            `never_fired` is a number of features. Optional: `checkpoints`, with the `tokens` and `metrics` of each
+            checkpoint of a run, and `layers`, with the `layer` and `metrics` of SAEs at several layers.
         features: features for the feature browser.
     """
     figures = make_figures(summary, plots)
@@ -105,7 +105,7 @@ def _diagnosis_in_markdown(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rounded(data: Any) -> Any:
-    """Returns data as JSON holds it, with floats rounded to 4 significant digits and None for NaN and infinity."""
+    """Returns data as JSON stores it, with floats rounded to 4 significant digits and None for NaN and infinity."""
     return json.loads(
         json.dumps(data), parse_float=lambda digits: float(f"{float(digits):.4g}"), parse_constant=lambda _: None
     )
@@ -113,7 +113,7 @@ def _rounded(data: Any) -> Any:
 
 @functools.cache
 def _packed_plotly() -> str:
-    """Returns plotly.js (MIT licence, which is in it) as base64 of gzip: 2 MB instead of 4.8."""
+    """Returns plotly.js as base64 of gzip, 2 MB instead of 4.8. Its MIT licence is part of the file."""
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
 
 
@@ -123,7 +123,7 @@ def _worst_status(health: Mapping[str, Any]) -> str:
 
 
 def _card(standard: Standard, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the page shows of one health metric: value, status, interval, ranges and scale."""
+    """Returns the values that the page shows for one health metric: value, status, interval, ranges and scale."""
     metric, status = standard.metric, summary["health"][standard.metric]
     value = summary["metrics"][metric]
     interval = format_interval(metric, summary)
@@ -143,7 +143,7 @@ def _card(standard: Standard, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scale(standard: Standard, value: float | None, interval: Sequence[float] | None) -> list[tuple[str, str, str]]:
-    """Returns the parts of a standard's scale: the CSS class, and left end and width in percent, of each."""
+    """Returns the parts of a standard's scale, each as its CSS class, its left end and its width, both in percent."""
     points = [p for p in (value, *(interval or ())) if p is not None]
     low, high = min([0.0, *points]), max([_SCALE_ENDS[standard.metric], *points])
     spans = [("borderline-zone", *standard.borderline), ("healthy-zone", *standard.healthy)]
@@ -179,7 +179,7 @@ def _measured_on(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _positions(positions: Mapping[str, Any] | None) -> str:
-    """Returns at which positions the SAE was applied, in words."""
+    """Returns a phrase that says at which positions the SAE was applied."""
     if positions is None:
         return "the SAE stands in at every position (SAEBench's protocol)"
     skipped, limit = positions["skip_positions"], positions["max_activation_norm"]

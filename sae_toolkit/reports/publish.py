@@ -1,4 +1,4 @@
-"""Publishes evaluated SAEs on the Hugging Face Hub, in SAELens's layout, with a model card of the measurements."""
+"""Publishes evaluated SAEs on the Hugging Face Hub, in SAELens's layout, with the measurements on a model card."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sae_toolkit.terminal.redaction import redact
 log = logging.getLogger(__name__)
 
 _CARD_MARK = "Measured with SAELensTrain"
-# Flags about this machine, or without an effect on the SAE.
+# Flags that the recipe leaves out: they describe this machine, or do not affect the SAE.
 _NOT_RECIPE = flags_with(Scope.RUN, Scope.PROCESS, Scope.COMMAND) - {"shard_features"} | {"fallback_dataset"}
 _DEFINITIONS = """\
 - **Loss recovered**: (CE with zeros at the hook - CE with the SAE) / (CE with zeros - CE of the model alone); CE is the
@@ -38,8 +38,8 @@ _DEFINITIONS = """\
 - **Dead features**: share of features without one activation on the evaluated tokens.
 - **Decoder absorption**: mean over features of the largest cosine similarity of their decoder vector to another one.
 
-The SAE stands in, and is scored, at the positions that it was trained for: not at special tokens, the positions that
-it skips, and activations of more than `max_activation_norm` (cfg.json)."""
+The SAE replaces activations, and is scored, only at the positions that it was trained for. These exclude special
+tokens, the positions that it skips, and activations with a norm above `max_activation_norm` (cfg.json)."""
 
 
 def check_may_publish(repository: str) -> None:
@@ -49,7 +49,7 @@ def check_may_publish(repository: str) -> None:
         repository: owner/name.
 
     Raises:
-        UserError: they may not, or the Hub cannot be reached.
+        UserError: the person may not, or the Hub cannot be reached.
     """
     with _refusals(repository):
         validate_repo_id(repository)
@@ -73,7 +73,7 @@ def check_may_publish(repository: str) -> None:
 
 @contextmanager
 def _refusals(repository: str) -> Iterator[None]:
-    """Turns errors of the Hub into UserErrors of one line."""
+    """Turns errors of the Hub into UserErrors with a message of one line."""
     where = f"--push_to_hub {repository}"
     try:
         yield
@@ -104,8 +104,8 @@ def publish(repository: str, results: Sequence[Result]) -> str:
     """Uploads SAEs with their evaluations and a model card, and returns the address of the repository's page.
 
     Each SAE goes to a directory with the name of its hook, from which `SAE.from_pretrained(repository, hook)` loads
-    it. The card is the repository's README.md. If somebody wrote a README.md of their own, that one stays, and the
-    card goes to the directory of the SAE.
+    it. The card is the repository's README.md. If the repository has a README.md that this project did not write, that
+    file is kept, and the card goes to the directory of the SAE.
 
     Args:
         repository: owner/name.
@@ -145,7 +145,7 @@ def publish(repository: str, results: Sequence[Result]) -> str:
 
 
 def _ids(results: Sequence[Result]) -> dict[str, Result]:
-    """Returns the SAEs by their id in the repository: the hook, with the checkpoint if several SAEs have that hook."""
+    """Returns the results by the id of their SAE in the repository: the hook, and the checkpoint if SAEs share it."""
     ids: dict[str, Result] = {}
     hooks = [result.group.hook_name for result in results]
     for result in results:
@@ -158,12 +158,12 @@ def _ids(results: Sequence[Result]) -> dict[str, Result]:
 
 
 def _card_paths(api: HfApi, repository: str, ids: Mapping[str, Result]) -> list[str]:
-    """Returns where the card goes: README.md, or beside each SAE if somebody else wrote the README.md."""
+    """Returns the paths of the card: README.md, or one beside each SAE if somebody else wrote README.md."""
     if not api.file_exists(repository, "README.md") or _CARD_MARK in Path(
         api.hf_hub_download(repository, "README.md")
     ).read_text(encoding="utf-8"):
         return ["README.md"]
-    log.info("%s has a README.md that is not ours, which stays; the card goes beside the SAE", repository)
+    log.info("%s keeps its README.md, which this project did not write; the card goes beside the SAE", repository)
     return [f"{sae_id}/README.md" for sae_id in ids]
 
 
@@ -209,7 +209,7 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
 
 
 def training_recipe(sae_path: Path) -> str | None:
-    """Returns the flags of an SAE's training that are not the defaults; None if its run left no record of its flags."""
+    """Returns the flags of an SAE's training that differ from the defaults; None if its run recorded no flags."""
     for directory in sae_path.absolute().parents[:2]:
         try:
             flags = json.loads((directory / FLAGS_FILENAME).read_text())

@@ -36,7 +36,8 @@ _NOT_RESULTS = {"cfg.json", "runner_cfg.json", "config.json", "activation_scaler
 def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation]) -> list[list[Path]]:
     """Returns the path of each SAE's evaluation.json, for each group.
 
-    It is beside the weights; under `evaluations` if the SAE is a download or its directory cannot be written to.
+    The file goes beside the weights. If the SAE is a download, or its directory cannot be written to, the file goes
+    below ./evaluations.
 
     Args:
         output_json: path to use instead, if only one SAE is evaluated.
@@ -71,7 +72,7 @@ def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation
 
 
 def _directory(file: SAEFile) -> Path:
-    """Returns the directory for an SAE's results, which exists."""
+    """Returns the directory for an SAE's results, and creates it if it does not exist."""
     if not file.is_download and os.access(file.path, os.W_OK):
         return file.path
     directory = Path("evaluations") / (re.sub(r"[^\w.-]+", "_", file.name).lstrip(".") or "sae")
@@ -111,7 +112,7 @@ class Result:
     Args:
         group: SAEs that were evaluated together.
         evaluated: the SAE.
-        evaluation: what was measured of it.
+        evaluation: its measurements.
         output_json: path of evaluation.json.
         summary: content of evaluation.json.
         summaries_of_group: the summaries of all SAEs of the group.
@@ -152,7 +153,7 @@ class Result:
 
     @property
     def is_unhealthy(self) -> bool:
-        """Whether a health metric is not healthy. False under SAEBench's protocol, which has no verdict."""
+        """Whether at least one health metric is not healthy. False under SAEBench's protocol, which has no verdict."""
         health = self.summary["health"]
         return self.group.protocol == "health" and health["healthy"] != health["of"]
 
@@ -185,8 +186,9 @@ class Result:
     def record(self) -> None:
         """Adds the numbers and tables to the record of the SAE's training, if there is one.
 
-        Their names start with `evaluation/` for the finished SAE. The name of a checkpoint, of another protocol, or of
-        one of several hooks is added to that.
+        For the finished SAE their names start with `evaluation/`. In other cases the prefix is longer: it then has the
+        name of the protocol (if it is not `health`), of the checkpoint (if the SAE is not finished), and of the hook
+        (if the run has several).
         """
         record = record_of_training(Path(self.summary["sae"]["path"]))
         protocol, path = self.summary["protocol"], Path(self.summary["sae"]["path"])
@@ -264,7 +266,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns nested mappings as a flat one, with names joined by `/`, as wandb groups them."""
+    """Returns nested mappings as a flat one. Its names are joined by `/`, by which wandb groups them."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

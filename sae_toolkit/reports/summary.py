@@ -15,7 +15,7 @@ from sae_toolkit.saes.checkpoints import load_log_sparsity
 
 
 def without_nan(values: Any) -> Any:
-    """Returns values as JSON holds them, with None for NaN and infinity."""
+    """Returns values as JSON stores them, with None for NaN and infinity."""
     return json.loads(json.dumps(values), parse_constant=lambda _: None)
 
 
@@ -68,11 +68,11 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
 
 
 def _training_run(evaluated: EvaluatedSAE, evaluation: Evaluation) -> dict[str, float] | None:
-    """Returns what the training run counted of dead features in its last window; None without sparsity.safetensors.
+    """Returns the dead features that the training run counted in its last window, as shares of all features.
 
     Returns:
-        `dead`, the share of features that never fired there; and `dead_here_alive_there`, the share of features that
-        fired there and did not fire in the evaluation.
+        `dead`, the share that never fired in that window; and `dead_here_alive_there`, the share that fired in that
+        window and not in the evaluation. None if there is no sparsity.safetensors.
     """
     log_sparsity_F = load_log_sparsity(evaluated.file.path)
     if log_sparsity_F is None or log_sparsity_F.shape != evaluation.firing_rates_F.shape:

@@ -1,4 +1,4 @@
-"""Evaluations as tables: the terminal's, and rows for the reports and the record of the training."""
+"""Formats evaluations as tables for the terminal, and as rows for the reports and the record of the training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def format_value(metric: str, value: float | None) -> str:
 
 
 def format_interval(metric: str, summary: Mapping[str, Any]) -> str:
-    """Returns a metric's 95% interval, `exact` for a metric that needs no sample, or nothing if it has no interval."""
+    """Returns a metric's 95% interval, `exact` for a metric that needs no sample, or "" if it has no interval."""
     if metric in summary["intervals"]:
         return " to ".join(format_value(metric, end) for end in summary["intervals"][metric])
     return "exact" if metric == "decoder_absorption" else ""
@@ -56,7 +56,7 @@ def format_range(standard: Standard, bounds: tuple[float, float]) -> str:
 
 
 def verdict(health: Mapping[str, Any]) -> str:
-    """Returns in a sentence how many metrics are healthy."""
+    """Returns a sentence that says how many metrics are healthy."""
     if health["healthy"] is None:
         return (
             f"no verdict (unsettled): the SAE stood in for less than {LEAST_REPLACED_SHARE:.0%} of the tokens,"
@@ -68,7 +68,7 @@ def verdict(health: Mapping[str, Any]) -> str:
 
 
 def documents(summary: Mapping[str, Any]) -> str:
-    """Returns which documents of the data set were used."""
+    """Returns a phrase that says which documents of the data set were used."""
     return "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
 
 
@@ -101,14 +101,14 @@ def health_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def diagnosis_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Returns the causes of the diagnosis as columns and rows, with the first thing to change first."""
+    """Returns the causes of the diagnosis as columns and rows, the one to fix first at the top."""
     return ["Cause", "What the measurements say", "What to change"], [
         [finding["cause"], finding["says"], finding["command"]] for finding in summary["diagnosis"]
     ]
 
 
 def feature_table(features: Sequence[Feature]) -> tuple[list[str], list[list[Any]]]:
-    """Returns single features and the text that they respond to, as columns and rows."""
+    """Returns features and the text that activates them, as columns and rows."""
     columns = ["feature", "firing rate", "max activation", "top contexts", "raises", "lowers"]
     return columns, [
         [
@@ -124,7 +124,7 @@ def feature_table(features: Sequence[Feature]) -> tuple[list[str], list[list[Any
 
 
 def _marked(context: Context) -> str:
-    """Returns a context in one line, with the token of the peak in brackets."""
+    """Returns a context in one line, with the token of the largest activation in brackets."""
     tokens = [f"[{token}]" if i == context.peak else token for i, token in enumerate(context.tokens)]
     return " ".join("".join(tokens).split())
 
@@ -151,12 +151,12 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def _diagnosis(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Yields the causes, each followed by the command that mends it, in lines of its own so that it can be copied."""
+    """Yields the causes. The command that fixes a cause follows on lines of its own, so that it can be copied."""
     if "diagnosis" not in summary:
         return
     yield Text()
     if not summary["diagnosis"]:
-        yield Text("Why: none of the causes that are looked for shows in the measurements", "bold")
+        yield Text("Why: the measurements show none of the causes that the diagnosis knows", "bold")
         return
     yield Text("Why, and what to change first", "bold")
     for number, finding in enumerate(summary["diagnosis"], 1):

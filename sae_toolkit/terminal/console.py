@@ -47,13 +47,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def add_talk_flags(parser: Any) -> None:
-    """Adds `--verbose` and `--quiet`, the arguments of `set_up_logging`, to a parser or to an argument group."""
-    how_much = parser.add_mutually_exclusive_group()
-    how_much.add_argument("--verbose", action="store_true", help="print more details")
-    how_much.add_argument("--quiet", action="store_true", help="print only warnings, errors and results")
-
-
 class _Record(logging.LogRecord):
     """A log record of any library, with secrets removed from its message."""
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when they are saved, which of them are kept, and how to go on from them."""
+"""The checkpoints of a run: when they are saved, which of them are kept, and how to resume from them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunCheckpoints:
         return self._every.is_over(time.monotonic() - self._saved_at, n_tokens)
 
     def save(self, milestone: bool = False) -> None:
-        """Saves a checkpoint. If the disk has no room for it, the checkpoint before it stays and the run goes on.
+        """Saves a checkpoint. If the disk has no room for it, the previous checkpoint is kept and the run continues.
 
         Args:
             milestone: whether this is a checkpoint of --n_checkpoints, which is kept after the run.
@@ -100,7 +100,7 @@ class RunCheckpoints:
         directory.keep_newest(0)
 
     def _with_room(self, save: Callable[[], Path]) -> Path:
-        """Saves; if there is no room, tries again after deleting all checkpoints to resume from except the newest."""
+        """Calls `save`; if there is no room, deletes all checkpoints to resume from but the newest, and tries again."""
         try:
             return save()
         except NotSaved:
@@ -108,7 +108,7 @@ class RunCheckpoints:
             return save()
 
     def how_to_go_on(self) -> str:
-        """Returns the command with which a person goes on with the run, or says that there is nothing to go on with."""
+        """Returns a phrase with the command that resumes the run, or one that says why there is nothing to resume."""
         if self.final is not None:
             return f"the SAE is finished: {self.final}"
         if not self.run.directory.exists():

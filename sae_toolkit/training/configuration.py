@@ -1,4 +1,4 @@
-"""SAELens's configuration of a run, built from the settings, and the fields of it that `--set` can set."""
+"""Builds SAELens's configuration of a run from the settings, and checks the fields that `--set` sets."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ _OWNED = {
     "sae.dtype": "--dtype",
     "sae.device": "--device",
 }
-# Fields that `--set` can set, beside those of `sae.` that no flag sets. The remaining fields belong to parts of SAELens
-# that this project replaces: the activation store, the model loader, the evaluator.
+# Fields that `--set` can set. It can also set the fields of `sae.` that have no flag. The remaining fields belong to
+# parts of SAELens that this project replaces: the activation store, the model loader, the evaluator.
 _HONOURED = set(
     "adam_beta1 adam_beta2 lr_scheduler_name lr_end n_restart_cycles feature_sampling_window"
     " n_batches_for_norm_estimate autocast compile_sae sae_compilation_mode activations_mixing_fraction prepend_bos"
@@ -190,7 +190,7 @@ def _sae_fields(settings: SAESettings, hook_name: str, d_in: int, device: str) -
     d_sae = settings.expansion_factor * d_in
     if d_sae * d_in > _LARGEST:
         raise UserError(
-            f"--expansion_factor {settings.expansion_factor}: {d_sae:,} features fit into no memory; lower it"
+            f"--expansion_factor {settings.expansion_factor}: {d_sae:,} features do not fit into memory; lower it"
         )
     if settings.target_l0 is not None and settings.target_l0 > d_sae:
         raise UserError(f"--target_l0 {settings.target_l0:g}: more than the {d_sae:,} features; lower it")
@@ -217,7 +217,7 @@ def _normalization(mode: str) -> str:
 
 
 def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, Any]:
-    """Returns the fields that make the SAE sparse, and refuses flags that are not for its architecture."""
+    """Returns the fields that make the SAE sparse. Raises a UserError for flags of other architectures."""
     architecture, fields = settings.architecture, dict[str, Any]()
     if architecture in ("standard", "gated"):
         fields["l1_coefficient"] = settings.l1_coefficient
@@ -253,7 +253,8 @@ def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> 
     """Applies one `--set KEY=VALUE`.
 
     Args:
-        owners: by the part of the key before the dot, the values so far and the class that they are fields of.
+        owners: maps the part of KEY before the dot to the values that are set so far, and to the class of which they
+            are fields.
     """
     key, equals, text = assignment.partition("=")
     prefix, _, name = key.rpartition(".")
@@ -286,7 +287,7 @@ def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> 
 
 
 def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
-    """Raises now what SAELens would raise only after the model was loaded."""
+    """Raises a UserError for mistakes that SAELens would find only after it has loaded the model."""
     if getattr(cfg.sae, "use_sparse_activations", False) and cfg.device == "cpu":
         raise UserError("--set sae.use_sparse_activations=true: it has no backward pass on a CPU; leave it out")
     if cfg.n_batches_for_norm_estimate > cfg.total_training_steps:

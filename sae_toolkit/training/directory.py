@@ -1,4 +1,4 @@
-"""The directory of a run: how it is made, claimed by one process, and found again by --resume."""
+"""The directory of a run: how it is created, locked by one process, and found again by --resume."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.key = ""  # random; in the manifests of the directory and of its checkpoints, so that none is mixed up
+        self.key = ""  # random; also in the manifest of each checkpoint, to recognize those of other runs
         self._lock: IO[str] | None = None
 
     def create(
         self, flags: Mapping[str, Any], text: TextSource, rows_NT: np.ndarray, held_out_NT: np.ndarray | None
     ) -> None:
-        """Makes the directory, with all that a resumed run needs besides a checkpoint, and claims it.
+        """Creates the directory, writes all that a resumed run needs besides a checkpoint, and claims it.
 
         Args:
             flags: flags of the run, by name.
@@ -118,11 +118,11 @@ class RunDirectory:
         self.release()
 
     def open_log(self) -> None:
-        """Writes log lines into run.log from now on, and those since the start of the script."""
+        """Writes the log into run.log: the lines since the start of the script, and all later ones."""
         open_run_log(self.path / _LOG)
 
     def keep_metrics_up_to(self, step: int) -> None:
-        """Deletes the metrics of this and later steps, which a resumed run repeats, and a line that was cut off."""
+        """Deletes the metrics of `step` and later steps, which a resumed run repeats, and a line that was cut off."""
         for name in (METRICS_FILENAME, HELD_OUT_METRICS_FILENAME):
             path = self.path / name
             with suppress(OSError):
@@ -130,7 +130,7 @@ class RunDirectory:
                 path.write_text("".join(f"{line}\n" for line in kept))
 
     def record_metrics(self, step: int, values: dict[str, Any], name: str = METRICS_FILENAME) -> None:
-        """Adds a line to metrics.jsonl, or to the file with another name. On a full disk the line is lost."""
+        """Adds a line to metrics.jsonl, or to the file `name`. On a full disk the line is lost."""
         with suppress(OSError), (self.path / name).open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
 
@@ -227,7 +227,7 @@ def find_resumption(resume: str | None, output_directory: Path) -> tuple[RunDire
 
 def find_run_directory(sae_path: Path) -> Path | None:
     """Returns the directory of the run that wrote an SAE; None if no run of this project wrote it."""
-    above = sae_path.absolute().parents[:2]  # of several hooks, an SAE is one level deeper
+    above = sae_path.absolute().parents[:2]  # the SAEs of a run with several hooks are one level deeper
     return next((parent for parent in above if (parent / FLAGS_FILENAME).is_file()), None)
 
 
@@ -239,7 +239,7 @@ def _step_of(line: str) -> float:
 
 
 def _unfinished_runs(directory: Path) -> Iterator[RunDirectory]:
-    for path in directory.glob("[!.]*"):  # those with a dot are incomplete: their run was killed while it made them
+    for path in directory.glob("[!.]*"):  # a name with a dot is incomplete: the run was killed while creating it
         if (path / FLAGS_FILENAME).is_file() and not RunDirectory(path).is_finished:
             yield RunDirectory(path)
 

@@ -21,7 +21,7 @@ from sae_toolkit.training.prepared_run import PreparedRun
 
 
 class HeldOutText:
-    """Measures the SAEs of a run on its held-out text. Random states and the SAEs stay as they are.
+    """Measures the SAEs of a run on its held-out text. This changes neither the SAEs nor the random states.
 
     Args:
         run: the run, which must have rows of held-out text.
@@ -36,7 +36,7 @@ class HeldOutText:
         self.rows_NT = run.held_out_NT
 
     def measure(self, trainer: MultiTrainer, max_norms: dict[str, float | None]) -> dict[str, dict[str, float]]:
-        """Returns the evaluation's metrics of the SAE at each hook, by the names of the hooks.
+        """Returns the evaluation's metrics of each SAE, by the name of its hook.
 
         Args:
             trainer: trainer of the SAEs.

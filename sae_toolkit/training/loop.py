@@ -74,7 +74,7 @@ def _log_what_was_left_out(training: Training) -> None:
 
 
 def _log_l0(trainers: MultiTrainer) -> None:
-    """Logs how near the L0 came to --target_l0."""
+    """Logs the L0 at the end of a run with --target_l0, and warns if it is far from the target."""
     for name, trainer in trainers.trainers.items():
         if (control := trainer.l0_control) is None:
             continue
@@ -92,7 +92,7 @@ def _log_l0(trainers: MultiTrainer) -> None:
 
 
 class TrainingLoop:
-    """Trains from the step where a run is to its last step.
+    """Trains a run from its current step to its last step.
 
     Args:
         training: the run.
@@ -116,7 +116,7 @@ class TrainingLoop:
             self._held_out = HeldOutText(self.run, training.activations)
 
     def to_the_end(self) -> None:
-        """Takes steps until all tokens are used.
+        """Trains until all tokens are used.
 
         Raises:
             Stopped: a signal came. A checkpoint is saved, if there was room for it.
@@ -130,7 +130,7 @@ class TrainingLoop:
             device=self.cfg.device,
             speaks=self.ranks.is_main,
         )
-        self.ranks.wait()  # for ranks that still read a checkpoint or start wandb; the timeout within a step is shorter
+        self.ranks.wait()  # some may still read a checkpoint or start wandb, longer than the timeout within a step
         if self.ranks.is_main:
             self.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
         with progress:
@@ -169,7 +169,7 @@ class TrainingLoop:
         if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:
             trainer.checkpoint_thresholds.pop(0)
             checkpoints.save(milestone=True)
-        elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # else the last good one stays
+        elif (save or signal_number) and not trainer.n_not_finite_in_a_row:  # otherwise keep the last good one
             checkpoints.save()
         if signal_number:
             raise Stopped(signal_number)
@@ -198,7 +198,7 @@ class TrainingLoop:
             self.stream.wait()
             try:
                 measured = self._held_out.measure(self.trainer, self.max_norms)
-            except UserError as error:  # ends an evaluation, but not a training
+            except UserError as error:  # it would end an evaluation, but must not end a training
                 log.warning("not measured on held-out text: %s", error)
             else:
                 self._record_held_out(measured)
@@ -227,7 +227,7 @@ class TrainingLoop:
         if (n := trainer.n_not_finite_in_a_row) < _MOST_STEPS_NOT_FINITE:
             return
         if checkpoints.newest is None:
-            checkpoints.save()  # the weights are good: none of these steps was applied
+            checkpoints.save()  # the weights are still good, because none of these steps was applied
         name = next(name for name, each in trainer.trainers.items() if int(each.n_not_finite_in_a_row) == n)
         raise RunFailed(
             f"{n} steps in a row had a loss or gradient that is not finite"
@@ -239,7 +239,7 @@ class TrainingLoop:
 
 
 class _FiringRates:
-    """Computes how often each feature was active for a token since the last call."""
+    """Computes the firing rate of each feature since the last call."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -247,7 +247,7 @@ class _FiringRates:
         self._counts_F: torch.Tensor | None = None
 
     def log10(self) -> torch.Tensor:
-        """Returns log10 of the firings per token of each feature, [F], on the CPU. No firing counts as half of one."""
+        """Returns log10 of the firings per token of each feature, [F], on the CPU. No firing counts as 1/2 firing."""
         counts_F, n_tokens = self.trainer.firing_counts().double().cpu(), int(self.trainer.n_frac_active_samples)
         new_F, n_new = counts_F, n_tokens
         if self._counts_F is not None and n_tokens > self._n_tokens:  # otherwise SAELens has reset its counts
@@ -257,7 +257,7 @@ class _FiringRates:
 
 
 def _shown(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> dict[str, str]:
-    """Returns the readings that the progress view shows; of several SAEs, the range of each reading."""
+    """Returns the readings that the progress view shows; for several SAEs, the range of each reading."""
 
     def spread(form: str, values: list[float]) -> str:
         low, high = format(min(values), form), format(max(values), form)

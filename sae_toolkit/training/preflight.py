@@ -1,4 +1,4 @@
-"""Checks before a run starts: what it takes, whether it fits, and whether the SAE is likely to become unhealthy."""
+"""Checks before a run starts: whether it fits, how long it takes, and whether the SAE is likely to become unhealthy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOST_STEPS, _MOST_SECONDS_OF_STEPS = 5, 2.0  # timed
 
 
 def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
-    """Logs what will run, what it takes, and why the SAE may become unhealthy, before anything large is loaded.
+    """Logs what will run, what it needs, and why the SAE may become unhealthy, before anything large is loaded.
 
     Args:
         run: the run.
@@ -54,11 +54,10 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
 
 
 def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations, settings: RunSettings) -> None:
-    """Measures one batch of activations and a few training steps. Logs how long the run will take, and which settings
-    do not fit the activations.
+    """Logs how long the run will take, and which settings do not fit the activations.
 
-    The run trains on the same activations and draws the same random numbers as without this check. If there are several
-    ranks, rank 0 measures its share.
+    For this it measures one batch of activations and a few training steps. The run trains on the same activations and
+    draws the same random numbers as without this check. If there are several ranks, rank 0 measures its share.
 
     Args:
         run: the run.
@@ -91,7 +90,7 @@ def _warn_of_activations(run: PreparedRun, measured: Sequence[MeasuredActivation
 
 
 def dry_run(run: PreparedRun, settings: RunSettings) -> None:
-    """Does the checks of a run before its first step, and leaves no files. It does not download the model.
+    """Makes the checks that a run makes before its first step, without writing files or downloading the model.
 
     Args:
         run: the run.
@@ -126,8 +125,8 @@ class Speed:
     """The measured speed of a rank on its share of a batch.
 
     Args:
-        tokens_a_second: of the language model or the cache.
-        seconds_a_step: of the training steps of all SAEs together.
+        tokens_a_second: tokens per second of the language model or the cache.
+        seconds_a_step: seconds per training step, all SAEs together.
     """
 
     tokens_a_second: float
@@ -139,7 +138,7 @@ class Speed:
         Args:
             cfg: configuration of the run.
             n_ranks: number of its ranks.
-            reads_cache: whether the run will read all activations from the cache, although they were computed here.
+            reads_cache: whether the run will read all activations from the cache, although the check computed them.
         """
         n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
         rate = math.inf if reads_cache else self.tokens_a_second * n_ranks
@@ -170,7 +169,7 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         if first_ND.shape[1] != sum(run.widths):
             raise UserError(
                 f"{run.hook_flag}: the activations at {' '.join(run.hook_names)} have a width of"
-                f" {first_ND.shape[1]}, and the modules have {sum(run.widths)}; name another"
+                f" {first_ND.shape[1]}, and the modules there have a width of {sum(run.widths)}; name another hook"
             )
         stream = _stream(run, source, cfg.train_batch_size_tokens, cfg.store_batch_size_prompts // run.ranks.size)
         started = _now(cfg.device)
@@ -279,7 +278,7 @@ def _now(device: str) -> float:
 
 @contextmanager
 def _without_trace(source: LanguageModel | CachedActivations) -> Iterator[None]:
-    """Restores random states, a cache's counts of contexts, and memory afterwards."""
+    """Restores the random states and the counts of a cache at the end of the context, and frees the memory."""
     cache = source.cache if isinstance(source, CachedActivations) else None
     before = cache.n_read + cache.n_computed if cache else 0
     with torch.random.fork_rng():

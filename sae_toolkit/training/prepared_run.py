@@ -1,4 +1,4 @@
-"""A training run that is ready to start, the memory and disk space that it takes, and whether these are there."""
+"""A training run that is ready to start, and checks that it fits into memory and on the disk."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PreparedRun:
         cache_directory: directory of the cached activations; None if they are not cached.
         text: the text that is trained on.
         rows_NT: token ids of that text.
-        held_out: the split that keeps documents for the evaluation.
+        held_out: the split that decides which documents are kept for the evaluation.
         held_out_NT: token ids of held-out text to measure on during training, on rank 0; None on the other ranks, and
             if the run does not measure.
         positions: the positions that are trained on.
@@ -55,7 +55,7 @@ class PreparedRun:
         sae: settings of the SAE.
         optimization: settings of the steps and of the optimizer.
         run_directory: directory of the run; it need not exist yet.
-        resume_from: checkpoint to go on from; None to begin at the first step.
+        resume_from: checkpoint to resume from; None to begin at the first step.
         saving: settings of the checkpoints.
         recording: settings of the record.
         flags: flags of the run by name, for the record.
@@ -100,7 +100,7 @@ class PreparedRun:
 
     @property
     def products_in_bfloat16(self) -> bool:
-        """Whether the SAE's products on a CPU are in bfloat16: if the model is, and the hardware computes in it."""
+        """Whether products of the SAE on a CPU are in bfloat16: if the model is, and the hardware supports it."""
         return self.lm_dtype == choose_lm_dtype("auto", self.cfg.device) == torch.bfloat16
 
     @property
@@ -108,7 +108,7 @@ class PreparedRun:
         return self.run_directory.path
 
     def open_directory(self) -> None:
-        """Makes the directory of the run, unless the run is resumed, and writes the log into it from now on."""
+        """Creates the directory of the run, unless the run is resumed, and starts the log in it."""
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
@@ -116,7 +116,7 @@ class PreparedRun:
         self.run_directory.open_log()
 
     def metadata(self) -> dict[str, Any]:
-        """Returns what the saved SAE records of its training, besides the fields that SAELens has."""
+        """Returns the metadata of the training that the saved SAE has, besides the fields that SAELens records."""
         return {
             "dataset_config": self.text.config,
             "dataset_split": self.text.split,
@@ -128,7 +128,7 @@ class PreparedRun:
         }
 
     def cache_parameters(self) -> dict[str, Any]:
-        """Returns what the activations depend on, besides the tokens."""
+        """Returns the values that the activations depend on, besides the tokens."""
         return {
             "model_name": self.model.name,
             "model_from_pretrained_kwargs": self.model.model_kwargs,
@@ -158,7 +158,7 @@ class PreparedRun:
         return share
 
     def plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any] | None = None) -> MemoryPlan:
-        """Returns the memory that one rank takes.
+        """Returns the memory that one rank needs.
 
         Args:
             cfg: a configuration to plan for instead of that of the run.
@@ -239,12 +239,12 @@ class PreparedRun:
             )
 
     def _free_memory(self) -> int:
-        """Returns the bytes that one rank can take. Ranks of a machine share its memory, but each has its own GPU."""
+        """Returns the bytes that one rank may use. Ranks of a machine share its memory, but each has its own GPU."""
         free = free_memory(self.cfg.device)
         return free // self.ranks.local_size if torch.device(self.cfg.device).type == "cpu" else free
 
     def disk_plan(self) -> dict[str, int]:
-        """Returns the most bytes that the run takes on disk, by item."""
+        """Returns an upper bound of the bytes that the run takes on disk, by item."""
         memory = self.plan_memory()
         sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
         checkpoint = sae + adam + self.ranks.size * memory.buffer
@@ -279,7 +279,7 @@ class PreparedRun:
             )
 
     def describe(self, *, details: bool) -> str:
-        """Returns about ten lines that say what will run and what it takes.
+        """Returns about ten lines that describe the run, and the memory and disk space that it needs.
 
         Args:
             details: whether the memory is listed item by item.

@@ -1,7 +1,7 @@
-"""Warnings of settings that are likely to make an SAE unhealthy, with the reason and with what to set instead.
+"""Warnings about settings that are likely to make an SAE unhealthy, each with the reason and a better value.
 
-Each warning is one line that starts with its flag. Comments say where each bound comes from: from a published recipe,
-from arithmetic, or from runs on the embedded model (2,304 features, 488 steps, batches of 1,024), where it lies between
+Each warning is one line that starts with its flag. Comments say where each bound comes from: a published recipe,
+arithmetic, or runs on the embedded model (2,304 features, 488 steps, batches of 1,024). A bound from runs lies between
 the runs that became healthy and those that did not.
 """
 
@@ -19,8 +19,8 @@ from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS
 # with 108 tokens 0.0%, with 217 tokens 0.2%.
 LEAST_TOKENS_A_FEATURE = 100
 
-# Adam changes a weight by about lr in a step. A feature is a direction of length 1 with d_in weights, so a run can move
-# it by lr x steps x sqrt(d_in). Runs: at 4.1 (lr 4e-4) 22% ended dead, at 10.3 (lr 1e-3) 0.4%.
+# Adam changes a weight by about lr in a step. A feature is a vector of length 1 with d_in weights, so a run can move it
+# by lr x steps x sqrt(d_in). Runs: at 4.1 (lr 4e-4) 22% ended dead, at 10.3 (lr 1e-3) 0.4%.
 LEAST_TURN = 7.0
 # Arithmetic: a step that moves a feature this far undoes what earlier steps learnt. In the demo it is 0.05.
 MOST_TURN_A_STEP = 0.5
@@ -35,12 +35,13 @@ LARGEST_WINDOW_SHARE = 1 / 8
 # more than 5% (the rule of three: Hanley & Lippman-Hand 1983).
 _FIRINGS_TO_BE_SEEN, _RARER_THAN_MEAN = 3, 100
 
-# The least projection of an activation on a feature at which the sparsity loss lets the feature be active, in standard
-# deviations of the projections on random directions, |x| / sqrt(d_in). Runs: at 0.4 (L1 weight 5.0, not normalized)
-# 1,931 of 4,608 features were active at once, at 1.0 (JumpReLU, L0 weight 1.0, normalized) 220 of 2,304.
+# The cut-off is the smallest projection of an activation on a feature at which the sparsity loss lets the feature be
+# active. Its unit is the standard deviation of the projections on random directions, |x| / sqrt(d_in). Runs: at 0.4 (L1
+# weight 5.0, not normalized) 1,931 of 4,608 features were active at once, at 1.0 (JumpReLU, L0 weight 1.0, normalized)
+# 220 of 2,304.
 LOWEST_CUT_OFF = 1.2
-# Weights for activations that are scaled to |x| = sqrt(d_in). L1: Anthropic, Circuits Updates, April 2024. L0: by the
-# same cut-off, 2.5.
+# Weights for activations that are scaled to |x| = sqrt(d_in). L1: Anthropic, Circuits Updates, April 2024. L0: the
+# weight with the same cut-off, 2.5.
 _L1_FOR_NORMALIZED, _L0_FOR_NORMALIZED = 5.0, 6.0
 
 # Share of the variance. On the embedded model massive activations are 99% of the variance, and 0% after the filter.
@@ -90,7 +91,7 @@ def activation_warnings(
 
     Args:
         cfg: configuration of the SAE.
-        measured: measurements at its hook. If they are None, the warnings are of settings that may be wrong.
+        measured: measurements at its hook. If None, the warnings are about settings that may be wrong.
         finds_weight: whether the run adjusts the weight of the sparsity loss (--target_l0).
         max_norm_multiple: activations whose norm is more than this many times the median are left out; None leaves
             none out.
@@ -121,13 +122,12 @@ def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any]) -> str | Non
     k = getattr(cfg.sae, "k", None)
     if k is None or _LOWEST_L0 <= k <= _HIGHEST_L0:
         return None
-    return (
-        f"--k {k}: is the L0 that the SAE ends with, and outside {_LOWEST_L0} to {_HIGHEST_L0} it is unhealthy; use 64"
-    )
+    return f"--k {k}: the SAE will end with this L0, which is unhealthy outside {_LOWEST_L0} to {_HIGHEST_L0}; use 64"
 
 
 def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> list[str]:
-    full_steps = n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2  # with the full rate, for the same movement
+    # This number of steps at the full rate would move a weight as far as the run does.
+    full_steps = n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2
     root = math.sqrt(cfg.sae.d_in)
     turn = cfg.lr * full_steps * root
     found = []
@@ -163,15 +163,15 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
         )
     if revives and window > most:
         return (
-            f"--dead_feature_window {window}: of {n_steps} steps, which leaves dead features little time to be revived"
+            f"--dead_feature_window {window}: long for {n_steps} steps; dead features have little time to be revived"
             f" (200 of 488 steps left 37% dead, 20 steps 0.2%); use about {sensible}"
         )
     if revives and (k := getattr(cfg.sae, "k", None)):
         needed = math.ceil(_FIRINGS_TO_BE_SEEN * _RARER_THAN_MEAN * cfg.sae.d_sae / k / cfg.train_batch_size_tokens)
         if window < needed <= most:
             return (
-                f"--dead_feature_window {window}: {window * cfg.train_batch_size_tokens} tokens, after which a feature"
-                f" that fires a hundredth as often as the mean is counted as dead; use {needed} or more"
+                f"--dead_feature_window {window}: only {window * cfg.train_batch_size_tokens} tokens, after which"
+                f" a feature that fires a hundredth as often as the mean is counted as dead; use {needed} or more"
             )
     return None
 
@@ -190,8 +190,8 @@ def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredA
     is below the weight. How sparse the SAE becomes depends on this cut-off relative to the projection on a random
     direction, |x| / sqrt(d_in).
 
-    The weight is too strong if it cuts off each of 20 equal features that make up an activation, whose projections are
-    |x| / sqrt(20): then the L0 would be below 20.
+    Suppose that 20 equal features make up an activation, each with a projection of |x| / sqrt(20). A weight that cuts
+    them off is too strong, because the L0 would be below 20.
     """
     sae = cfg.sae
     architecture = sae.architecture()

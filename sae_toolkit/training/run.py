@@ -1,4 +1,4 @@
-"""A training run that is loaded: at its first step, or at the checkpoint that it goes on from."""
+"""Loads a training run: its activations, SAEs and trainer, at the first step or at a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
 class Training:
     """The SAEs, the trainer and the stream of activations of a run, ready for the next step.
 
-    A new run measures the norms of its first activations here. A resumed run loads its checkpoint.
+    The constructor measures the norms of the first activations of a new run, or loads the checkpoint of a resumed run.
 
     Args:
         run: the run.
@@ -117,7 +117,7 @@ class Training:
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:
-    """Fills the metadata of cfg.json with the fields that SAELens's runner records, and more."""
+    """Fills the metadata of cfg.json with the fields that SAELens's runner records, and with those of `more`."""
     for name in (
         "dataset_path hook_name model_name model_class_name hook_head_index context_size seqpos_slice"
         " model_from_pretrained_kwargs prepend_bos exclude_special_tokens sequence_separator_token"
@@ -168,11 +168,11 @@ def _calibrate(
     stream: ActivationStream,
     max_norm_multiple: float | None,
 ) -> None:
-    """Fixes the norm limits and the normalization by the first batches of the stream, which are also trained on."""
+    """Sets the norm limits and the normalization from the first batches of the stream, which the run also trains on."""
     mode = cfg.sae.normalize_activations
     estimated = mode in ("expected_average_only_in", "covariance_whitening")
     if max_norm_multiple is None and not estimated:
-        stream.calibrate(1, None)  # only for the record
+        stream.calibrate(1, None)  # only to record the median norm
         return
     log.info("measuring activation norms on %d batches", cfg.n_batches_for_norm_estimate)
     acts_ND = stream.calibrate(cfg.n_batches_for_norm_estimate, max_norm_multiple)

@@ -33,17 +33,17 @@ from sae_toolkit.training.prepared_run import PreparedRun, existing
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # how much held-out text a run measures on each time
+_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # of the text that a run measures on each time
 
 
 @dataclass(frozen=True)
 class _FoundByRank0:
-    """What rank 0 found and the other ranks use too.
+    """Results of rank 0, which the other ranks use too.
 
     Args:
         directory: directory of the run.
-        resume_from: checkpoint to go on from; None to begin at the first step.
-        text: the text that is trained on; its documents cannot be read again.
+        resume_from: checkpoint to resume from; None to begin at the first step.
+        text: the text that is trained on, without the function that reads its documents.
         rows_NT: token ids of that text.
     """
 
@@ -56,13 +56,13 @@ class _FoundByRank0:
 def prepare_run(settings: TrainingSettings, ranks: Ranks = ALONE) -> PreparedRun:
     """Checks that settings, model, data and output directory fit together, and tokenizes the training text.
 
-    The settings are not used after this: whatever comes later takes its values from the `PreparedRun`.
+    Later stages do not read the settings. They take all values from the `PreparedRun`.
 
     Rank 0 prepares the run before the other ranks, which use its tokens. So a mistake is reported once, and the text is
     read once.
 
     Raises:
-        UserError: the run could not succeed.
+        UserError: settings, model, data and output directory do not fit together.
     """
     run = _prepare_run(settings, ranks) if ranks.is_main else None
     if not ranks.is_alone:
@@ -73,7 +73,7 @@ def prepare_run(settings: TrainingSettings, ranks: Ranks = ALONE) -> PreparedRun
 
 
 def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
-    """Sends what rank 0 found to all ranks. The run is that of rank 0, and None on the others."""
+    """Sends the results of rank 0 to all ranks, and returns them. `run` is the run on rank 0, and None elsewhere."""
     sent: Any = None
     if run:
         text = replace(run.text, read=tuple)  # the function that reads the documents cannot be sent
@@ -144,7 +144,7 @@ def _build_configurations(
     ]
     if cfgs[0].activations_mixing_fraction == 0 and not ranks.is_alone:
         raise UserError(
-            "--set activations_mixing_fraction=0: each batch would be on one process, if nothing is mixed; leave it out"
+            "--set activations_mixing_fraction=0: without mixing, each batch would be on a single process; leave it out"
         )
     if settings.sae.shard_features:
         _check_shards(settings.sae.expansion_factor, cfgs, ranks)
@@ -159,7 +159,10 @@ def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
     llm_device = choose_llm_device(settings.llm_device, settings.n_devices, device)
     if not ranks.is_alone:
         if settings.llm_device is not None or settings.n_devices > 1:
-            raise UserError("--llm_device, --n_devices: each of several processes has one GPU for both; leave them out")
+            raise UserError(
+                "--llm_device, --n_devices: each of several processes has one GPU for the language model and the SAE;"
+                " leave them out"
+            )
         if ":" in settings.device:
             raise UserError(f"--device {settings.device}: each of several processes has a GPU of its own; use cuda")
     return device, llm_device
@@ -183,7 +186,7 @@ def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]
 
 
 def _choose_directory(settings: TrainingSettings) -> tuple[RunDirectory, Path | None]:
-    """Returns the directory of the run, and the checkpoint to go on from."""
+    """Returns the directory of the run, and the checkpoint to resume from; None to begin at the first step."""
     _check_writable(Path(settings.run.checkpoint_path))
     new = RunDirectory(settings.output_directory / _new_run_id())
     return find_resumption(settings.run.resume, settings.output_directory) or (new, None)

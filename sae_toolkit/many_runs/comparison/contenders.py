@@ -1,4 +1,4 @@
-"""What a comparison trains: SAEs by library, kind, L0 and seed; and the outcome of each."""
+"""The SAEs that a comparison trains, by library, kind, L0 and seed, and the outcome of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
     "sparsify": ("topk",),
     "dictionary_learning": ("standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka", "p_anneal"),
 }
-_ONLY_BY_NAME = "p_anneal"  # of dictionary_learning; the name of the library alone does not choose it
+_ONLY_BY_NAME = "p_anneal"  # a kind that `dictionary_learning` alone leaves out
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Contender:
 
     Args:
         library: a key of `TITLES`.
-        architecture: the kind, by the name that all libraries share here.
+        architecture: the kind. One name stands for the same kind in all libraries.
         lr: the learning rate; None for the library's own choice.
     """
 
@@ -48,7 +48,7 @@ class Entry:
 
     Args:
         contender: its library and kind.
-        l0: the L0 that it is to have.
+        l0: its target L0.
         seed: the seed of its weights and of the order of its text.
         directory: where its files go.
     """
@@ -94,7 +94,7 @@ class Outcome:
 
 
 def parse_contenders(texts: Sequence[str]) -> list[Contender]:
-    """Returns the contenders that words such as `saelens`, `sparsify:topk` or `saelens:gated@2e-3` name, each once.
+    """Returns the contenders of words such as `saelens`, `sparsify:topk` or `saelens:gated@2e-3`, without duplicates.
 
     Raises:
         UserError: a library does not exist or has no such kind, or the learning rate is not a number above 0.
@@ -129,7 +129,7 @@ def _closest(name: str, names: Iterable[str]) -> str:
 def make_entries(
     contenders: Sequence[Contender], l0s: Sequence[int], seeds: Sequence[int], directory: Path
 ) -> list[Entry]:
-    """Returns the SAEs of a comparison: for the first seed and the first L0 one of each contender, and so on."""
+    """Returns an entry for each seed, L0 and contender. The contender varies fastest, and the seed slowest."""
     return [
         Entry(contender, l0, seed, directory / "saes" / _directory_name(contender, l0, seed))
         for seed in seeds

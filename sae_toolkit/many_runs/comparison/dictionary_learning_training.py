@@ -1,4 +1,4 @@
-"""Trains one SAE of a comparison by dictionary_learning's own trainer, and searches the penalty that gives an L0."""
+"""Trains one SAE of a comparison with dictionary_learning's own trainer, and searches the penalty for its target L0."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DICTIONARY_LEARNING = OwnEnvironment(
     because="the versions that dictionary_learning needs are listed for Python 3.11 and 3.12",
     takes="2 GB, some minutes",
 )
-# The settings of dictionary_learning_demo, which are for 500 M tokens in batches of 2,048. The schedules of a shorter
-# run take the same shares of its steps. The running mean of the threshold spans at least 20 steps, since over fewer it
-# would be noise.
+# The settings of dictionary_learning_demo, which are for 500 M tokens in batches of 2,048. In a shorter run, each
+# schedule takes the same share of the steps. The running mean of the threshold spans at least 20 steps, because it
+# would be noisy over fewer.
 _DEMO_STEPS = 500_000_000 // 2048
 DEMO_LR, _WARM_UP, _SPARSITY_WARM_UP, _THRESHOLD_START, _ANNEAL_START = 3e-4, 1000, 5000, 1000, 10_000
 _DECAY_START, _NORM_BATCHES, _MIN_MEMORY = 0.8, 100, 20
@@ -40,11 +40,12 @@ _MAX_TRIALS, _TOLERANCE = 4, 0.1
 
 
 def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by the library's own trainer. Where a penalty decides the L0, several trainings search for the penalty.
+    """Trains with the library's own trainer. If a penalty sets the L0, trains several times to search for the penalty.
 
     Returns:
-        What `train_saelens` returns, for the training whose L0 is nearest. After a search also `penalty` and `l0` of
-        this training, and `tried`: penalty and L0 of each training of the same kind, those of other entries included.
+        The result that `train_saelens` describes, for the training whose L0 is nearest to the target. A search adds
+        `penalty` and `l0` of this training, and `tried`: penalty and L0 of all trainings of the same kind so far,
+        those of other entries included.
     """
     first = _FIRST_PENALTIES.get(entry.contender.architecture)
     if first is None:
@@ -65,7 +66,7 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
 
 
 def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> tuple[dict[str, Any], float]:
-    """Trains once, on this project's batches. Returns what `train_saelens` returns, and the L0 that was reached."""
+    """Trains once, on this project's batches. Returns the result as `train_saelens` does, and the L0."""
     python = DICTIONARY_LEARNING.python()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -106,17 +107,17 @@ def _distance(l0: float, target: float) -> float:
 
 
 def _tried_before(entry: Entry) -> list[tuple[float, float]]:
-    """Returns penalty and L0 of the trainings of the same kind, for any target L0 and with any seed."""
+    """Returns penalty and L0 of all earlier trainings of the same kind, whatever their target L0 and seed."""
     kind = entry.directory.name.partition("-l0_")[0]
     results = [read_result(path) for path in sorted(entry.directory.parent.glob(f"{kind}-l0_*"))]
     return [(penalty, l0) for result in results if result for penalty, l0 in result.get("tried", [])]
 
 
 def next_penalty(tried: Sequence[tuple[float, float]], target: float, first: float) -> float:
-    """Returns the sparsity penalty to try next: where the line through two of those tried meets the target.
+    """Returns the sparsity penalty to try next, read off a line of log penalty over log L0 at the target.
 
-    The line is that of log penalty over log L0, through the L0 nearest to the target and the next nearest for which
-    a higher penalty gives a lower L0. Its slope is -1 where there is no such other, and limited to [-3, -0.2].
+    The line goes through the trial with the L0 nearest to the target. Its slope comes from the next nearest trial that
+    fits it, with a lower L0 at a higher penalty. The slope is -1 if there is none, and is limited to [-3, -0.2].
 
     Args:
         tried: pairs of penalty and L0.

@@ -11,8 +11,8 @@ then `steps` to train on. JOB.json holds these numbers, and:
     arguments     the arguments of that trainer
     layer         the layer of the hook, which the library records
     context_size  the tokens in a context, which the library records
-    directory     where the library's trainer_0/ae.pt and trainer_0/config.json go, and trained.json: `l0` on the last
-                  batches, and `peak_bytes` of GPU memory, null on a CPU
+    directory     where the library writes trainer_0/ae.pt and trainer_0/config.json. This script adds trained.json,
+                  with `l0` on the last batches, and `peak_bytes` of GPU memory, null on a CPU
 """
 
 import json
@@ -49,7 +49,7 @@ _L0_BATCHES = 10  # the last batches of the training, on which L0 is measured
 
 
 class Activations:
-    """Batches [batch, d_in] in float32 from standard input. The first pass over them yields those for the norm."""
+    """Batches [batch, d_in] in float32 from standard input: first those for the norm, then those to train on."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = {"io": "out", "ctx_len": job["context_size"]}  # trainSAE saves it

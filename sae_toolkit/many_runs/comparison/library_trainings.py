@@ -1,4 +1,4 @@
-"""Trains one SAE of a comparison by its library's own code, in a process of its own: SAELens and sparsify."""
+"""Trains one SAE of a comparison in its own process, with the code of its library: SAELens or sparsify."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def run_training(
     Args:
         entry: the SAE that is trained. The output of the process goes to training.log in its directory.
         command: the program and its arguments.
-        n_tokens: on how many tokens it trains.
-        n_done: returns on how many tokens it has trained so far.
+        n_tokens: the number of tokens that it trains on.
+        n_done: returns the number of tokens that it has trained on so far.
         feed: writes the standard input of the process, on a thread of its own.
         environment: variables to add to this process's environment.
 
@@ -84,7 +84,7 @@ def _peak_resident(pid: int) -> int:
 
 
 def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by sae_lens_train.py, which continues an earlier attempt.
+    """Trains with sae_lens_train.py, which continues an earlier attempt if there is one.
 
     Returns:
         `sae`, its directory; `seconds` and `peak_bytes` of the process; `lr`, None for the library's own choice.
@@ -119,7 +119,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
 
 
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains by sparsify's Trainer, which runs the language model itself. Returns what `train_saelens` returns."""
+    """Trains with sparsify's Trainer, which runs the language model itself. Returns what `train_saelens` does."""
     if find_spec("sparsify") is None:
         raise RunFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
     run, cfg = shared.run, shared.run.cfg

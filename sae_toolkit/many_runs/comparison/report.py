@@ -42,7 +42,7 @@ _COLUMNS = [
 
 
 def _by_contender(outcomes: Sequence[Outcome]) -> dict[tuple[Contender, int], list[Outcome]]:
-    """Returns the outcomes by contender and L0, so that those in one list differ in the seed alone."""
+    """Returns the outcomes by contender and target L0. The outcomes in one list differ only in the seed."""
     groups: dict[tuple[Contender, int], list[Outcome]] = {}
     order = list(dict.fromkeys(outcome.entry.contender for outcome in outcomes))
     for outcome in sorted(outcomes, key=lambda o: (order.index(o.entry.contender), o.entry.l0, o.entry.seed)):
@@ -119,7 +119,7 @@ def _checkpoint_table(outcomes: Sequence[Outcome], directory: Path) -> Table:
 
 
 def _failures(outcomes: Sequence[Outcome]) -> list[str]:
-    """Returns why SAEs could not be trained or evaluated, each reason of a contender once."""
+    """Returns the reasons why SAEs could not be trained or evaluated, each with its contender, without duplicates."""
     return list(dict.fromkeys(f"{o.entry.contender.name}: {o.failed}" for o in outcomes if o.failed))
 
 
@@ -203,7 +203,7 @@ def _trace(contender: Contender, line: Sequence[tuple[float, float, float, int]]
 
 
 def _scale_l0_axis(figure: go.Figure, l0s: Sequence[float]) -> None:
-    """Makes the axis logarithmic where the L0s are far apart."""
+    """Makes the axis logarithmic if the L0s differ by more than a factor of 4."""
     if l0s and max(l0s) > 4 * min(l0s):
         healthy = next(standard for standard in STANDARDS if standard.metric == "l0").healthy
         low, high = (math.log10(f([*l0s, *healthy])) for f in (min, max))

@@ -84,14 +84,14 @@ def _evaluate_all(entries: Sequence[Entry], shared: Shared, flags: Sequence[str]
     if not missing or _evaluate(missing, shared, flags) is None:
         return {}
     failed = {}
-    for entry in missing:  # a single SAE that cannot be evaluated stops the evaluation of all, so each gets its own
+    for entry in missing:  # one SAE that cannot be evaluated stops the evaluation of all, so try each alone
         if not entry.evaluation() and (why := _evaluate([entry], shared, flags)):
             failed[entry] = why
     return failed
 
 
 def _evaluate(entries: Sequence[Entry], shared: Shared, flags: Sequence[str]) -> str | None:
-    """Evaluates trained SAEs in one process. Returns why it failed, or None."""
+    """Evaluates trained SAEs in one process. Returns the reason if it failed, and otherwise None."""
     paths = [trained["sae"] for entry in entries if (trained := entry.trained())]
     log.info("evaluating %d SAEs", len(paths))
     output = shared.directory / "evaluation.log"

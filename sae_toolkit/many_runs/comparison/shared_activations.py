@@ -1,4 +1,4 @@
-"""What all SAEs of a comparison are trained and measured on: the same activations, computed once."""
+"""The activations that all SAEs of a comparison are trained and measured on, computed once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SETTINGS_FILENAME = "settings.json"
 
 @dataclass(frozen=True)
 class Shared:
-    """What all SAEs of a comparison have in common.
+    """The data and settings that all SAEs of a comparison share.
 
     Args:
         words: the command line of sae_lens_train.py.
@@ -52,12 +52,12 @@ class Shared:
 
 
 def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
-    """Checks what all SAEs are trained on, and computes the activations that the cache does not hold.
+    """Prepares the data that all SAEs share, and computes the activations that the cache does not hold.
 
     Args:
         words: the command line of sae_lens_train.py.
         directory: the directory of the comparison.
-        highest_l0: the highest L0 that an SAE is to have.
+        highest_l0: the highest target L0.
 
     Raises:
         UserError: the comparison in the directory has other flags, the SAEs have fewer features than `highest_l0`,
@@ -98,7 +98,7 @@ def _flags_in_common(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
-    """Refuses flags that differ from those of the SAEs that the comparison already holds."""
+    """Raises a UserError if flags differ from those of the SAEs that are already in the comparison."""
     file = directory / _SETTINGS_FILENAME
     try:
         before = json.loads(file.read_text()) if file.exists() else flags

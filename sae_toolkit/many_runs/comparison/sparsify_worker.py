@@ -8,8 +8,8 @@ JOB.json holds:
     hook_name, hookpoint   where the SAE is trained, by this project's name and by sparsify's
     rows                   a .npy file of token ids [N, T] in the order of training
     sae, training          arguments of sparsify's SaeConfig and TrainConfig
-    directory              where sae/HOOKPOINT goes, trained.json with `peak_bytes` of GPU memory (null on a CPU), and
-                           `steps`, the number of steps so far
+    directory              where the SAE goes, as sae/HOOKPOINT. The other files there are trained.json, with
+                           `peak_bytes` of GPU memory (null on a CPU), and `steps`, the number of steps so far
 """
 
 from __future__ import annotations

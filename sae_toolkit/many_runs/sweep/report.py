@@ -46,7 +46,7 @@ def trials_on_front(outcomes: Outcomes) -> list[int]:
 
 
 def _measured(outcomes: Outcomes) -> list[tuple[Trial, Mapping[str, Any]]]:
-    """Returns the metrics of each trial for which both L0 and loss recovered could be measured."""
+    """Returns the trials whose L0 and loss recovered could both be measured, each with its metrics."""
     evaluated = ((trial, outcome["metrics"]) for trial, outcome in outcomes if "metrics" in outcome)
     return [(trial, metrics) for trial, metrics in evaluated if None not in (metrics["l0"], metrics["loss_recovered"])]
 
@@ -69,7 +69,7 @@ def _command(trial: Trial) -> str:
 
 
 def sweep_table(outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
-    """Returns columns, and a row for each trial: first the evaluated trials, the best of them at the top."""
+    """Returns columns, and a row for each trial: first the evaluated trials from best to worst, then the others."""
     names = list(dict.fromkeys(name for trial, _ in outcomes for name in trial.values))
     rows = []
     for trial, outcome in best_first(outcomes):

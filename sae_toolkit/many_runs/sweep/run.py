@@ -26,7 +26,7 @@ from sae_toolkit.settings.command_line import parse_training_flags
 
 log = logging.getLogger(__name__)
 
-_MAX_FAILURES = 3  # of a trial; each further attempt continues from its last checkpoint
+_MAX_FAILURES = 3  # of a trial; after each, another attempt continues from its last checkpoint
 _SECONDS_BETWEEN_LINES = 20.0
 _EVALUATED_KEYS = ("sae", "metrics", "health", "n_healthy")
 
@@ -36,7 +36,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     """Connects to a Ray cluster, or starts Ray on this machine alone and shuts it down at the end.
 
     Args:
-        address: of the cluster, `auto` or host:port; None for this machine alone.
+        address: address of the cluster, `auto` or host:port; None for this machine alone.
 
     Raises:
         UserError: the cluster cannot be reached.
@@ -56,7 +56,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         )
     except ray.exceptions.AuthenticationError:
         raise UserError(
-            f"--address {address}: the cluster wants the token of its head (~/.ray/auth_token): set RAY_AUTH_MODE=token"
+            f"--address {address}: the cluster needs the token of its head (~/.ray/auth_token): set RAY_AUTH_MODE=token"
         ) from None
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"--address {address}: no Ray cluster can be reached there: {one_line(error)}") from None
@@ -70,7 +70,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into Ctrl-C, upon which Ray Tune stops its trials."""
+    """Turns SIGTERM and SIGHUP into SIGINT (Ctrl-C), for which Ray Tune stops its trials."""
     previous = {
         number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
         for number in (signal.SIGTERM, signal.SIGHUP)
@@ -84,7 +84,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Refuses at once an address to which Ray itself would try to connect for minutes."""
+    """Raises a UserError for an address without a cluster. Ray itself would try to connect for minutes."""
     if address == "auto":
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -116,14 +116,16 @@ def run_trials(
         directory: the directory of the sweep.
         name: the group of the trials' wandb runs.
         cpus_per_trial: cores for each trial.
-        gpus_per_trial: GPUs for each trial, where a fraction lets several share one; None for one GPU where this
-            machine has any.
-        early_stop: whether ASHA stops a trial that is less promising than half of those that have come as far.
+        gpus_per_trial: GPUs for each trial. Several trials share a GPU if this is a fraction. None means one GPU if
+            this machine has any, and otherwise no GPU.
+        early_stop: whether ASHA stops a trial that is less promising than half of the trials that have trained on as
+            many tokens.
         evaluation_flags: further flags of evaluate_sae_real_activations.py.
 
     Returns:
-        Each trial with its outcome: `sae`, `metrics`, `health` and `n_healthy` of an evaluated trial, or the reason
-        under `refused` or `failed`, or under `stopped` the tokens after which the scheduler stopped it.
+        Each trial with its outcome. An evaluated trial has `sae`, `metrics`, `health` and `n_healthy`. Any other trial
+        has one of `refused` (the reason), `failed` (the reason) and `stopped` (the number of tokens after which the
+        scheduler stopped it).
 
     Raises:
         UserError: no machine of the cluster has the cores and GPUs that a trial needs.
@@ -182,7 +184,7 @@ def _run(
 
 
 def _scheduler(trials: Sequence[Trial]) -> ASHAScheduler:
-    """Returns a scheduler that stops trials at a quarter and at half of their tokens, and none during evaluation."""
+    """Returns a scheduler that may stop a trial after a quarter and after half of its tokens, but not later."""
     tokens = max(parse_training_flags(trial.flags).optimization.training_tokens for trial in trials)
     return ASHAScheduler(
         time_attr="tokens",
@@ -209,7 +211,7 @@ def _check_resources(cpus: int, gpus: float) -> None:
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         there = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise UserError(
-            f"--cpus_per_trial {cpus} --gpus_per_trial {gpus:g}: no machine has as many; there are {there}; give less"
+            f"--cpus_per_trial {cpus} --gpus_per_trial {gpus:g}: no machine has as many; there are {there}; lower them"
         )
 
 
@@ -263,5 +265,5 @@ def _error_of(trial: Any) -> str:
     try:
         lines = Path(trial.error_file).read_text().strip().splitlines()
     except (OSError, TypeError, AttributeError):
-        return "its machine, or Ray on it, is gone"
+        return "its machine, or Ray on that machine, is gone"
     return lines[-1][:300] if lines else "no reason given"

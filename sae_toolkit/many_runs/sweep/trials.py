@@ -1,4 +1,4 @@
-"""The trials of a sweep: the flags, the directory and the cache of activations of each."""
+"""The trials of a sweep. Each has flags, a directory and a cache of activations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 
-# Trials with the same values of these flags share a cache. The flags of the text need not agree, since a cache finds
-# activations by their tokens.
+# Trials with the same values of these flags share a cache. They may differ in the flags of the text, since a cache
+# finds activations by their tokens.
 _OF_ACTIVATIONS = "model_name layer layers hook_name hook_names lm_dtype context_size set trust_remote_code".split()
 
 
@@ -45,7 +45,7 @@ class Trial:
         return " ".join(f"{name}={value}" for name, value in self.values.items()) or "the only one"
 
     def training_flags(self) -> list[str]:
-        """Returns the whole command line of its training, the same for the first attempt and for every later one."""
+        """Returns the whole command line of the training. Each attempt at the trial uses the same one."""
         cache = [] if self.cache is None else ["--cache_activations", str(self.cache)]
         return [*self.flags, "--checkpoint_path", str(self.directory), *cache, "--resume"]
 
@@ -146,7 +146,7 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
 
 
 def _swept(settings: TrainingSettings) -> dict[str, Any]:
-    """Returns the flags that a sweep may vary. They identify a trial, and so name its directory."""
+    """Returns the values of the flags that a sweep may vary. They identify a trial, and so name its directory."""
     return {
         name: value
         for name, value in settings.as_flags().items()

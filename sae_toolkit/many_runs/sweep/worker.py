@@ -93,7 +93,7 @@ class SweepTrial(tune.Trainable):
             )
 
     def _progress(self) -> dict[str, Any]:
-        """Returns what a scheduler compares. It compares by `tokens`, which are left out during the evaluation."""
+        """Returns the metrics for the scheduler. The evaluation leaves out `tokens`, so that it stops no trial."""
         if not self.is_training:
             return {"promise": 0.0}
         latest = self._latest_metrics()
@@ -137,7 +137,7 @@ class SweepTrial(tune.Trainable):
         pass
 
     def cleanup(self) -> None:
-        """Stops a process that still runs. A training saves a checkpoint first."""
+        """Stops the process if it still runs. A training saves a checkpoint first."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -147,10 +147,10 @@ class SweepTrial(tune.Trainable):
 
 
 def _promise(metrics: Mapping[str, Any]) -> float:
-    """Returns how promising an unfinished training is, from 0 to 3, to compare with others after as many tokens.
+    """Returns a score in [0, 3] by which the scheduler compares unfinished trainings after the same number of tokens.
 
-    It is the number of healthy metrics among L0 and dead features, plus the explained variance limited to [0, 1],
-    which decides between trainings with the same number.
+    The score is the number of healthy metrics among L0 and dead features, plus the explained variance limited to
+    [0, 1], which decides between trainings with the same number.
     """
     now = {"l0": metrics["metrics/l0"], "dead_features": metrics["sparsity/dead_features"] / metrics["d_sae"]}
     n_healthy = sum(each.status(now[each.metric]) == "healthy" for each in STANDARDS if each.metric in now)

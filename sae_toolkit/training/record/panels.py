@@ -29,8 +29,12 @@ _HELD_OUT = (
 
 
 def panels(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns readings, which are given by hook, by the names of their panels: group/name, or group/hook/name if there
-    are several hooks.
+    """Returns all readings in one mapping by the names of their panels.
+
+    A name is group/name, or group/hook/name if there are several hooks.
+
+    Args:
+        readings: readings at each hook, by the name of the hook.
     """
     by_panel = {}
     for hook_name, reading in readings.items():
@@ -45,5 +49,5 @@ def panels(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def of_held_out(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns those of an evaluation's metrics that are recorded during training, by the names of their panels."""
+    """Returns the metrics of an evaluation that a training records, by the names of their panels."""
     return {f"held_out/{name}": metrics[name] for name in _HELD_OUT}

@@ -1,4 +1,4 @@
-"""The interface of a run's record: what it was started with, its metrics, and its results."""
+"""The interface of a run's record, which holds its configuration, its metrics and its results."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """A record that records nothing. The subclasses record, and none of their methods raises an exception."""
+    """Base class of all records, which records nothing. The methods of its subclasses log errors and raise none."""
 
-    service = ""  # name of what records, for messages
+    service = ""  # name of the service, for messages
     _has_warned = False
 
     def log(self, values: dict[str, Any], step: int) -> None:
@@ -39,7 +39,7 @@ class RunRecord:
         """Waits until the record is written, up to a time limit."""
 
     def _safely(self, action: Callable[[], Any]) -> None:
-        """Does something, and logs the first exception instead of raising it."""
+        """Calls `action`. Raises none of its exceptions, and logs the first one of this record."""
         try:
             action()
         except Exception as error:  # such as a full disk

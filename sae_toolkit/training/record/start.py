@@ -1,4 +1,4 @@
-"""Starts the record of a run, with what the run was started with."""
+"""Starts the record of a run in wandb or TensorBoard, with the configuration of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sae_toolkit.training.record.wandb_run import WandbRun
 
 
 def run_config(run: PreparedRun) -> dict[str, Any]:
-    """Returns what a run was started with: SAELens's configuration, and the flags, preset, data and code behind it."""
+    """Returns the configuration for the record: SAELens's, and the flags, preset, data and code that the run uses."""
     return run.cfg.to_dict() | {
         "flags": dict(run.flags),
         "preset": run.flags["preset"],
@@ -33,7 +33,7 @@ def run_config(run: PreparedRun) -> dict[str, Any]:
 
 
 def data_of(run: PreparedRun) -> dict[str, Any]:
-    """Returns which text a run trains on, which documents are held out, and a checksum of the tokens."""
+    """Returns a description of the data: the text, the held-out documents, and a checksum of the tokens."""
     return run.metadata() | {
         "name": run.text.name,
         "context_size": run.cfg.context_size,
@@ -43,12 +43,12 @@ def data_of(run: PreparedRun) -> dict[str, Any]:
 
 
 def _checkpoint(run: PreparedRun) -> dict[str, Any]:
-    """Returns which checkpoint a run goes on from."""
+    """Returns the run and the number of tokens of the checkpoint that a run resumes from."""
     return {"run": run.directory.name, "tokens": int(run.resume_from.name) if run.resume_from else 0}
 
 
 def git_state() -> dict[str, Any] | None:
-    """Returns the commit of this code, and whether files were changed since; None if this is not a git clone."""
+    """Returns the commit of this code, and whether files have changed since it; None if this is not a git clone."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -62,7 +62,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def start_record(run: PreparedRun) -> RunRecord:
-    """Starts the record of a training run. A resumed run goes on with its record."""
+    """Starts the record of a training run. A resumed run continues its record."""
     if not run.ranks.is_main:
         return RunRecord()
     if run.recording.logger == "tensorboard":
@@ -120,7 +120,7 @@ def record_runs(
 
 
 def record_of_training(sae_path: Path) -> RunRecord:
-    """Returns the record of the training that wrote an SAE, to go on with. If it has none, nothing is recorded."""
+    """Returns the record of the training that wrote an SAE, to add to. Without one, the record does nothing."""
     directory = find_run_directory(sae_path)
     try:
         flags = dict(json.loads((directory / FLAGS_FILENAME).read_text())) if directory else {}

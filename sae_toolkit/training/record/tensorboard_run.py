@@ -16,12 +16,12 @@ DIRECTORY = "tensorboard"
 
 
 class TensorBoardRun(RunRecord):
-    """Writes event files into {run directory}/tensorboard. Names are the same as in wandb; tables are texts.
+    """Writes event files into {run directory}/tensorboard. Names are the same as in wandb. Tables become texts.
 
     Args:
         directory: directory of the run.
         config: what the run was started with.
-        first_step: earlier records of this and later steps are deleted.
+        first_step: first step of this process. What an earlier one recorded of it and of later steps is deleted.
 
     Raises:
         UserError: TensorBoard is not installed.

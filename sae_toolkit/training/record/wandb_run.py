@@ -22,11 +22,13 @@ from sae_toolkit.training.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
-# Switches off wandb's reports of its own errors. At the end of a process they wait half a minute for an absent host.
+# Switches off wandb's reports of its own errors. At the end of a process they wait half a minute for a host that
+# does not answer.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
-# Most seconds that a run waits for wandb at its start and at its end. wandb's own limits are 90 seconds, and none. In
-# between, wandb's process retries in the background. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT set other limits.
+# Most seconds that a run waits for wandb at its start and at its end. wandb's own limits are 90 seconds at the start
+# and none at the end. In between, wandb's process retries in the background. WANDB_INIT_TIMEOUT and
+# WANDB_FINISH_TIMEOUT set other limits.
 _LIMITS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 
 
@@ -37,8 +39,8 @@ class WandbRun(RunRecord):
         mode: `online`, `offline` or `disabled`. `online` becomes `offline` if there is no login or no connection, and
             with `disabled` nothing is recorded.
         run_id: id of the wandb run; the same id continues the same run.
-        uses: what the run is made from, by kind. Each becomes an artifact that the run uses. Offline, wandb does not
-            allow that, so they are only in the configuration and in the artifact of the SAE.
+        uses: inputs of the run, by kind. Each becomes an artifact that the run uses. Offline, wandb does not
+            allow that, and the inputs are only in the configuration and in the artifact of the SAE.
     """
 
     service = "wandb"
@@ -57,7 +59,7 @@ class WandbRun(RunRecord):
     ) -> None:
         self.run: wandb.Run | None = None
         self.uses = uses or {}
-        self._artifacts: threading.Thread | None = None  # sends them to the host, which may hang
+        self._artifacts: threading.Thread | None = None  # sends artifacts to a host that may not answer
         self._artifact_error: str | None = None
         if mode == "disabled":
             return
@@ -136,7 +138,7 @@ class WandbRun(RunRecord):
             self._in_background(save)
 
     def _in_background(self, action: Callable[[], None]) -> None:
-        """Does something that waits for the host, in a thread, after what this method was given before."""
+        """Calls `action`, which waits for the host, in a thread, after the earlier actions have ended."""
         before = self._artifacts
 
         def work() -> None:
@@ -160,12 +162,12 @@ class WandbRun(RunRecord):
             self.run.finish()
             if self._artifact_error:
                 log.warning("wandb: %s; the run's artifacts may be missing from its record", self._artifact_error)
-        except Exception as error:  # a TimeoutError if the host is absent; others may be of earlier calls
+        except Exception as error:  # a TimeoutError if the host does not answer; others may be from earlier calls
             what = "record is whole" if isinstance(error, TimeoutError) else "record up to then is"
             log.warning("wandb: %s; the %s on disk: `wandb sync %s` uploads it", one_line(error), what, self._directory)
         except BaseException:
             for process in psutil.Process().children():
-                if "wandb" in process.name():  # this process would wait for it at its end
+                if "wandb" in process.name():  # otherwise this process would wait for it before it exits
                     process.kill()
             with suppress(Exception):
                 wandb.teardown()
@@ -173,7 +175,7 @@ class WandbRun(RunRecord):
 
 
 def _name(text: str) -> str:
-    """Returns a text without the characters that the name of an artifact must not have."""
+    """Returns a text with `_` for each character that the name of an artifact must not have."""
     return re.sub(r"[^\w.-]", "_", text)
 
 
