@@ -125,7 +125,7 @@ def test_an_sae_chooses_its_models_revision_and_nothing_else_of_its_loading(tiny
     shutil.copy(model / "tokenizer.json", model.parent)
     done = evaluate(sae, model_name=None)
     assert done.status == 0, done.stderr
-    assert "of its model_from_pretrained_kwargs, cache_dir, token, center_unembed are not followed" in done.stderr
+    assert "cache_dir, token, center_unembed in its model_from_pretrained_kwargs are ignored" in done.stderr
     assert not (tmp_path / "cache").exists()
 
 

@@ -41,8 +41,8 @@ class ActivationCache:
     Args:
         directory: created if it does not exist.
         parameters: what the activations depend on besides the tokens, as JSON. They must equal the recorded ones.
-        rows_NT: the rows of tokens that will be asked for.
-        d_in: D.
+        rows_NT: the rows of tokens that will be read.
+        d_in: width D of the activations.
 
     Raises:
         UserError: the directory holds other activations, is not a cache, or the disk has too little room.
@@ -67,7 +67,7 @@ class ActivationCache:
                 row_bytes = 2 * self.shape[0] * self.shape[1]
                 _check_room(directory, row_bytes * (n_slots - int((known["checksum"] > 0).sum())))
                 with acts_path.open("ab") as file:
-                    os.posix_fallocate(file.fileno(), 0, row_bytes * n_slots)  # so that a full disk shows now
+                    os.posix_fallocate(file.fileno(), 0, row_bytes * n_slots)  # so that a full disk raises an error now
                 index_path.touch()
                 os.truncate(index_path, known.nbytes)  # drops a record that an interrupted run left incomplete
                 with index_path.open("ab") as file:
@@ -108,7 +108,7 @@ class CachedActivations:
     The language model is loaded only if a row is missing.
 
     Args:
-        cache: made for all rows that will be asked for.
+        cache: a cache that was made for all rows that will be read.
         load_model: loads the model.
         device: where to put the activations.
     """
@@ -195,7 +195,7 @@ def _check_room(directory: Path, needed: int) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Holds the directory's lock, so that two runs that start at the same time do not give out the same slots."""
+    """Holds the directory's lock, so that two runs that start at the same time do not use the same slots."""
     with (directory / _LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

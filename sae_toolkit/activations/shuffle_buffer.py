@@ -11,10 +11,10 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 
 
 class ShuffleBuffer:
-    """Mixes the activations of many contexts and serves them in the batches that SAELens's `mixing_buffer` would.
+    """Mixes the activations of many contexts and serves the same batches as SAELens's `mixing_buffer`.
 
-    Unlike that generator it copies nothing while it fills, keeps the language model's dtype, and has a state
-    that can be saved between any two batches.
+    Unlike that generator, it does not copy the whole buffer whenever activations are added, it keeps the language
+    model's dtype, and its state can be saved between any two batches.
 
     The ranks share one buffer. Each rank holds the activations that it computed. All ranks know which rank holds
     which activation, and draw the same batches. A rank is served the part of a batch that it holds, about 1/size of it.
@@ -43,22 +43,23 @@ class ShuffleBuffer:
         self.ranks = ranks
         self._storage: torch.Tensor | None = None  # this rank's activations
         self._n_here = 0  # how many of them there are
-        self._owners = torch.empty(0, dtype=torch.int16)  # the rank of each activation on any rank, in order
-        self._order: torch.Tensor | None = None  # in which this rank's activations are served; None while filling
-        self._n_here_before = torch.empty(0)  # how many of the activations before each one are on this rank
+        self._owners = torch.empty(0, dtype=torch.int16)  # which rank holds each activation, in order
+        self._order: torch.Tensor | None = None  # order in which this rank serves its own; None while filling
+        self._n_here_before = torch.empty(0)  # for each index into _owners: how many before it are on this rank
         self._next = 0  # the next activation to be served, as an index into _owners
         self._end = 0  # where serving stops and filling starts again
 
     def __len__(self) -> int:
-        """Returns how many activations all ranks together hold that have not been served."""
+        """Returns the number of activations that all ranks together hold and have not served."""
         return len(self._owners) - self._next
 
     @property
     def filling(self) -> bool:
+        """Whether the buffer takes activations now; if not, it serves batches."""
         return self._order is None
 
     def add(self, acts_ND: torch.Tensor, counts: Sequence[int]) -> None:
-        """Copies activations into the buffer. Only allowed while it fills.
+        """Copies activations into the buffer. Only allowed while `filling` is true.
 
         Args:
             acts_ND: this rank's activations.
@@ -96,13 +97,13 @@ class ShuffleBuffer:
 
     def _set_order(self, order: torch.Tensor) -> None:
         assert self._storage is not None
-        self._order = on_device(order, self._storage.device)  # once, as a copy in each step would wait for the device
+        self._order = on_device(order, self._storage.device)  # once: a copy in each step would wait for the device
         here = self._owners == self.ranks.rank
         self._n_here_before = torch.cat((here.new_zeros(1, dtype=torch.long), here.cumsum(0)))
         self._next = 0
 
     def take(self) -> torch.Tensor:
-        """Returns the next batch [batch_size, D], or this rank's part of it. Only allowed while it does not fill."""
+        """Returns the next batch [batch_size, D], or this rank's part of it. Only allowed while `filling` is false."""
         assert self._order is not None and self._storage is not None
         end = min(self._next + self.batch_size, len(self._owners))
         batch = self._storage[self._order[self._n_here_before[self._next] : self._n_here_before[end]]]
@@ -115,9 +116,9 @@ class ShuffleBuffer:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state, in which the unserved activations of all ranks are in the order of serving.
+        """Returns the state, with the unserved activations in the order in which they will be served.
 
-        Only rank 0 gets those of all ranks; the others get their own.
+        On rank 0 these are the activations of all ranks, on another rank only its own.
         """
         assert self._storage is not None
         here = self._storage[: self._n_here].cpu()  # the device may have no room for a copy
@@ -139,7 +140,7 @@ class ShuffleBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continues from a state, which another number of ranks may have saved."""
+        """Restores a state. The run that saved it may have had another number of ranks."""
         self._owners = state["owners"]
         if state["ranks"] != self.ranks.size:
             self._owners = (torch.arange(len(self._owners)) % self.ranks.size).to(self._owners.dtype)

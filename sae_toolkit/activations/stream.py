@@ -37,9 +37,9 @@ class ActivationStream(Iterator[torch.Tensor]):
     Rows of tokens are drawn without replacement, in an order that depends on the seed only (in their own order if
     `mix_fraction` is 0). They go through the language model up to its hook. The positions that the filter leaves out
     are dropped, and the rest is mixed in a `ShuffleBuffer`. A second pass over the rows starts when the first one is
-    used up. Each of several ranks runs its own share of the rows, and the ranks' batches together equal the batches of
-    a single rank. The activations of several hooks are concatenated along D; a token whose activation is massive at
-    one hook is dropped at all of them.
+    used up. With several ranks, each rank runs its own share of the rows, and the ranks' batches together equal the
+    batches of a single rank. The activations of several hooks are concatenated along D. If a token's activation is
+    massive at one hook, the token is dropped at all hooks.
 
     Args:
         source: the language model, or a cache in front of it.
@@ -47,14 +47,14 @@ class ActivationStream(Iterator[torch.Tensor]):
         positions: which positions are kept.
         batch_size: how many activations a batch has, on all ranks together.
         buffer_size: how many activations are mixed at a time, on all ranks together.
-        mix_fraction: share of the buffer that is kept back to be mixed with what comes next, in [0, 1].
+        mix_fraction: share of the buffer that is kept back and mixed with the activations that come next, in [0, 1].
         rows_per_forward: how many rows go through the language model at a time, on all ranks together.
-        total: how many activations will be asked for; the last ones are not kept back for mixing.
-        seed: of the order of the rows and of the mixing.
-        dtype: of the batches.
+        total: how many activations the caller will take. Once the stream has read this many, it keeps none back.
+        seed: seed of the order of the rows and of the mixing.
+        dtype: dtype of the batches.
         ranks: the ranks that share the rows.
         widths: the width of each hook; None where there is one hook.
-        device: where batches are wanted; None for the source's device. If it differs from the source's device, the next
+        device: device of the batches; None for the source's device. If it differs from the source's device, the next
             rows go through the model while the caller works on a batch.
     """
 
@@ -82,12 +82,12 @@ class ActivationStream(Iterator[torch.Tensor]):
         self._ahead: ThreadPoolExecutor | None = None
         if (self.device.type, self.device.index or 0) != (source.device.type, source.device.index or 0):
             self._ahead = ThreadPoolExecutor(1, thread_name_prefix="activations")
-        # Epoch and first row of the rows that run ahead, and their result.
+        # The rows that run ahead: their epoch, the first of them, and their result.
         self._next: tuple[tuple[int, int], Future[tuple[int, torch.Tensor]]] | None = None
         self.rows_NT = rows_NT
         self.positions = positions
         self.max_activation_norms: list[float] | None = None  # at each hook
-        self.median_norms: list[float] | None = None  # at each hook, with the massive activations
+        self.median_norms: list[float] | None = None  # at each hook, massive activations included
         self.total = total
         self.rows_per_forward = rows_per_forward
         self.rows_at_once = rows_per_forward  # the most that this rank runs at a time; lowered if memory runs out
@@ -110,8 +110,9 @@ class ActivationStream(Iterator[torch.Tensor]):
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows_NT))
 
     def _next_unfiltered(self) -> torch.Tensor:
-        """Returns the activations [N, D] of this rank's share of the next rows: those at the positions that are kept,
-        with the massive ones.
+        """Returns the activations [N, D] of this rank's share of the next rows, at the positions that the filter keeps.
+
+        Massive activations are still among them.
         """
         if self.next_row >= len(self.rows_NT):
             self.epoch, self.next_row = self.epoch + 1, 0
@@ -130,12 +131,12 @@ class ActivationStream(Iterator[torch.Tensor]):
     def _run_rows(self, first: int) -> tuple[int, torch.Tensor]:
         """Runs the rows from `first` on. Returns how many all ranks ran, and the activations of this rank's share.
 
-        If memory runs out, a single rank runs fewer rows. One of several ranks runs its share in pieces instead, as
-        all ranks have to stay at the same row.
+        If memory runs out, a single rank runs fewer rows. With several ranks, a rank runs its share in pieces instead,
+        because all ranks have to stay at the same row.
         """
         picked = self._order[first : first + self.rows_per_forward]
         mine = np.array_split(picked, self.ranks.size)[self.ranks.rank]
-        if len(mine) == 0:  # the last rows of a pass are fewer than the ranks
+        if len(mine) == 0:  # a pass can end with fewer rows than there are ranks
             return len(picked), self._run(self._order[:1])[:0]
         pieces: list[torch.Tensor] = []
         while len(mine):
@@ -197,7 +198,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         return torch.stack([acts.float().norm(dim=-1) for acts in self.at_each_hook(acts_ND)])
 
     def calibrate(self, n_batches: int, max_norm_multiple: float | None) -> torch.Tensor:
-        """Measures the first activations of the stream, which stay in it, and fixes the norm limits.
+        """Measures the first activations of the stream and sets the norm limits. The activations stay in the stream.
 
         Args:
             n_batches: how many batches to measure.
@@ -205,11 +206,11 @@ class ActivationStream(Iterator[torch.Tensor]):
                 limit.
 
         Returns:
-            This rank's measured activations [N, D] without the massive ones. With the massive ones, all ranks together
-            measure n_batches x batch_size activations or a few more.
+            This rank's measured activations [N, D] without the massive ones. All ranks together measure n_batches x
+            batch_size activations or a few more, massive ones included.
 
         Raises:
-            UserError: the activations are not finite.
+            UserError: there is a norm limit, and the median norm is not finite.
         """
         needed = n_batches * self.buffer.batch_size
         chunks: list[torch.Tensor] = []
@@ -238,17 +239,17 @@ class ActivationStream(Iterator[torch.Tensor]):
         return self.buffer.take().to(self.dtype)
 
     def wait(self) -> None:
-        """Waits for the rows that run ahead. The source is then free until the next batch is asked for."""
+        """Waits until the rows that run ahead are done. The source is then not in use until the next batch is taken."""
         if self._next is not None:
             self._next[1].exception()
 
     def close(self) -> None:
-        """Waits for the rows that run ahead and runs no more of them. The source is free after that."""
+        """Waits until the rows that run ahead are done. The stream does not run rows ahead after that."""
         if self._ahead is not None:
             self._ahead.shutdown(cancel_futures=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that the next batches depend on besides the arguments. Only rank 0's state is complete."""
+        """Returns the state that, with the arguments, determines the next batches. Only rank 0's state is complete."""
         return {
             "buffer": self.buffer.state_dict(),
             "counts": {name: getattr(self, name) for name in self._COUNTS},
@@ -257,7 +258,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a state, which another number of ranks may have saved."""
+        """Restores a state. The run that saved it may have had another number of ranks."""
         self.buffer.load_state_dict(state["buffer"], self.device)
         for name, count in state["counts"].items():
             setattr(self, name, count)

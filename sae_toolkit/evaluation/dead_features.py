@@ -59,7 +59,7 @@ class FiringStatistics:
         return [(n, ((first < 0) | (first >= n)).double().mean().item()) for n in (*marks, self.n_tokens) if n]
 
     def estimates(self) -> DeadFeatureEstimates:
-        """Returns what the counts so far say about the silent features."""
+        """Returns estimates about the silent features, from the counts so far."""
         d_sae = len(self.firings_F)
         silent = int((self.firings_F == 0).sum())
         once, twice = (int((self._sequences_F == n).sum()) for n in (1, 2))
@@ -82,10 +82,10 @@ class FiringStatistics:
 
 @dataclass(frozen=True)
 class DeadFeatureEstimates:
-    """What a sample of tokens says about the features that were silent in it.
+    """Estimates about the features that were silent in a sample of tokens.
 
-    A bootstrap has no place here: a sample drawn from the sample can only lose firings. The estimators are those of
-    unseen species in ecology. Shares are in [0, 1].
+    A bootstrap would not work here, since a resample of the tokens can only contain fewer firing features. So the
+    estimators are those that ecology uses for unseen species. Shares are in [0, 1].
 
     Args:
         tokens: number of tokens in the sample.
@@ -96,8 +96,8 @@ class DeadFeatureEstimates:
             of a feature and a sequence that it fires in.
         expected_at_twice_the_tokens: share of features that would still be silent after as many sequences again
             (Chao et al. 2009, extrapolated from the features seen in one and in two sequences).
-        expected_in_the_long_run: upper bound of the share that would be silent on any number of tokens (from Chao's
-            bias-corrected lower bound of the expected number of unseen features: Chao 2005).
+        expected_in_the_long_run: upper bound of the share that would stay silent however many tokens there were (from
+            Chao's bias-corrected lower bound of the expected number of unseen features: Chao 2005).
         tokens_to_settle: number of tokens on which a feature that fires at a hundredth of the mean rate is seen with
             95% confidence. Chao's bound can miss many unseen features, so on fewer tokens a large share of silent
             features does not show that they are dead.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sae_toolkit.evaluation.metrics import chunk_length, histogram
 
-# All pairs are compared if that takes at most this many multiplications and additions, which is seconds.
+# All pairs are compared if that takes at most this many multiplications and additions. They take seconds.
 _AFFORDABLE = {"cpu": 2e12, "cuda": 5e14}
 NEAR_DUPLICATE = 0.9
 
@@ -28,7 +28,7 @@ class DirectionCosines:
         alive_mean: mean among the features that fire; None if none fires.
         random_directions: mean that the same number of random directions would have.
         rows: number of features that were compared with all others.
-        exact: whether `rows` is all of them.
+        exact: whether `rows` is the number of all features.
         histogram: edges and counts of the largest cosines.
     """
 
@@ -47,7 +47,7 @@ class DirectionCosines:
 def largest_cosines(
     W_FD: torch.Tensor, rows_R: torch.Tensor, columns_F: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Returns the largest cosine of some rows to any other row, that other row, and the number of near duplicates.
+    """Returns the largest cosine of each given row to other rows, which row that is, and the number of near duplicates.
 
     The matrix of cosines is computed in chunks of rows.
 
@@ -77,7 +77,7 @@ def largest_cosines(
 
 
 def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> DirectionCosines:
-    """Compares every vector with all others, or only a random sample of the vectors if that would take too long.
+    """Returns statistics of each vector's largest cosine to the others, from a sample of vectors if there are too many.
 
     Args:
         W_FD: encoder or decoder vectors of any length.

@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sae_toolkit.evaluation.metrics import chunk_length
 
-# More features are tracked than shown, since many may turn out silent and the rest should cover all firing rates.
+# More features are tracked than shown: many may never fire, and those that do should cover all firing rates.
 _TRACKED_PER_SAMPLED = 4
 _TOKENS_BEFORE, _TOKENS_AFTER = 24, 12
 _BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -64,11 +64,11 @@ class Feature:
 class FeatureRecorder:
     """Records the activations of a few features, which are drawn at random before any text is read.
 
-    Takes 16 bytes for each of their activations that is not 0.
+    It takes 16 bytes of memory for each of these activations that is not 0.
 
     Args:
         d_sae: number of features.
-        asked_for: features to show, whether they fire or not.
+        asked_for: features that the user wants to see, whether they fire or not.
         n_sampled: number of other features to show. 4 times as many are tracked. Of the tracked features that fire,
             those shown are evenly spaced over the quantiles of the firing rates.
         seed: seed of the draw.
@@ -111,7 +111,7 @@ class FeatureRecorder:
         *,
         n_contexts: int = 8,
     ) -> list[Feature]:
-        """Returns the features asked for, in that order, then the sample, the most frequent first.
+        """Returns the features asked for in their order, then the sampled ones with the most frequent first.
 
         Args:
             rows_RT: token ids of the sequences, indexed by the sequence numbers given to `add`.
@@ -218,7 +218,7 @@ def logit_effects(
 
     This is the logit lens (nostalgebraist 2020) of the vector: (W_dec * norm weight) @ W_U^T, less its mean over the
     vocabulary, which changes no probability. It ignores the scale that the final norm divides by, which depends on
-    the token, and whatever later layers do with the vector. Computed in float32.
+    the token, and the effect of later layers on the vector. It is computed in float32.
 
     Args:
         W_dec_KD: decoder vectors that write to the residual stream.

@@ -1,4 +1,4 @@
-"""The published standards of a healthy SAE, and the verdict on one."""
+"""The published standards of a healthy SAE, and the function that judges an SAE by them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
 
 LEAST_REPLACED_SHARE = 0.98
-LEAST_SEQUENCES = 10  # an interval from fewer sequences says little
+LEAST_SEQUENCES = 10  # an interval from fewer sequences is unreliable
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,23 @@ def judge(
     loss_sequences: int,
     sequences: int,
 ) -> dict[str, Any]:
-    """Returns the status of each metric, with `healthy` (how many metrics are) and `of` (how many metrics there are).
+    """Returns the status of each metric; `healthy`, the number of healthy metrics; and `of`, the number of metrics.
 
     A metric is `unsettled` if the sample cannot tell its status:
 
     - its 95% interval reaches into another status, or could not be computed;
     - it is measured on fewer than 10 sequences;
     - it is not finite;
-    - dead features are not healthy, and there are so few tokens that features which were too rare to be seen could
-      change the status. A healthy share of dead features is settled on any number of tokens, since more tokens only
-      find more features alive.
+    - it is the share of dead features, this is not healthy, and there are so few tokens that unseen rare features could
+      change the status. A healthy share is settled on any number of tokens, since with more tokens it can only fall.
 
-    If the SAE replaced the activations of less than 98% of the tokens that are not special, the measurements say too
-    little about it: every status is `unsettled` and `healthy` is None.
+    If the SAE replaced the activations of less than 98% of the tokens that are not special, these tokens are
+    too few to judge it: every status is `unsettled` and `healthy` is None.
 
     Args:
         metrics: values by name, with `replaced_share`.
         intervals: 95% intervals [low, high] by name, of the metrics that have one.
-        dead: estimates about the features that were silent.
+        dead: estimates about the features that never fired.
         loss_sequences: number of sequences that the losses are measured on.
         sequences: number of sequences that the other metrics are measured on.
     """

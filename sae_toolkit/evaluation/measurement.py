@@ -1,4 +1,4 @@
-"""What is measured of one SAE: sums to which batches of rows are added, and the evaluation that follows from them."""
+"""Measures one SAE: adds up sums over batches of rows, and computes the evaluation from the sums."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics, token_stats
 from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 
-# Hooks at the residual stream, which the output head reads, or at what is added to it.
+# Hooks at the residual stream, or at outputs that are added to it. The output head reads that stream.
 _WRITES_TO_RESIDUAL = re.compile(r"\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)$")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one SAE, and on how many tokens.
+    """The results for one SAE, and the numbers of tokens that they were measured on.
 
     Args:
         metrics: values by name: shares in [0, 1], losses in nats, NaN where a metric is undefined.
@@ -39,7 +39,7 @@ class Evaluation:
         sequences: number of sequences with these tokens.
         loss_tokens: number of tokens that the next-token losses are averaged over.
         loss_sequences: number of sequences with these tokens.
-        dead: estimates about silent features, from a number of tokens of its own.
+        dead: estimates about silent features, and the number of tokens that they come from.
         cosines: cosines of the decoder vectors.
         saebench_core: SAEBench's categories; None except under SAEBench's protocol.
         plots: histograms for the report, as edges and counts, and `never_fired`, a number of features.
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 class Measurement:
-    """The sums for one SAE, to which batches of rows are added."""
+    """The sums over batches of rows for one SAE. `add` adds a batch, and `finish` computes the results."""
 
     def __init__(self, evaluated: EvaluatedSAE, prepared: PreparedEvaluation) -> None:
         sae = evaluated.sae
@@ -186,7 +186,7 @@ class Measurement:
             )
 
     def finish(self, model: LanguageModel) -> Evaluation:
-        """Returns the metrics, intervals, plots and features that follow from the sums."""
+        """Computes the metrics, intervals, plots and features from the sums."""
         prepared, sae = self.prepared, self.evaluated.sae
         loss_sums_SK, reconstruction_sums_SK = self.losses.sums_SK(), self.reconstruction.sums_SK()
         losses, loss_intervals = self._point_and_interval(LossStatistics, loss_sums_SK)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 # Large tensors are computed in chunks of at most this many float32 values (512 MiB).
 _CHUNK_VALUES = 2**27
-# Several passes over the same values are five times as fast on a CPU if the values stay in its cache (4 MiB).
+# On a CPU, chunks of this size (4 MiB) stay in its cache, so that several passes over them are five times as fast.
 _CACHED_VALUES = 2**20
 
 
@@ -34,7 +34,7 @@ def loss_recovered(ce_clean: torch.Tensor, ce_sae: torch.Tensor, ce_zero: torch.
     """Returns (CE zero-ablated - CE with SAE) / (CE zero-ablated - CE clean).
 
     1 means that the SAE recovers all of the loss, 0 that it is no better than zeros. SAELens and SAEBench call it
-    `ce_loss_score`. It is NaN where zeros at the hook cost the model nothing, since there is no loss to recover.
+    `ce_loss_score`. It is NaN where zeros at the hook do not raise the loss, since there is no loss to recover.
     """
     cost = ce_zero - ce_clean
     return torch.where(cost > 0, (ce_zero - ce_sae) / cost, torch.nan)
@@ -138,7 +138,7 @@ class ReconstructionStatistics:
     def __init__(self, n_sequences: int) -> None:
         self._sums_SK = torch.zeros(n_sequences, len(self.COLUMNS), dtype=torch.double)
         self._sums_SD: torch.Tensor | None = None
-        # Near the mean, so that the variance is not a difference of large numbers.
+        # A value near the mean. It is subtracted so that the variance is not a difference of large numbers.
         self._offset_D: torch.Tensor | None = None
         self.l0_counts = torch.zeros(0, dtype=torch.long)  # number of tokens with 0, 1, 2, ... active features
 

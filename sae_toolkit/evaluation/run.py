@@ -22,8 +22,8 @@ _BATCHES_WITHOUT_A_POSITION = 4
 def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
     """Measures SAEs on the same rows of tokens.
 
-    What the SAEs share runs once: the layers up to the hook, the model's own losses, and its losses with zeros at
-    the hook. Only the layers after the hook run again for each SAE.
+    What does not depend on the SAE runs once: the layers up to the hook, the model's own losses, and its losses with
+    zeros at the hook. Only the layers after the hook run again for each SAE.
 
     Args:
         prepared: the SAEs, the rows of tokens and the positions that are scored.
@@ -94,8 +94,8 @@ def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_siz
 class _ZeroAblation:
     """The model's predictions with zeros at the hook, at every position.
 
-    At a hook of the residual stream, zeros leave nothing of the text, so the predictions are the same for every
-    sequence and are computed for only one.
+    Zeros in the residual stream remove all information about the text. At such a hook the predictions are the same for
+    every sequence, and are computed for only one.
     """
 
     def __init__(self, model: LanguageModel) -> None:

@@ -1,4 +1,4 @@
-"""Prepares evaluations: loads SAEs, and finds their models, hooks and texts by their records or by flags."""
+"""Prepares evaluations: loads SAEs, and finds the model, hook and text of each from its cfg.json or from flags."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
 # How many tokens are evaluated on. Losses, which need the model's upper layers and logits, are measured on fewer.
 TOKENS = 50_000
 LOSS_TOKENS = 20_000
-# Sequences of one document are alike. With fewer documents than this it cannot be estimated how much they are.
+# Sequences of one document resemble each other, so the bootstrap draws whole documents. Fewer documents than this are
+# too few for that, and it draws sequences.
 LEAST_DOCUMENTS = 10
 
 _ModelKey = tuple[str, tuple[tuple[str, str], ...]]  # name, and arguments of `from_pretrained`
@@ -68,12 +69,12 @@ class PreparedEvaluation:
     held_out: HeldOutSplit | None
     context: ContextFormat
     rows_NT: np.ndarray
-    unit_N: np.ndarray  # number of the independent unit of text that a row belongs to
+    unit_N: np.ndarray  # number of the independent unit of text that each row belongs to
     units: str  # what the units are: documents or sequences
     n_loss_rows: int
     n_sae_rows: int
     special_token_ids: tuple[int, ...]
-    unscored_token_ids: tuple[int, ...]  # left out of averages by SAEBench's protocol
+    unscored_token_ids: tuple[int, ...]  # SAEBench's protocol leaves them out of averages
     features: tuple[int, ...]
     n_features: int
     seed: int
@@ -90,7 +91,7 @@ class _Text:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for SAEs that can be evaluated on the same rows."""
+        """A key that is equal for SAEs that can be evaluated on the same rows."""
         source = self.source
         return source.name, source.config, source.split, source.column, self.held_out, self.context
 
@@ -163,7 +164,7 @@ def _find_hook(sae: SAE[Any], file: SAEFile, layer: int | None, model: ModelSour
     """Returns the hook of an SAE, after checking that the SAE has the width of the activations there.
 
     Args:
-        widths: by hook, the widths of the model's activations that are known already.
+        widths: the widths of the model's activations by hook, as far as they are known. A new one is added.
     """
     with _of_the_sae(file, unless=layer):
         hook_name = _hook_name(sae, layer)
@@ -178,7 +179,7 @@ def _find_hook(sae: SAE[Any], file: SAEFile, layer: int | None, model: ModelSour
 
 
 def _record_of(like: str, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings) -> SAEMetadata:
-    """Returns the record of the SAE of --like: its model, hook, text and positions."""
+    """Returns the metadata of the SAE that --like names: its model, hook, text and positions."""
     file, *others = find_saes([like], layer=sae_settings.layer, flag="--like")
     if others:
         raise UserError(f"--like {like}: there are {1 + len(others)} SAEs; name one of them, such as {file.name}")
@@ -216,16 +217,16 @@ def _model_kwargs(sae: SAE[Any], file: SAEFile) -> dict[str, str]:
     """Returns the arguments of `from_pretrained` that choose the model's weights. Others in the file are ignored."""
     kwargs, left_out = model_kwargs_of_sae(sae.cfg.metadata.model_from_pretrained_kwargs or {})
     if left_out:
-        log.info("%s: of its model_from_pretrained_kwargs, %s are not followed", file.name, ", ".join(left_out))
+        log.info("%s: %s in its model_from_pretrained_kwargs are ignored", file.name, ", ".join(left_out))
     return kwargs
 
 
 @contextmanager
 def _of_the_sae(file: SAEFile, *, unless: Any) -> Iterator[None]:
-    """Names the SAE in errors about a value that comes from its record, not from a flag.
+    """Names the SAE in errors about a value that comes from its cfg.json.
 
     Args:
-        unless: value of the flag. If it is given, the error is about the flag.
+        unless: value of the flag that takes the place of cfg.json. Unless it is None, the error stays as it is.
     """
     try:
         yield
@@ -298,7 +299,7 @@ def _prepare_group(
     tokenizer = load_tokenizer(group.model)
     rows_NT, document_N, n_loss_rows, n_sae_rows = _collect_rows(group, tokenizer, text_settings)
     if measurements.protocol == "saebench":
-        n_sae_rows = n_loss_rows  # both of its passes read the same rows
+        n_sae_rows = n_loss_rows  # both of SAEBench's passes read the same rows
     n_documents = len(np.unique(document_N[:n_loss_rows]))
     by_document = n_documents >= LEAST_DOCUMENTS and not group.text.source.tokenized
     return PreparedEvaluation(
@@ -363,7 +364,7 @@ def _collect_rows(
 
 
 def _hook_name(sae: SAE[Any], layer: int | None) -> str:
-    """Returns the SAE's hook, at another layer if one is given."""
+    """Returns the hook that the SAE was trained at, or the same kind of hook at `layer` if that is given."""
     hook_name = sae.cfg.metadata.hook_name
     if not hook_name:
         if layer is None:
@@ -380,8 +381,8 @@ def _hook_name(sae: SAE[Any], layer: int | None) -> str:
 def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[TextSource, HeldOutSplit | None]:
     """Opens the text to evaluate an SAE on.
 
-    The data set of the SAE's training is read as in training, and only its held-out documents are used. Of another data
-    set the split for testing is used.
+    If it is the data set that the SAE was trained on, it is read as in training, and only its held-out documents are
+    used. If it is another data set, its test split is used.
 
     Returns:
         The text, and the split by which documents are held out; None if all documents are used.
@@ -409,12 +410,14 @@ def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[Te
     if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
         return source, None
     if not metadata.held_out_fraction:
-        raise UserError(f"--dataset {name}: nothing of it was held out of the SAE's training; name another data set")
+        raise UserError(
+            f"--dataset {name}: no documents of it were held out of the SAE's training; name another data set"
+        )
     return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed)
 
 
 def _same_data(name: str, other: str | None) -> bool:
-    """Whether two names are of the same data set: the same path, or the same id, with or without its owner."""
+    """Returns whether two names are of the same data set: the same path, or the same id, with or without its owner."""
     if other is None:
         return False
     if Path(name).exists() or Path(other).exists():

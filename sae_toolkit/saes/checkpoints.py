@@ -1,4 +1,4 @@
-"""The checkpoints of a run, in SAELens's formats: saving them, resuming from them, and loading SAEs from them."""
+"""Saves the checkpoints of a run in SAELens's formats, resumes from them, and loads SAEs from them."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def save_training_checkpoint(
 ) -> Path:
     """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form, and what --resume needs.
 
-    If there are several SAEs, each is in a directory of its own there, which has the name of the SAE's hook.
+    If there are several SAEs, the checkpoint has a directory for each, which has the name of the SAE's hook.
 
     Args:
         trainer: the trainer, with whole SAEs.
         stream_state: the state of the trainer's stream.
         cfgs: the configuration of each SAE.
-        run: the run's key, which the manifest records.
+        run: key of the run, for the manifest.
         milestone: whether the checkpoint is kept when newer ones are saved.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        NotSaved: the disk has no room for it or fails. Nothing else is touched.
+        NotSaved: the disk has no room for it or fails. Other files are left as they were.
     """
     assert cfgs[0].checkpoint_path is not None
     target = Path(cfgs[0].checkpoint_path) / str(trainer.n_training_samples)
@@ -88,7 +88,7 @@ def save_training_checkpoint(
 
 @contextmanager
 def _sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str, *, run: str) -> Iterator[Path]:
-    """Gives the directory for one SAE: the checkpoint's own, or one in it if the checkpoint has several SAEs."""
+    """Yields the directory for one SAE: the checkpoint's own, or one inside it if the checkpoint has several SAEs."""
     if trainer.is_single:
         yield directory
     else:
@@ -124,7 +124,7 @@ def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: Act
 
 
 def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, Any]) -> int:
-    """Returns the size of the weights, Adam's two moments, the features' counters and the buffer's activations."""
+    """Returns the bytes of the weights, Adam's two moments, the features' counters and the buffer's activations."""
     saes = trainer.saes.values()
     weights = sum(tensor.nbytes for sae in saes for tensor in sae.state_dict().values())
     counters = 5 * 4 * sum(sae.cfg.d_sae for sae in saes)
@@ -145,7 +145,7 @@ def save_final_checkpoint(
 ) -> Path:
     """Saves SAEs that `finish_saes` has finished as {run directory}/final_{tokens}.
 
-    They are in the inference form, which `SAE.load_from_disk` reads. Several SAEs have a directory each, as in
+    They are in the inference form, which `SAE.load_from_disk` reads. Each of several SAEs has its own directory, as in
     `save_training_checkpoint`.
 
     Raises:
@@ -189,7 +189,7 @@ def _fold_normalization(sae: SAE[Any], scaler: ActivationScaler) -> None:
 def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any]:
     """Loads an SAE for inference from a SAELens directory in inference form or training form.
 
-    A checkpoint from the middle of a run is folded and converted as the end of a run is.
+    If the checkpoint is from the middle of a run, the SAE is folded and converted as it would be at the end of the run.
 
     Args:
         path: a directory with `cfg.json` and `sae_weights.safetensors`.
@@ -213,11 +213,11 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
         return sae.eval()
     if architecture in SAE_TRAINING_CLASS_REGISTRY:
         return _inference_form(path, device)
-    raise UserError(f"{flag} {path}: SAELens knows no architecture {architecture!r} (cfg.json)")
+    raise UserError(f"{flag} {path}: SAELens has no architecture {architecture!r} (cfg.json)")
 
 
 def _load_scaler(path: Path) -> ActivationScaler:
-    """Returns the normalization that is not folded into an SAE's weights; one that does nothing if there is none."""
+    """Returns the normalization saved beside an SAE's weights; if there is none, a normalization that does nothing."""
     scaler = ActivationScaler()
     if (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
         scaler.load(path / ACTIVATION_SCALER_CFG_FILENAME)
@@ -248,7 +248,7 @@ def _converted(training_sae: TrainingSAE[Any], scaler: ActivationScaler, n_steps
 
 @torch.no_grad()
 def finished_copy(trainer: Trainer) -> SAE[Any]:
-    """Returns the SAE that the run would save if it ended now, as a copy on the same device."""
+    """Returns a copy of the SAE, on the same device, as the run would save it if it ended now."""
     sae_class, _ = get_sae_training_class(trainer.sae.cfg.architecture())
     with torch.random.fork_rng():  # a new SAE draws random weights
         copied = sae_class(trainer.sae.cfg)

@@ -37,7 +37,7 @@ from sae_toolkit.errors import UserError, one_line
 SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 DICTIONARY_LEARNING_FILES = ("config.json", "ae.pt")
 
-# SAELens's name -> the name in ae.pt. A `.weight` is that of an nn.Linear, [outputs, inputs], which SAELens transposes.
+# SAELens's name -> the name in ae.pt. A `.weight` is an nn.Linear's, [outputs, inputs]. SAELens's is its transpose.
 _LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
 _TOP_K = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec"}
 _PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -276,7 +276,7 @@ def _build(
 
 
 def _sparsify_metadata(directory: Path, where: str) -> SAEMetadata:
-    """Returns the model, hook and text that sparsify's files name. sparsify separates documents by EOS (data.py)."""
+    """Returns the model, hook and text from sparsify's files. sparsify separates documents by EOS (data.py)."""
     # A hookpoint's directory may hold one directory for each random seed.
     hookpoint = directory.parent if directory.name.startswith("seed") else directory
     metadata = SAEMetadata(hook_name=hook_of_hookpoint(hookpoint.name), sequence_separator_token="eos")
@@ -306,9 +306,9 @@ def _dictionary_learning_metadata(config: Mapping[str, Any], trainer: Mapping[st
 
 
 def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
-    """Returns TransformerLens's name for a submodule, whose name in this library is the user's free choice.
+    """Returns TransformerLens's name for a submodule that a user of dictionary_learning named.
 
-    Without a name the activations are those of the layer (utils.get_submodule).
+    Users choose these names freely. Without a name, the activations are the layer's own (utils.get_submodule).
     """
     name = submodule_name or "resid_post"
     by_path = hook_of_hookpoint(name)
@@ -330,7 +330,7 @@ def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
 
 
 def _fill(metadata: SAEMetadata, fields: Mapping[str, str], source: Mapping[str, Any]) -> SAEMetadata:
-    """Copies the fields that the source has a value for into the metadata."""
+    """Copies fields from the source into the metadata and returns it. Fields without a value are left out."""
     for ours, theirs in fields.items():
         if source.get(theirs):
             metadata[ours] = source[theirs]

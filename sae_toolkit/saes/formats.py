@@ -1,4 +1,4 @@
-"""The formats of SAEs on disk, of SAELens, sparsify and dictionary_learning, and how an SAE of each is loaded."""
+"""Recognizes and loads SAEs on disk in the formats of SAELens, sparsify and dictionary_learning."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ WHAT_IS_AN_SAE = "; ".join(f"{' + '.join(files)} ({library})" for library, files
 class SAEFile:
     """An SAE that was found and is not loaded yet."""
 
-    name: str  # for tables: the name on the Hub, or as much of the path's end as sets it apart from the other SAEs
+    name: str  # for tables: the name on the Hub, or the last parts of the path that tell it from the other SAEs
     path: Path  # the directory of the weights; for a SAELens release its repository in the Hub's cache
     library: str  # "SAELens", "sparsify" or "dictionary_learning"
     form: str  # such as "inference form, jumprelu", "SparseCoder, topk" or "BatchTopKSAE"
     release: tuple[str, str] | None = None  # SAELens's release and SAE id
-    one_of_many: bool = False  # whether a run directory or a pattern led to it, and not its own name
+    one_of_many: bool = False  # whether a run directory or a pattern led to it, instead of its own name
 
     @property
     def is_download(self) -> bool:
@@ -57,17 +57,17 @@ class SAEFile:
 
 
 def library_with(names: Collection[str]) -> str | None:
-    """Returns the library whose files are among these file names; None if there is none."""
+    """Returns the library with all its files among these file names; None if there is none."""
     return next((library for library, files in FILES.items() if all(file in names for file in files)), None)
 
 
 def library_of(directory: Path) -> str | None:
-    """Returns the library that a directory is an SAE of; None if it is not an SAE."""
+    """Returns the library that the SAE in a directory comes from; None if the directory holds no SAE."""
     return library_with({file.name for file in directory.iterdir() if file.is_file()}) if directory.is_dir() else None
 
 
 def recognize_sae(directory: Path, name: str, where: str) -> SAEFile:
-    """Returns what a directory that is an SAE holds.
+    """Returns the `SAEFile` for a directory that holds an SAE.
 
     Args:
         directory: the SAE's directory.
@@ -104,7 +104,7 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
         flag: the flag that named it, for messages.
 
     Returns:
-        The SAE, for activations of shape [..., d_in]. Its features and reconstruction are those of its own library.
+        The SAE, for activations of shape [..., d_in]. Its features and reconstruction equal those of its library.
 
     Raises:
         UserError: the SAE is damaged, incomplete, not finite, or not an autoencoder of one activation.
@@ -132,7 +132,7 @@ def _load(file: SAEFile, device: str, flag: str, where: str) -> SAE[Any]:
 
 
 def _check_weights(sae: SAE[Any], where: str) -> None:
-    """Refuses SAEs that are not autoencoders of one activation, and weights that no trained SAE has."""
+    """Refuses SAEs that are not autoencoders of one activation, and weights that are not finite or far too large."""
     if hasattr(sae.cfg, "d_out"):
         raise UserError(f"{where}: a transcoder ({sae.cfg.architecture()}), not an autoencoder of one activation")
     if sae.cfg.architecture() == "temporal":
@@ -142,7 +142,9 @@ def _check_weights(sae: SAE[Any], where: str) -> None:
             n_bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{where}: {n_bad} of the {tensor.numel()} numbers of {name} are NaN or infinite")
         if name != "threshold" and (largest := tensor.abs().max().item() if tensor.numel() else 0.0) > _LARGEST_WEIGHT:
-            raise UserError(f"{where}: {name} holds {largest:.3g}, which no trained SAE does; are its weights damaged?")
+            raise UserError(
+                f"{where}: {name} holds {largest:.3g}, too large for a trained SAE; are the weights damaged?"
+            )
 
 
 def _load_release(release: str, sae_id: str, device: str, where: str) -> SAE[Any]:
@@ -157,6 +159,6 @@ def _load_release(release: str, sae_id: str, device: str, where: str) -> SAE[Any
 
 
 def download_failure(error: Exception) -> str:
-    """Returns why a download failed, in one line. huggingface_hub gives the reason only as the cause of its error."""
+    """Returns why a download failed, in one line. In huggingface_hub's errors the reason is the `__cause__`."""
     cause = error.__cause__
     return one_line(cause if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, Exception) else error)

@@ -1,4 +1,4 @@
-"""Checks of what an SAE's cfg.json says about the SAE and its training, before anything relies on it."""
+"""Checks the values in an SAE's cfg.json, about the SAE and its training, before they are used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CFG_TYPES: dict[str, tuple[type, ...]] = {
     "k": (int, float),  # a mean, in the training form of BatchTopK
     "normalize_activations": (str, bool, NoneType),
 }
-_LARGEST = 10**8  # for every size
+_LARGEST = 10**8  # limit of every size
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 # The types of the metadata's fields.
@@ -63,7 +63,7 @@ def check_are_floats(file: Path, where: str) -> None:
     """Refuses integer weights, which SAELens would convert. Only the file's header is read.
 
     Raises:
-        UserError: a weight is of integers, or the file is damaged.
+        UserError: a weight has an integer dtype, or the file is damaged.
     """
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -82,9 +82,9 @@ def _check_type(value: Any, types: tuple[type, ...], where: str) -> None:
 
 
 def check_names_of_download(sae: SAE[Any], where: str, *, model_name: str | None, dataset: str | None) -> None:
-    """Refuses a downloaded SAE whose model or text is not a name on the Hub, unless the user gave another.
+    """Refuses a downloaded SAE if its model or text is not a name on the Hub and the user gave no other name.
 
-    Such a name would open a file of this machine that the SAE's author chose.
+    Such a name could be a path. Then this machine would open a file that the SAE's author chose.
 
     Args:
         sae: a downloaded SAE.
@@ -93,7 +93,7 @@ def check_names_of_download(sae: SAE[Any], where: str, *, model_name: str | None
         dataset: the value of --dataset, if it was given.
 
     Raises:
-        UserError: a name is used that is not a name on the Hub.
+        UserError: a name that would be used is not a name on the Hub.
     """
     for flag, given, name in (("--model_name", model_name, "model_name"), ("--dataset", dataset, "dataset_path")):
         value = sae.cfg.metadata.get(name)
@@ -108,12 +108,12 @@ def check_metadata(sae: SAE[Any], where: str) -> None:
     """Refuses wrong metadata, and SAEs that cannot be evaluated on the unchanged model's activations.
 
     Args:
-        sae: the SAE, in whose `cfg.metadata` fields may be missing.
+        sae: the SAE. Fields may be missing from its `cfg.metadata`.
         where: the flag and the SAE, for messages.
 
     Raises:
         UserError: a field has another type than in SAELens, or an impossible value; the SAE is for activations of a
-            model whose weights were processed; or it was trained at other positions than all from a first one on.
+            model whose weights were processed; or its training left out positions other than the first ones.
     """
     metadata = sae.cfg.metadata
     for name, types in _METADATA_TYPES.items():

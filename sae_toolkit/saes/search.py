@@ -46,11 +46,11 @@ def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--
             - a directory or Hugging Face repository of several SAEs, with the SAE's folder after a colon
               (`EleutherAI/sae-llama-3-8b-32x:layers.12`);
             - `release:sae_id` of SAELens.
-        layer: if a directory or repository holds several SAEs, the layer whose output the wanted one is for.
-        flag: the flag that named them, for messages.
+        layer: if a directory or repository holds several SAEs, take the one for the output of this layer.
+        flag: the flag that gave the names, for messages.
 
     Raises:
-        UserError: a name leads to no SAE, or to several SAEs of which one must be chosen.
+        UserError: a name leads to no SAE, or to several SAEs where the user has to choose one.
     """
     found = {(file.path.resolve(), file.release): file for name in names for file in _find(name, layer, flag)}
     local = [file.path.absolute() for file in found.values() if not file.name]
@@ -58,7 +58,7 @@ def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--
 
 
 def _find(name: str, layer: int | None, flag: str) -> list[SAEFile]:
-    """Returns the SAEs of one name. Those of local directories have no name for tables yet."""
+    """Returns the SAEs that one name leads to. SAEs in local directories have no name for tables yet."""
     path = Path(name).expanduser()
     if path.exists():
         return _in_directory(path, None, layer, f"{flag} {name}")
@@ -91,7 +91,7 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
         return _of_many(checkpoints, where)
     configs = [file for pattern in ("cfg.json", "ae.pt") for file in directory.rglob(pattern)]
     folders = {file.parent.relative_to(directory) for file in configs if library_of(file.parent) is not None}
-    # Hidden directories are what killed processes had begun to write.
+    # Hidden directories are left over from processes that were killed while they wrote.
     saes = {str(folder) for folder in folders if not any(part.startswith(".") for part in folder.parts)}
     if not saes:
         raise UserError(f"{where}: no SAE in it; looked for {WHAT_IS_AN_SAE}")
@@ -99,7 +99,7 @@ def _in_directory(directory: Path, part: str | None, layer: int | None, where: s
 
 
 def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
-    """Returns the checkpoints of a run directory by tokens, the final one last, and those of each hook separately."""
+    """Returns the directories of the SAEs in a run's checkpoints, ordered by tokens, with the final one last."""
     numbered = sorted(
         (not child.name.isdigit(), int(child.name.removeprefix("final_")), child)
         for child in directory.iterdir()
@@ -176,7 +176,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 
 def _short_name(path: Path, all_paths: Sequence[Path]) -> str:
-    """Returns as much of the end of a path as no other path ends in."""
+    """Returns the fewest last parts of a path that tell it from the other paths."""
     others = [other.parts for other in all_paths if other != path]
     n_parts = 1
     while any(other[-n_parts:] == path.parts[-n_parts:] for other in others):

@@ -35,7 +35,7 @@ class ActiveFeatures:
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor]:
-        """The permutation [N] that sorts the entries by feature, and where each feature starts in it [F]."""
+        """The permutation [N] that sorts the entries by feature, and each feature's first index in it [F]."""
         return self.features_N.int().argsort(stable=True), _starts(self.features_N, self.n_features)
 
     def matmul(self, values_N: Tensor, W_FD: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _starts(groups_N: Tensor, n_groups: int) -> Tensor:
 
 
 class _PreActivations(torch.autograd.Function):
-    """Gives the active entries of (x - b_dec) @ W_enc + b_enc, whose values are known, their gradients."""
+    """Computes gradients of the active entries of (x - b_dec) @ W_enc + b_enc. Their values are given."""
 
     @staticmethod
     def forward(
@@ -91,7 +91,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
         ctx.save_for_backward(values_N)
         ctx.active = active
-        with torch.enable_grad():  # torch's backward is used for the gradient of the values, and not for that of W_dec
+        with torch.enable_grad():  # torch computes the gradient of the values; that of W_dec is below
             ctx.values_N = values_N.detach().requires_grad_()
             ctx.out_BD = active.matmul(ctx.values_N, W_dec_FD.detach())
         return ctx.out_BD.detach()
@@ -107,10 +107,10 @@ class _Decode(torch.autograd.Function):
 def pre_activations(
     pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, active: ActiveFeatures
 ) -> Tensor:
-    """Returns the pre-activations [N] of the active entries with gradients.
+    """Returns the pre-activations [N] of the active entries, with gradients to the encoder's parameters and b_dec.
 
     Args:
-        pre_N: their values, which were computed without gradients.
+        pre_N: the pre-activations, which were computed without gradients.
         sae_in_BD: the encoder's input, after b_dec was subtracted.
         b_dec_D: None if it was not subtracted.
         active: the active entries.

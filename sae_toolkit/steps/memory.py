@@ -1,4 +1,4 @@
-"""A prediction of the memory that a run takes, item by item, and which flags to lower if it is too much."""
+"""Predicts the memory that a run takes, item by item, and suggests which flags to lower if it is too much."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class MemoryPlan:
     def surely_above(self, free: int) -> bool:
         """Returns whether the run cannot fit, even if the prediction is too high.
 
-        On a CPU predictions were within 12% of measured runs. On a CUDA device they were not compared with any, so only
-        the SAE, its gradients and Adam's state count there.
+        On a CPU predictions were within 12% of measured runs. On CUDA devices no runs were measured, so only the SAE,
+        its gradients and Adam's state are counted there.
         """
         return self.peak > 1.25 * free if self.on_cpu else self.sae + self.gradients + self.adam > free
 
@@ -111,7 +111,7 @@ class MemoryPlan:
         return (
             f"memory  {_gib(self.peak)} GiB at the peak, {_gib(self.process + self.loading)} while the model loads\n"
             f"        {', '.join(f'{name} {_gib(size)}' for name, size in items.items() if size)}\n"
-            f"        evaluation {_gib(self.evaluation_peak)}, of it the logits {_gib(self.evaluation_logits)}"
+            f"        evaluation {_gib(self.evaluation_peak)}, including logits {_gib(self.evaluation_logits)}"
         )
 
 
@@ -129,14 +129,14 @@ def plan_memory(
     n_saes: int = 1,
     evaluates: bool = False,
 ) -> MemoryPlan:
-    """Predicts a run's memory from shapes. Nothing is loaded, and the loss of dead features is not counted.
+    """Predicts a run's memory from shapes. Nothing is loaded. The auxiliary loss of dead features is not counted.
 
     Args:
         cfg: the run's configuration.
         model: the language model's source.
         lm_dtype: the language model's dtype in the run.
         n_parameters: the number of parameters of the whole model, and of the model up to the hook.
-        cached: whether activations come from a cache or another device; the model is not counted then.
+        cached: whether activations come from a cache or another device. The model is then not counted.
         n_saes: how many SAEs of this size are trained, one at each hook. They take their steps one after the other.
         evaluates: whether the run evaluates on held-out text during training, for which it keeps the whole model.
     """
@@ -148,9 +148,8 @@ def plan_memory(
 
     whole, up_to_hook = (n * lm_bytes for n in n_parameters)
     loading = whole
-    if (
-        on_cpu and "gguf_file" in model.location
-    ):  # read in float32, beside the largest matrix, which is held twice if it stays in float32
+    if on_cpu and "gguf_file" in model.location:
+        # The weights are read in float32. The largest matrix is held too: twice in float32, or once in another dtype.
         loading = 4 * n_parameters[0] + (8 if lm_bytes == 4 else lm_bytes) * config.vocab_size * config.hidden_size
     elif on_cpu and not evaluates:  # safetensors files are memory-mapped, so only the weights in use are read
         loading = up_to_hook
@@ -192,7 +191,7 @@ def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
     sae_class = sparse_class(get_sae_training_class(architecture)[0], cfg.sae, compiled=cfg.compile_sae)
     if not issubclass(sae_class, SparseTopKTrainingSAE):
         return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
-    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # the selection makes a copy
+    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
     return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
 
 
@@ -203,7 +202,7 @@ def suggest_flags(
 ) -> str | None:
     """Returns flags that bring a run's peak below a device's memory; None if there are none.
 
-    Again and again the setting whose half lowers the peak most is halved.
+    In each round it halves one setting: the one with which the peak becomes lowest.
 
     Args:
         cfg: the run's configuration.

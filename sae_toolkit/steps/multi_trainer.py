@@ -1,4 +1,4 @@
-"""The trainer of one SAE at each of several hooks, on one stream of activations."""
+"""Trains one SAE at each of several hooks, on one stream of activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MultiTrainer(MultiSAETrainer):
         cfg: the configuration of every trainer.
         saes: the SAEs by the names of their hooks.
         ranks: the ranks that share a batch.
-        target_l0: the L0 that each SAE's sparsity weight is adjusted to; None to leave the weights.
+        target_l0: the L0 that each SAE's sparsity weight is adjusted for; None for weights that are not adjusted.
     """
 
     trainers: dict[str, Trainer]
@@ -60,7 +60,7 @@ class MultiTrainer(MultiSAETrainer):
 
     @property
     def first(self) -> Trainer:
-        """The first trainer. Its counts of steps and tokens are those of all trainers."""
+        """The first trainer. All trainers have the same counts of steps and tokens."""
         return next(iter(self.trainers.values()))
 
     @property
@@ -83,7 +83,7 @@ class MultiTrainer(MultiSAETrainer):
         return outputs
 
     def advance(self) -> None:
-        """Counts a step."""
+        """Adds 1 to the counts of steps."""
         for trainer in self.trainers.values():
             trainer.n_training_steps += 1
         self.n_training_steps += 1
@@ -96,10 +96,10 @@ class MultiTrainer(MultiSAETrainer):
         }
 
     def read_sparsity(self, *, final: bool = False) -> dict[str, dict[str, Any]]:
-        """Returns SAELens's record of firing rates for each SAE, and resets the rates; empty within a window of steps.
+        """Returns SAELens's record of firing rates for each SAE, and resets the rates; empty if no window ends here.
 
         Args:
-            final: whether this is the end of the run, where the rates are saved with the SAEs and not reset.
+            final: whether the run ends here. The rates are then saved with the SAEs, and not reset.
         """
         found = {
             name: trainer.full_sparsity_window_log() if final else trainer.maybe_reset_sparsity()
@@ -108,7 +108,7 @@ class MultiTrainer(MultiSAETrainer):
         return found if any(found.values()) else {}
 
     def flat(self, readings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns metrics as one record. With several SAEs each name in it starts with the hook's, as in SAELens."""
+        """Returns metrics as one record. With several SAEs each name starts with the hook's name, as in SAELens."""
         if self.is_single:
             return dict(next(iter(readings.values())))
         return {f"{name}/{key}": value for name, reading in readings.items() for key, value in reading.items()}

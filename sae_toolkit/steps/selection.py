@@ -30,7 +30,7 @@ class GlobalBatchTopK(BatchTopK):
         self.ranks = ranks
 
     def choose(self, flat: Tensor) -> Tensor:
-        """Returns the indices, ascending, of this rank's values [N] that are among the largest of all ranks."""
+        """Returns the ascending indices of those of this rank's values [N] that are among the largest of all ranks."""
         mine_N = largest(flat, min(self.n_active, len(flat)))
         gathered = self.ranks.gather(flat[mine_N])
         before = sum(map(len, gathered[: self.ranks.rank]))
@@ -69,16 +69,16 @@ def largest(flat: Tensor, n: int) -> Tensor:
 def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns the k largest values of each row and their columns, both [B, k], in no particular order.
 
-    Any of several equal values may be chosen. The k largest values lie in the k blocks of features whose maxima are the
-    largest. So one pass over all values finds the maxima, and the slow search for the k largest is only needed for the
-    maxima and then within those k blocks.
+    Any of several equal values may be chosen. The features are divided into blocks. The k largest
+    values lie in the k blocks with the largest maxima. So one pass over all values finds the maxima, and the slow
+    search for the k largest is only needed among the maxima and then within those k blocks.
     """
     n_rows, n_features = values_BF.shape
     n_blocks, rest = divmod(n_features, _BLOCK)
     if rest or n_blocks < 4 * k:
         values, features = values_BF.topk(min(k, n_features), dim=-1, sorted=False)
         return values, features
-    # A block is every n_blocks-th feature, so that its maximum vectorizes.
+    # A block is every n_blocks-th feature, so that the computation of the maxima is vectorized.
     blocks_BWN = values_BF.view(n_rows, _BLOCK, n_blocks)
     blocks_BK = _columns_of_largest(blocks_BWN.amax(1), k)
     candidates = blocks_BWN.gather(2, blocks_BK[:, None].expand(-1, _BLOCK, -1)).flatten(1)
@@ -105,7 +105,7 @@ def _columns_of_largest(values_BC: Tensor, k: int) -> Tensor:
 def among_largest(values_BC: Tensor, n: int, ranks: Ranks) -> Tensor:
     """Returns which of this rank's values [B, C] are among the n largest of their row on all ranks, boolean [B, C].
 
-    The values of a single rank are all chosen, as they are its n largest already.
+    With a single rank all values are chosen, since they are already the n largest of their row.
     """
     if ranks.is_alone:
         return torch.ones_like(values_BC, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""One SAE whose features are spread over the ranks, for SAEs that do not fit on one device with Adam's moments.
+"""Trains one SAE with its features spread over the ranks, if it and Adam's moments do not fit on one device.
 
 Each rank holds a shard: the encoder columns and decoder rows of F / size features, with their gradients, moments and
 counters. Each rank sees the whole batch. In a step the ranks exchange the batch's activations, the candidates of the
@@ -46,7 +46,7 @@ def shard_sae(sae: TrainingSAE[Any] | None, device: str, ranks: Ranks) -> Sparse
 
 
 def is_shard(sae: TrainingSAE[Any]) -> bool:
-    """Returns whether an SAE comes from `shard_sae`, on two ranks or more."""
+    """Returns whether an SAE is one of two or more shards."""
     return isinstance(sae, SparseTopKTrainingSAE) and not sae.shards.is_alone
 
 
@@ -90,7 +90,7 @@ def _by_feature(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ShardedTrainer(Trainer):
-    """The trainer of a shard. It takes this rank's part of a batch and steps on the whole batch.
+    """Trains a shard. A step is given this rank's part of a batch, and uses the whole batch.
 
     Args:
         cfg, data_provider, ranks, target_l0: as for `Trainer`.
@@ -106,8 +106,9 @@ class ShardedTrainer(Trainer):
         return dict([*self.sae.named_parameters(), *self.sae.named_buffers()])
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
-        """Takes one step on the raw activations [B_r, D] of each rank. The output is that of all B tokens, with the
-        `feature_acts` [B, F / size] of this rank's features.
+        """Takes one step on the raw activations [B_r, D] of each rank, which are B tokens together.
+
+        The output is for all B tokens. Its `feature_acts` [B, F / size] are those of this rank's features.
         """
         return super().step(torch.cat(self.ranks.gather(batch.to(self.sae.device))))
 
@@ -166,7 +167,7 @@ class ShardedTrainer(Trainer):
         return whole
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:
-        """Loads this rank's part of a whole checkpoint, which rank 0 reads."""
+        """Loads this rank's part of the checkpoint of a whole SAE. Rank 0 reads the files."""
         whole = None
         if self.ranks.is_main:
             whole = self._new_whole()
@@ -186,7 +187,7 @@ class ShardedTrainer(Trainer):
         _set_state(self, state, moments, counters)
 
     def _new_whole(self, tensors: dict[str, torch.Tensor] | None = None) -> Trainer:
-        """Returns a trainer of the whole SAE on the CPU, with these weights; without them they are uninitialized."""
+        """Returns a trainer of the whole SAE on the CPU, with these weights, or uninitialized if there are none."""
         cfg = replace(self.sae.cfg, d_sae=self.sae.cfg.d_sae * self.ranks.size, device="cpu")
         with torch.device("meta"):
             sae = type(self.sae)(replace(cfg, device="meta"))

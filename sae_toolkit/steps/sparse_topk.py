@@ -23,11 +23,12 @@ from sae_toolkit.steps.active_features import ActiveFeatures, decode, pre_activa
 from sae_toolkit.steps.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
 # With fewer than this many features for each active one, SAELens's dense products are as fast. The number for CPUs was
-# measured (BENCHMARKS.md); that for CUDA is an estimate: 4 bytes x k x D gathered against 2 x D x F operations in TF32.
+# measured (BENCHMARKS.md). The number for CUDA is an estimate that compares 4 bytes x k x D gathered with 2 x D x F
+# operations in TF32.
 CROSSOVER = {"cpu": 8, "cuda": 256}
 
-# The auxiliary loss rounds its number of features up to a multiple of this, as each size of its products costs memory.
-# On a CPU oneDNN keeps what it prepared for a size: 2 GiB after some hundred sizes. On CUDA the allocator keeps memory.
+# The auxiliary loss rounds its number of features up to a multiple of this, because each new size of its products costs
+# memory: on a CPU oneDNN keeps data for each size (2 GiB after some hundred sizes), on CUDA the allocator keeps blocks.
 _FEW_SIZES = 256
 
 
@@ -41,12 +42,12 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     output is a sparse COO tensor; `hidden_pre`, which would be [B, F], is empty.
 
     The SAE can be one of several shards, which hold equally many features each. All shards take the same batch. The
-    losses and `sae_out` are those of the whole SAE; the gradients of `b_dec` are so only once they are summed over the
-    shards.
+    losses and `sae_out` are those of the whole SAE. The gradient of `b_dec` is that of the whole SAE only after it is
+    summed over the shards.
     """
 
-    # Upper bounds of the number of dead features, of all shards and of the shard that has the most, if the caller knows
-    # them without asking the device. With None the device is asked.
+    # Upper bounds of the number of dead features: in all shards together, and in the shard with the most. If this is
+    # None, the numbers are read from the device, and the step waits for that.
     dead_bound: tuple[int, int] | None = None
     # The ranks that hold the shards.
     shards: Ranks = ALONE
@@ -113,8 +114,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def _auxiliary_loss(self, step_input: TrainStepInput, sae_out: Tensor) -> Tensor:
         """Returns SAELens's `calculate_topk_aux_loss`, computed from the dead features' weights only.
 
-        With a `dead_bound` the number of dead features is not read from the device. As many features as the bound
-        allows are computed with, and those that are not dead are masked.
+        With a `dead_bound` the number of dead features is not read from the device. The loss is then computed with as
+        many features as the bound allows, and the features that are not dead are masked.
         """
         dead_F = step_input.dead_neuron_mask
         if dead_F is None:

@@ -1,4 +1,4 @@
-"""The control of the sparsity weight during training, for SAEs whose L0 is not a setting but a result."""
+"""Adjusts the sparsity weight during training until L0 reaches a target, for SAEs that have no setting for L0."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ JUMPRELU = {
     "pre_act_loss_coefficient": 3e-6,
 }
 
-# The factor of the given weight to start from, and the share of the run over which L0 comes down to the target. Too
-# large a weight kills features for good, most easily those of a JumpReLU: with a factor of 0.1 and no ramp 36% of them
-# were dead at the end, with these numbers 0.5% (2,304 features, 488 steps).
+# _START is the factor of the given weight at the start. _RAMP is the share of the run over which L0 comes down to the
+# target. A weight that is too large kills features for good, most easily in a JumpReLU SAE: with a factor of 0.1 and no
+# ramp 36% of its features were dead at the end, and with these numbers 0.5% (2,304 features, 488 steps).
 _START = {"standard": 0.1, "gated": 0.1, "jumprelu": 0.003}
 _RAMP = {"standard": 0.0, "gated": 0.0, "jumprelu": 0.8}
 # The next constants were chosen by runs of 480 and 1,000 steps of standard and gated SAEs on real activations, with
@@ -28,21 +28,21 @@ _RAMP = {"standard": 0.0, "gated": 0.0, "jumprelu": 0.8}
 _FURTHEST = math.log(1000)  # limit of the logarithm of the factor, in either direction
 _MEMORY = 0.9  # share of the running L0 that a step keeps
 _PROPORTIONAL = 0.5
-_INTEGRAL = 0.6  # what an error of 1 adds in the steps in which a feature can turn by its whole length
+_INTEGRAL = 0.6  # what an error of 1 adds over 1 / turn steps, in which a feature can turn by its whole length
 _DOWN = 3.0  # how much faster the weight falls than it rises: features die while L0 is too low
 
 
 class L0Control:
     """A PI controller of the logarithm of the sparsity weight. Its error is the logarithm of the running L0 / target.
 
-    Its state is on the SAE's device, and nothing waits for that device.
+    Its state is on the SAE's device. `factor` and `update` do not wait for that device.
 
     Args:
         target: wanted number of active features of a token.
         turn: how far a step can turn a feature, as a share of its length: lr x sqrt(d_in) under Adam. L0 cannot follow
             the weight faster than that.
-        device: of the SAE.
-        architecture: of the SAE. For jumprelu the logarithm of L0 comes down to the target linearly.
+        device: device of the SAE.
+        architecture: architecture of the SAE. For jumprelu the logarithm of L0 comes down to the target linearly.
         n_steps: number of steps of the run.
     """
 
@@ -58,7 +58,7 @@ class L0Control:
         self._n_steps = torch.zeros_like(self._integral)
 
     def _error(self) -> torch.Tensor:
-        """Returns the logarithm of the running L0 over the L0 that is due at this step, in [-1, 1]."""
+        """Returns log(running L0 / L0 that is wanted at this step), clipped to [-1, 1]."""
         target = math.log(self.target)
         share_left = (1 - self._n_steps / self._ramp_steps).clamp(min=0) if self._ramp_steps else 0.0
         due = target + share_left * (self._log_first - target).clamp(min=0).nan_to_num()
@@ -66,12 +66,12 @@ class L0Control:
 
     @property
     def factor(self) -> torch.Tensor:
-        """The factor by which the weight is multiplied now."""
+        """The current factor of the weight."""
         return (self._integral + _PROPORTIONAL * self._error()).exp()
 
     @property
     def found_factor(self) -> float:
-        """The constant factor that would have led to the target, as far as it is known by now."""
+        """The estimate so far of the constant factor that leads to the target."""
         return self._integral.exp().item()
 
     @property
@@ -90,8 +90,8 @@ class L0Control:
         Args:
             l0: the L0 of the step's batch, [].
             pace: the step's learning rate, as a share of the full one. The factor changes in proportion to its square
-                root: at full speed it would run away from an L0 that can no longer follow, and in proportion to the
-                rate itself it would be too late.
+                root. If it kept its full speed, L0 could no longer follow and the factor would overshoot; in proportion
+                to the rate itself it would come too late.
             skip: whether the step was not applied, [], boolean.
         """
         log_l0 = l0.double().clamp(min=1e-3).log()

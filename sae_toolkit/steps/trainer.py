@@ -31,25 +31,25 @@ _STEPS_BEHIND = 4
 class Trainer(SAETrainer[Any, Any]):
     """SAELens's trainer with a faster step. Schedules, statistics, logs and checkpoints are SAELens's own.
 
-    The result of a step is that of SAELens's step. Adam is fused, firings are counted from sparse activations, and dead
-    features are counted some steps ahead. A step whose loss or gradient is not finite is not applied. With the SAEs
-    of `sparse_topk` the step does not wait for the device, unless the SAE is sharded. On a CUDA device the SAE's
-    products are in TF32; on a CPU they are in bfloat16 if `products_in_bfloat16` is set.
+    A step has the same result as SAELens's. Adam is fused, firings are counted from sparse activations, and the number
+    of dead features is bounded some steps before it is used. A step whose loss or gradient is not finite is not
+    applied. With the SAEs of `sparse_topk` the step does not wait for the device, unless the SAE is sharded. On a CUDA
+    device the SAE's products are in TF32; on a CPU they are in bfloat16 if `products_in_bfloat16` is set.
 
-    `n_not_finite` counts the steps that were not applied, and `n_not_finite_in_a_row` those since the last step that
-    was. Both are on the device.
+    `n_not_finite` is the number of steps that were not applied, and `n_not_finite_in_a_row` is their number since the
+    last applied step. Both are on the device.
 
-    Each of several ranks steps on its own part of a batch. All ranks start with the weights of rank 0, and gradients,
-    firings, selections and metrics are those of the whole batch. So the SAE does not depend on the number of ranks,
-    except for the rounding of sums.
+    With several ranks, each rank steps on its own part of a batch. All ranks start with the weights of rank 0, and
+    gradients, firings, selections and metrics are those of the whole batch. So the SAE does not depend on the number of
+    ranks, except for the rounding of sums.
 
     Args:
         cfg: SAELens's configuration.
         sae: the SAE to train.
         data_provider: not used by `step`; SAELens's own training loop reads it.
         ranks: the ranks that share a batch of `cfg.train_batch_size_samples` tokens.
-        target_l0: the number of active features of a token that the sparsity weight is adjusted to; None to leave the
-            weight.
+        target_l0: mean number of active features of a token. The sparsity weight is adjusted until it is reached. None
+            for a weight that is not adjusted.
     """
 
     products_in_bfloat16 = False
@@ -69,7 +69,7 @@ class Trainer(SAETrainer[Any, Any]):
             self.l0_control = L0Control(target_l0, turn, cfg.device, sae.cfg.architecture(), cfg.total_training_steps)
         self._fuse_optimizer()
         self.ranks = ranks
-        self._sums: list[Any] = []  # of gradients, not finished yet
+        self._sums: list[Any] = []  # the sums of gradients over the ranks that are still running
         if not ranks.is_alone:
             for tensor in self._replicated_tensors():
                 ranks.broadcast_tensor(tensor)
@@ -83,13 +83,13 @@ class Trainer(SAETrainer[Any, Any]):
         self._counts_of_dead: deque[_Reading] = deque()
 
     def _replicated_tensors(self) -> list[torch.Tensor]:
-        """Returns the tensors that are equal on all ranks. Gradients of the parameters among them are summed."""
+        """Returns the tensors that are equal on all ranks. Their gradients, if any, are summed."""
         return [*self.sae.parameters(), *self.sae.buffers()]
 
     def step(self, batch: torch.Tensor) -> TrainStepOutput:
         """Takes one step on raw activations [B, D]. The caller advances `n_training_steps`, as with SAELens's trainer.
 
-        If memory runs out on a single rank, the step is tried once more after the allocator's cache was emptied.
+        If memory runs out on a single rank, the step is tried once more, after the allocator's cache is emptied.
         """
         if isinstance(self.sae, SparseTopKTrainingSAE):
             self.sae.dead_bound = self._dead_bound()
@@ -97,9 +97,9 @@ class Trainer(SAETrainer[Any, Any]):
             try:
                 return self._step(batch)
             except torch.OutOfMemoryError:
-                if not self.ranks.is_alone:  # the others would wait forever for this one
+                if not self.ranks.is_alone:  # the other ranks would wait forever for this one
                     raise
-            # Outside the handler, as its traceback keeps the step's tensors alive.
+            # The second try is outside the handler, because the traceback there keeps the step's tensors alive.
             self.optimizer.zero_grad()
             torch.cuda.empty_cache()
             return self._step(batch)
@@ -119,7 +119,7 @@ class Trainer(SAETrainer[Any, Any]):
                     is_logging_step=self._is_logging_step(),
                 )
             )
-        if isinstance(self.sae, BatchTopKTrainingSAE):  # this rank's own smallest activation moved it
+        if isinstance(self.sae, BatchTopKTrainingSAE):  # it was updated by this rank's smallest activation
             self.ranks.minimum(self.sae.topk_threshold)
 
         share = len(batch) / n_samples  # SAELens's losses are means over tokens
@@ -162,7 +162,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.sae.load_weights_from_checkpoint(checkpoint_path)
 
     def whole(self, *, finished: bool) -> Trainer | None:
-        """Returns the trainer of the whole SAE, to be saved; None if another rank returns it.
+        """Returns a trainer of the whole SAE, to be saved; None on ranks other than 0 if the SAE is sharded.
 
         Args:
             finished: whether Adam's moments may be left out.
@@ -195,7 +195,7 @@ class Trainer(SAETrainer[Any, Any]):
 
     @property
     def found_weight(self) -> dict[str, float]:
-        """The sparsity weight that was found, under SAELens's name for it; empty if the weight is not adjusted."""
+        """The sparsity weight that the adjustment found, by SAELens's name; empty if the weight is not adjusted."""
         if self.l0_control is None:
             return {}
         factor = self.l0_control.found_factor
@@ -211,16 +211,16 @@ class Trainer(SAETrainer[Any, Any]):
         for group in self.optimizer.param_groups:
             group["fused"] = True
         for parameter, state in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel needs them laid out in memory as the parameter is
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel needs the parameter's layout in memory
                 moment = state[name]
                 if moment.device != parameter.device or moment.stride() != parameter.stride():
                     state[name] = torch.empty_like(parameter).copy_(moment)
 
     def _lay_out_gradients(self) -> None:
-        """Saves a copy of each gradient that is not row-major, such as that of `sparse_topk`'s W_enc.
+        """Views column-major gradients, such as that of `sparse_topk`'s W_enc, as row-major ones. This saves a copy.
 
-        On a CPU the fused kernel goes through memory in order. It would first make a row-major copy of such a gradient,
-        and then not use that copy.
+        The fused kernel of a CPU goes through the memory of weight and gradient in order, so they still match. It would
+        make a row-major copy of a column-major gradient, and then not use that copy.
         """
         for weight in self.sae.parameters():
             grad = weight.grad
@@ -230,7 +230,7 @@ class Trainer(SAETrainer[Any, Any]):
                 weight.grad = grad.t().view(grad.shape)
 
     def _grad_norm(self) -> torch.Tensor:
-        # For a matrix the norm of each feature comes first, which takes half the time on a CPU.
+        # The norm of a matrix is computed from the norms of its features, which takes half the time on a CPU.
         norms = [p.grad.norm(dim=p.grad.stride().index(1)) for p in self.sae.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(norms)
 
@@ -282,12 +282,12 @@ class Trainer(SAETrainer[Any, Any]):
         return reading | {"metrics/l0": float(mean(reading["metrics/l0"]))}
 
     def _dead_bound(self) -> tuple[int, int] | None:
-        """Returns upper bounds of the number of dead features: in all, and on the rank that has the most.
+        """Returns upper bounds of the number of dead features: on all ranks together, and on the rank with the most.
 
-        None means that the dead features are to be counted, as on a CPU, where that costs nothing.
+        It returns None if the caller has to count the dead features itself. On a CPU that costs nothing.
 
-        A feature that will be dead in n steps has already been silent for all but n steps of the window. The number of
-        such features is read n steps later, when the device has long computed it.
+        If a feature is dead n steps from now, it has been silent for at least the window less n steps by now. Such
+        features are counted now and the number is read n steps later, when the device has long computed it.
         """
         if self.act_freq_scores.device.type == "cpu":
             return None
@@ -299,7 +299,7 @@ class Trainer(SAETrainer[Any, Any]):
         return total, most
 
     def _count(self, features_F: torch.Tensor) -> torch.Tensor:
-        """Returns how many of the features [F] are true: in all, and on the rank that has the most, [2]."""
+        """Returns how many of the features [F] are true, [2]: on all ranks together, and on the rank with the most."""
         return features_F.sum().expand(2)
 
 

@@ -379,7 +379,7 @@ def test_numbers_that_are_not_finite_are_said_to_be_the_saes_or_the_models(scrip
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     for sae_path, model, says in (
-        (huge, tiny_model, "which no trained SAE does; are its weights damaged?"),
+        (huge, tiny_model, "too large for a trained SAE; are the weights damaged?"),
         (save_sae(tmp_path / "sae"), broken, f"--model_name {broken}: its own losses are not finite"),
     ):
         flags = ("--sae_path", sae_path, "--model_name", model, "--dataset", rows[0])

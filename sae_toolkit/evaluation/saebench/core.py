@@ -69,7 +69,8 @@ class SAEBenchStatistics:
         """
         means = {name: (total / self.n_tokens).item() for name, total in self._sums.items()}
         batches = {name: torch.stack(values).mean().item() for name, values in self._batch_means.items()}
-        # As in SAEBench: it squares the mean of x^2 over tokens and dimensions, where the squared mean of x belongs.
+        # As in SAEBench, the mean of x^2 over tokens and dimensions is squared. A variance would need the square of the
+        # mean of x instead.
         variance = batches["sum_of_squares"] - batches["square_of_a_dimension"] ** 2
         density_F = self._fired_F.double() / self.n_tokens
         total = density_F.sum()
@@ -119,7 +120,7 @@ class SAEBenchStatistics:
 
 
 def token_stats(context_size: int, loss_sequences: int, sequences: int) -> dict[str, Any]:
-    """Returns SAEBench's `token_stats`: numbers of tokens that the model ran on, whether they are scored or not."""
+    """Returns SAEBench's `token_stats`: how many tokens the model ran on, scored and unscored ones together."""
     return {
         "total_tokens_eval_reconstruction": context_size * loss_sequences,
         "total_tokens_eval_sparsity_variance": context_size * sequences,

@@ -47,8 +47,8 @@ class Eval:
         measures: what it measures, in a few words.
         hooked_transformer: whether it loads the model by name through TransformerLens's `HookedTransformer`.
         datasets: data sets that it reads from the Hugging Face Hub.
-        models: the only models that it knows; empty if it takes any.
-        min_parameters: number of parameters of the smallest model that its results mean something for.
+        models: the only models that it supports; empty if it supports any.
+        min_parameters: number of parameters that a model needs at least for meaningful results.
         api_key: environment variable with the API key of its judge, if it has one.
         file: file that must be in the working directory, and where to get it.
     """
@@ -140,7 +140,7 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
 def refuse_what_cannot_run(
     evals: Sequence[str], *, model_name: str, n_parameters: int, hook_name: str, architectures: Iterable[str] = ()
 ) -> None:
-    """Checks that evals can run, before any of them starts. Asks the Hugging Face Hub for the data sets that they read.
+    """Checks that evals can run, before any of them starts. Looks up their data sets on the Hugging Face Hub.
 
     Args:
         evals: names in `EVALS`.
@@ -181,12 +181,12 @@ def _refuse_model(needs: Eval, model_name: str, n_parameters: int, hook_name: st
         reasons.append(f"the SAE's hook {hook_name} is not one of TransformerLens, such as blocks.0.hook_resid_post")
     if needs.models:
         if model_name.lower() not in {model.lower() for model in needs.models}:
-            reasons.append(f"it knows only {' and '.join(needs.models)}, not {model_name}")
+            reasons.append(f"it supports only {' and '.join(needs.models)}, not {model_name}")
     elif needs.hooked_transformer and not _hooked_transformer_knows(model_name):
         reasons.append(f"HookedTransformer does not know the model {model_name}")
     if n_parameters < needs.min_parameters:
         reasons.append(
-            f"says nothing about a model of {n_parameters / 1e6:,.0f} M parameters, under"
+            f"its results mean nothing for a model of {n_parameters / 1e6:,.0f} M parameters, under"
             f" {needs.min_parameters / 1e9:.0f} B"
         )
     return reasons
@@ -224,9 +224,9 @@ def run_saebench(
 ) -> dict[str, Any]:
     """Runs sae-bench's evals on an SAE, in sae-bench's environment. Its progress goes to standard error.
 
-    `core` reads the rows given, in their order, twice, with the SAE at every position. It leaves out the rows after
-    the last whole batch. The other evals read data of their own, with their default settings. Decoder norms of the
-    SAE are not folded.
+    `core` reads the given rows twice, in their order, and applies the SAE at every position. It leaves out the rows
+    after the last whole batch. The other evals read data of their own, with their default settings. The decoder norms
+    of the SAE are not folded into its encoder.
 
     Args:
         evals: names in `EVALS`.
@@ -248,8 +248,8 @@ def run_saebench(
     batch_size = min(batch_size, len(rows_NT))
     n_batches, n_left_out = divmod(len(rows_NT), batch_size)
     if n_left_out:
-        log.warning("sae-bench: the last %d of %d rows are not a whole batch, and left out", n_left_out, len(rows_NT))
-    # Some evals leave gigabytes of activations in the working directory, which is deleted with them.
+        log.warning("sae-bench: the last %d of %d rows do not fill a batch, and are left out", n_left_out, len(rows_NT))
+    # Some evals leave gigabytes of activations in the working directory, so it is a temporary one.
     with tempfile.TemporaryDirectory(prefix="saebench-") as scratch:
         directory = Path(scratch).resolve()
         results = directory / "results"

@@ -40,7 +40,7 @@ _SAE_NAME = "sae_toolkit"  # the SAE's name in sae-bench's result files
 
 @dataclass(frozen=True)
 class Job:
-    """What to run.
+    """The evals to run, and the SAE, model and text to run them on.
 
     Args:
         evals: names in `EVALS` of `run.py`.
@@ -68,7 +68,7 @@ class Job:
 
 
 class RowStore(ActivationsStore):
-    """An activations store that serves the given rows, in order, over and over, and raises if SAELens serves others."""
+    """An activations store that serves the given rows in order, again and again. It raises if SAELens serves others."""
 
     rows_NT: torch.Tensor
     n_served: int = 0
@@ -87,7 +87,7 @@ def load_sae(job: Job) -> SAE[Any]:
     sae = SAE.load_from_disk(job.sae, device=job.device)
     sae.cfg.metadata.model_name = job.model
     sae.cfg.metadata.hook_name = job.hook_name
-    sae.cfg.metadata.prepend_bos = bool(sae.cfg.metadata.prepend_bos)  # the rows are final: a BOS is in them or not
+    sae.cfg.metadata.prepend_bos = bool(sae.cfg.metadata.prepend_bos)  # SAELens refuses None; the rows do not change
     sae.cfg.metadata.context_size = np.load(job.rows, mmap_mode="r").shape[1]
     sae.cfg.metadata.seqpos_slice = None
     general_utils.load_and_format_sae(_SAE_NAME, sae, job.device)
@@ -170,7 +170,7 @@ _RUN_EVALS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def run_other(name: str, job: Job, output: Path) -> dict[str, Any]:
-    """Runs any other eval by its own `run_eval`, with its own data and default settings.
+    """Runs an eval other than `core` by its `run_eval`, with its own data and default settings.
 
     Args:
         name: name in `_RUN_EVALS`.
@@ -198,7 +198,7 @@ def run_other(name: str, job: Job, output: Path) -> dict[str, Any]:
 
 
 def short_name(model: str) -> str:
-    """Returns the model's name without its owner if TransformerLens knows it: sae-bench compares with such names."""
+    """Returns the model's name without its owner, as sae-bench expects it, if TransformerLens knows that short name."""
     short = model.rpartition("/")[2]
     try:
         return short if get_official_model_name(short) == get_official_model_name(model) else model

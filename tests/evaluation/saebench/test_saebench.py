@@ -70,7 +70,7 @@ def test_what_cannot_run_is_said_in_one_line_with_each_reason(monkeypatch):
     assert "absorption: " in said and "135 M parameters, under 1 B; autointerp: " in said
     assert "OPENAI_API_KEY" in said
     assert "cannot read monology/pile-uncopyrighted (the Hugging Face Hub cannot be reached" in said
-    assert f"ravel: it knows only google/gemma-2-2b and EleutherAI/pythia-160m-deduped, not {EMBEDDED_MODEL}" in said
+    assert f"ravel: it supports only google/gemma-2-2b and EleutherAI/pythia-160m-deduped, not {EMBEDDED_MODEL}" in said
     assert "core:" not in said
 
 
