@@ -61,7 +61,9 @@ def _wrong_layer(e: Evidence) -> Finding | None:
     if best_name == here_name or not best > max(here, 0) + 0.05:
         return None
     trained_at = e.metadata.get("hook_name")
-    layer = next(part for part in best_name.split(".") if part.isdigit())
+    layer = next((part for part in best_name.split(".") if part.isdigit()), None)
+    if layer is None:  # a hook outside the layers, which no flag names
+        return None
     if trained_at == here_name and e.history is not None:  # a run of this project trained the SAE at this hook
         return None
     return Finding(
