@@ -87,7 +87,7 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
         return None
     try:
         settings = TrainingSettings.from_flags(json.loads((directory / FLAGS_FILENAME).read_text()))
-    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: JSON that is not an object
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # such as JSON that is not an object
         return None
     optimization = settings.optimization
     steps_since_fired_F = load_steps_since_fired(sae_path)

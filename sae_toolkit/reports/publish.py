@@ -25,6 +25,7 @@ from sae_toolkit.reports.tables import documents, health_table, markdown_table, 
 from sae_toolkit.settings.command_line import flags_with, training_words
 from sae_toolkit.settings.fields import Scope
 from sae_toolkit.terminal.redaction import redact
+from sae_toolkit.training.directory import find_run_directory
 
 log = logging.getLogger(__name__)
 
@@ -210,13 +211,12 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
 
 def training_recipe(sae_path: Path) -> str | None:
     """Returns the flags of an SAE's training that differ from the defaults; None if its run recorded no flags."""
-    for directory in sae_path.absolute().parents[:2]:
-        try:
-            flags = json.loads((directory / FLAGS_FILENAME).read_text())
-        except (OSError, ValueError):
-            continue
-        return shlex.join(training_words(flags, leave_out=_NOT_RECIPE))
-    return None
+    directory = find_run_directory(sae_path)
+    try:
+        flags = dict(json.loads((directory / FLAGS_FILENAME).read_text())) if directory else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return None if flags is None else shlex.join(training_words(flags, leave_out=_NOT_RECIPE))
 
 
 def _is_hub_id(name: str) -> bool:

@@ -58,7 +58,7 @@ def test_the_saved_sae_takes_raw_activations_in_and_gives_raw_ones_out(script, t
         *tiny_run,
         *("--normalize_activations", "expected_average_in_and_out", "--n_checkpoints", 1),
     )
-    assert "expected_average_in_and_out is expected_average_only_in" in done.stderr
+    assert "expected_average_in_and_out is called expected_average_only_in in SAELens" in done.stderr
     final = Path(done.stdout.strip())
     scale = json.loads((final.parent / "2048" / "activation_scaler.json").read_text())["scaling_factor"]
     assert scale > 1.5
