@@ -17,7 +17,7 @@ from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Stand
 MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
 _STYLES = {"healthy": "green", "borderline": "yellow", "unhealthy": "red", "unsettled": "yellow"}
 _PERCENTAGES = {"loss_recovered", "dead_features", "replaced_share"}
-_BESIDE = {
+BESIDE = {
     "explained_variance": "Explained variance",
     "cosine_similarity": "Cosine similarity",
     "l2_ratio": "L2 norm, reconstruction / activation",
@@ -169,7 +169,7 @@ def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     metrics, dead, cosines = summary["metrics"], summary["dead_feature_estimates"], summary["decoder_cosines"]
     rows = [
         (title, format_value(metric, metrics[metric]), format_interval(metric, summary))
-        for metric, title in _BESIDE.items()
+        for metric, title in BESIDE.items()
     ]
     rows += [
         ("Tokens for the cross-entropies and KL", f"{summary['loss_tokens']:,}", ""),

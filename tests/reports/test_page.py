@@ -14,6 +14,7 @@ from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
 from sae_toolkit.evaluation.decoder_cosines import measure_cosines
 from sae_toolkit.evaluation.feature_browser import Context, Feature, FeatureRecorder, decode_tokens, logit_effects
 from sae_toolkit.reports.page import render_html, render_markdown
+from sae_toolkit.reports.tables import BESIDE
 from support.processes import HANGS
 
 HOSTILE = "</script><script>document.title='taken'</script><!--"
@@ -53,7 +54,8 @@ def summary(sae):
     del cosines["histogram"], cosines["interval"]
     curve = [(1000, 0.5), (3000, 0.3), (52_517, 0.17)]
     dead = DeadFeatureEstimates(52_517, 3 / 52_517, 0.001, 0.15, 0.12, 300_000, curve)
-    metrics = {"loss_recovered": 0.9728, "l0": 61.4, "dead_features": 0.17, "decoder_absorption": 0.41}
+    metrics = dict.fromkeys(BESIDE, 0.5)
+    metrics |= {"loss_recovered": 0.9728, "l0": 61.4, "dead_features": 0.17, "decoder_absorption": 0.41}
     metrics |= {"ce_clean": 3.022, "ce_sae": 3.233, "ce_zero": 10.803, "kl_sae": 0.281, "replaced_share": 0.9999}
     metrics |= {"explained_variance": 0.843, "cosine_similarity": 0.96, "l2_ratio": 0.958}
     statuses = {"loss_recovered": "healthy", "l0": "healthy", "dead_features": "unsettled"}
