@@ -13,7 +13,7 @@ from sae_lens import SAE
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE, largest_cosines
 from sae_toolkit.evaluation.metrics import chunk_length
-from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 
 MASSIVE = 10  # an activation is massive above this many times the median norm: --max_activation_norm_multiple's default

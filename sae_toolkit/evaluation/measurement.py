@@ -20,8 +20,8 @@ from sae_toolkit.evaluation.metrics import (
     histogram,
     point_and_interval,
 )
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics, token_stats
-from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 
 # Hooks at the residual stream, or at outputs that are added to it. The output head reads that stream.

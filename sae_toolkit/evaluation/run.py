@@ -11,7 +11,7 @@ import torch
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.measurement import Evaluation, Measurement
 from sae_toolkit.evaluation.metrics import compare_predictions
-from sae_toolkit.evaluation.setup import PreparedEvaluation
+from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.terminal.progress import Progress
 

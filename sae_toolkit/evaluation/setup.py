@@ -18,6 +18,7 @@ from sae_lens.saes.sae import SAEMetadata
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.trust import model_kwargs_of_sae
 from sae_toolkit.model.devices import choose_device
 from sae_toolkit.model.language_model import hook_width
@@ -41,43 +42,6 @@ _ModelKey = tuple[str, tuple[tuple[str, str], ...]]  # name, and arguments of `f
 _GroupKey = tuple[_ModelKey, str, tuple[Any, ...]]  # model, hook and text
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EvaluatedSAE:
-    """An SAE, the file that it was loaded from, and the positions that it was trained on."""
-
-    file: SAEFile
-    sae: SAE[Any]
-    positions: PositionFilter
-
-
-@dataclass(frozen=True)
-class PreparedEvaluation:
-    """An evaluation that is ready to start: SAEs at one hook of one model, and the rows to measure all of them on.
-
-    Losses are measured on the first `n_loss_rows` rows, reconstruction on the first `n_sae_rows`, firings on all.
-    """
-
-    saes: tuple[EvaluatedSAE, ...]
-    protocol: str
-    device: str
-    model: ModelSource
-    tokenizer: PreTrainedTokenizerBase
-    hook_name: str
-    text: TextSource
-    held_out: HeldOutSplit | None
-    context: ContextFormat
-    rows_NT: np.ndarray
-    unit_N: np.ndarray  # number of the independent unit of text that each row belongs to
-    units: str  # what the units are: documents or sequences
-    n_loss_rows: int
-    n_sae_rows: int
-    special_token_ids: tuple[int, ...]
-    unscored_token_ids: tuple[int, ...]  # SAEBench's protocol leaves them out of averages
-    features: tuple[int, ...]
-    n_features: int
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sae_toolkit.diagnosis.history import load_history
 from sae_toolkit.diagnosis.probes import probe
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.measurement import Evaluation
-from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.reports.page import render_html, render_markdown

@@ -10,7 +10,7 @@ from sae_lens import __version__ as sae_lens_version
 
 from sae_toolkit.evaluation.health import judge
 from sae_toolkit.evaluation.measurement import Evaluation
-from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.saes.checkpoints import load_log_sparsity
 
 

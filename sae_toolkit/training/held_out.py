@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from sae_toolkit.activations.cache import CachedActivations
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.run import evaluate_saes
-from sae_toolkit.evaluation.setup import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.saes.checkpoints import finished_copy

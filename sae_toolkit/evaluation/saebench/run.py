@@ -18,7 +18,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.setup import PreparedEvaluation
+from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.own_environments import OwnEnvironment
 

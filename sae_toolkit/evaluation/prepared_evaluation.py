@@ -1,0 +1,53 @@
+"""An evaluation that is ready to start: SAEs, model, text, and which rows are used for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sae_lens import SAE
+from transformers import PreTrainedTokenizerBase
+
+from sae_toolkit.model.loading import ModelSource
+from sae_toolkit.saes.formats import SAEFile
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import ContextFormat
+from sae_toolkit.text.sources import HeldOutSplit, TextSource
+
+
+@dataclass(frozen=True)
+class EvaluatedSAE:
+    """An SAE, the file that it was loaded from, and the positions that it was trained on."""
+
+    file: SAEFile
+    sae: SAE[Any]
+    positions: PositionFilter
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """An evaluation that is ready to start: SAEs at one hook of one model, and the rows to measure all of them on.
+
+    Losses are measured on the first `n_loss_rows` rows, reconstruction on the first `n_sae_rows`, firings on all.
+    """
+
+    saes: tuple[EvaluatedSAE, ...]
+    protocol: str
+    device: str
+    model: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    hook_name: str
+    text: TextSource
+    held_out: HeldOutSplit | None
+    context: ContextFormat
+    rows_NT: np.ndarray
+    unit_N: np.ndarray  # number of the independent unit of text that each row belongs to
+    units: str  # what the units are: documents or sequences
+    n_loss_rows: int
+    n_sae_rows: int
+    special_token_ids: tuple[int, ...]
+    unscored_token_ids: tuple[int, ...]  # SAEBench's protocol leaves them out of averages
+    features: tuple[int, ...]
+    n_features: int
+    seed: int
