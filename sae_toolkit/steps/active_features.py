@@ -5,6 +5,7 @@ Shapes: B tokens, D = d_in, F = d_sae, N active entries, which are the active fe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from sae_toolkit.steps import feature_kernel
 
 
 class ActiveFeatures:
@@ -54,6 +57,35 @@ class ActiveFeatures:
         """Returns the column sums of the matrix with these values, [F]."""
         return values_N.new_zeros(self.n_features).index_add_(0, self.features_N, values_N)
 
+    def gradients(
+        self, values_N: Tensor, grad_BD: Tensor, sae_in_BD: Tensor, W_dec_FD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of W_enc [F, D], b_enc [F] and W_dec [F, D].
+
+        Args:
+            values_N: activations of the entries. An activation of 0 passes no gradient on, as behind a ReLU.
+            grad_BD: gradient of the reconstruction.
+            sae_in_BD: input of the encoder.
+            W_dec_FD: decoder.
+        """
+        if feature_kernel.serves(W_dec_FD):
+            order_N, starts_F = self.by_feature
+            rows_N = self.rows_N[order_N]
+            return feature_kernel.gradients(values_N[order_N], rows_N, starts_F, grad_BD, sae_in_BD, W_dec_FD)
+        grad_pre_N = self._gradient_of_values(grad_BD, W_dec_FD).where(values_N > 0, 0.0)
+        return (
+            self.t_matmul(grad_pre_N, sae_in_BD),
+            self.sum_by_feature(grad_pre_N),
+            self.t_matmul(values_N, grad_BD),
+        )
+
+    def _gradient_of_values(self, grad_BD: Tensor, W_dec_FD: Tensor) -> Tensor:
+        """Returns the product of each entry's gradient row and decoder vector, [N]."""
+        # The operator with which torch differentiates `embedding_bag`; 0 stands for mode="sum".
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_BD, W_dec_FD, self.features_N, self.row_starts_B, self.rows_N, 0
+        )
+
 
 def _starts(groups_N: Tensor, n_groups: int) -> Tensor:
     """Returns where each group begins once the entries are sorted by group, [n_groups]."""
@@ -62,62 +94,69 @@ def _starts(groups_N: Tensor, n_groups: int) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-class _PreActivations(torch.autograd.Function):
-    """Computes gradients of the active entries of (x - b_dec) @ W_enc + b_enc. Their values are given."""
+class _Reconstruct(torch.autograd.Function):
+    """See `reconstruct`. The gradient of every weight is one tensor, and no tensor [B, F] exists."""
 
     @staticmethod
     def forward(
-        ctx: Any, pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, _b_enc_F: Tensor, _b_dec_D: Tensor | None,
-        active: ActiveFeatures,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(sae_in_BD, W_enc_DF)
+        ctx: Any, pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None,
+        W_dec_FD: Tensor, active: ActiveFeatures, others_C: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        values_N = pre_N.relu()
+        ctx.save_for_backward(values_N, sae_in_BD, W_enc_DF, W_dec_FD, others_C)
         ctx.active = active
-        return pre_N.clone()
+        return (
+            active.matmul(values_N, W_dec_FD),
+            W_enc_DF.t().index_select(0, others_C),
+            b_enc_F.index_select(0, others_C),
+            W_dec_FD.index_select(0, others_C),
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> Any:
-        sae_in_BD, W_enc_DF = ctx.saved_tensors
-        grad_W_enc_FD = ctx.active.t_matmul(grad_N, sae_in_BD)
-        grad_b_enc_F = ctx.active.sum_by_feature(grad_N)
+    def backward(ctx: Any, grad_BD: Tensor, grad_enc_CD: Tensor, grad_b_enc_C: Tensor, grad_dec_CD: Tensor) -> Any:
+        values_N, sae_in_BD, W_enc_DF, W_dec_FD, others_C = ctx.saved_tensors
+        grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD = ctx.active.gradients(values_N, grad_BD, sae_in_BD, W_dec_FD)
+        grad_W_enc_FD.index_add_(0, others_C, grad_enc_CD)
+        grad_b_enc_F.index_add_(0, others_C, grad_b_enc_C)
+        grad_W_dec_FD.index_add_(0, others_C, grad_dec_CD)
         grad_b_dec_D = -(W_enc_DF @ grad_b_enc_F) if ctx.needs_input_grad[4] else None
-        return None, None, grad_W_enc_FD.t(), grad_b_enc_F, grad_b_dec_D, None
+        return None, None, grad_W_enc_FD.t(), grad_b_enc_F, grad_b_dec_D, grad_W_dec_FD, None, None
 
 
-class _Decode(torch.autograd.Function):
-    """The matrix of active features times W_dec."""
-
-    @staticmethod
-    def forward(ctx: Any, values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
-        ctx.save_for_backward(values_N)
-        ctx.active = active
-        with torch.enable_grad():  # torch computes the gradient of the values; that of W_dec is below
-            ctx.values_N = values_N.detach().requires_grad_()
-            ctx.out_BD = active.matmul(ctx.values_N, W_dec_FD.detach())
-        return ctx.out_BD.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BD: Tensor) -> Any:
-        (grad_values_N,) = torch.autograd.grad(ctx.out_BD, ctx.values_N, grad_BD)
-        (values_N,) = ctx.saved_tensors
-        return grad_values_N, ctx.active.t_matmul(values_N, grad_BD), None
-
-
-def pre_activations(
-    pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, active: ActiveFeatures
-) -> Tensor:
-    """Returns the pre-activations [N] of the active entries, with gradients to the encoder's parameters and b_dec.
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` returns.
 
     Args:
-        pre_N: the pre-activations, which were computed without gradients.
-        sae_in_BD: the encoder's input, after b_dec was subtracted.
-        b_dec_D: None if it was not subtracted.
-        active: the active entries.
+        of_active_BD: the sum of each token's decoder vectors, times the features' activations, without b_dec.
+        W_enc_CD: encoder vectors of the other features.
+        b_enc_C: their biases.
+        W_dec_CD: their decoder vectors.
     """
-    return _PreActivations.apply(pre_N, sae_in_BD, W_enc_DF, b_enc_F, b_dec_D, active)
+
+    of_active_BD: Tensor
+    W_enc_CD: Tensor
+    b_enc_C: Tensor
+    W_dec_CD: Tensor
 
 
-def decode(values_N: Tensor, W_dec_FD: Tensor, active: ActiveFeatures) -> Tensor:
-    """Returns the matrix of active features times W_dec, [B, D], with gradients."""
-    return _Decode.apply(values_N, W_dec_FD, active)
+def reconstruct(
+    pre_N: Tensor, sae_in_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None, W_dec_FD: Tensor,
+    active: ActiveFeatures, others_C: Tensor,
+) -> Reconstruction:  # fmt: skip
+    """Reconstructs activations from the active features, and takes out the weights of other features.
+
+    All weights get gradients: through the reconstruction as if the pre-activations had been computed as
+    (x - b_dec) @ W_enc + b_enc, and through the weights that are taken out. Both are added up in the same tensors. If
+    the caller uses the weights that are taken out as `sae_in_BD @ W_enc_CD.T + b_enc_C`, b_dec gets its gradient too.
+
+    Args:
+        pre_N: pre-activations of the active entries, computed without gradients.
+        sae_in_BD: input of the encoder, after b_dec was subtracted; without gradients.
+        W_enc_DF, b_enc_F, W_dec_FD: weights.
+        b_dec_D: the bias that was subtracted; None if none was.
+        active: the active entries.
+        others_C: features whose weights are taken out. They may be none, and may occur several times.
+    """
+    return Reconstruction(*_Reconstruct.apply(pre_N, sae_in_BD, W_enc_DF, b_enc_F, b_dec_D, W_dec_FD, active, others_C))

@@ -54,7 +54,7 @@ def select_among(sae: TrainingSAE[Any], ranks: Ranks, n_tokens: int) -> None:
 def largest(flat: Tensor, n: int) -> Tensor:
     """Returns the indices of the n largest values [N], ascending."""
     if flat.device.type != "cpu":
-        return flat.topk(n, sorted=False).indices.sort().values
+        return largest_by_blocks(flat, n)
     # On a CPU numpy's vectorized partition takes a tenth of the time of torch's topk of a flat tensor.
     values = flat.float().numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
     threshold = np.partition(values, -n)[-n]  # nan counts as the largest, as for torch
@@ -64,6 +64,21 @@ def largest(flat: Tensor, n: int) -> Tensor:
         ties = np.arange(len(chosen)) if only_nan else np.flatnonzero(values[chosen] == threshold)
         chosen = np.delete(chosen, ties[n - len(chosen) :])
     return torch.from_numpy(chosen)
+
+
+def largest_by_blocks(flat: Tensor, n: int) -> Tensor:
+    """Returns the indices of the n largest values [N], ascending. Any of several equal values may be chosen.
+
+    The n largest values lie in the n blocks with the largest maxima. torch's `topk` of a flat tensor goes over it
+    several times. Here one pass over all values finds the maxima, and `topk` sees only these and the n blocks.
+    """
+    n_blocks, rest = divmod(len(flat), _BLOCK)
+    if rest or n_blocks < 2 * n:
+        return flat.topk(n, sorted=False).indices.sort().values
+    blocks_WM = flat.view(_BLOCK, n_blocks)  # a block is every n_blocks-th value, as in `largest_of_rows`
+    blocks_N = blocks_WM.amax(0).topk(n, sorted=False).indices
+    places_N = blocks_WM[:, blocks_N].flatten().topk(n, sorted=False).indices
+    return (blocks_N[places_N % n] + places_N.div(n, rounding_mode="floor") * n_blocks).sort().values
 
 
 def largest_of_rows(values_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:

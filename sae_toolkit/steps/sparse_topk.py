@@ -19,17 +19,14 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.steps.active_features import ActiveFeatures, decode, pre_activations
+from sae_toolkit.steps.active_features import ActiveFeatures, Reconstruction, reconstruct
+from sae_toolkit.steps.auxiliary_loss import DeadFeatures, find_dead_features, reconstruct_with_dead
 from sae_toolkit.steps.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
 # With fewer than this many features for each active one, SAELens's dense products are as fast. The number for CPUs was
 # measured (BENCHMARKS.md). The number for CUDA is an estimate that compares 4 bytes x k x D gathered with 2 x D x F
 # operations in TF32.
 CROSSOVER = {"cpu": 8, "cuda": 256}
-
-# The auxiliary loss rounds its number of features up to a multiple of this, because each new size of its products costs
-# memory: on a CPU oneDNN keeps data for each size (2 GiB after some hundred sizes), on CUDA the allocator keeps blocks.
-_FEW_SIZES = 256
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
@@ -49,6 +46,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     # Upper bounds of the number of dead features: in all shards together, and in the shard with the most. If this is
     # None, the numbers are read from the device, and the step waits for that.
     dead_bound: tuple[int, int] | None = None
+    # Whether the encoder's product takes its inputs in bfloat16 and gives float32.
+    encodes_in_bfloat16: bool = False
     # The ranks that hold the shards.
     shards: Ranks = ALONE
 
@@ -61,18 +60,15 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        dead = find_dead_features(step_input.dead_neuron_mask, self.dead_bound, self.shards)
         with torch.no_grad():
             sae_in_BD = self.process_sae_in(step_input.sae_in)
-            pre_BF = F.linear(sae_in_BD, self.W_enc.t(), self.b_enc)
             norm_F = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
-            if norm_F is None:
-                scaled_BF = pre_BF
-            else:  # in place, unless autocast made the product bfloat16
-                scaled_BF = pre_BF.mul_(norm_F) if pre_BF.dtype == norm_F.dtype else pre_BF * norm_F
+            scaled_BF = self._scaled_pre_activations(sae_in_BD, norm_F)
             active, scaled_N = self._select(scaled_BF)
             scaled_N = scaled_N.to(sae_in_BD.dtype)  # under autocast the product is in bfloat16
             pre_N = scaled_N if norm_F is None else scaled_N / norm_F[active.features_N]
-            del pre_BF, scaled_BF
+            del scaled_BF
             feature_acts = torch.sparse_coo_tensor(
                 torch.stack((active.rows_N, active.features_N)),
                 scaled_N.relu(),
@@ -80,14 +76,25 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
                 check_invariants=False,
             )
 
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input else None
-        values_N = pre_activations(pre_N, sae_in_BD, self.W_enc, self.b_enc, b_dec, active).relu()
-        recons_BD = decode(values_N, self.W_dec, active) + self.b_dec / self.shards.size
+        reconstruction = reconstruct(
+            pre_N,
+            sae_in_BD,
+            self.W_enc,
+            self.b_enc,
+            self.b_dec if self.cfg.apply_b_dec_to_input else None,
+            self.W_dec,
+            active,
+            active.features_N[:0] if dead is None else dead.features_C,
+        )
+        recons_BD = reconstruction.of_active_BD + self.b_dec / self.shards.size
         sae_out = self.hook_sae_recons(self._of_all_shards(recons_BD))
         sae_out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
 
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
-        losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": self._auxiliary_loss(step_input, sae_out)}
+        auxiliary_loss = sae_out.new_zeros(())
+        if dead is not None:
+            auxiliary_loss = self._auxiliary_loss(step_input.sae_in, sae_out, sae_in_BD, reconstruction, dead)
+        losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": auxiliary_loss}
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
@@ -96,6 +103,21 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             loss=sum(losses.values(), start=sae_out.new_zeros(())),
             losses=losses,
         )
+
+    def _scaled_pre_activations(self, sae_in_BD: Tensor, norm_F: Tensor | None) -> Tensor:
+        """Returns the pre-activations of all features times their decoder norms, [B, F].
+
+        Args:
+            sae_in_BD: input of the encoder.
+            norm_F: the decoder norms; None to return pre-activations as they are.
+        """
+        if self.encodes_in_bfloat16 and not torch.is_autocast_enabled(sae_in_BD.device.type):
+            return bfloat16_linear(sae_in_BD, self.W_enc.t(), self.b_enc, norm_F)
+        pre_BF = F.linear(sae_in_BD, self.W_enc.t(), self.b_enc)
+        if norm_F is None:
+            return pre_BF
+        # in place, unless autocast made the product bfloat16
+        return pre_BF.mul_(norm_F) if pre_BF.dtype == norm_F.dtype else pre_BF * norm_F
 
     def _select(self, scaled_BF: Tensor) -> tuple[ActiveFeatures, Tensor]:
         """Selects the active features. Returns them and their pre-activations times decoder norms, [N]."""
@@ -111,42 +133,26 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def _of_all_shards(self, part_BD: Tensor) -> Tensor:
         return part_BD if self.shards.is_alone else _SumOfParts.apply(part_BD, self.shards)
 
-    def _auxiliary_loss(self, step_input: TrainStepInput, sae_out: Tensor) -> Tensor:
-        """Returns SAELens's `calculate_topk_aux_loss`, computed from the dead features' weights only.
+    def _auxiliary_loss(
+        self, acts_BD: Tensor, sae_out: Tensor, sae_in_BD: Tensor, reconstruction: Reconstruction, dead: DeadFeatures
+    ) -> Tensor:
+        """Returns SAELens's `calculate_topk_aux_loss`.
 
-        With a `dead_bound` the number of dead features is not read from the device. The loss is then computed with as
-        many features as the bound allows, and the features that are not dead are masked.
+        Args:
+            acts_BD: what the SAE reconstructs.
+            sae_out: its reconstruction.
+            sae_in_BD: input of the encoder.
+            reconstruction: holds the dead features' weights.
+            dead: the dead features.
         """
-        dead_F = step_input.dead_neuron_mask
-        if dead_F is None:
-            return sae_out.new_zeros(())
-        bound, most = self.dead_bound or 2 * (int(dead_F.sum()),)
-        if bound == 0:
-            return sae_out.new_zeros(())
-        n_here = min(-(-most // _FEW_SIZES) * _FEW_SIZES, len(dead_F))
-        dead_C = torch.nonzero_static(dead_F, size=n_here, fill_value=0).squeeze(1)
-        is_dead_C = torch.arange(n_here, device=dead_C.device) < dead_F.sum()
-        n_dead = self.shards.sum(dead_F.sum())
-
-        W_dec_CD = self.W_dec.index_select(0, dead_C)
-        pre_BC = F.linear(
-            self.process_sae_in(step_input.sae_in),
-            self.W_enc.t().index_select(0, dead_C),
-            self.b_enc.index_select(0, dead_C),
-        )
-        keep_BC = is_dead_C
-        half = step_input.sae_in.shape[-1] // 2  # Gao et al. 2024, appendix B.1
-        if bound > half:
-            with torch.no_grad():
-                scaled_BC = pre_BC * W_dec_CD.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre_BC
-                scaled_BC = torch.where(is_dead_C, scaled_BC, -torch.inf)
-                values, columns = scaled_BC.topk(min(half, n_here), dim=-1, sorted=False)
-                chosen = among_largest(values, half, self.shards)
-                keep_BC = is_dead_C & torch.zeros_like(pre_BC, dtype=torch.bool).scatter_(1, columns, chosen)
-        pre_BC = torch.where(keep_BC, pre_BC, 0.0)
-        recons_BD = self.reshape_fn_out(self._of_all_shards(pre_BC @ W_dec_CD), self.d_head)
-        residual_BD = (step_input.sae_in - sae_out).detach()
-        scale = (n_dead.to(sae_out.dtype) / half).clamp(max=1.0)
+        half = acts_BD.shape[-1] // 2
+        part_BD = reconstruct_with_dead(
+            sae_in_BD, reconstruction, dead,
+            half=half, rescales=self.cfg.rescale_acts_by_decoder_norm, shards=self.shards,
+        )  # fmt: skip
+        recons_BD = self.reshape_fn_out(self._of_all_shards(part_BD), self.d_head)
+        residual_BD = (acts_BD - sae_out).detach()
+        scale = (dead.n_dead.to(sae_out.dtype) / half).clamp(max=1.0)
         return self.cfg.aux_loss_coefficient * scale * (recons_BD - residual_BD).pow(2).sum(dim=-1).mean()
 
 
@@ -160,6 +166,23 @@ class _SumOfParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BD: Tensor) -> Any:
         return grad_BD, None
+
+
+def bfloat16_linear(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None = None) -> Tensor:
+    """Returns (x @ W.T + b) * scale in float32, [B, F]. The product takes its inputs in bfloat16 and sums in float32.
+
+    The scale is multiplied into W while W is converted, so that it takes no pass over the result.
+    """
+    W = torch.empty_like(W_FD, dtype=torch.bfloat16)
+    if scale_F is None:
+        W.copy_(W_FD)
+    else:
+        torch.mul(W_FD, scale_F[:, None], out=W)
+        b_F = b_F * scale_F
+    x = x_BD.to(torch.bfloat16)
+    if x.device.type == "cpu":  # which has no such product; this one differs in the order of its sums only
+        return F.linear(x.float(), W.float(), b_F)
+    return torch.addmm(b_F, x, W.t(), out_dtype=torch.float32)
 
 
 class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE, SparseTopKTrainingSAE):

@@ -17,6 +17,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
+from sae_toolkit.model.devices import is_out_of_memory
 from sae_toolkit.steps.selection import select_among
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.target_l0 import L0Control
@@ -34,7 +35,8 @@ class Trainer(SAETrainer[Any, Any]):
     A step has the same result as SAELens's. Adam is fused, firings are counted from sparse activations, and the number
     of dead features is bounded some steps before it is used. A step whose loss or gradient is not finite is not
     applied. With the SAEs of `sparse_topk` the step does not wait for the device, unless the SAE is sharded. On a CUDA
-    device the SAE's products are in TF32; on a CPU they are in bfloat16 if `products_in_bfloat16` is set.
+    device the SAE's products are in TF32. If `products_in_bfloat16` is set, the encoder's product takes its inputs in
+    bfloat16 there, and on a CPU all products do.
 
     `n_not_finite` is the number of steps that were not applied, and `n_not_finite_in_a_row` is their number since the
     last applied step. Both are on the device.
@@ -82,6 +84,15 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self._counts_of_dead: deque[_Reading] = deque()
 
+    @property
+    def _is_on_cuda(self) -> bool:
+        return self.act_freq_scores.device.type == "cuda"
+
+    @property
+    def _encodes_in_bfloat16(self) -> bool:
+        """Whether the encoder's product is to be converted. A CPU's products are, without this, in `_fast_products`."""
+        return self.products_in_bfloat16 and self._is_on_cuda
+
     def _replicated_tensors(self) -> list[torch.Tensor]:
         """Returns the tensors that are equal on all ranks. Their gradients, if any, are summed."""
         return [*self.sae.parameters(), *self.sae.buffers()]
@@ -93,22 +104,36 @@ class Trainer(SAETrainer[Any, Any]):
         """
         if isinstance(self.sae, SparseTopKTrainingSAE):
             self.sae.dead_bound = self._dead_bound()
+            self.sae.encodes_in_bfloat16 = self._encodes_in_bfloat16
+        buffers = [buffer.clone() for buffer in self.sae.buffers()]  # such as BatchTopK's threshold
         with _fast_products(batch.device, self.products_in_bfloat16):
-            try:
-                return self._step(batch)
-            except torch.OutOfMemoryError:
-                if not self.ranks.is_alone:  # the other ranks would wait forever for this one
-                    raise
-            # The second try is outside the handler, because the traceback there keeps the step's tensors alive.
-            self.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            return self._step(batch)
+            output = self._forward_and_backward(batch, buffers)
+            self._apply(output, len(batch), buffers)
+        return output
 
-    def _step(self, batch: torch.Tensor) -> TrainStepOutput:
-        n_samples = len(batch) if self.ranks.is_alone else self.cfg.train_batch_size_samples
+    def _forward_and_backward(self, batch: torch.Tensor, buffers: list[torch.Tensor]) -> TrainStepOutput:
+        """Computes the gradients. If memory runs out, tries again with an empty cache and the buffers as they were."""
+        try:
+            return self._compute_gradients(batch)
+        except (RuntimeError, MemoryError) as error:
+            # The other ranks would wait forever for one that tries again.
+            if not self.ranks.is_alone or not is_out_of_memory(error):
+                raise
+        # The second try is outside the handler, because the traceback there keeps the step's tensors alive.
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        if self._is_on_cuda:
+            torch.cuda.empty_cache()
+        return self._compute_gradients(batch)
+
+    def _share(self, n_tokens: int) -> float:
+        """Returns which share of the whole batch this rank's `n_tokens` are."""
+        return 1 if self.ranks.is_alone else n_tokens / self.cfg.train_batch_size_samples
+
+    def _compute_gradients(self, batch: torch.Tensor) -> TrainStepOutput:
         sae_in = self.activation_scaler(batch.to(self.sae.device))
         self.sae.train()
-        buffers = [buffer.clone() for buffer in self.sae.buffers()]  # such as BatchTopK's threshold
         with self.autocast_if_enabled:
             output = self.sae.training_forward_pass(
                 TrainStepInput(
@@ -122,11 +147,22 @@ class Trainer(SAETrainer[Any, Any]):
         if isinstance(self.sae, BatchTopKTrainingSAE):  # it was updated by this rank's smallest activation
             self.ranks.minimum(self.sae.topk_threshold)
 
-        share = len(batch) / n_samples  # SAELens's losses are means over tokens
+        share = self._share(len(batch))  # SAELens's losses are means over tokens
         (output.loss * share if share != 1 else output.loss).backward()
         self.ranks.finish(self._sums)
+        return output
+
+    def _apply(self, output: TrainStepOutput, n_tokens: int, buffers: list[torch.Tensor]) -> None:
+        """Clips the gradients, applies them, and counts the firings. Leaves everything as it was if not finite.
+
+        Args:
+            output: result of the forward pass.
+            n_tokens: number of tokens in this rank's part of the batch.
+            buffers: copies of the SAE's buffers from before the step.
+        """
         grad_norm = self._grad_norm()
-        torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), 1.0, grad_norm)
+        self._clip(grad_norm)
+        share = self._share(n_tokens)
         firings_F, loss = self._over_whole_batch(_count_firings(output.feature_acts), output.loss.detach(), share)
         not_finite = ~(loss + grad_norm).isfinite()
         self.n_not_finite += not_finite
@@ -137,7 +173,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.optimizer.zero_grad()
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(not_finite, before, buffer))
-        self.n_training_samples += n_samples
+        self.n_training_samples += n_tokens if self.ranks.is_alone else self.cfg.train_batch_size_samples
         self._record_firings(firings_F)
         if self.l0_control is not None and not self._warms_up():
             pace = self.optimizer.param_groups[0]["lr"] / self.cfg.lr
@@ -145,7 +181,6 @@ class Trainer(SAETrainer[Any, Any]):
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
-        return output
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         super().load_trainer_state(checkpoint_path)
@@ -234,6 +269,18 @@ class Trainer(SAETrainer[Any, Any]):
         norms = [p.grad.norm(dim=p.grad.stride().index(1)) for p in self.sae.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(norms)
 
+    @property
+    def _clips_in_adam(self) -> bool:
+        """Whether the fused Adam divides gradients by their norm while it reads them. It takes the norm in float32."""
+        return self._is_on_cuda and all(parameter.dtype == torch.float32 for parameter in self.sae.parameters())
+
+    def _clip(self, grad_norm: torch.Tensor) -> None:
+        """Clips the gradients to norm 1."""
+        if self._clips_in_adam:
+            self.optimizer.grad_scale = (grad_norm + 1e-6).clamp(min=1.0).float()  # 1e-6 as in clip_grads_with_norm_
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), 1.0, grad_norm)
+
     @torch.no_grad()
     def _over_whole_batch(
         self, firings_F: torch.Tensor, loss: torch.Tensor, share: float
@@ -289,7 +336,7 @@ class Trainer(SAETrainer[Any, Any]):
         If a feature is dead n steps from now, it has been silent for at least the window less n steps by now. Such
         features are counted now and the number is read n steps later, when the device has long computed it.
         """
-        if self.act_freq_scores.device.type == "cpu":
+        if not self._is_on_cuda:
             return None
         soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
         self._counts_of_dead.append(_Reading(self._count(soon)))

@@ -12,8 +12,9 @@ from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
 from sae_toolkit.files.embedded import embedded_wikipedia
-from sae_toolkit.steps.selection import largest, largest_of_rows
-from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, sparse_class
+from sae_toolkit.steps.active_features import ActiveFeatures
+from sae_toolkit.steps.selection import largest, largest_by_blocks, largest_of_rows
+from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, bfloat16_linear, sparse_class
 from sae_toolkit.steps.trainer import Trainer
 
 D_IN, D_SAE, BATCH = 576, 1152, 128
@@ -106,6 +107,55 @@ def test_a_step_that_is_not_finite_is_not_applied(acts_ND):
     assert np.isfinite(losses(trainer, acts_ND, 3)).all()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_step_that_runs_out_of_memory_is_tried_again_from_where_it_was(acts_ND, monkeypatch, error):
+    """The memory runs out in the backward pass, after BatchTopK has moved its threshold."""
+    undisturbed, trainer = (trainers("batchtopk", torch.float32, dead_feature_window=2)[1] for _ in range(2))
+    wanted, compute, failed = losses(undisturbed, acts_ND, 4), ActiveFeatures.gradients, []
+
+    def gradients(self, *tensors):
+        if len(failed) < 1 and trainer.n_training_steps == 2:
+            failed.append(error)
+            raise error
+        return compute(self, *tensors)
+
+    monkeypatch.setattr(ActiveFeatures, "gradients", gradients)
+    np.testing.assert_array_equal(losses(trainer, acts_ND, 4), wanted)
+    assert failed
+    for name, tensor in undisturbed.sae.state_dict().items():
+        assert torch.equal(trainer.sae.state_dict()[name], tensor)
+
+
+def test_clipping_inside_adam_is_clipping_before_it(acts_ND, monkeypatch):
+    """On a CUDA device the fused Adam clips; that of the CPU can do so too."""
+    before, inside = (trainers("topk", torch.float32, dead_feature_window=5)[1] for _ in range(2))
+    monkeypatch.setattr(type(inside), "_clips_in_adam", property(lambda self: self is inside))
+    np.testing.assert_allclose(losses(inside, acts_ND, 10), losses(before, acts_ND, 10), rtol=1e-5)
+    assert not hasattr(before.optimizer, "grad_scale")
+    assert inside.optimizer.grad_scale > 1
+    for name, weight in before.sae.named_parameters():
+        torch.testing.assert_close(dict(inside.sae.named_parameters())[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_product_in_bfloat16_is_that_of_rounded_inputs_summed_in_float32(acts_ND):
+    x, W, b, scale = acts_ND[:64], torch.randn(200, D_IN), torch.randn(200), torch.rand(200) + 0.5
+    wanted = x.bfloat16().double() @ (W * scale[:, None]).bfloat16().double().t() + (b * scale).double()
+    found = bfloat16_linear(x, W, b, scale)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    exact = ((x @ W.t() + b) * scale - found).std() / found.std()
+    assert 1e-4 < exact < 1e-2  # 8 bits of each input
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_an_encoder_in_bfloat16_trains_as_well(acts_ND, monkeypatch, architecture):
+    """As on a CUDA device. Sums stay in float32, so only the choice of features near the border differs."""
+    exact, rounded = (trainers(architecture, torch.float32, dead_feature_window=1000)[1] for _ in range(2))
+    curve = losses(exact, acts_ND, 60)[:, 0]
+    monkeypatch.setattr(type(rounded), "_encodes_in_bfloat16", property(lambda self: True))
+    np.testing.assert_allclose(losses(rounded, acts_ND, 60)[:, 0], curve, rtol=2e-3)
+
+
 def test_memory_does_not_grow_with_each_number_of_dead_features(acts_ND):
     """oneDNN keeps in memory what it prepared for each size of a product in bfloat16."""
     _, trainer = trainers("topk", torch.float32, dead_feature_window=5)
@@ -138,17 +188,25 @@ def test_steps_change_nothing_that_saelens_saves(acts_ND, tmp_path):
     np.testing.assert_allclose(losses(resumed, acts_ND, 3), losses(theirs, acts_ND, 3), rtol=1e-4)
 
 
+@pytest.mark.parametrize("find", [largest, largest_by_blocks])  # on a CPU, and on a CUDA device
 @pytest.mark.parametrize("values", [torch.randn(1000), torch.randint(0, 5, (1000,)).float(), torch.zeros(1000)])
-def test_the_largest_are_found_whatever_is_equal(values):
-    for n in (1, 64, 999, 1000):
-        found = largest(values, n)
+def test_the_largest_are_found_whatever_is_equal(values, find):
+    values = values.clone()
+    for n in (1, 62, 64, 999, 1000):
+        found = find(values, n)
         assert len(found) == n
         assert torch.equal(values[found].sort(descending=True).values, values.topk(n).values)
         assert (found.diff() > 0).all()
     values[3::4] = torch.nan
-    for n in (1, 64, 999):  # fewer than there are nan values, and more
-        assert len(largest(values, n)) == n
-        assert values[largest(values, n)].isnan().sum() == min(n, 250)
+    for n in (1, 62, 999):  # fewer than there are nan values, and more
+        assert len(find(values, n)) == n
+        assert values[find(values, n)].isnan().sum() == min(n, 250)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_largest_by_blocks_are_those_of_topk(seed):
+    values = torch.randn(64 * 4096, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(largest_by_blocks(values, 64 * 64), values.topk(64 * 64).indices.sort().values)
 
 
 @pytest.mark.parametrize("n_features", [4096, 4097, 200])  # the first in blocks, the others not
