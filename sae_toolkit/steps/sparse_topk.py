@@ -23,11 +23,6 @@ from sae_toolkit.steps.active_features import ActiveFeatures, Reconstruction, re
 from sae_toolkit.steps.auxiliary_loss import DeadFeatures, find_dead_features, reconstruct_with_dead
 from sae_toolkit.steps.selection import GlobalBatchTopK, among_largest, largest, largest_of_rows
 
-# With fewer than this many features for each active one, SAELens's dense products are as fast. The number for CPUs was
-# measured (BENCHMARKS.md). The number for CUDA is an estimate that compares 4 bytes x k x D gathered with 2 x D x F
-# operations in TF32.
-CROSSOVER = {"cpu": 8, "cuda": 256}
-
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
     """SAELens's TopKTrainingSAE with a faster step. The results differ by rounding only.
@@ -218,6 +213,18 @@ SPARSE_CLASSES: dict[type[TrainingSAE[Any]], type[SparseTopKTrainingSAE]] = {
 }
 
 
+def crossover(device: str, d_in: int) -> float:
+    """Returns how many features there must be for each active one, for the sparse step to be faster than SAELens's.
+
+    On a CPU it was measured (BENCHMARKS.md). On a CUDA device it is computed, with products in TF32 at 400 TFLOP/s and
+    bytes at 3 TB/s. For a token and a feature, SAELens's step has 5 more products of 2 D operations, and moves about
+    160 bytes more. For an active entry the sparse step gathers three times D numbers of 4 bytes.
+    """
+    if torch.device(device).type == "cpu":
+        return 8
+    return (12 * d_in / 3e12) / (10 * d_in / 400e12 + 160 / 3e12)
+
+
 def sparse_class(
     sae_class: type[TrainingSAE[Any]], cfg: TrainingSAEConfig, *, compiled: bool = False
 ) -> type[TrainingSAE[Any]]:
@@ -228,8 +235,7 @@ def sparse_class(
         cfg: the SAE's configuration.
         compiled: whether the step is compiled with torch.compile, which is offered for SAELens's own classes only.
     """
-    crossover = CROSSOVER.get(torch.device(cfg.device).type, max(CROSSOVER.values()))
-    few = isinstance(cfg, TopKTrainingSAEConfig) and cfg.d_sae >= crossover * cfg.k
+    few = isinstance(cfg, TopKTrainingSAEConfig) and cfg.d_sae >= crossover(cfg.device, cfg.d_in) * cfg.k
     if compiled or not few or cfg.dtype not in ("float32", "float64"):
         return sae_class
     return SPARSE_CLASSES.get(sae_class, sae_class)

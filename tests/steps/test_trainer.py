@@ -188,6 +188,22 @@ def test_steps_change_nothing_that_saelens_saves(acts_ND, tmp_path):
     np.testing.assert_allclose(losses(resumed, acts_ND, 3), losses(theirs, acts_ND, 3), rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("device", "d_in", "d_sae", "k", "is_sparse"),
+    [
+        ("cpu", 576, 4608, 576, True),
+        ("cpu", 576, 4608, 577, False),
+        ("cuda", 4096, 32768, 64, True),
+        ("cuda", 4096, 32768, 512, False),
+        ("cuda", 576, 2304, 64, True),
+    ],
+)
+def test_the_sparse_step_is_used_where_active_features_are_few(device, d_in, d_sae, k, is_sparse):
+    sae_class, config_class = get_sae_training_class("batchtopk")
+    chosen = sparse_class(sae_class, config_class(d_in=d_in, d_sae=d_sae, k=k, device=device))
+    assert issubclass(chosen, SparseTopKTrainingSAE) == is_sparse
+
+
 @pytest.mark.parametrize("find", [largest, largest_by_blocks])  # on a CPU, and on a CUDA device
 @pytest.mark.parametrize("values", [torch.randn(1000), torch.randint(0, 5, (1000,)).float(), torch.zeros(1000)])
 def test_the_largest_are_found_whatever_is_equal(values, find):
