@@ -1,4 +1,4 @@
-"""setup_environment.sh takes torch from TORCH_INDEX_URL, all other packages from the machine's index, or PYTHON as it is.
+"""setup_environment.sh takes torch from TORCH_INDEX_URL and the rest from the machine's index, or PYTHON as it is.
 
 Real pip, real environments and real indexes on loopback. The packages are empty, so that a test takes seconds.
 """
