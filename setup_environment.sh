@@ -8,9 +8,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 missing_requirements() {
     "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
 import sys
-from importlib.metadata import PackageNotFoundError, version
 if sys.version_info < (3, 11):
     sys.exit(print("Python 3.11 or newer"))
+from importlib.metadata import PackageNotFoundError, version
 try:
     from packaging.requirements import Requirement
 except ImportError:
