@@ -36,7 +36,7 @@ from sae_toolkit.training.setup import find_model_at_hooks
 log = logging.getLogger(__name__)
 
 _PRESET, _SMALL_PRESET = "llama3-8b", "demo"
-_CUDA_CONTEXT = 2**29  # bytes that CUDA and its libraries take in each process, besides what a plan counts
+_CUDA_CONTEXT = 2**29  # bytes that CUDA and its libraries take beside what a plan counts; an estimate, not measured
 _EVALUATION_ROWS = EvaluatedSAESettings.batch_size  # that the plan counts
 
 
