@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a sparse autoencoder (SAE), evaluates it on real activations, and prints whether it is healthy.
 #
-#   ./run_saelens_training.sh                      the preset llama3-8b if torch sees a GPU, otherwise demo
+#   ./run_saelens_training.sh                      on a GPU the preset llama3-8b as far as it fits, otherwise demo
 #   ./run_saelens_training.sh demo                 a preset of your choice: one of presets/*.args
 #   ./run_saelens_training.sh demo --k 32 --seed 1 a preset, changed by flags of sae_lens_train.py
 #   ./run_saelens_training.sh --like RUN --lr 1e-3 the flags of an earlier run, changed by those given
@@ -27,13 +27,17 @@ fi
 set_up_environment requirements.txt requirements/embedded.txt
 gpus=$(cuda_devices)
 flags=("$@")
+rows_at_once=() # in the evaluation
 if [[ " $*" == *" --like"* ]]; then
     echo "The flags of an earlier run (--like), on ${gpus:-the CPU}"
 elif [[ -n "$preset" ]]; then
     echo "Preset $preset, on ${gpus:-the CPU}"
 elif [[ -n "$gpus" ]]; then
-    preset=llama3-8b
-    echo "Preset $preset: torch sees a CUDA device, $(head -1 <<<"$gpus")"
+    choice=$("$PYTHON" -m sae_toolkit.training.card "$@")
+    mapfile -t choice <<<"$choice" # a line that says what and why, the evaluation's batch size, words of flags
+    echo "${choice[0]}"
+    rows_at_once=(--batch_size "${choice[1]}")
+    flags=("${choice[@]:2}" "$@")
 else
     preset=demo
     echo "Preset $preset, the embedded model and text: torch sees no CUDA device"
@@ -72,4 +76,5 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-"$PYTHON" evaluate_sae_real_activations.py --sae_path "$sae_path" --device "$device"
+"$PYTHON" evaluate_sae_real_activations.py --sae_path "$sae_path" --device "$device" \
+    ${rows_at_once[@]+"${rows_at_once[@]}"}

@@ -2,6 +2,7 @@
 # Sets up the environment and runs the tests. Other arguments go to pytest.
 #
 #   ./run_tests.sh              all tests except those below
+#   ./run_tests.sh --gpu        the CUDA device against the CPU: minutes, and no network once the packages are there
 #   ./run_tests.sh --parity     agreement with SAEBench and dictionary_learning, in environments made for them
 #   ./run_tests.sh --scale      many ranks, machines and trials: about half an hour
 #   ./run_tests.sh --diagnosis  SAEs that are unhealthy on purpose, and the advice for them: about half an hour
@@ -11,13 +12,18 @@ cd "$(dirname "$0")"
 # shellcheck source=setup_environment.sh
 source ./setup_environment.sh
 
-set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/dev.txt
+if [[ "${1:-}" == --gpu ]]; then
+    set_up_environment requirements.txt requirements/gpu.txt
+else
+    set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/dev.txt
+fi
 echo "$("$PYTHON" --version), $PYTHON"
 case "${1:-}" in
 "") # two at a time, each on one core: starting Python takes most of the time
     export OMP_NUM_THREADS=1
     set -- -n 2 --dist loadfile
     ;;
+--gpu) set -- tests/gpu --device cuda "${@:2}" ;;
 --faults) # three at a time: waiting takes most of the time
     export OMP_NUM_THREADS=1
     set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/training/test_resume.py "${@:2}"

@@ -36,12 +36,16 @@ def train(signals: StopSignals) -> int:
 
         # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
         from sae_toolkit.distributed.ranks import join_ranks
+        from sae_toolkit.training.card import show_fit
         from sae_toolkit.training.loop import fit
         from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
         from sae_toolkit.training.record.start import start_record
         from sae_toolkit.training.run import Training, open_activations
         from sae_toolkit.training.setup import prepare_run
 
+        if settings.run.device_memory is not None:
+            show_fit(settings)
+            return 0
         with join_ranks() as ranks:  # if torchrun started several
             run = prepare_run(settings, ranks)
             with run.run_directory:

@@ -3,16 +3,22 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# has_requirements PYTHON FILE...: succeeds if the environment of that interpreter satisfies the requirement files.
-has_requirements() {
+# missing_requirements PYTHON FILE...: prints what the environment of that interpreter lacks of the requirement files, in
+# one line. It fails if the interpreter does not run.
+missing_requirements() {
     "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
 import sys
+if sys.version_info < (3, 11):
+    sys.exit(print("Python 3.11 or newer"))
 from importlib.metadata import PackageNotFoundError, version
 try:
     from packaging.requirements import Requirement
 except ImportError:
-    from pip._vendor.packaging.requirements import Requirement
-assert sys.version_info >= (3, 11)
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+    except ImportError:
+        sys.exit(print("packaging"))
+missing = []
 for path in sys.argv[1:]:
     for line in open(path):
         if line.strip() and not line.startswith("#"):
@@ -20,17 +26,63 @@ for path in sys.argv[1:]:
             try:
                 found = version(wanted.name)
             except PackageNotFoundError:
-                sys.exit(1)
-            if not wanted.specifier.contains(found, prereleases=True):
-                sys.exit(1)
+                missing.append(str(wanted))
+            else:
+                if not wanted.specifier.contains(found, prereleases=True):
+                    missing.append(f"{wanted} ({found} is there)")
+print(", ".join(missing))
 PYTHON
 }
 
+# has_requirements PYTHON FILE...: succeeds if the environment of that interpreter satisfies the requirement files.
+has_requirements() {
+    local missing
+    missing=$(missing_requirements "$@") && [[ -z "$missing" ]]
+}
+
+# install_torch PIP...: installs the pinned torch from TORCH_INDEX_URL, and nothing else. What torch asks for comes later,
+# with the requirement files, from where pip gets all packages.
+install_torch() {
+    local pin shown said there
+    pin=$(grep '^torch==' "$root/constraints.txt")
+    shown=${TORCH_INDEX_URL/\/\/*@/\/\/} # without a password
+    # The variables replace what pip is configured with: other indexes and directories, which may hold a torch too ("."
+    # holds none), and constraints, with which pip would not say which versions there are.
+    if said=$(PIP_EXTRA_INDEX_URL=$TORCH_INDEX_URL PIP_FIND_LINKS=. PIP_CONSTRAINT=/dev/null \
+        "$@" --no-deps --index-url "$TORCH_INDEX_URL" "$pin" 2>&1); then
+        return
+    fi
+    there=$(sed -n 's/.*(from versions: \(.*\)).*/\1/p' <<<"$said" | head -1)
+    echo -n "error: TORCH_INDEX_URL $shown: " >&2
+    if grep -q "Retrying" <<<"$said"; then
+        echo "cannot be reached; check the address, or unset it for pip's own index" >&2
+    elif [[ -z "$there" ]]; then
+        echo "$pin cannot be installed from there: $(grep . <<<"$said" | tail -1)" >&2
+    else
+        echo "holds no $pin for $("$PYTHON" --version) on this machine, but these versions of torch: $there;" \
+            "name an index that holds it (pytorch.org, Get Started, lists them)" >&2
+    fi
+    exit 2
+}
+
 # set_up_environment FILE...: sets PYTHON to an interpreter whose environment satisfies the requirement files.
-# It uses the active venv or conda environment if that satisfies them. Otherwise it uses .venv: it makes .venv if there
-# is none, and installs the versions of constraints.txt. If .venv already satisfies them, it installs nothing.
+# If PYTHON is set already, it uses that one alone. Otherwise it uses the active venv or conda environment if that
+# satisfies them, and otherwise .venv: it makes .venv if there is none, and installs the versions of constraints.txt.
+# If .venv already satisfies them, it installs nothing.
 set_up_environment() {
-    local files=("$@") active venv="$root/.venv" file
+    local files=("$@") active venv="$root/.venv" file missing
+    if [[ -n "${PYTHON:-}" ]]; then
+        if ! missing=$(missing_requirements "$PYTHON" "${files[@]}"); then
+            echo "error: PYTHON $PYTHON: does not run as Python; name another, or unset it for an environment made here" >&2
+            exit 2
+        fi
+        if [[ -n "$missing" ]]; then
+            echo "error: PYTHON $PYTHON: lacks $missing; install it there, or unset PYTHON for an environment made here" >&2
+            exit 2
+        fi
+        PYTHON=$(command -v "$PYTHON")
+        return
+    fi
     for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
         if [[ -n "$active" ]] && has_requirements "$active/bin/python" "${files[@]}"; then
             PYTHON="$active/bin/python"
@@ -55,10 +107,11 @@ set_up_environment() {
     fi
     echo "Setting up $venv on $("$base" --version); the first time this takes some minutes" >&2
     [[ -x "$PYTHON" ]] || "$base" -m venv "$venv"
-    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
+    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
     if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
-        "${pip[@]}" --index-url "$TORCH_INDEX_URL" torch
+        install_torch "${pip[@]}"
     fi
+    pip+=(--constraint "$root/constraints.txt")
     for file in "${files[@]}"; do
         if [[ "$file" == *embedded* ]]; then
             "${pip[@]}" --no-deps --requirement "$file"

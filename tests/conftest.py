@@ -64,6 +64,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 
 @pytest.fixture(scope="session")
+def llama3_8b_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with the configuration of Llama-3-8B, without weights and tokenizer."""
+    path = tmp_path_factory.mktemp("llama3_8b_shape")
+    LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def sparsify():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # triton without a GPU fails

@@ -53,7 +53,8 @@ class OwnEnvironment:
         """Returns the path of the environment's Python.
 
         If the environment is missing, is incomplete or has other versions, it is made first. torch comes from the
-        wheel index `TORCH_INDEX_URL` if that is set, otherwise from pip's default index.
+        wheel index `TORCH_INDEX_URL` if that is set. Everything else, with what torch asks for, comes from pip's
+        default index.
 
         Raises:
             UserError: none of `python_versions` is installed, or pip cannot install a package.
@@ -75,8 +76,9 @@ class OwnEnvironment:
             self._run(*pip, "--no-deps", *rest)
             (torch_pin,) = set(pins) - set(rest)
             log.info("installing %s", torch_pin)
-            index = os.environ.get("TORCH_INDEX_URL")
-            self._run(*pip, torch_pin, *(("--index-url", index) if index else ()))
+            if index := os.environ.get("TORCH_INDEX_URL"):
+                self._run(*pip, "--no-deps", torch_pin, "--index-url", index)
+            self._run(*pip, torch_pin)
             self._run(python, "-c", f"import {self.imports}")
             stamp.write_text(wanted)
         return python

@@ -45,6 +45,7 @@ def check_settings(settings: TrainingSettings) -> None:
     name = settings.run.output_name
     if Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"--output_name {name!r}: must be a plain name; --checkpoint_path is for the path")
+    _check_device_memory(settings)
     _check_hooks(settings.model)
     _check_sae(settings.sae)
     _check_held_out(settings)
@@ -52,6 +53,18 @@ def check_settings(settings: TrainingSettings) -> None:
     if skip_positions >= context_size:
         raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size}; lower it")
     _check_steps(settings.optimization)
+
+
+def _check_device_memory(settings: TrainingSettings) -> None:
+    if (size := settings.run.device_memory) is None:
+        return
+    if not settings.run.dry_run:
+        raise UserError(f"--device_memory {size}: shows what would fit, and trains nothing; add --dry_run to it")
+    if not settings.model.is_on_one_gpu:
+        raise UserError(
+            f"--device_memory {size}: for one CUDA device that holds the language model and the SAE; leave out --device"
+            " cpu, --llm_device and --n_devices"
+        )
 
 
 def _check_hooks(model: ModelSettings) -> None:

@@ -80,9 +80,9 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
     if like is not None and resume not in (None, "auto"):
         raise UserError(f"--like {like}, --resume {resume}: a resumed run has its own flags; leave one of them out")
     if like is not None:
-        settings = _settings_like(Path(like), _given(argv))
+        settings = _settings_like(Path(like), given_flags(argv))
     elif resume not in (None, "auto"):
-        settings = _settings_of_run(Path(resume), _given(argv))
+        settings = _settings_of_run(Path(resume), given_flags(argv))
     check_settings(settings)
     return settings
 
@@ -161,7 +161,7 @@ def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
     return TrainingSettings.from_flags(saved | of_command | given | {"set": assignments})
 
 
-def _given(argv: Sequence[str] | None) -> dict[str, Any]:
+def given_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     """Returns the flags that are on the command line, without defaults."""
     return vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
 

@@ -18,6 +18,7 @@ from sae_toolkit.settings.fields import Scope, flag
 from sae_toolkit.settings.values import (
     Fraction,
     IntervalText,
+    MemorySize,
     NonNegative,
     NonNegativeFloat,
     NormMultiple,
@@ -71,6 +72,11 @@ class ModelSettings:
     """number of contexts in one forward pass of the language model"""
     trust_remote_code: bool = flag(False, scope=Scope.COMMAND)
     """run the Python code that comes with the model, which can do anything that you can do on this machine"""
+
+    @property
+    def is_on_one_gpu(self) -> bool:
+        """Whether the SAE and the language model share one CUDA device, if torch sees one."""
+        return self.device != "cpu" and self.llm_device is None and self.n_devices == 1
 
     @property
     def all_hook_names(self) -> list[str]:
@@ -203,6 +209,10 @@ class RunSettings:
     """use the flags of the earlier run that has this directory, except for the flags that are given here"""
     dry_run: bool = flag(False, scope=Scope.COMMAND)
     """check the flags, the model and the data, show what would run, and stop"""
+    device_memory: MemorySize | None = flag(None, scope=Scope.COMMAND, is_later=True)
+    """with --dry_run: only show what the run takes on a CUDA device with this much memory, such as 24GB or 79.1GiB, and
+    what would fit there; neither a GPU nor the text is needed
+    """
     strict: bool = flag(False, scope=Scope.COMMAND)
     """refuse to train if the SAE is likely to become unhealthy; without this flag there is a warning"""
 

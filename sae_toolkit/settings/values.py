@@ -1,4 +1,4 @@
-"""Types of the values of flags: numbers within bounds, booleans, token ids, lengths of time."""
+"""Types of the values of flags: numbers within bounds, booleans, token ids, lengths of time, sizes of memory."""
 
 from __future__ import annotations
 
@@ -101,6 +101,31 @@ def boolean_or_ids(text: str) -> bool | list[int]:
         raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None
 
 
+_UNITS = {"mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+
+
+def memory_bytes(text: str) -> int:
+    """Returns the bytes of a size such as `24GB` or `79.1GiB`. Capital letters do not matter.
+
+    Raises:
+        ValueError: the text is no such size, or the size is 0.
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)([GM]i?B)", text, re.ASCII | re.IGNORECASE)
+    n_bytes = round(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
+    if n_bytes == 0:
+        raise ValueError(text)
+    return n_bytes
+
+
+def memory_size(text: str) -> str:
+    """a size with its unit, in MB, MiB, GB or GiB"""
+    try:
+        memory_bytes(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be {memory_size.__doc__}, such as 24GB") from None
+    return text
+
+
 Positive = Annotated[int, positive]
 NonNegative = Annotated[int, non_negative]
 PositiveFloat = Annotated[float, positive_float]
@@ -110,3 +135,4 @@ Fraction = Annotated[float, fraction]
 TrueOrFalse = Annotated[bool, boolean]
 TrueFalseOrIds = Annotated[bool | list[int], boolean_or_ids]
 IntervalText = Annotated[str, Interval.checked]
+MemorySize = Annotated[str, memory_size]

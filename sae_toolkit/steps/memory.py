@@ -1,9 +1,8 @@
-"""Predicts the memory that a run takes, item by item, and suggests which flags to lower if it is too much."""
+"""Predicts the memory that a run takes, item by item."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,6 @@ _DENSE_STEP = {
 }
 _OTHER_DENSE_STEP = 12.0
 HELD_OUT_ROWS_AT_ONCE = 2  # how many rows' logits an evaluation during training holds at a time
-_LOWEST = {"store_batch_size_prompts": 1, "n_batches_in_buffer": 8, "train_batch_size_tokens": 512, "d_sae": 1}
 
 
 @dataclass(frozen=True)
@@ -193,40 +191,3 @@ def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
     copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
     return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
-
-
-def suggest_flags(
-    cfg: LanguageModelSAERunnerConfig[Any],
-    plan: Callable[[LanguageModelSAERunnerConfig[Any]], MemoryPlan],
-    capacity: int,
-) -> str | None:
-    """Returns flags that bring a run's peak below a device's memory; None if there are none.
-
-    In each round it halves one setting: the one with which the peak becomes lowest.
-
-    Args:
-        cfg: the run's configuration.
-        plan: predicts the memory of a configuration.
-        capacity: the device's memory in bytes.
-    """
-    changed: dict[str, int] = {}
-    while plan(cfg).peak > capacity:
-        smaller = [(plan(halved).peak, name, halved) for name in _LOWEST if (halved := _halved(cfg, name))]
-        if not smaller or min(smaller, key=lambda s: s[0])[0] >= plan(cfg).peak:
-            return None
-        _, name, cfg = min(smaller, key=lambda s: s[0])
-        changed[name] = cfg.sae.d_sae // cfg.sae.d_in if name == "d_sae" else getattr(cfg, name)
-    names = {"d_sae": "expansion_factor"}
-    return " ".join(f"--{names.get(name, name)} {value}" for name, value in changed.items())
-
-
-def _halved(cfg: LanguageModelSAERunnerConfig[Any], name: str) -> LanguageModelSAERunnerConfig[Any] | None:
-    halved = copy.copy(cfg)
-    if name == "d_sae":
-        if hasattr(cfg.sae, "matryoshka_widths"):  # the widths would have to change with d_sae
-            return None
-        halved.sae = copy.copy(cfg.sae)
-        halved.sae.d_sae = cfg.sae.d_sae // (2 * cfg.sae.d_in) * cfg.sae.d_in
-        return halved if halved.sae.d_sae >= getattr(cfg.sae, "k", 1) and halved.sae.d_sae > 0 else None
-    setattr(halved, name, getattr(cfg, name) // 2)
-    return halved if getattr(halved, name) >= _LOWEST[name] else None

@@ -24,10 +24,11 @@ from sae_toolkit.model.language_model import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.settings.training import OptimizationSettings, RecordingSettings, RunSettings, SAESettings
 from sae_toolkit.settings.values import Interval
-from sae_toolkit.steps.memory import MemoryPlan, plan_memory, suggest_flags
+from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.training.directory import RunDirectory
+from sae_toolkit.training.lowered_run import lower_peak
 
 log = logging.getLogger(__name__)
 
@@ -157,11 +158,19 @@ class PreparedRun:
             share.from_pretrained_path = None  # it has the weights of all features
         return share
 
-    def plan_memory(self, cfg: LanguageModelSAERunnerConfig[Any] | None = None) -> MemoryPlan:
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run measures on held-out text during training, on this rank."""
+        return self.held_out_NT is not None
+
+    def plan_memory(
+        self, cfg: LanguageModelSAERunnerConfig[Any] | None = None, evaluates: bool | None = None
+    ) -> MemoryPlan:
         """Returns the memory that one rank needs.
 
         Args:
             cfg: a configuration to plan for instead of that of the run.
+            evaluates: whether to plan for measurements on held-out text, instead of what the run does.
         """
         return plan_memory(
             self.share_of_rank(cfg or self.cfg),
@@ -170,7 +179,7 @@ class PreparedRun:
             n_parameters=self._n_parameters,
             cached=self.is_cached or not self._shares_device,
             n_saes=len(self.cfgs),
-            evaluates=self.held_out_NT is not None,
+            evaluates=self.evaluates if evaluates is None else evaluates,
         )
 
     @property
@@ -216,7 +225,8 @@ class PreparedRun:
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
-        flags = suggest_flags(self.cfg, self.plan_memory, free)
+        lowered = lower_peak(self.cfg, lambda *other: self.plan_memory(*other).peak, free, evaluates=self.evaluates)
+        flags = " ".join(lowered.flags) if lowered.peak <= free else ""
         message = (
             f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
             f" {free / 2**30:.1f} GiB free; " + (f"it would fit with {flags}" if flags else "a smaller model is needed")

@@ -87,7 +87,7 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
 def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 | None = None) -> PreparedRun:
     check_world_size(settings, ranks.size)
     device, llm_device = _choose_devices(settings.model, ranks)
-    model, widths = _find_model(settings)
+    model, widths = find_model_at_hooks(settings)
     if found:
         directory, resume_from = RunDirectory(found.directory), found.resume_from
     else:
@@ -168,8 +168,12 @@ def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
     return device, llm_device
 
 
-def _find_model(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]]:
-    """Returns the language model, and the width of the activations at each hook."""
+def find_model_at_hooks(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]]:
+    """Returns the language model, and the width of the activations at each hook.
+
+    Raises:
+        UserError: there is no such model or hook, or the model was not made for such long contexts.
+    """
     chosen, context_size = settings.model, settings.text.context_size
     model = find_model(
         chosen.model_name, _model_kwargs(settings.optimization.set), trust_remote_code=chosen.trust_remote_code

@@ -22,6 +22,7 @@ OTHER = {
     "set": ["adam_beta1=0", "sae.aux_loss_coefficient=0.5"],
     "streaming": False,
     "dry_run": True,
+    "device_memory": "79.1GiB",
     "checkpoint_every": "90s",
 }
 

@@ -141,6 +141,7 @@ FLAGS = {
     "wandb_entity": _TEXT,
     "run_name": _TEXT,
     "dry_run": st.just(None),
+    "device_memory": st.sampled_from(["16GiB", "1MB", "24", "0GB", "many"]),
     "strict": st.just(None),
     "learning_rate": st.just("1"),  # no such flag
     "@": st.sampled_from(["flags.args"] * 4 + ["nowhere.args", "quotes.args", "itself.args", "bytes.args", "empty"]),
