@@ -23,6 +23,8 @@ for path in sys.argv[1:]:
     for line in open(path):
         if line.strip() and not line.startswith("#"):
             wanted = Requirement(line.strip())
+            if wanted.marker and not wanted.marker.evaluate():
+                continue
             try:
                 found = version(wanted.name)
             except PackageNotFoundError:
