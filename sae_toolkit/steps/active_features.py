@@ -55,7 +55,8 @@ class ActiveFeatures:
 
     def sum_by_feature(self, values_N: Tensor) -> Tensor:
         """Returns the column sums of the matrix with these values, [F]."""
-        return values_N.new_zeros(self.n_features).index_add_(0, self.features_N, values_N)
+        # index_add_ would add in another order each time on a CUDA device, and a resumed run would not be bit-equal.
+        return self.t_matmul(values_N, values_N.new_ones(self.n_rows, 1)).squeeze(1)
 
     def gradients(
         self, values_N: Tensor, grad_BD: Tensor, sae_in_BD: Tensor, W_dec_FD: Tensor
