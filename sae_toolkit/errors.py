@@ -23,6 +23,28 @@ class RunFailed(UserError):
     exit_status = 1
 
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an allocation failed, in Python, in numpy, or in torch on any device.
+
+    An error that was raised from such an error counts too. A `UserError` counts only if it was raised from one:
+    a message that already tells the user what to do about the memory is raised `from None`.
+    """
+    import torch  # imported here because --help and a mistyped flag do not need it
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+            return True
+        # cuBLAS, cuDNN, the CPU's allocator and mmap raise other classes, and CUDA a torch.AcceleratorError.
+        if not isinstance(cause, UserError) and any(words in str(cause).lower() for words in _OUT_OF_MEMORY):
+            return True
+        cause = cause.__cause__
+    return False
+
+
 def one_line(error: Exception) -> str:
     """Returns the first 200 characters of an error's message as one line, to quote it in a message of this project."""
     return " ".join(str(error).split())[:200]
