@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -160,7 +160,9 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
     """
     cfg = run.cfg
     found, seconds_a_step = [], 0.0
-    with _without_trace(run, source), _out_of_memory_answered(cfg):
+    what = f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step on {cfg.device}"
+    answered = out_of_memory_answered(what, "lower it, --expansion_factor or --n_batches_in_buffer")
+    with _without_trace(run, source), answered:
         first = _stream(run, source, batch_size=1, rows_per_forward=1)
         first_ND = first.calibrate(1, None)  # the first pass of the model is slower, so it is not timed
         first.close()
@@ -264,13 +266,6 @@ def _now(device: str) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _out_of_memory_answered(cfg: LanguageModelSAERunnerConfig[Any]) -> AbstractContextManager[None]:
-    return out_of_memory_answered(
-        f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step on {cfg.device}",
-        "lower it, --expansion_factor or --n_batches_in_buffer",
-    )
 
 
 @contextmanager
