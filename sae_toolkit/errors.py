@@ -23,6 +23,33 @@ class RunFailed(UserError):
     exit_status = 1
 
 
-def one_line(error: Exception) -> str:
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "status_alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an allocation failed, in Python, in numpy, or in torch on any device."""
+    return failed_allocation(error) is not None
+
+
+def failed_allocation(error: BaseException) -> BaseException | None:
+    """Returns the error of an allocation: `error` itself, or one that it was raised from; None if there is none.
+
+    A `UserError` counts only if it was raised from one. A message that already tells the user what to do about the
+    memory is raised `from None`.
+    """
+    import torch  # imported here because --help and a mistyped flag do not need it
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
+            return cause
+        # cuBLAS, cuDNN, the CPU's allocator and mmap raise other classes, and CUDA a torch.AcceleratorError.
+        if not isinstance(cause, UserError) and any(words in str(cause).lower() for words in _OUT_OF_MEMORY):
+            return cause
+        cause = cause.__cause__
+    return None
+
+
+def one_line(error: BaseException) -> str:
     """Returns the first 200 characters of an error's message as one line, to quote it in a message of this project."""
     return " ".join(str(error).split())[:200]

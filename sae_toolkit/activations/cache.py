@@ -23,6 +23,7 @@ import torch
 import xxhash
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -203,8 +204,10 @@ def _locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _named_in_errors(directory: Path) -> Iterator[None]:
-    """Turns an error of the file system or of a damaged file into a `UserError` that names the directory."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"--cache_activations {directory}: {one_line(error)}") from None
+    """Turns an error of the file system, of a damaged file or of memory into a `UserError` that names the directory."""
+    where = f"--cache_activations {directory}"
+    with out_of_memory_answered(f"{where}: opening it", "free memory, or leave --cache_activations out"):
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: {one_line(error)}") from error

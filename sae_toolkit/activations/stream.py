@@ -13,8 +13,7 @@ import torch
 
 from sae_toolkit.activations.shuffle_buffer import ShuffleBuffer, on_device
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.errors import UserError
-from sae_toolkit.model.devices import is_out_of_memory
+from sae_toolkit.errors import UserError, is_out_of_memory
 from sae_toolkit.text.positions import PositionFilter
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from sae_lens import SAE
 
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, is_out_of_memory
 from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
+from sae_toolkit.model.devices import random_states_restored
 from sae_toolkit.saes.checkpoints import load_steps_since_fired
 from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.training.configuration import build_runner_config
@@ -128,9 +129,13 @@ def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
         cfg = build_runner_config(
             settings, sae.cfg.metadata.hook_name, d_in=sae.cfg.d_in, device=device, run_id="begin"
         )
-        with torch.random.fork_rng():
+        with random_states_restored(device):
             began_FD = create_sae(cfg).W_dec.detach().float().cpu()
-    except (UserError, torch.OutOfMemoryError):  # such as pretrained weights that do not exist any more
+    except UserError:  # such as pretrained weights that do not exist any more
+        return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     ended_FD = sae.W_dec.detach().float().cpu()
     if began_FD.shape != ended_FD.shape:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sae_toolkit.distributed.torchrun import RANK_IS_GONE, is_under_torchrun, rank_in_environment
-from sae_toolkit.errors import RunFailed, one_line
+from sae_toolkit.errors import RunFailed, is_out_of_memory, one_line
 
 T = TypeVar("T")
 
@@ -187,9 +187,9 @@ def _lost_ranks_reported() -> Iterator[None]:
     """Context manager that turns the error of a collective operation into the message that another rank is gone."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # gloo and NCCL raise it or its subclass DistBackendError
+        if is_out_of_memory(error):
+            raise
         raise RunFailed(
             f"rank {rank_in_environment()}: {RANK_IS_GONE} or hangs ({one_line(error).rpartition('] ')[2]}); see"
             " what the other ranks logged"

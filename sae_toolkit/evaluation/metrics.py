@@ -100,6 +100,7 @@ class LossStatistics:
             sae: cross-entropy and KL [B, T] with the SAE, from `compare_predictions`.
             zero: the same with zeros at the hook.
         """
+        scored_BT = scored_BT.to(ce_clean_BT.device)  # the hook's device, if the model is spread over several
         predicts_BT = scored_BT.clone()
         predicts_BT[:, -1] = False
         sums = [predicts_BT, scored_BT]

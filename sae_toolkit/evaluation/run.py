@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.measurement import Evaluation, Measurement
 from sae_toolkit.evaluation.metrics import compare_predictions
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.terminal.progress import Progress
 
@@ -20,6 +20,20 @@ _BATCHES_WITHOUT_A_POSITION = 4
 
 
 def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
+    """Measures SAEs as `measure_saes` does, and says what to do if the memory does not suffice.
+
+    Raises:
+        UserError: as `measure_saes`, or the memory does not suffice.
+    """
+    with out_of_memory_answered(
+        f"--batch_size {batch_size}: evaluating {len(prepared.saes)} SAEs on {prepared.device}",
+        "lower --batch_size, or name fewer SAEs",
+    ):
+        return measure_saes(prepared, model, batch_size=batch_size)
+
+
+@torch.no_grad()
+def measure_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
     """Measures SAEs on the same rows of tokens.
 
     What does not depend on the SAE runs once: the layers up to the hook, the model's own losses, and its losses with
@@ -34,20 +48,8 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
         One evaluation for each SAE, in the order of the SAEs.
 
     Raises:
-        UserError: no position is scored for one of the SAEs, losses or reconstructions are not finite, or the memory
-            of the GPU does not suffice.
+        UserError: no position is scored for one of the SAEs, or losses or reconstructions are not finite.
     """
-    try:
-        return _evaluate_saes(prepared, model, batch_size)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--batch_size {batch_size}: {prepared.device} has too little memory for {len(prepared.saes)} SAEs and the"
-            f" model ({one_line(error)}); lower --batch_size, or name fewer SAEs"
-        ) from error
-
-
-@torch.no_grad()
-def _evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, batch_size: int) -> list[Evaluation]:
     rows_NT = prepared.rows_NT
     measurements = []
     for evaluated in prepared.saes:

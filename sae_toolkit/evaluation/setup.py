@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.trust import model_kwargs_of_sae
-from sae_toolkit.model.devices import choose_device
+from sae_toolkit.model.devices import choose_device, out_of_memory_answered
 from sae_toolkit.model.language_model import hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.saes.formats import SAEFile, load_sae_file
@@ -311,15 +311,18 @@ def _collect_rows(
     n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
     n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)
     n_dead_rows = math.ceil(settings.dead_tokens / usable) if settings.dead_tokens else n_sae_rows
-    rows_NT, document_N = collect_evaluation_rows(
-        text.source,
-        tokenizer,
-        text.context,
-        text.held_out,
-        n_rows=n_sae_rows,
-        n_more_rows=max(0, n_dead_rows - n_sae_rows),
-        seed=settings.seed,
-    )
+    with out_of_memory_answered(
+        f"--dataset {text.source.name}: reading it", "lower --num_samples or --dead_tokens, or free memory"
+    ):
+        rows_NT, document_N = collect_evaluation_rows(
+            text.source,
+            tokenizer,
+            text.context,
+            text.held_out,
+            n_rows=n_sae_rows,
+            n_more_rows=max(0, n_dead_rows - n_sae_rows),
+            seed=settings.seed,
+        )
     if len(rows_NT) < max(n_sae_rows, n_dead_rows):
         log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
     check_token_ids(rows_NT, group.model, f"--dataset {text.source.name}")

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.errors import UserError, is_out_of_memory, one_line
 from sae_toolkit.files.trust import leaves_its_directory
 
 MANIFEST_FILENAME = "manifest.json"
@@ -40,7 +40,7 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
         about: more entries for the manifest, as JSON values.
 
     Raises:
-        NotSaved: the disk is full, or fails.
+        NotSaved: the disk is full or fails, or there is too little memory to write from.
     """
     partial = target.with_name(_PARTIAL.format(target.name))
     try:
@@ -64,10 +64,11 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         raise NotSaved(one_line(error)) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        is_disk_full = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)  # as torch.save says it
+        if not is_disk_full and not is_out_of_memory(error):
             raise
-        raise NotSaved(one_line(error)) from error  # torch.save's error for a full disk
+        raise NotSaved(one_line(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

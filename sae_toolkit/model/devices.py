@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
 
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, failed_allocation, one_line
 
 
 def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
@@ -69,9 +72,33 @@ def choose_lm_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an allocation failed, in numpy or in torch on any device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@contextmanager
+def out_of_memory_answered(what: str, answer: str | Callable[[], str]) -> Iterator[None]:
+    """Context manager that turns an error about memory that has run out into a `UserError` of one line.
+
+    Args:
+        what: the flag and what was tried, such as `--sae_path ./my_sae: loading it`.
+        answer: what to do about it, or a function that finds that out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (failed := failed_allocation(error)) is None:
+            raise
+        to_do = answer if isinstance(answer, str) else answer()
+        raise UserError(f"{what} ran out of memory ({one_line(failed)}); {to_do}") from None
+
+
+def release_memory() -> None:
+    """Returns the memory that nothing refers to any more to the devices."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def random_states_restored(*devices: str) -> AbstractContextManager[None]:
+    """Returns a context manager that restores the random states of the CPU and of these devices at its end."""
+    return torch.random.fork_rng([device for device in devices if torch.device(device).type == "cuda"])
 
 
 def free_memory(device: str) -> int:

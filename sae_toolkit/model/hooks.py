@@ -144,8 +144,14 @@ def forward_replaced(
         hidden = function(hidden_states)
         return hidden if extras is None else (hidden, *[None] * extras)
 
-    layer.forward = forward
+    # Where accelerate spreads a model over devices, its own `forward` moves the inputs and outputs of the layer and
+    # calls `_old_forward` in between. So that is what is replaced there.
+    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    before = vars(layer).get(name)
+    setattr(layer, name, forward)
     try:
         yield
     finally:
-        del layer.forward
+        delattr(layer, name)
+        if before is not None:
+            setattr(layer, name, before)

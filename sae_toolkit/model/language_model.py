@@ -160,9 +160,9 @@ class LanguageModel:
         Args:
             tokens_BT: the tokens that `state` belongs to.
             state: returned by `logits`.
-            acts_BTD: the activations to put at the hook, in any floating dtype.
+            acts_BTD: the activations to put at the hook, in any floating dtype and on any device.
         """
-        acts = acts_BTD.to(self.dtype)
+        acts = acts_BTD.to(state.acts_BTD.device, self.dtype)
         self.sequences_run["after_hook"] += len(tokens_BT)
         with ExitStack() as stack:
             if self.hook.layer is None:

@@ -26,11 +26,12 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.errors import UserError, is_out_of_memory, one_line
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.files.hub import check_repository, download_small_files
 from sae_toolkit.files.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
+from sae_toolkit.model.devices import choose_lm_dtype, free_memory, out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel, model_without_weights
 
 log = logging.getLogger(__name__)
@@ -124,13 +125,13 @@ def _errors_of_files(where: str) -> Iterator[None]:
     """Context manager that turns Transformers' errors about a model's files into a `UserError` of one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except UnpicklingError as error:
         raise UserError(
             f"{where}: holds a pickle of more than tensors, which could run any code if it were opened; use safetensors"
         ) from error
     except _FILE_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise needs_trust(where) from error
         raise UserError(f"{where}: {one_line(error)}") from error
@@ -187,7 +188,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def load_language_model(
-    source: ModelSource, hook_names: str | Sequence[str], device: str, dtype: torch.dtype, n_devices: int = 1
+    source: ModelSource, hook_names: str | Sequence[str], device: str, dtype: torch.dtype, n_devices: int | None = None
 ) -> LanguageModel:
     """Loads a model's weights onto a device.
 
@@ -196,18 +197,19 @@ def load_language_model(
         hook_names: the hook, or several hooks to be read at once.
         device: where to put the weights.
         dtype: the dtype to load them in.
-        n_devices: the number of CUDA devices, from `device` on, that Transformers spreads the layers over.
+        n_devices: the number of CUDA devices, from `device` on, that Transformers spreads the layers over; None for
+            one device, where the script has no --n_devices.
 
     Raises:
-        UserError: the weights are missing or damaged, or the model has no such hook.
+        UserError: the weights are missing or damaged, the memory does not suffice, or the model has no such hook.
     """
     where_to: dict[str, Any] = {"device_map": device}
-    devices = device
-    if n_devices > 1:
+    devices, free = device, free_memory(device)
+    if n_devices is not None and n_devices > 1:
         first = torch.device(device).index or 0
-        free = {index: torch.cuda.mem_get_info(index)[0] for index in range(first, first + n_devices)}
-        where_to = {"device_map": "balanced", "max_memory": free}
-        devices = f"{device} and the {n_devices - 1} after it"
+        each_free = {index: torch.cuda.mem_get_info(index)[0] for index in range(first, first + n_devices)}
+        where_to = {"device_map": "balanced", "max_memory": each_free}
+        devices, free = f"{device} and the {n_devices - 1} after it", sum(each_free.values())
     log.info("loading %s in %s on %s", source.name, dtype_to_str(dtype), devices)
     where = f"--model_name {source.name}"
 
@@ -220,7 +222,12 @@ def load_language_model(
             output_loading_info=True,
         )
 
-    with _errors_of_files(f"{where}: its weights cannot be read"):
+    with (
+        out_of_memory_answered(
+            f"{where}: loading it", lambda: _what_would_fit(source, device, dtype, n_devices, devices, free)
+        ),
+        _errors_of_files(f"{where}: its weights cannot be read"),
+    ):
         check_weight_index(source.location, source.model_kwargs.get("variant"), where)
         try:
             model, loading = retrying(where, load)
@@ -233,6 +240,45 @@ def load_language_model(
     if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
         raise UserError(f"{where}: {len(missing)} weights are missing, {missing[0]} among them; download it again")
     return LanguageModel(model, *([hook_names] if isinstance(hook_names, str) else hook_names))
+
+
+def _what_would_fit(
+    source: ModelSource, device: str, dtype: torch.dtype, n_devices: int | None, devices: str, free: int
+) -> str:
+    """Returns a phrase that says what a model takes, what was free, and which flags would let it fit.
+
+    Args:
+        device, dtype, n_devices: as for `load_language_model`.
+        devices: the devices that it was to be loaded on, in words.
+        free: bytes that were free on them.
+    """
+    n_parameters = source.n_parameters
+    takes = n_parameters * dtype.itemsize
+    flags = []
+    if dtype.itemsize > 2 and 2 * n_parameters < free:
+        flags.append("--lm_dtype bfloat16")
+    if torch.device(device).type == "cuda":
+        if n := _n_devices_for(takes, device, n_devices, free):
+            flags.append(f"--n_devices {n}")
+        on_cpu = n_parameters * max(dtype.itemsize, choose_lm_dtype("auto", "cpu").itemsize)
+        if on_cpu < free_memory("cpu"):
+            flags.append("--device cpu" if n_devices is None else "--llm_device cpu")
+    return (
+        f"it takes about {takes / 2**30:.2f} GiB in {dtype_to_str(dtype)}, and {free / 2**30:.2f} GiB were free on"
+        f" {devices}; " + (f"it would fit with {' or '.join(flags)}" if flags else "a smaller model is needed")
+    )
+
+
+def _n_devices_for(takes: int, device: str, n_devices: int | None, free: int) -> int | None:
+    """Returns how many CUDA devices, from `device` on, have room for `takes` bytes; None if no number has."""
+    if n_devices is None:
+        return None
+    first = torch.device(device).index or 0
+    for index in range(first + n_devices, torch.cuda.device_count()):
+        free += free_memory(f"cuda:{index}")
+        if takes < free:
+            return index + 1 - first
+    return None
 
 
 class LanguageModels:

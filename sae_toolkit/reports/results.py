@@ -21,6 +21,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.measurement import Evaluation
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.reports.page import render_html, render_markdown
 from sae_toolkit.reports.summary import summarize, without_nan
@@ -160,6 +161,8 @@ class Result:
     def diagnose(self, model: LanguageModel, batch_size: int) -> None:
         """Finds out why the SAE is unhealthy, adds the causes to the summary, and writes the results again.
 
+        If memory runs out, this logs a warning, and the results stay as they are.
+
         Args:
             model: language model that the SAE was evaluated on.
             batch_size: rows in one forward pass.
@@ -169,12 +172,17 @@ class Result:
         if history is None or not history.readings:
             missing = f"no {FLAGS_FILENAME} of a run" if history is None else f"no readings in {METRICS_FILENAME}"
             log.warning("%s: %s: causes that need the course of the training are not looked for", path, missing)
-        evidence = Evidence(
-            self.summary,
-            probe(self.group, self.evaluated, model, batch_size),
-            {name: sae.cfg.metadata.get(name) for name in METADATA},
-            history,
-        )
+        try:
+            with out_of_memory_answered(
+                f"--batch_size {batch_size}: the diagnosis", "lower it, or give --no_diagnosis"
+            ):
+                probes = probe(self.group, self.evaluated, model, batch_size)
+        except UserError as error:
+            log.warning("%s: %s", path, error)
+            sae.to("cpu")
+            return
+        metadata = {name: sae.cfg.metadata.get(name) for name in METADATA}
+        evidence = Evidence(self.summary, probes, metadata, history)
         self.summary["diagnosis"] = without_nan(as_records(diagnose(evidence), evidence))
         self.write()
 

@@ -77,10 +77,7 @@ def save_training_checkpoint(
             "format": _RESUME_FORMAT,
             "stream": stream_state,
             "trainers": {name: each.state_beside_saelens() for name, each in trainer.trainers.items()},
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
-            },
+            "random": _random_states(trainer.first.cfg.device),
         }
         torch.save(state, directory / _RESUME_FILENAME)
     return target
@@ -113,14 +110,24 @@ def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: Act
         each.load_checkpoint(place)
         each.load_state_beside_saelens(state["trainers"][name])
     stream.load_state_dict(state["stream"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if state["random"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"][0])
+    _restore_random_states(state["random"], trainer.first.cfg.device)
     trainer.n_training_steps, trainer.n_training_samples = (
         trainer.first.n_training_steps,
         trainer.first.n_training_samples,
     )
     trainer.checkpoint_thresholds = [n for n in trainer.checkpoint_thresholds if n >= trainer.n_training_samples]
+
+
+def _random_states(device: str) -> dict[str, Any]:
+    """Returns the random state of the CPU, and of the run's device if that is a CUDA device."""
+    is_cuda = torch.device(device).type == "cuda"
+    return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device)] if is_cuda else []}
+
+
+def _restore_random_states(states: dict[str, Any], device: str) -> None:
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and torch.device(device).type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"][0], device)
 
 
 def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, Any]) -> int:

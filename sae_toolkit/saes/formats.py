@@ -17,6 +17,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from safetensors import SafetensorError
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.foreign import (
     DICTIONARY_LEARNING_FILES,
@@ -107,17 +108,19 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
         The SAE, for activations of shape [..., d_in]. Its features and reconstruction equal those of its library.
 
     Raises:
-        UserError: the SAE is damaged, incomplete, not finite, or not an autoencoder of one activation.
+        UserError: the SAE is damaged, incomplete, not finite, or not an autoencoder of one activation; or the memory
+            does not suffice.
     """
     where = f"{flag} {':'.join(file.release) if file.release else file.path}"
-    try:
-        sae = _load(file, device, flag, where)
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # SAELens raises many kinds of errors for impossible values
-        raise UserError(f"{where}: damaged or incomplete: {one_line(error)}") from error
-    _check_weights(sae, where)
-    return sae.to(dtype=torch.float32)
+    with out_of_memory_answered(f"{where}: loading it on {device}", "free memory there, or name fewer SAEs at once"):
+        try:
+            sae = _load(file, device, flag, where)
+        except UserError:
+            raise
+        except Exception as error:  # SAELens raises many kinds of errors for impossible values
+            raise UserError(f"{where}: damaged or incomplete: {one_line(error)}") from error
+        _check_weights(sae, where)
+        return sae.to(dtype=torch.float32)
 
 
 def _load(file: SAEFile, device: str, flag: str, where: str) -> SAE[Any]:

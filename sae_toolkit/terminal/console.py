@@ -167,6 +167,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # so torch.load accepts tensors only, in every library
+    _use_expandable_segments()
     try:
         status = main() or 0
     except UserError as error:
@@ -189,6 +190,15 @@ def run_script(main: Callable[[], int | None]) -> None:
         except OSError:  # the reader is gone; Python would flush again at exit, and exit with status 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
+
+
+def _use_expandable_segments() -> None:
+    """Lets torch grow blocks of CUDA memory, so that less is lost to gaps, unless the user configured its allocator.
+
+    torch reads the variable when it is imported. Processes that this one starts inherit it.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():  # older names, which torch reads
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _tell_torchrun(error: Exception) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.evaluation.run import evaluate_saes
+from sae_toolkit.evaluation.run import measure_saes
+from sae_toolkit.model.devices import random_states_restored
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_tokenizer
 from sae_toolkit.saes.checkpoints import finished_copy
@@ -44,7 +44,7 @@ class HeldOutText:
         """
         model = self.source.model if isinstance(self.source, CachedActivations) else self.source
         metrics = {}
-        with torch.random.fork_rng():
+        with random_states_restored(str(self.run.cfg.device), self.run.llm_device):
             for name, each in trainer.trainers.items():
                 evaluated = EvaluatedSAE(
                     SAEFile(name, self.run.directory, "SAELens", "in training"),
@@ -52,7 +52,7 @@ class HeldOutText:
                     replace(self.run.positions, max_activation_norm=max_norms[name]),
                 )
                 prepared, at_hook = self._prepare(name, evaluated), LanguageModel(model.model, name)
-                (evaluation,) = evaluate_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
+                (evaluation,) = measure_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
                 metrics[name] = evaluation.metrics
         return metrics
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 
 from sae_toolkit.activations.cache import CachedActivations
-from sae_toolkit.errors import RunFailed, UserError
+from sae_toolkit.errors import RunFailed, UserError, is_out_of_memory, one_line
 from sae_toolkit.files.names import HELD_OUT_METRICS_FILENAME
+from sae_toolkit.model.devices import release_memory
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.target_l0 import NEAR_TARGET
 from sae_toolkit.steps.trainer import Trainer
@@ -45,10 +47,10 @@ def fit(training: Training, record: RunRecord, signals: StopSignals) -> Path:
 
     Raises:
         Stopped: a signal came. A checkpoint is saved, if there was room for it.
-        RunFailed: losses are not finite any more, or the finished SAE cannot be written.
+        RunFailed: losses are not finite any more, memory ran out, or the finished SAE cannot be written.
     """
     run = training.run
-    with signals.deferred():
+    with signals.deferred(), _out_of_memory_answered(training):
         TrainingLoop(training, record, signals).to_the_end()
         _log_what_was_left_out(training)
         _log_l0(training.trainer)
@@ -56,6 +58,21 @@ def fit(training: Training, record: RunRecord, signals: StopSignals) -> Path:
     metadata = {"training": run.metadata(), "resumed_from": run.resume_from and run.resume_from.name}
     record.save_sae(final, metadata, with_weights=training.cfg.logger.log_weights_to_wandb)
     return final
+
+
+@contextmanager
+def _out_of_memory_answered(training: Training) -> Iterator[None]:
+    """Context manager that turns an error about memory that has run out into a `RunFailed` of one line."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            f"out of memory on {training.cfg.device} after {training.trainer.n_training_samples:,} tokens"
+            f" ({one_line(error)}); free memory there, or train anew with a smaller --expansion_factor or"
+            f" --train_batch_size_tokens; {training.checkpoints.how_to_go_on()}"
+        ) from None
 
 
 def _log_what_was_left_out(training: Training) -> None:
@@ -196,12 +213,24 @@ class TrainingLoop:
         """Measures on rank 0, while the other ranks wait."""
         if self._held_out is not None:
             self.stream.wait()
+            measured = None
             try:
                 measured = self._held_out.measure(self.trainer, self.max_norms)
             except UserError as error:  # it would end an evaluation, but must not end a training
                 log.warning("not measured on held-out text: %s", error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning(
+                    "not measured on held-out text: out of memory on %s (%s); --eval_every 0 measures nothing, and a"
+                    " smaller --expansion_factor needs less memory",
+                    self.cfg.device,
+                    one_line(error),  # the error itself would keep the tensors of the measurement alive
+                )
             else:
                 self._record_held_out(measured)
+            if measured is None:
+                release_memory()
         self.ranks.wait()
 
     def _record_held_out(self, measured: Mapping[str, Mapping[str, float]]) -> None:

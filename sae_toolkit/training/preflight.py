@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -19,14 +18,13 @@ from sae_lens.util import str_to_dtype
 from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError
-from sae_toolkit.model.devices import is_out_of_memory
+from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
-from sae_toolkit.training.run import create_sae
+from sae_toolkit.training.run import create_sae, load_model
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +101,7 @@ def dry_run(run: PreparedRun, settings: RunSettings) -> None:
         return
     measured: Sequence[MeasuredActivations | None] = [None] * len(run.cfgs)
     if run.model.is_here():
-        source = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.n_devices)
+        source = load_model(run)
         source.keep_only_up_to_hook()
         measured, speed = measure(run, source)
         log.info(speed.describe(run.cfg, run.ranks.size, reads_cache=run.is_cached))
@@ -162,7 +160,9 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
     """
     cfg = run.cfg
     found, seconds_a_step = [], 0.0
-    with _without_trace(source):
+    what = f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step on {cfg.device}"
+    answered = out_of_memory_answered(what, "lower it, --expansion_factor or --n_batches_in_buffer")
+    with _without_trace(run, source), answered:
         first = _stream(run, source, batch_size=1, rows_per_forward=1)
         first_ND = first.calibrate(1, None)  # the first pass of the model is slower, so it is not timed
         first.close()
@@ -250,23 +250,15 @@ def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_N
     trainer_cfg.logger = LoggingConfig(log_to_wandb=False)
     batch_BD = acts_ND[torch.arange(share.train_batch_size_tokens) % len(acts_ND)]
     seconds: list[float] = []
-    try:
-        trainer = Trainer(trainer_cfg, create_sae(share), iter(()))
-        trainer.products_in_bfloat16 = run.products_in_bfloat16
-        if cfg.sae.normalize_activations == "expected_average_only_in":
-            trainer.activation_scaler.scaling_factor = scale
-        while len(seconds) < _MOST_STEPS and sum(seconds) < _MOST_SECONDS_OF_STEPS:
-            started = _now(cfg.device)
-            trainer.step(batch_BD)
-            trainer.n_training_steps += 1
-            seconds.append(_now(cfg.device) - started)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--train_batch_size_tokens {cfg.train_batch_size_tokens}: a training step does not fit into the memory of"
-            f" {cfg.device}; lower it, --expansion_factor or --n_batches_in_buffer"
-        ) from None
+    trainer = Trainer(trainer_cfg, create_sae(share), iter(()))
+    trainer.products_in_bfloat16 = run.products_in_bfloat16
+    if cfg.sae.normalize_activations == "expected_average_only_in":
+        trainer.activation_scaler.scaling_factor = scale
+    while len(seconds) < _MOST_STEPS and sum(seconds) < _MOST_SECONDS_OF_STEPS:
+        started = _now(cfg.device)
+        trainer.step(batch_BD)
+        trainer.n_training_steps += 1
+        seconds.append(_now(cfg.device) - started)
     return median(seconds[1:] or seconds)  # the first step is slower
 
 
@@ -277,14 +269,12 @@ def _now(device: str) -> float:
 
 
 @contextmanager
-def _without_trace(source: LanguageModel | CachedActivations) -> Iterator[None]:
+def _without_trace(run: PreparedRun, source: LanguageModel | CachedActivations) -> Iterator[None]:
     """Restores the random states and the counts of a cache at the end of the context, and frees the memory."""
     cache = source.cache if isinstance(source, CachedActivations) else None
     before = cache.n_read + cache.n_computed if cache else 0
-    with torch.random.fork_rng():
+    with random_states_restored(str(run.cfg.device), run.llm_device):
         yield
     if cache:
         cache.n_read -= cache.n_read + cache.n_computed - before  # the run itself reads these again
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()

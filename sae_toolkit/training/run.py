@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 
 from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
-from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.errors import UserError, is_out_of_memory, one_line
 from sae_toolkit.files.trust import tensors_only
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
@@ -38,7 +40,7 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
     """
 
     def load() -> LanguageModel:
-        model = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, run.n_devices)
+        model = load_model(run)
         if run.held_out_NT is None:
             model.keep_only_up_to_hook()
         return model
@@ -48,6 +50,16 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
             return load()
     cache = ActivationCache(run.cache_directory, run.cache_parameters(), run.rows_NT, sum(run.widths))
     return CachedActivations(cache, load, run.cfg.device)
+
+
+def load_model(run: PreparedRun) -> LanguageModel:
+    """Loads the language model of a run, with all layers.
+
+    Raises:
+        UserError: as `load_language_model`.
+    """
+    n_devices = run.n_devices if run.ranks.is_alone else None  # several ranks have no --n_devices
+    return load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, n_devices)
 
 
 class Training:
@@ -60,7 +72,8 @@ class Training:
         activations: what `open_activations` returned.
 
     Raises:
-        UserError: no activations are left to train on, or the checkpoint does not fit the run.
+        UserError: no activations are left to train on, the memory does not suffice, or the checkpoint does not fit the
+            run.
     """
 
     def __init__(self, run: PreparedRun, activations: LanguageModel | CachedActivations) -> None:
@@ -68,7 +81,6 @@ class Training:
         self.activations = activations
         self.cfg = cfg = run.cfg
         self.ranks = run.ranks
-        self.saes = {each.hook_name: self._create_sae(each) for each in run.cfgs}
         batch_size = run.optimization.train_batch_size_tokens
         n_steps = -(-run.optimization.training_tokens // batch_size)
         self.stream = ActivationStream(
@@ -88,16 +100,18 @@ class Training:
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the training loop records instead
-        self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.sae.target_l0)
-        for each_trainer in self.trainer.trainers.values():
-            each_trainer.products_in_bfloat16 = run.products_in_bfloat16
-        self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
-        if run.resume_from is not None:
-            with tensors_only(f"--resume {run.resume_from}"):
-                load_training_checkpoint(run.resume_from, self.trainer, self.stream)
-            log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
-        else:
-            _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple)
+        with _out_of_memory_answered(run):
+            self.saes = {each.hook_name: self._create_sae(each) for each in run.cfgs}
+            self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.sae.target_l0)
+            for each_trainer in self.trainer.trainers.values():
+                each_trainer.products_in_bfloat16 = run.products_in_bfloat16
+            self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
+            if run.resume_from is not None:
+                with tensors_only(f"--resume {run.resume_from}"):
+                    load_training_checkpoint(run.resume_from, self.trainer, self.stream)
+                log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
+            else:
+                _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple)
         none = [None] * len(run.cfgs)
         self.max_norms = dict(zip(run.hook_names, self.stream.max_activation_norms or none, strict=True))
         for each, median_norm in zip(run.cfgs, self.stream.median_norms or none, strict=True):
@@ -114,6 +128,19 @@ class Training:
         on_cpu = copy(cfg)
         on_cpu.device, on_cpu.sae = "cpu", replace(cfg.sae, device="cpu")
         return shard_sae(create_sae(on_cpu) if self.ranks.is_main else None, cfg.device, self.ranks)
+
+
+def _out_of_memory_answered(run: PreparedRun) -> AbstractContextManager[None]:
+    """Returns a context manager that answers an error about memory that has run out before a run's next step."""
+    if run.resume_from is None:
+        return out_of_memory_answered(
+            f"--expansion_factor {run.sae.expansion_factor}: creating the SAE on {run.cfg.device}",
+            "lower it or --n_batches_in_buffer, or free memory there",
+        )
+    return out_of_memory_answered(
+        f"--resume {run.resume_from}: loading it on {run.cfg.device}",
+        "the checkpoint is unchanged: free memory there, or resume with another --device",
+    )
 
 
 def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any], more: dict[str, Any]) -> None:
@@ -142,6 +169,8 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
     try:
         found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"--set from_pretrained_path={cfg.from_pretrained_path}: cannot be read ({one_line(error)}); name another"
         ) from None

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
-from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype
+from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype, out_of_memory_answered
 from sae_toolkit.model.language_model import hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
@@ -98,12 +98,14 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         positions = PositionFilter(
             special_tokens(settings.text.exclude_special_tokens, tokenizer), settings.text.skip_positions
         )
-        if found:
-            text, rows_NT, held_out_NT = found.text, found.rows_NT, None
-        elif directory.path.exists():
-            text, rows_NT, held_out_NT = directory.text(), directory.rows(), directory.held_out_rows()
-        else:
-            text, rows_NT, held_out_NT = _read_text(settings, cfgs[0], model, tokenizer, positions)
+        what = f"--training_tokens {settings.optimization.training_tokens}: reading the text"
+        with out_of_memory_answered(what, "lower it, or free memory"):
+            if found:
+                text, rows_NT, held_out_NT = found.text, found.rows_NT, None
+            elif directory.path.exists():
+                text, rows_NT, held_out_NT = directory.text(), directory.rows(), directory.held_out_rows()
+            else:
+                text, rows_NT, held_out_NT = _read_text(settings, cfgs[0], model, tokenizer, positions)
         for cfg in cfgs:
             cfg.dataset_path = text.name
     except BaseException:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
-from sae_toolkit.saes.checkpoints import load_sae
+from sae_toolkit.saes.checkpoints import _random_states, _restore_random_states, load_sae
 from sae_toolkit.settings.training import ARCHITECTURES
 from support.sae_files import load
 
@@ -129,3 +129,17 @@ def test_a_manifest_names_no_file_outside_its_directory(tmp_path, name):
     (tmp_path / "sae" / "manifest.json").write_text(json.dumps({"files": {name: {}}}))
     with pytest.raises(UserError, match="names a file that is not within it"):
         check_manifest(tmp_path / "sae", "--sae_path sae")
+
+
+def test_the_random_state_of_a_checkpoint_is_that_of_the_runs_device(monkeypatch):
+    states = {"cuda:0": torch.tensor([0]), "cuda:1": torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    saved = _random_states("cuda:1")
+    drawn = torch.rand(3)
+    states["cuda:1"] = torch.tensor([2])
+    _restore_random_states(saved, "cuda:1")
+    assert (states["cuda:0"].item(), states["cuda:1"].item()) == (0, 1)
+    assert torch.equal(torch.rand(3), drawn)
+    _restore_random_states(saved, "cpu")  # a run may be resumed where there is no GPU
+    assert _random_states("cpu")["cuda"] == []
