@@ -17,7 +17,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.model.devices import is_out_of_memory
+from sae_toolkit.errors import is_out_of_memory
 from sae_toolkit.steps.selection import select_among
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.target_l0 import L0Control
