@@ -95,6 +95,20 @@ class LanguageModel:
         assert isinstance(weight, torch.Tensor)
         return weight.device
 
+    def compile_layers(self, mode: str | None = None) -> None:
+        """Has torch.compile compile each layer, except for layers with a hook inside them. The first pass is slow.
+
+        Args:
+            mode: mode of torch.compile; None for its default.
+        """
+        with_hook_inside = {
+            hook.layer for hook in self.hooks if hook.layer is not None and hook.module is not self.layers[hook.layer]
+        }
+        for index, layer in enumerate(self.layers):
+            if index not in with_hook_inside:
+                # Not layer.compile(), which would compile the hooks of the layer too.
+                layer.forward = torch.compile(layer.forward, mode=mode)
+
     def keep_only_up_to_hook(self) -> None:
         """Frees the layers after the last hook, and the output head. Only `activations` works after that."""
         layers = [hook.layer for hook in self.hooks if hook.layer is not None]

@@ -56,7 +56,8 @@ _OWNED = {
 # parts of SAELens that this project replaces: the activation store, the model loader, the evaluator.
 _HONOURED = set(
     "adam_beta1 adam_beta2 lr_scheduler_name lr_end n_restart_cycles feature_sampling_window"
-    " n_batches_for_norm_estimate autocast compile_sae sae_compilation_mode activations_mixing_fraction prepend_bos"
+    " n_batches_for_norm_estimate autocast compile_sae sae_compilation_mode compile_llm llm_compilation_mode"
+    " activations_mixing_fraction prepend_bos"
     " sequence_separator_token disable_concat_sequences from_pretrained_path model_from_pretrained_kwargs"
     " logger.wandb_log_frequency logger.log_weights_to_wandb".split()
 )
@@ -82,9 +83,12 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "topk_threshold_lr": ("above 0 and at most 1", lambda v: 0 < v <= 1),
     "activations_mixing_fraction": ("in [0, 1]", lambda v: 0 <= v <= 1),
-    "sae_compilation_mode": (
-        "default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
-        lambda v: v in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    **dict.fromkeys(
+        ("sae_compilation_mode", "llm_compilation_mode"),
+        (
+            "default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
+            lambda v: v in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        ),
     ),
 }
 

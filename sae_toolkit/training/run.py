@@ -53,13 +53,16 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
 
 
 def load_model(run: PreparedRun) -> LanguageModel:
-    """Loads the language model of a run, with all layers.
+    """Loads the language model of a run, with all layers. They are compiled if the run asks for it.
 
     Raises:
         UserError: as `load_language_model`.
     """
     n_devices = run.n_devices if run.ranks.is_alone else None  # several ranks have no --n_devices
-    return load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, n_devices)
+    model = load_language_model(run.model, run.hook_names, run.llm_device, run.lm_dtype, n_devices)
+    if run.cfg.compile_llm:
+        model.compile_layers(run.cfg.llm_compilation_mode)
+    return model
 
 
 class Training:

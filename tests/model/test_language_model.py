@@ -1,6 +1,7 @@
 """The hooked model computes what transformer-lens computes, and computes nothing that is not used."""
 
 import copy
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -208,6 +209,21 @@ def test_a_model_cut_after_its_hook_gives_the_same_activations(tiny_model):
     model.keep_only_up_to_hook()
     assert len(model.layers) == 2
     torch.testing.assert_close(model.activations(TOKENS), whole, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_layers_compute_the_same_and_can_be_replaced(tiny_model):
+    model = load_language_model(find_model(str(tiny_model)), "blocks.1.mlp.hook_post", "cpu", torch.float32)
+    logits_BTV, state = model.logits(TOKENS)
+    captured = torch._dynamo.utils.counters["stats"]
+    before = captured["calls_captured"]
+    model.compile_layers()
+    torch.testing.assert_close(model.activations(TOKENS), state.acts_BTD, rtol=1e-4, atol=1e-5)
+    assert captured["calls_captured"] > before
+    for _ in range(2):  # the layer before the hook is replaced, and then itself again
+        replaced_BTV = model.logits_from_hook(TOKENS, state, state.acts_BTD)
+        torch.testing.assert_close(replaced_BTV, logits_BTV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.logits(TOKENS)[0], logits_BTV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,14 @@ def _numbers(*sane):
     return _mostly(st.sampled_from(sane), st.sampled_from(extreme), 6)
 
 
-_HONOURED_FIELDS = {name for name in _HONOURED if name != "compile_sae"}  # which takes minutes
+_COMPILING = {"compile_sae", "compile_llm"}  # which take minutes
+_HONOURED_FIELDS = set(_HONOURED) - _COMPILING
 _SAE_FIELDS = {
     f"sae.{field.name}"
     for architecture in ARCHITECTURES
     for field in dataclasses.fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
 }
-_OTHER_FIELDS = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)} - {"compile_sae"}
+_OTHER_FIELDS = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)} - _COMPILING
 _FIELD = _mostly(
     st.sampled_from(sorted(_HONOURED_FIELDS | _SAE_FIELDS)),
     st.sampled_from(
