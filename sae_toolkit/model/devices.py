@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 import psutil
 import torch
 
-from sae_toolkit.errors import UserError, failed_allocation, one_line
+from sae_toolkit.errors import UserError, failed_allocation, is_out_of_memory, one_line
 
 
 def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
@@ -83,10 +83,11 @@ def out_of_memory_answered(what: str, answer: str | Callable[[], str]) -> Iterat
     try:
         yield
     except Exception as error:
-        if (failed := failed_allocation(error)) is None:
+        if not is_out_of_memory(error):
             raise
+        reason = one_line(failed_allocation(error) or error)
         to_do = answer if isinstance(answer, str) else answer()
-        raise UserError(f"{what} ran out of memory ({one_line(failed)}); {to_do}") from None
+        raise UserError(f"{what} ran out of memory ({reason}); {to_do}") from None
 
 
 def release_memory() -> None:
