@@ -174,7 +174,7 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         }[flags.contender]()
     if len(times) < flags.warm_up + flags.steps:
         sys.exit(f"{flags.contender} ended after {len(times)} steps")
-    peak = torch.cuda.max_memory_allocated() if flags.device != "cpu" else _peak_resident()
+    peak = torch.cuda.max_memory_allocated() if flags.device != "cpu" else peak_resident()
     seconds = times[flags.warm_up + flags.steps - 1] - times[flags.warm_up - 1]
     return {
         "tokens_per_second": flags.steps * job(flags)["batch"] / seconds,
@@ -184,7 +184,7 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     }
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """Returns the peak of this process's resident memory in bytes.
 
     ru_maxrss may be the peak of its parent, since it counts the time before the process started its program.

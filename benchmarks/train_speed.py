@@ -147,9 +147,10 @@ def print_heading(flags: argparse.Namespace) -> None:
     size = job(flags)
     where = torch.cuda.get_device_name() if flags.device != "cpu" else f"{os.cpu_count()} cores, {_processor()}"
     print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {where};"
-        f" {versions(flags.contenders)}; {flags.job} job: layer {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']}, context {size['context']}, batch"
-        f" {size['batch']:,}; {flags.steps} steps after {flags.warm_up}, medians of {flags.repeats}\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {where}; {versions(flags.contenders)};"
+        f" {flags.job} job: layer {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']},"
+        f" context {size['context']}, batch {size['batch']:,}; {flags.steps} steps after {flags.warm_up},"
+        f" medians of {flags.repeats}\n"
     )
 
 
