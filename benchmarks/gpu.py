@@ -7,7 +7,7 @@
     python benchmarks/gpu.py --tiny                   # all of it with tiny shapes on a CPU, to try the benchmark
 
 The model has Llama-3-8B's shapes and random weights, and the text is this repository's own, so no network is needed.
-The work directory takes 35 GB. The parts:
+The work directory takes 25 GB. The parts:
 
     a  the operators of a training step, each alone
     b  training steps at 32,768 and 131,072 features, with and without dead features: time, memory, waits

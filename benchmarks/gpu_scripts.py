@@ -22,7 +22,8 @@ from repository_text import ROOT, write_documents
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.training.setup import prepare_run
 
-# Held-out text is measured after 64 steps, so that the steps up to there are whole fillings of the buffer.
+# The times of every 16th step are exact, and the buffer is filled every 16 steps. Held-out text is measured after those
+# that count.
 _STEPS, _EVALUATED_AFTER, _STOPPED_AFTER, _UNTIMED = 96, 64, 72, 16
 _STOPPED = 128 + 15  # exit status after SIGTERM
 
