@@ -41,12 +41,8 @@ def measure_floors(size: Mapping[str, int], device: str, model_dir: Path, n_rows
     in_float32 = _flops(size, device, "highest" if device == "cpu" else "high")
     in_bfloat16 = _flops(size, device, "medium") if device == "cpu" and dtype == torch.bfloat16 else in_float32
     bandwidth = _bandwidth(device)
-    batch, d_in, d_sae = size["batch"], size["d_in"], size["d_sae"]
-    # Operations: the encoder's product on all features; on k features the decoder's, the gradient of the values and
-    # those of both weights. Bytes: each weight is read in the forward and in the backward pass, its gradient is
-    # written there and read for clipping, and Adam reads 4 values and writes 3; pre-activations are written and read.
-    operations = 2 * batch * d_in * (d_sae + 4 * size["k"])
-    moved = 4 * (2 * d_in * d_sae * (2 + 1 + 1 + 7) + 2 * batch * d_sae)
+    batch = size["batch"]
+    operations, moved = step_operations(size), step_bytes(size)
     return {
         "lm": lm,
         "sae": (operations / in_float32 + moved / bandwidth) / batch,
@@ -58,13 +54,31 @@ def measure_floors(size: Mapping[str, int], device: str, model_dir: Path, n_rows
     }
 
 
+def step_operations(size: Mapping[str, int]) -> int:
+    """Returns the operations of an SAE's step.
+
+    They are the encoder's product on all features; on k features the decoder's, the gradient of the values and those of
+    both weights.
+    """
+    return 2 * size["batch"] * size["d_in"] * (size["d_sae"] + 4 * size["k"])
+
+
+def step_bytes(size: Mapping[str, int]) -> int:
+    """Returns the least number of bytes that an SAE's step reads and writes.
+
+    Each weight is read in the forward and in the backward pass, its gradient is written there and read for clipping,
+    and Adam reads 4 values and writes 3. The pre-activations are written and read.
+    """
+    return 4 * (2 * size["d_in"] * size["d_sae"] * (2 + 1 + 1 + 7) + 2 * size["batch"] * size["d_sae"])
+
+
 def _seconds_of_language_model(
     size: Mapping[str, int], device: str, model_dir: Path, dtype: torch.dtype, n_rows: int, n_steps: int
 ) -> float:
     """Returns the seconds a token of the language model up to its hook."""
     model = load_language_model(find_model(str(model_dir)), f"model.layers.{size['layer']}", device, dtype)
     model.keep_only_up_to_hook()
-    tokens_BT = torch.randint(3, 40_000, (n_rows, size["context"]))
+    tokens_BT = torch.randint(3, model.config.vocab_size, (n_rows, size["context"]))
     return _seconds(lambda: model.activations(tokens_BT), min(15.0, 0.15 * n_steps), device) / tokens_BT.numel()
 
 

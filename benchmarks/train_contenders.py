@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from train_job import ROWS_PER_FORWARD, job
 
@@ -22,7 +22,8 @@ CONTENDERS = {
     "this_cached": "this project, cached activations",
     "saelens": "SAELens, its defaults",
     "saelens_fast": "SAELens, its fastest flags",
-    "sparsify": "sparsify",
+    "sparsify": "sparsify, Adam",
+    "sparsify_signum": "sparsify, its default optimizer",
 }
 
 
@@ -104,8 +105,8 @@ def run_saelens(flags: argparse.Namespace, work_dir: Path, more: list[str]) -> N
     LanguageModelSAETrainingRunner(cfg=cfg, override_dataset=dataset).run()
 
 
-def run_sparsify(flags: argparse.Namespace, work_dir: Path) -> None:
-    """Trains by sparsify's Trainer, with Adam."""
+def run_sparsify(flags: argparse.Namespace, work_dir: Path, optimizer: Literal["adam", "signum"]) -> None:
+    """Trains by sparsify's Trainer."""
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1" if flags.device == "cpu" else "0")
     import torch
     from datasets import load_dataset
@@ -116,8 +117,8 @@ def run_sparsify(flags: argparse.Namespace, work_dir: Path) -> None:
     config = TrainConfig(
         SaeConfig(num_latents=size["d_sae"], k=size["k"]),
         batch_size=size["batch"] // size["context"],
-        optimizer="adam",
-        lr=3e-4,
+        optimizer=optimizer,
+        lr=3e-4 if optimizer == "adam" else None,
         layers=[size["layer"]],
         save_dir=str(work_dir / "runs"),
         run_name="sparsify",
@@ -168,11 +169,12 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
             "this_cached": lambda: run_this(flags, work_dir, cache=True),
             "saelens": lambda: run_saelens(flags, work_dir, []),
             "saelens_fast": lambda: run_saelens(flags, work_dir, fast),
-            "sparsify": lambda: run_sparsify(flags, work_dir),
+            "sparsify": lambda: run_sparsify(flags, work_dir, "adam"),
+            "sparsify_signum": lambda: run_sparsify(flags, work_dir, "signum"),
         }[flags.contender]()
     if len(times) < flags.warm_up + flags.steps:
         sys.exit(f"{flags.contender} ended after {len(times)} steps")
-    peak = torch.cuda.max_memory_allocated() if flags.device != "cpu" else _peak_resident()
+    peak = torch.cuda.max_memory_allocated() if flags.device != "cpu" else peak_resident()
     seconds = times[flags.warm_up + flags.steps - 1] - times[flags.warm_up - 1]
     return {
         "tokens_per_second": flags.steps * job(flags)["batch"] / seconds,
@@ -182,7 +184,7 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     }
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """Returns the peak of this process's resident memory in bytes.
 
     ru_maxrss may be the peak of its parent, since it counts the time before the process started its program.

@@ -12,7 +12,7 @@ contenders read the same model directory and the same rows of tokens, each in a 
 
     this project               sae_lens_train.py; and again from the activations that --cache_activations left
     SAELens                    its own CLI with its defaults; and again with its fastest flags (see SAELENS_FAST)
-    sparsify                   its Trainer with Adam
+    sparsify                   its Trainer with Adam; and again with its default optimizer, signum
 
 The clock runs from one optimizer step to another, after warm-up, in every contender through torch's own hook. Prints
 medians, spread, peak memory (resident on a CPU, allocated on a GPU) and ratios as Markdown.
@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,16 @@ def parse_flags() -> argparse.Namespace:
     return flags
 
 
+class ContenderFailed(RuntimeError):
+    """A contender ended before its last step. The message has the end of what it wrote."""
+
+
 def measure(flags: argparse.Namespace, contender: str, work_dir: Path) -> dict[str, Any]:
-    """Runs a contender, or the measurement of the floors, in a process of its own."""
+    """Runs a contender, or the measurement of the floors, in a process of its own.
+
+    Raises:
+        ContenderFailed: it did not get to its last step.
+    """
     command = [sys.executable, __file__, "--contender", contender, "--work_dir", str(work_dir)]
     for name in ("device", "job", "steps", "warm_up"):
         command += [f"--{name}", str(getattr(flags, name))]
@@ -66,7 +75,7 @@ def measure(flags: argparse.Namespace, contender: str, work_dir: Path) -> dict[s
         environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     done = subprocess.run(command, cwd=work_dir, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        sys.exit(f"{contender} failed:\n{done.stderr[-3000:]}")
+        raise ContenderFailed(f"{contender} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -133,18 +142,26 @@ def report(flags: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
 
 
 def print_heading(flags: argparse.Namespace) -> None:
-    from importlib.metadata import version
-
     import torch
 
     size = job(flags)
     where = torch.cuda.get_device_name() if flags.device != "cpu" else f"{os.cpu_count()} cores, {_processor()}"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "sae-lens", "transformers", "eai-sparsify"))
     print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {where}; {versions}; {flags.job} job: layer"
-        f" {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']}, context {size['context']}, batch"
-        f" {size['batch']:,}; {flags.steps} steps after {flags.warm_up}, medians of {flags.repeats}\n"
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {where}; {versions(flags.contenders)};"
+        f" {flags.job} job: layer {size['layer']}, {size['d_sae']:,} features, TopK k {size['k']},"
+        f" context {size['context']}, batch {size['batch']:,}; {flags.steps} steps after {flags.warm_up},"
+        f" medians of {flags.repeats}\n"
     )
+
+
+def versions(contenders: Sequence[str]) -> str:
+    """Returns the versions of torch, Transformers and the contenders' libraries."""
+    from importlib.metadata import version
+
+    packages = ["torch", "sae-lens", "transformers"]
+    if any(name.startswith("sparsify") for name in contenders):
+        packages.append("eai-sparsify")
+    return ", ".join(f"{package} {version(package)}" for package in packages)
 
 
 def print_contender(name: str, runs: list[dict[str, Any]], floors: list[dict[str, Any]]) -> None:
@@ -190,4 +207,7 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ContenderFailed as failed:
+        sys.exit(str(failed))

@@ -26,6 +26,17 @@ from support.processes import HOOK, ROOT, Outcome
 from support.trainings import Trainings
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --device here and not in tests/gpu, so that it is known whichever tests are named."""
+    parser.addoption("--device", default="cpu", help="device of tests/gpu: cpu (default), cuda or cuda:N")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device on this machine")
+
+
 @pytest.fixture(scope="session")
 def embedded_source() -> ModelSource:
     return find_model(EMBEDDED_MODEL)

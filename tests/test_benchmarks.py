@@ -29,6 +29,39 @@ def test_the_training_benchmark_says_where_the_time_goes():
     assert {"next batch", "next batch: language model", "step", "step: Adam", "step: backward"} <= shares.keys()
 
 
+def test_the_benchmark_of_the_gpu_runs_all_of_its_parts_on_a_cpu():
+    done = run_process(sys.executable, "benchmarks/gpu.py", "--tiny")
+    assert done.status == 0, done.stdout + done.stderr
+    _, *parts = re.split(r"^## ", done.stdout, flags=re.MULTILINE)
+    rows = {part.partition("\n")[0]: re.findall(r"^\| (\w.*?) \|", part, re.MULTILINE) for part in parts}
+    a, b, c, d, e, targets = rows.values()
+    assert "failed" not in done.stdout
+    assert a.count("BatchTopK's selection, of the whole batch") == a.count("Adam, fused") == 2  # numbers of features
+    assert b.count("topk") == b.count("batchtopk") == 2 * 4  # shares of dead features
+    assert [row.partition(",")[0] for row in c[1:]] == ["eager", "layers compiled"]
+    assert d[1:] == ["training, stopped", "resumed to its end", "evaluation"]
+    assert e[1:] == [
+        *("this project", "SAELens, its defaults", "SAELens, its fastest flags"),
+        "sparsify, its default optimizer",
+    ]
+    assert len(targets) == 7
+
+
+def test_a_part_that_fails_is_shown_and_the_next_one_runs(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "complete").touch()  # a model without weights
+    done = run_process(sys.executable, "benchmarks/gpu.py", "--tiny", "--parts", "ca", "--work_dir", tmp_path)
+    assert done.status == 1
+    assert re.search(r"^Part c failed: UserError\n\n```text\nTraceback", done.stdout, re.MULTILINE)
+    assert "| Adam, fused | 512 |" in done.stdout
+
+
+def test_the_benchmark_of_the_gpu_needs_a_gpu():
+    done = run_process(sys.executable, "benchmarks/gpu.py", CUDA_VISIBLE_DEVICES="")
+    assert done.status == 2
+    assert "--device cuda: torch" in done.stderr and "use --tiny on a CPU" in done.stderr
+
+
 def test_the_evaluation_benchmark_measures_the_same_l0_as_run_evals(script, tiny_run):
     trained = script("sae_lens_train.py", *tiny_run)
     done = run_process(
