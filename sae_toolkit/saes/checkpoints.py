@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sae_lens.constants import (
 )
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.topk_sae import TopKTrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -242,25 +243,46 @@ def _inference_form(path: Path, device: str) -> SAE[Any]:
 
 
 def _converted(training_sae: TrainingSAE[Any], scaler: ActivationScaler, n_steps: int) -> SAE[Any]:
-    """Returns the inference form of a training SAE. It changes the given SAE and scaler."""
+    """Returns the inference form of a training SAE. It takes the weights of the given SAE, and changes them in place.
+
+    So it needs no memory, except for the folding of a whitening.
+    """
+    device, cfg = training_sae.device, training_sae.cfg
     _correct_threshold_bias(training_sae, n_steps)
     _fold_normalization(training_sae, scaler)
-    state = {name: tensor.clone() for name, tensor in training_sae.state_dict().items()}
+    inference_cfg = cfg.get_inference_sae_cfg_dict()
+    if isinstance(training_sae, TopKTrainingSAE) and cfg.rescale_acts_by_decoder_norm:
+        # SAELens folds the norms into new tensors when it converts the weights. Here the same is done in place.
+        training_sae.fold_W_dec_norm()
+        cfg.rescale_acts_by_decoder_norm = False
+    state = training_sae.state_dict()
     training_sae.process_state_dict_for_saving_inference(state)
-    sae = SAE.from_dict(training_sae.cfg.get_inference_sae_cfg_dict() | {"device": str(training_sae.device)})
-    sae.load_state_dict(state)
+    sae = _with_weights(SAE.from_dict(inference_cfg | {"device": "meta"}), state, device)
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval()
 
 
+def _with_weights(sae: SAE[Any], state: dict[str, torch.Tensor], device: torch.device) -> SAE[Any]:
+    """Returns the SAE, which was made on `meta`, with weights that are on the given device. They are not copied."""
+    sae.load_state_dict(state, assign=True)
+    sae.device, sae.cfg.device = device, str(device)
+    return sae
+
+
 @torch.no_grad()
 def finished_copy(trainer: Trainer) -> SAE[Any]:
-    """Returns a copy of the SAE, on the same device, as the run would save it if it ended now."""
+    """Returns a copy of the SAE, on the same device, as the run would save it if it ended now.
+
+    No more memory is needed than the copy takes, except for the folding of a whitening.
+    """
     sae_class, _ = get_sae_training_class(trainer.sae.cfg.architecture())
-    with torch.random.fork_rng():  # a new SAE draws random weights
-        copied = sae_class(trainer.sae.cfg)
-        copied.load_state_dict(trainer.sae.state_dict())
-        return _converted(copied, copy(trainer.activation_scaler), trainer.n_training_steps)
+    cfg = deepcopy(trainer.sae.cfg)
+    cfg.device = "meta"  # where random weights take neither memory nor random numbers
+    state = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trainer.sae.state_dict().items()
+    }
+    copied = _with_weights(sae_class(cfg), state, trainer.sae.device)
+    return _converted(copied, copy(trainer.activation_scaler), trainer.n_training_steps)
 
 
 def load_log_sparsity(path: Path) -> torch.Tensor | None:

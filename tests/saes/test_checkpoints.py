@@ -1,18 +1,21 @@
 """The checkpoints of every architecture, finished or not, load and compute as in plain SAELens."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import SAE
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from safetensors.torch import load_file, save_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
-from sae_toolkit.saes.checkpoints import _random_states, _restore_random_states, load_sae
+from sae_toolkit.saes.checkpoints import _random_states, _restore_random_states, finished_copy, load_sae
 from sae_toolkit.settings.training import ARCHITECTURES
+from sae_toolkit.steps.trainer import Trainer
+from sae_toolkit.training.run import create_sae
 from support.sae_files import load
 
 ACTS = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
@@ -49,6 +52,68 @@ def test_a_run_leaves_what_saelens_loads(script, tiny_run, architecture, normali
     unfinished = load_sae(final.parent / "2048", "cpu")
     torch.testing.assert_close(unfinished.encode(ACTS), ours.encode(ACTS), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unfinished(ACTS), ours(ACTS), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "normalization"),
+    [
+        (architecture, normalization)
+        for architecture in ARCHITECTURES
+        for normalization in ("none", "expected_average_only_in", "covariance_whitening")
+        if (architecture, normalization) != ("matching_pursuit", "covariance_whitening")  # SAELens does not fold it
+    ],
+)
+def test_a_copy_finished_during_training_is_what_saelens_would_save(tmp_path, architecture, normalization):
+    trainer = stepped_trainer(architecture, normalization)
+    before, cfg_before = deepcopy(trainer.sae.state_dict()), trainer.sae.cfg.to_dict()
+    random_state = torch.get_rng_state()
+    copied = finished_copy(trainer)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert trainer.sae.cfg.to_dict() == cfg_before
+    for name, tensor in trainer.sae.state_dict().items():
+        assert torch.equal(tensor, before[name]) and tensor.stride() == before[name].stride(), name
+
+    scaler, n_steps = trainer.activation_scaler, trainer.n_training_steps
+    if hasattr(trainer.sae, "topk_threshold"):
+        trainer.sae.topk_threshold /= 1 - 0.99**n_steps
+    if scaler.scaling_factor is not None:
+        trainer.sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if (whitening := scaler.whitening) is not None:
+        trainer.sae.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    trainer.sae.save_inference_model(tmp_path)
+    saved = SAE.load_from_disk(tmp_path, device="cpu")
+    assert copied.cfg.to_dict() == saved.cfg.to_dict()
+    assert copied.state_dict().keys() == saved.state_dict().keys()
+    for name, tensor in copied.state_dict().items():
+        assert torch.equal(tensor, saved.state_dict()[name]) and tensor.is_contiguous(), name
+    assert torch.equal(copied(ACTS), saved(ACTS))
+
+
+def stepped_trainer(architecture, normalization):
+    """The trainer of an SAE of 32 dimensions and 256 features, after three steps."""
+    settings = {"k": 8} if "topk" in architecture else {}
+    if architecture == "matryoshka_batchtopk":
+        settings["matryoshka_widths"] = [64, 256]
+    _, config_class = get_sae_training_class(architecture)
+    cfg = LanguageModelSAERunnerConfig(
+        sae=config_class(d_in=32, d_sae=256, normalize_activations=normalization, **settings),
+        training_tokens=5000,
+        train_batch_size_tokens=50,
+        lr=1e-3,
+        device="cpu",
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+    trainer = Trainer(cfg.to_sae_trainer_config(), create_sae(cfg), iter(()))
+    batches = 3 * [ACTS + 0.3]
+    if normalization == "expected_average_only_in":
+        trainer.activation_scaler.estimate_scaling_factor(32, iter(batches), 3)
+    elif normalization == "covariance_whitening":
+        trainer.activation_scaler.estimate_whitening(32, iter(batches), 3)
+    for batch in batches:
+        trainer.step(batch)
+        trainer.n_training_steps += 1
+    return trainer
 
 
 def test_the_saved_sae_takes_raw_activations_in_and_gives_raw_ones_out(script, tiny_run):
