@@ -77,11 +77,15 @@ def reconstruct_with_dead(
     pre_BC = F.linear(sae_in_BD, taken.W_enc_CD, taken.b_enc_C)
     keep_BC = dead.is_dead_C
     if dead.bound > half:
-        with torch.no_grad():
-            norm_C = taken.W_dec_CD.norm(dim=-1) if rescales else pre_BC.new_ones(())
-            below_C = torch.zeros_like(taken.b_enc_C).masked_fill_(~dead.is_dead_C, -torch.inf)
-            scaled_BC = torch.addcmul(below_C, pre_BC, norm_C)
-            values, columns = scaled_BC.topk(min(half, scaled_BC.shape[1]), dim=-1, sorted=False)
-            chosen = among_largest(values, half, shards)
-            keep_BC = dead.is_dead_C & torch.zeros_like(pre_BC, dtype=torch.bool).scatter_(1, columns, chosen)
+        norm_C = taken.W_dec_CD.detach().norm(dim=-1) if rescales else torch.ones_like(taken.b_enc_C)
+        keep_BC = _largest_of_dead(pre_BC.detach(), norm_C, dead, half, shards)
     return torch.where(keep_BC, pre_BC, 0.0) @ taken.W_dec_CD
+
+
+def _largest_of_dead(pre_BC: Tensor, norm_C: Tensor, dead: DeadFeatures, half: int, shards: Ranks) -> Tensor:
+    """Returns which of this shard's dead features are among the `half` largest of all shards, boolean [B, C]."""
+    below_C = torch.zeros_like(norm_C).masked_fill_(~dead.is_dead_C, -torch.inf)
+    scaled_BC = torch.addcmul(below_C, pre_BC, norm_C)
+    values, columns = scaled_BC.topk(min(half, scaled_BC.shape[1]), dim=-1, sorted=False)
+    chosen = among_largest(values, half, shards)
+    return torch.zeros_like(pre_BC, dtype=torch.bool).scatter_(1, columns, chosen) & dead.is_dead_C
