@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.util import str_to_dtype
 
@@ -26,6 +27,32 @@ _DENSE_STEP = {
     "matryoshka_batchtopk": 13.3,
 }
 _OTHER_DENSE_STEP = 12.0
+
+# The same on a CUDA device, as (tensors [F, D], tensors [B, F]) that exist at the peak beside weights and moments.
+# Gradients are among them, and the auxiliary loss of dead features where there is one. Each architecture has two such
+# moments in its backward pass, and the ratio of B and D decides which of them is higher. The numbers were counted on
+# fake CUDA tensors (tests/cuda), where memory is known to the byte.
+#   [F, D]: W_dec's gradient; until it is added up, its parts through the product and through the decoder norms, and
+#           for gated the encoder's two products; for matryoshka one part for each nested dictionary.
+#   [B, F]: pre-activations and activations, scaled and unscaled, and the gradients of the last two or three of them.
+_DENSE_STEP_ON_CUDA: dict[str, tuple[tuple[float, float], ...]] = {
+    "standard": ((3, 4), (2, 5)),
+    "topk": ((3, 5), (1, 8)),
+    "abstopk": ((3, 5), (1, 8)),
+    "batchtopk": ((3, 6), (1, 9)),
+    "jumprelu": ((2, 3), (1, 5.25)),
+    "gated": ((5, 5), (2, 8)),
+    "matryoshka_batchtopk": ((3, 8), (1, 10)),
+}
+_OTHER_DENSE_STEP_ON_CUDA = ((3.0, 12.0),)
+_BATCHES_ON_CUDA = 6  # tensors [B, D] at these moments: the batch, scaled, centered, reconstructed, and gradients
+
+# Tensors [tokens, hidden_size] and [tokens, intermediate_size] at the peak of a forward pass, which is in an MLP.
+_FORWARD_PASS = {"cpu": (6, 3), "cuda": (4, 3)}  # the residual stream, its copies in attention and norm; gate, up, both
+# To compare predictions on a CUDA device, the evaluation holds five tensors in float32, each of up to 512 MiB
+# (`compare_predictions` in evaluation/metrics.py): logits that are converted, two log-probabilities, the one before
+# the second of these, and probabilities.
+_COMPARED, _CHUNK = 5, 2**29
 HELD_OUT_ROWS_AT_ONCE = 2  # how many rows' logits an evaluation during training holds at a time
 
 
@@ -46,31 +73,45 @@ class MemoryPlan:
     sae: int
     gradients: int
     adam: int
-    step: int  # without the gradients
+    step: int  # without the gradients, and with the loss of dead features at its largest
+    folding: int  # what the normalization is folded with into the finished SAE
     evaluation_model: int  # all layers
     evaluation_logits: int
     evaluates: bool  # whether there are evaluations during training
     held_out_logits: int
+    comparing: int  # of predictions, beside the logits
     on_cpu: bool
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most that the run holds in each of its parts."""
+        held = self.model + self.sae + self.buffer
+        trained = held + self.adam
+        peaks = {
+            "loading": self.loading,
+            # On a CUDA device the forward passes are over, and their memory is free, when the activations are copied.
+            "calibrating": held + (sum if self.on_cpu else max)((self.norm_estimate, self.forward_pass)),
+            "filling": trained + self.forward_pass,
+            "stepping": trained + self.gradients + self.step,
+            "finishing": trained + self.folding,
+        }
+        if self.evaluates:  # on a finished copy of an SAE, which takes as much as its gradients
+            peaks["held out"] = trained + self.gradients + max(self.folding, self.held_out_logits + self.comparing)
+        if self.on_cpu:  # the process keeps this memory after it was freed, in fragments
+            for name in peaks.keys() & {"stepping", "held out"}:
+                peaks[name] += self.norm_estimate
+        return {name: self.process + peak for name, peak in peaks.items()}
 
     @property
     def peak(self) -> int:
         """The most that the run holds at any time."""
-        held = self.model + self.sae + self.buffer
-        calibrating = held + self.norm_estimate + self.forward_pass
-        filling = held + self.adam + self.forward_pass
-        stepping = held + self.adam + self.gradients + self.step
-        # An evaluation during training holds a copy of the SAE, so `sae` is counted twice.
-        evaluating = held + self.adam + self.sae + self.held_out_logits if self.evaluates else 0
-        if self.on_cpu:  # the process keeps this memory after it was freed, in fragments
-            stepping += self.norm_estimate
-            evaluating += self.norm_estimate if self.evaluates else 0
-        return self.process + max(self.loading, calibrating, filling, stepping, evaluating)
+        return max(self.peaks.values())
 
     @property
     def evaluation_peak(self) -> int:
         """The most that an evaluation in a process of its own holds: the whole model, the SAE and a batch's logits."""
-        return self.process + max(self.loading, self.evaluation_model + self.sae + self.evaluation_logits)
+        evaluating = self.evaluation_model + self.sae + self.evaluation_logits + self.comparing
+        return self.process + max(self.loading, evaluating)
 
     def surely_above(self, free: int) -> bool:
         """Returns whether the run cannot fit, even if the prediction is too high.
@@ -105,11 +146,13 @@ class MemoryPlan:
             "gradients": self.gradients,
             "Adam": self.adam,
             "step": self.step,
+            "held-out logits": self.evaluates and self.held_out_logits + self.comparing,
         }
         return (
             f"memory  {_gib(self.peak)} GiB at the peak, {_gib(self.process + self.loading)} while the model loads\n"
             f"        {', '.join(f'{name} {_gib(size)}' for name, size in items.items() if size)}\n"
-            f"        evaluation {_gib(self.evaluation_peak)}, including logits {_gib(self.evaluation_logits)}"
+            f"        evaluation {_gib(self.evaluation_peak)}, including logits"
+            f" {_gib(self.evaluation_logits + self.comparing)}"
         )
 
 
@@ -127,7 +170,9 @@ def plan_memory(
     n_saes: int = 1,
     evaluates: bool = False,
 ) -> MemoryPlan:
-    """Predicts a run's memory from shapes. Nothing is loaded. The auxiliary loss of dead features is not counted.
+    """Predicts a run's memory from shapes. Nothing is loaded.
+
+    The auxiliary loss of dead features is counted on CUDA devices only, with all features dead.
 
     Args:
         cfg: the run's configuration.
@@ -152,27 +197,48 @@ def plan_memory(
     elif on_cpu and not evaluates:  # safetensors files are memory-mapped, so only the weights in use are read
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
-    width = 6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    mixed = cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    n_hidden, n_intermediate = _FORWARD_PASS["cpu" if on_cpu else "cuda"]
+    intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    width = n_hidden * config.hidden_size + n_intermediate * intermediate_size
+    kept_of_row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    mixed = cfg.n_batches_in_buffer * kept_of_row
+    kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
+    measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
     parameters = _n_parameters(cfg) * sae_bytes
-    logits_of_row = cfg.context_size * config.vocab_size * (2 * lm_bytes + 4)
+    whitens = cfg.sae.normalize_activations == "covariance_whitening"
+    logits_of_row, comparing = _logits_bytes(cfg, config.vocab_size, lm_bytes, on_cpu=on_cpu)
     return MemoryPlan(
         process=psutil.Process().memory_info().rss if on_cpu else 0,
         model=whole if evaluates else 0 if cached else up_to_hook,
         loading=0 if cached and not evaluates else loading,
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
-        norm_estimate=cfg.n_batches_for_norm_estimate * batch * d_in * (2 * acts_bytes + max(4, sae_bytes)),
+        norm_estimate=measured * d_in * (2 * acts_bytes + max(4, sae_bytes)),
         sae=n_saes * parameters,
         gradients=parameters,
         adam=2 * n_saes * parameters,
-        step=_step_bytes(cfg),
+        step=_step_bytes(cfg) if on_cpu else _step_bytes_on_cuda(cfg, parameters),
+        folding=2 * 8 * cfg.sae.d_in * cfg.sae.d_sae if whitens else 0,  # a weight and its product, in float64
         evaluation_model=whole,
         evaluates=evaluates,
         evaluation_logits=8 * logits_of_row,
         held_out_logits=HELD_OUT_ROWS_AT_ONCE * logits_of_row,
+        comparing=comparing,
         on_cpu=on_cpu,
     )
+
+
+def _logits_bytes(
+    cfg: LanguageModelSAERunnerConfig[Any], vocab_size: int, lm_bytes: int, *, on_cpu: bool
+) -> tuple[int, int]:
+    """Returns the bytes of an evaluation's logits for each row, and what their comparison takes beside them."""
+    n_logits = cfg.context_size * vocab_size
+    if on_cpu:
+        return n_logits * (2 * lm_bytes + 4), 0
+    compared = _COMPARED * min(_CHUNK, 4 * n_logits)
+    if "hook_resid_" in cfg.hook_name:  # the predictions with zeros at the hook are the same for all rows
+        return n_logits * 2 * lm_bytes, n_logits * lm_bytes + compared
+    return n_logits * 3 * lm_bytes, compared
 
 
 def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -184,10 +250,42 @@ def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
 
 
 def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Returns what a step on a CPU adds to the peak, without the gradients."""
     dtype, architecture = str_to_dtype(cfg.dtype), cfg.sae.architecture()
     pre_activations = cfg.train_batch_size_tokens * cfg.sae.d_sae * dtype.itemsize
-    sae_class = sparse_class(get_sae_training_class(architecture)[0], cfg.sae, compiled=cfg.compile_sae)
+    sae_class = _class_of_step(cfg)
     if not issubclass(sae_class, SparseTopKTrainingSAE):
         return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
     copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
     return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
+
+
+def _class_of_step(cfg: LanguageModelSAERunnerConfig[Any]) -> type[TrainingSAE[Any]]:
+    return sparse_class(get_sae_training_class(cfg.sae.architecture())[0], cfg.sae, compiled=cfg.compile_sae)
+
+
+def _step_bytes_on_cuda(cfg: LanguageModelSAERunnerConfig[Any], gradients: int) -> int:
+    """Returns what a step on a CUDA device adds to the peak, without the gradients."""
+    n_bytes = str_to_dtype(cfg.dtype).itemsize
+    batch, d_in, d_sae = cfg.train_batch_size_tokens, cfg.sae.d_in, cfg.sae.d_sae
+    weight_FD, acts_BF = d_sae * d_in * n_bytes, batch * d_sae * n_bytes
+    if issubclass(_class_of_step(cfg), SparseTopKTrainingSAE):
+        moments = _sparse_step_on_cuda(weight_FD, acts_BF)
+    else:
+        counts = _DENSE_STEP_ON_CUDA.get(cfg.sae.architecture(), _OTHER_DENSE_STEP_ON_CUDA)
+        moments = [n_weights * weight_FD + n_acts * acts_BF for n_weights, n_acts in counts]
+    return int(max(0, max(moments) - gradients)) + _BATCHES_ON_CUDA * batch * d_in * n_bytes
+
+
+def _sparse_step_on_cuda(weight_FD: int, acts_BF: int) -> list[float]:
+    """Returns what exists in a step of `sparse_topk` at its highest moments, gradients included, if all features are
+    dead. The auxiliary loss then has all features, for which it takes their weights out: two tensors [F, D].
+    """
+    return [
+        # The selection: pre-activations, with the encoder in bfloat16 for their product, or then with block maxima.
+        acts_BF + max(weight_FD / 2, acts_BF / 8),
+        # The dead features' loss: their weights; pre-activations, also times norms, and two masks of which are kept.
+        2 * weight_FD + 2.5 * acts_BF,
+        # The gradients: both weights', and those of the dead features' weights.
+        4 * weight_FD,
+    ]

@@ -8,12 +8,13 @@ features, `steps` if only the training steps are run, and a fault of `FAULTS` th
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,15 +26,19 @@ import fake_device
 
 fake_device.install()
 
+import numpy as np
 import torch
 from recorder import Recorder, fake_cuda
 from sae_lens import LoggingConfig
 from transformers import AutoModelForCausalLM
 
 import sae_toolkit.training.run
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
+from sae_toolkit.evaluation.run import evaluate_saes
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.saes.checkpoints import finished_copy
+from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.steps import trainer as trainer_module
 from sae_toolkit.steps.multi_trainer import MultiTrainer
@@ -80,8 +85,9 @@ def main() -> None:
 
 
 def run_case(directory: Path, case: str) -> dict[str, Any]:
-    """Returns the parts of the path by name, the device and strides of each parameter, its gradient and its moments,
-    and how many passes of the language model the part `batches and steps` has.
+    """Returns the parts of the path by name, the bytes that the run plans for them and for an SAE, the device and
+    strides of each parameter, its gradient and its moments, and how many passes of the language model fill the
+    buffer.
     """
     architecture, d_sae, *more = case.split(":")
     steps_only, fault = "steps" in more, next((name for name in FAULTS if name in more), None)
@@ -91,7 +97,12 @@ def run_case(directory: Path, case: str) -> dict[str, Any]:
         with FAULTS[fault]() if fault else patch.object(sae_toolkit.training.run, "load_language_model", random_model):
             walk.steps_alone() if steps_only else walk.whole()
     parts = {name: asdict(part) for name, part in walk.parts.items()}
-    return {"parts": parts, "layouts": walk.layouts, "passes": walk.passes}
+    plan = run.plan_memory()
+    planned = {"stepping": plan.sae + plan.adam + plan.gradients + plan.step}  # without a language model
+    if not steps_only:
+        planned = plan.peaks | {"evaluation": plan.evaluation_peak, "peak": plan.peak}
+    planned |= {"model": plan.model, "SAE": plan.sae}
+    return {"parts": parts, "planned": planned, "layouts": walk.layouts, "passes": walk.passes}
 
 
 def prepared(directory: Path, architecture: str, d_sae: int) -> PreparedRun:
@@ -147,7 +158,7 @@ class Walk:
         )
 
     def whole(self) -> None:
-        """Goes from loading the language model to the measurement on held-out text."""
+        """Goes from loading the language model to the evaluation."""
         run = self.run
         with self.part("loading"):
             source = open_activations(run)
@@ -155,17 +166,17 @@ class Walk:
             preflight.measure(run, source)
         with self.part("calibrating"):
             training = Training(run, source)
-        with self.part("filling"):
+        with self.part("first filling"):
             batch_BD = next(training.stream)
         self._steps(training.trainer, batch_BD)
         del batch_BD
-        rows_before = source.sequences_run["up_to_hook"]
         self.recorder.integer = 0
         with self.part("batches and steps"):
-            for _ in range(run.cfg.n_batches_in_buffer // 2):  # all that the buffer serves before it is filled again
-                self.recorder.parts += 1
-                training.trainer.step([next(training.stream)])
-                training.trainer.advance()
+            while not training.stream.buffer.filling:
+                self._step(training.trainer, next(training.stream))
+        rows_before = source.sequences_run["up_to_hook"]
+        with self.part("filling"):
+            next(training.stream)
         self.passes = (source.sequences_run["up_to_hook"] - rows_before) // run.cfg.store_batch_size_prompts
         self.recorder.integer = 1
         with self.part("finished copy"):
@@ -174,6 +185,24 @@ class Walk:
         held_out = HeldOutText(run, source)
         with self.part("held out"):
             held_out.measure(training.trainer, training.max_norms)
+        evaluated = EvaluatedSAE(
+            SAEFile("trained", run.directory, "SAELens", "finished"),
+            finished_copy(training.trainer.first),
+            replace(run.positions, max_activation_norm=training.max_norms[run.cfg.hook_name]),
+        )
+        del training
+        prepared = held_out._prepare(run.cfg.hook_name, evaluated)
+        n_rows = 8
+        more = replace(
+            prepared,
+            rows_NT=run.rows_NT[:n_rows],
+            unit_N=np.arange(n_rows),
+            n_loss_rows=n_rows,
+            n_sae_rows=n_rows,
+        )
+        gc.collect()
+        with self.part("evaluation"):
+            evaluate_saes(more, LanguageModel(source.model, run.cfg.hook_name), batch_size=n_rows)
 
     def steps_alone(self) -> None:
         """Takes steps on a batch, without a language model and a buffer."""
@@ -184,27 +213,27 @@ class Walk:
         trainer.first.activation_scaler.scaling_factor = 1.0
         self._steps(trainer, torch.randn(cfg.train_batch_size_tokens, cfg.sae.d_in, device="cuda"))
 
+    def _step(self, trainer: MultiTrainer, batch_BD: torch.Tensor) -> None:
+        self.recorder.pass_events()
+        trainer.step([batch_BD])
+        trainer.advance()
+
     def _steps(self, trainer: MultiTrainer, batch_BD: torch.Tensor) -> None:
         """Takes the first steps, and then steps with different numbers of dead features."""
-
-        def step() -> None:
-            trainer.step([batch_BD])
-            trainer.advance()
-
         self.recorder.integer = 0
         for i in range(_FIRST_STEPS):
             with self.part(f"step {i + 1}"):
-                step()
+                self._step(trainer, batch_BD)
         for share in SHARES_DEAD:
             self.recorder.integer = int(share * self.run.cfg.sae.d_sae)
             for _ in range(_FIRST_STEPS):  # the number is used that many steps after it was read
                 self.recorder.begin()
-                step()
+                self._step(trainer, batch_BD)
             with self.part(f"step, {share:.0%} dead"):
-                step()
+                self._step(trainer, batch_BD)
         first = trainer.first
         hook = first.optimizer.register_step_pre_hook(lambda *_: self._note_layouts(first))
-        step()
+        self._step(trainer, batch_BD)
         hook.remove()
 
     def _note_layouts(self, trainer: Trainer) -> None:
@@ -235,13 +264,13 @@ def _float_in_the_step() -> Iterator[None]:
 
 @contextmanager
 def _copy_too_many() -> Iterator[None]:
-    whole = Trainer._step
+    whole = Trainer.step
 
     def step(self: Trainer, batch: torch.Tensor) -> Any:
         _kept = [weight.detach().clone() for weight in self.sae.parameters()]
         return whole(self, batch)
 
-    with patch.object(Trainer, "_step", step):
+    with patch.object(Trainer, "step", step):
         yield
 
 

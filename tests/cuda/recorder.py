@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
         self.n_operators = 0
         self.integer = 1
         self.share_true = 1.0
-        self.parts = 0  # how often `begin` was called: events that were recorded in an earlier part are over
+        self.n_passed = 0  # how often `pass_events` was called
         self._storages: set[int] = set()
         self._pinned: set[int] = set()
         self._known: dict[int, int] = {}  # the value of these storages, where `integer` would not do
@@ -73,7 +73,11 @@ class Recorder(TorchDispatchMode):
         self.peak_at = ""
         self.waits.clear()
         self.n_operators = 0
-        self.parts += 1
+        self.pass_events()
+
+    def pass_events(self) -> None:
+        """Lets the device pass all events that were recorded so far."""
+        self.n_passed += 1
 
     def wait(self, why: str) -> None:
         """Records that the host waits for the device."""
@@ -244,17 +248,17 @@ def fake_cuda() -> Iterator[Recorder]:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, Recorder(fake_mode) as recorder, _FlashAttention():
 
         class Event:
-            """A CUDA event. The device passes it before the next part of the program begins."""
+            """A CUDA event. To wait for it before `pass_events` was called is a wait for the device."""
 
             def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-                self._part = -1
+                self._recorded_at = -1
 
             def record(self, *_stream: Any) -> None:
-                self._part = recorder.parts
+                self._recorded_at = recorder.n_passed
 
             def synchronize(self) -> None:
-                if self._part == recorder.parts:
-                    recorder.wait("an event of the same part")
+                if self._recorded_at == recorder.n_passed:
+                    recorder.wait("an event that was just recorded")
 
         # Transformers would take fake tensors for those of a graph that is traced, and build a mask for attention.
         masking_utils.is_tracing = lambda tensor=None: False

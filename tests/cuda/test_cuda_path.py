@@ -1,4 +1,4 @@
-"""The program's CUDA path at Llama-3-8B's shapes, on fake tensors: devices, waits of the host, layouts.
+"""The program's CUDA path at Llama-3-8B's shapes, on fake tensors: devices, waits of the host, layouts, memory.
 
 `paths.py` runs the path in a process of its own, since the fake device cannot be removed from a process.
 """
@@ -26,6 +26,7 @@ FAULTS = ("topk:32768:steps:cpu", "topk:32768:steps:float", "topk:32768:steps:co
 ALL_WHOLE = tuple(f"{architecture}:{d_sae}" for architecture in (*SPARSE, *DENSE) for d_sae in (32768, 131072))
 # One to copy the tokens over, one to look for packed texts, and two to leave out massive activations.
 MOST_WAITS_IN_A_PASS = 4
+COMPARED = ("calibrating", "filling", "stepping", "held out", "peak", "evaluation")
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +72,28 @@ def check_steady_steps(case):
     assert not any(steps.values()), steps
 
 
-def check_passes(case):
-    """The stream of activations waits in a pass of the language model, and nowhere else."""
-    waits = case["parts"]["batches and steps"]["waits"]
+def check_stream(case):
+    """Batches are taken from the buffer without a wait. Each pass of the language model that fills it has a few."""
+    parts = case["parts"]
+    assert not parts["batches and steps"]["waits"], parts["batches and steps"]["waits"]
     assert case["passes"] > 0
-    assert sum(waits.values()) <= MOST_WAITS_IN_A_PASS * case["passes"], waits
+    assert sum(parts["filling"]["waits"].values()) <= MOST_WAITS_IN_A_PASS * case["passes"], parts["filling"]["waits"]
+
+
+def check_memory(case):
+    """The most that each part takes is within -15% and +5% of what `--dry_run` predicts."""
+    planned, taken = case["planned"], {name: part["peak_bytes"] for name, part in case["parts"].items()}
+    taken["stepping"] = max(n_bytes for name, n_bytes in taken.items() if name.endswith("dead"))
+    if "peak" in planned:  # the evaluation is a process of its own
+        taken["peak"] = max(n_bytes for name, n_bytes in taken.items() if name != "evaluation")
+    compared = {name: taken[name] / planned[name] - 1 for name in COMPARED if name in taken and name in planned}
+    assert "stepping" in compared
+    assert all(-0.15 <= off <= 0.05 for off in compared.values()), compared
+
+
+def check_finished_copy(case):
+    added = case["parts"]["finished copy"]["peak_bytes"] - case["parts"]["filling"]["live_bytes"]
+    assert added <= 1.01 * case["planned"]["SAE"], added / case["planned"]["SAE"]
 
 
 def check_layouts(case):
@@ -98,8 +116,18 @@ def test_a_steady_step_does_not_wait_for_the_device(recorded, case):
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_a_pass_of_the_language_model_hardly_waits(recorded, case):
-    check_passes(recorded[case])
+def test_taking_batches_does_not_wait_and_filling_the_buffer_hardly_does(recorded, case):
+    check_stream(recorded[case])
+
+
+@pytest.mark.parametrize("case", [*WHOLE, *STEPS])
+def test_a_dry_run_predicts_the_memory_of_each_part(recorded, case):
+    check_memory(recorded[case])
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_finished_copy_takes_as_much_as_the_sae(recorded, case):
+    check_finished_copy(recorded[case])
 
 
 @pytest.mark.parametrize("case", [*WHOLE, *STEPS])
@@ -115,11 +143,16 @@ def test_a_cpu_tensor_in_a_product_is_found(recorded):
 
 @pytest.mark.parametrize(
     ("case", "found"),
-    [("topk:32768:steps:float", "_local_scalar_dense at"), ("batchtopk:32768:steps:reading", "event of the same part")],
+    [("topk:32768:steps:float", "_local_scalar_dense at"), ("batchtopk:32768:steps:reading", "just recorded")],
 )
 def test_a_wait_in_a_step_is_found(recorded, case, found):
     with pytest.raises(AssertionError, match=found):
         check_steady_steps(recorded[case])
+
+
+def test_a_copy_too_many_is_found(recorded):
+    with pytest.raises(AssertionError, match="stepping"):
+        check_memory(recorded["topk:32768:steps:copy"])
 
 
 @pytest.mark.cuda_shapes
@@ -127,5 +160,9 @@ def test_a_wait_in_a_step_is_found(recorded, case, found):
 def test_all_shapes(llama_directory, case):
     found = walked(llama_directory, [case])[case]
     check_devices(found)
-    check_passes(found) if case.split(":")[0] in SPARSE else None
+    if case.split(":")[0] in SPARSE:
+        check_steady_steps(found)
+        check_stream(found)
+    check_memory(found)
+    check_finished_copy(found)
     check_layouts(found)
