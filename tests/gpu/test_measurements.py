@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,15 +58,15 @@ def test_an_evaluation_is_the_cpus(device, script, small_model, run_flags, archi
     """An SAE that was trained on the device, measured there and on the CPU."""
     trained = script("sae_lens_train.py", *run_flags(small_model, architecture=architecture))
     assert trained.status == 0, trained.stderr
-    found = {}
+    found = []
     for place in ("cpu", device):
-        copied = shutil.copytree(trained.stdout.strip(), tmp_path / f"on {place}", dirs_exist_ok=True)
+        copied = shutil.copytree(trained.stdout.strip(), tmp_path / f"copy {len(found)}")
         flags = ("--sae_path", copied, "--device", place, "--lm_dtype", "float32", "--num_samples", 24)
         done = script("evaluate_sae_real_activations.py", *flags, "--n_features", 3, "--no_diagnosis")
         assert done.status == 0, done.stderr
-        found[place] = json.loads((Path(copied) / "evaluation.json").read_text())
-    theirs, ours = found["cpu"]["metrics"], found[device]["metrics"]
+        found.append(json.loads((copied / "evaluation.json").read_text())["metrics"])
+    theirs, ours = found
     assert theirs.keys() == ours.keys()
     assert theirs["l0"] > 1 and abs(theirs["ce_zero"] - theirs["ce_clean"]) > 0.01
     for name in theirs.keys() - {"loss_recovered"}:  # of losses that nearly cancel in a model of random weights
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-4, err_msg=name)

@@ -88,7 +88,7 @@ def compare_gradients(device, saes, n_features, n_dead):
     assert our_loss == pytest.approx(their_loss, rel=1e-3)
     assert theirs.keys() == ours.keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
     for name, grad in theirs.items():
-        assert (ours[name] - grad).norm() < 0.02 * grad.norm(), name
+        assert (ours[name] - grad).norm() < 0.03 * grad.norm(), name
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
@@ -110,7 +110,7 @@ def test_steps_in_float32_keep_to_the_cpus_losses(device, architecture):
     theirs, ours = trainers(device, architecture, "float32", window=6)
     their_losses, our_losses = (losses(trainer, N_STEPS) for trainer in (theirs, ours))
     assert their_losses[-1, 1] < 0.9 * their_losses[0, 1]
-    np.testing.assert_allclose(our_losses, their_losses, rtol=0.02)
+    np.testing.assert_allclose(our_losses, their_losses, rtol=2e-3)
 
 
 def trainers(device, architecture, dtype, window):
