@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from gpu_device import Bench, Table
 from torch import Tensor
 
+from sae_toolkit.steps import feature_kernel
 from sae_toolkit.steps.active_features import ActiveFeatures
 from sae_toolkit.steps.selection import largest, largest_of_rows
+from sae_toolkit.steps.sparse_topk import bfloat16_linear
 
 
 def time_operators(bench: Bench) -> None:
@@ -49,8 +51,9 @@ class _Operators:
             torch.set_float32_matmul_precision(precision)
             self.show(f"encoder's product, {name}", lambda: F.linear(x_BD, W_FD), operations=operations, repeats=3)
         torch.set_float32_matmul_precision(before)
-        name = "encoder's product, bfloat16 to float32, casts included"
-        self.show(name, lambda: _product_in_bfloat16(x_BD, W_FD), operations=operations)
+        name = "encoder's product, bfloat16 to float32, with bias, scale and casts"
+        b_F, scale_F = x_BD.new_zeros(self.d_sae), x_BD.new_ones(self.d_sae)
+        self.show(name, lambda: bfloat16_linear(x_BD, W_FD, b_F, scale_F), operations=operations)
         self.show("norms of the decoder's rows", lambda: W_FD.norm(dim=-1), moved=W_FD.nbytes)
 
     def selections(self, pre_BF: Tensor, k: int) -> Tensor:
@@ -65,22 +68,29 @@ class _Operators:
         active, values_N = _active(features_BK, self.d_sae), torch.rand(features_BK.numel(), device=x_BD.device)
         gathered = values_N.numel() * W_FD.shape[1] * W_FD.itemsize
         self.show("decode", lambda: active.matmul(values_N, W_FD), moved=gathered + x_BD.nbytes)
-        values_N.requires_grad_()
-        decoded_BD = active.matmul(values_N, W_FD)
-        self.show(
-            "gradient of the values",
-            lambda: torch.autograd.grad(decoded_BD, values_N, x_BD, retain_graph=True),
-            moved=gathered + x_BD.nbytes,
-        )
-        values_N.requires_grad_(False)
+        gradient = active.gradient_of_values
+        moved = 2 * gathered
+        self.show("gradient of the values", lambda: gradient(x_BD, W_FD), moved=moved)
         flat_N = features_BK.flatten().int()
         self.show("sorting the active features", lambda: flat_N.argsort(stable=True), moved=12 * len(flat_N))
         name, moved = "gradient of the decoder, or of the encoder", gathered + W_FD.nbytes
         self.show(name, lambda: active.t_matmul(values_N, x_BD), moved=moved)
+        self._all_gradients(active, values_N, x_BD, W_FD)
         features_BK[:, 0] = 0
         popular = _active(features_BK, self.d_sae)
-        name = "the same, with one feature active on every token"
+        name = "the gradient of one of them, with one feature active on every token"
         self.show(name, lambda: popular.t_matmul(values_N, x_BD), moved=moved)
+        self._all_gradients(popular, values_N, x_BD, W_FD, ", with one feature active on every token")
+
+    def _all_gradients(
+        self, active: ActiveFeatures, values_N: Tensor, x_BD: Tensor, W_FD: Tensor, where: str = ""
+    ) -> None:
+        """Times the gradients of values, encoder and decoder together: with the Triton kernel where it works."""
+        how = "the Triton kernel" if feature_kernel.serves(W_FD) else "torch"
+        gathered = values_N.numel() * W_FD.shape[1] * W_FD.itemsize
+        name = f"all these gradients, by {how}{where}"
+        moved = 2 * gathered + 3 * W_FD.nbytes
+        self.show(name, lambda: active.gradients(values_N, x_BD, x_BD, W_FD), moved=moved)
 
     def updates(self, W_FD: Tensor) -> None:
         """Times the norm of the gradients of encoder and decoder, and their update."""
@@ -102,11 +112,6 @@ def _time_width(bench: Bench, table: Table, d_sae: int) -> None:
     features_BK = operators.selections(F.linear(x_BD, W_FD), bench.size["k"])
     operators.products_with_active(features_BK, x_BD, W_FD)
     operators.updates(W_FD)
-
-
-def _product_in_bfloat16(x_BD: Tensor, W_FD: Tensor) -> Tensor:
-    x_BD, W_DF = x_BD.bfloat16(), W_FD.bfloat16().t()
-    return torch.mm(x_BD, W_DF, out_dtype=torch.float32) if x_BD.is_cuda else torch.mm(x_BD, W_DF).float()
 
 
 def _active(features_BK: Tensor, d_sae: int) -> ActiveFeatures:

@@ -73,14 +73,14 @@ class ActiveFeatures:
             order_N, starts_F = self.by_feature
             rows_N = self.rows_N[order_N]
             return feature_kernel.gradients(values_N[order_N], rows_N, starts_F, grad_BD, sae_in_BD, W_dec_FD)
-        grad_pre_N = self._gradient_of_values(grad_BD, W_dec_FD).where(values_N > 0, 0.0)
+        grad_pre_N = self.gradient_of_values(grad_BD, W_dec_FD).where(values_N > 0, 0.0)
         return (
             self.t_matmul(grad_pre_N, sae_in_BD),
             self.sum_by_feature(grad_pre_N),
             self.t_matmul(values_N, grad_BD),
         )
 
-    def _gradient_of_values(self, grad_BD: Tensor, W_dec_FD: Tensor) -> Tensor:
+    def gradient_of_values(self, grad_BD: Tensor, W_dec_FD: Tensor) -> Tensor:
         """Returns the product of each entry's gradient row and decoder vector, [N]."""
         # The operator with which torch differentiates `embedding_bag`; 0 stands for mode="sum".
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
