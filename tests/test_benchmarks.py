@@ -37,7 +37,7 @@ def test_the_benchmark_of_the_gpu_runs_all_of_its_parts_on_a_cpu():
     a, b, c, d, e, targets = rows.values()
     assert "failed" not in done.stdout
     assert a.count("BatchTopK's selection, of the whole batch") == a.count("Adam, fused") == 2  # numbers of features
-    assert b.count("topk") == b.count("batchtopk") == 2 * 4  # shares of dead features
+    assert b.count("topk") == b.count("batchtopk") == 2 * 5  # shares of dead features
     assert [row.partition(",")[0] for row in c[1:]] == ["eager", "layers compiled"]
     assert d[1:] == ["training, stopped", "resumed to its end", "evaluation"]
     assert e[1:] == [
@@ -59,7 +59,7 @@ def test_a_part_that_fails_is_shown_and_the_next_one_runs(tmp_path):
 def test_the_benchmark_of_the_gpu_needs_a_gpu():
     done = run_process(sys.executable, "benchmarks/gpu.py", CUDA_VISIBLE_DEVICES="")
     assert done.status == 2
-    assert "--device cuda: torch" in done.stderr and "use --tiny on a CPU" in done.stderr
+    assert "--device cuda: torch" in done.stderr and "with --tiny a CPU is used" in done.stderr
 
 
 def test_the_evaluation_benchmark_measures_the_same_l0_as_run_evals(script, tiny_run):
