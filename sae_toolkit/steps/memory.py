@@ -250,17 +250,6 @@ def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         return sum(parameter.numel() for parameter in sae_class(sae_cfg).parameters())
 
 
-def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
-    """Returns what a step on a CPU adds to the peak, without the gradients."""
-    dtype, architecture = str_to_dtype(cfg.dtype), cfg.sae.architecture()
-    pre_activations = cfg.train_batch_size_tokens * cfg.sae.d_sae * dtype.itemsize
-    sae_class = _class_of_step(cfg)
-    if not issubclass(sae_class, SparseTopKTrainingSAE):
-        return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
-    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
-    return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
-
-
 def _class_of_step(cfg: LanguageModelSAERunnerConfig[Any]) -> type[TrainingSAE[Any]]:
     return sparse_class(get_sae_training_class(cfg.sae.architecture())[0], cfg.sae, compiled=cfg.compile_sae)
 
@@ -290,6 +279,17 @@ def _sparse_step_on_cuda(weight_FD: int, acts_BF: int) -> list[float]:
         # The gradients: both weights', and those of the dead features' weights.
         4 * weight_FD,
     ]
+
+
+def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Returns what a step on a CPU adds to the peak, without the gradients."""
+    dtype, architecture = str_to_dtype(cfg.dtype), cfg.sae.architecture()
+    pre_activations = cfg.train_batch_size_tokens * cfg.sae.d_sae * dtype.itemsize
+    sae_class = _class_of_step(cfg)
+    if not issubclass(sae_class, SparseTopKTrainingSAE):
+        return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
+    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
+    return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
 
 
 def suggest_flags(
