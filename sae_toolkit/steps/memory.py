@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -204,7 +205,7 @@ def plan_memory(
     kept_of_row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     mixed = cfg.n_batches_in_buffer * kept_of_row
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
-    measured = -(-cfg.n_batches_for_norm_estimate * batch // kept_of_pass) * kept_of_pass  # in whole passes
+    measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
     parameters = _n_parameters(cfg) * sae_bytes
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
     logits_of_row, comparing = _logits_bytes(cfg, config.vocab_size, lm_bytes, on_cpu=on_cpu)
@@ -250,6 +251,17 @@ def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
         return sum(parameter.numel() for parameter in sae_class(sae_cfg).parameters())
 
 
+def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Returns what a step on a CPU adds to the peak, without the gradients."""
+    dtype, architecture = str_to_dtype(cfg.dtype), cfg.sae.architecture()
+    pre_activations = cfg.train_batch_size_tokens * cfg.sae.d_sae * dtype.itemsize
+    sae_class = _class_of_step(cfg)
+    if not issubclass(sae_class, SparseTopKTrainingSAE):
+        return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
+    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
+    return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
+
+
 def _class_of_step(cfg: LanguageModelSAERunnerConfig[Any]) -> type[TrainingSAE[Any]]:
     return sparse_class(get_sae_training_class(cfg.sae.architecture())[0], cfg.sae, compiled=cfg.compile_sae)
 
@@ -279,17 +291,6 @@ def _sparse_step_on_cuda(weight_FD: int, acts_BF: int) -> list[float]:
         # The gradients: both weights', and those of the dead features' weights.
         4 * weight_FD,
     ]
-
-
-def _step_bytes(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
-    """Returns what a step on a CPU adds to the peak, without the gradients."""
-    dtype, architecture = str_to_dtype(cfg.dtype), cfg.sae.architecture()
-    pre_activations = cfg.train_batch_size_tokens * cfg.sae.d_sae * dtype.itemsize
-    sae_class = _class_of_step(cfg)
-    if not issubclass(sae_class, SparseTopKTrainingSAE):
-        return int(_DENSE_STEP.get(architecture, _OTHER_DENSE_STEP) * pre_activations)
-    copies = 2 if issubclass(sae_class, SparseBatchTopKTrainingSAE) else 1  # BatchTopK's selection makes a copy
-    return copies * pre_activations + 6 * cfg.train_batch_size_tokens * cfg.sae.d_in * dtype.itemsize
 
 
 def suggest_flags(
