@@ -9,7 +9,8 @@ microseconds a token. They are lower bounds, not measurements: each operator tak
 3.0 TB/s and its operations at the rate of its products. The rules of counting:
 
 - An operator reads each input once and writes each output once. One that works in place reads and writes its target.
-- An operator that gathers or scatters rows counts the rows that it touches, each time, as if none were in a cache.
+- An operator that gathers or scatters rows counts the rows that it touches, each time, as if none were in a cache,
+  and not their indices.
 - A fused kernel counts what it reads and writes itself. Adam: 4 tensors read, 3 written.
 - A topk reads its input five times: four passes for the bits of the k-th value, and one to gather, as torch's
   multi-block kernel does. A sort counts as one pass. A view and an allocation count nothing.
@@ -72,9 +73,7 @@ def main() -> None:
     counts = {case: count_step(*case.split(":")) for case in cases}
     print(f"A step, microseconds a token (batch {BATCH:,}, d_in {D_IN:,}, k {K}, float32 weights):\n")
     print_table(counts, BATCH)
-    print(
-        f"\nA pass of Llama-3-8B to {HOOK}, microseconds a token ({ROWS} contexts of {CONTEXT:,}, bfloat16, eager):\n"
-    )
+    print(f"\nA pass of Llama-3-8B to {HOOK}, microseconds a token ({ROWS} x {CONTEXT:,} tokens, bfloat16, eager):\n")
     print_table({"": count_model_pass()}, ROWS * CONTEXT)
 
 
@@ -138,7 +137,7 @@ def _bytes_touched(name: str, args: Sequence[Any], out: Any, tensors: list[Any])
             map(_size, (args[2], args[5], *out))
         )
     if name in ("index", "index_select", "gather"):
-        return 3 * _size(out)
+        return 2 * _size(out)
     if name in ("index_add_", "scatter_", "scatter_add_", "index_put_"):  # rows are read, added to and written
         source = args[3] if len(args) > 3 and hasattr(args[3], "numel") else args[2]
         n_bytes = _size(source) if hasattr(source, "numel") else 8 * args[2][0].numel()
