@@ -11,10 +11,12 @@ microseconds a token. They are lower bounds, not measurements: each operator tak
 - An operator reads each input once and writes each output once. One that works in place reads and writes its target.
 - An operator that gathers or scatters rows counts the rows that it touches, each time, as if none were in a cache,
   and not their indices.
-- A fused kernel counts what it reads and writes itself. Adam: 4 tensors read, 3 written.
+- A fused kernel counts what it reads and writes itself. Adam: 4 tensors read, 3 written; where it also clips, it writes
+  the clipped gradient too.
 - A topk reads its input five times: four passes for the bits of the k-th value, and one to gather, as torch's
   multi-block kernel does. A sort counts as one pass. A view and an allocation count nothing.
-- A product of m x k and k x n is 2 m k n operations: at 700 TFLOP/s if its inputs are bfloat16, else at 400 (TF32).
+- A product of m x k and k x n is 2 m k n operations: at 700 TFLOP/s if its inputs are bfloat16, else at 400 (TF32). It
+  adds a bias while it writes.
 - Attention is 2 products of T x T for each head, half of them masked. Its bytes are its inputs and its output.
 """
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,8 @@ def counting(part_of: Any) -> Any:
             tensors = {id(t): t for t in found if t.device.type == "cuda" and t.layout == torch.strided}
             if tensors and namespace != "prim" and not func.is_view and not name.startswith(_FREE):
                 part = part_of(name, list(tensors.values()))
-                self.count.add(part, _bytes_touched(name, args, out, list(tensors.values())), *_operations(name, args))
+                n_bytes = _bytes_touched(name, args, kwargs or {}, out, list(tensors.values()))
+                self.count.add(part, n_bytes, *_operations(name, args))
             return out
 
     return Counting()
@@ -124,9 +127,9 @@ def _size(tensor: Any) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _bytes_touched(name: str, args: Sequence[Any], out: Any, tensors: list[Any]) -> float:
+def _bytes_touched(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, tensors: list[Any]) -> float:
     if name.startswith("_fused_adam"):
-        return 7 * sum(map(_size, args[0]))
+        return (7 if kwargs.get("grad_scale") is None else 8) * sum(map(_size, args[0]))
     if name == "_embedding_bag_per_sample_weights_backward":  # grad, weight, indices: a row of each for each entry
         return 2 * args[2].numel() * args[1].shape[1] * args[1].element_size() + 2 * _size(args[2])
     if name.startswith("_embedding_bag"):  # weight, indices: a row for each entry
