@@ -62,7 +62,7 @@ def find_dead_features(dead_F: Tensor | None, bounds: tuple[int, int] | None, sh
 
 
 def reconstruct_with_dead(
-    sae_in_BD: Tensor, taken: Reconstruction, dead: DeadFeatures, *, half: int, rescales: bool, shards: Ranks
+    sae_in_BD: Tensor, taken: Reconstruction, dead: DeadFeatures, *, half: int, norm_F: Tensor | None, shards: Ranks
 ) -> Tensor:
     """Returns the reconstruction [B, D] from this shard's dead features, at most `half` of all shards for each token.
 
@@ -71,21 +71,21 @@ def reconstruct_with_dead(
         taken: the dead features' weights.
         dead: the dead features.
         half: half of d_in (Gao et al. 2024, appendix B.1).
-        rescales: whether features are compared by their pre-activations times decoder norms.
+        norm_F: decoder norms, by which pre-activations are multiplied to be compared; None to compare them as they are.
         shards: the ranks that hold the shards.
     """
     pre_BC = F.linear(sae_in_BD, taken.W_enc_CD, taken.b_enc_C)
-    keep_BC = dead.is_dead_C
+    left_out_BC = ~dead.is_dead_C
     if dead.bound > half:
-        norm_C = taken.W_dec_CD.detach().norm(dim=-1) if rescales else torch.ones_like(taken.b_enc_C)
-        keep_BC = _largest_of_dead(pre_BC.detach(), norm_C, dead, half, shards)
-    return torch.where(keep_BC, pre_BC, 0.0) @ taken.W_dec_CD
+        norm_C = torch.ones_like(taken.b_enc_C) if norm_F is None else norm_F[dead.features_C]
+        left_out_BC = _all_but_largest(pre_BC.detach(), norm_C, dead, half, shards)
+    return pre_BC.masked_fill_(left_out_BC, 0.0) @ taken.W_dec_CD
 
 
-def _largest_of_dead(pre_BC: Tensor, norm_C: Tensor, dead: DeadFeatures, half: int, shards: Ranks) -> Tensor:
-    """Returns which of this shard's dead features are among the `half` largest of all shards, boolean [B, C]."""
+def _all_but_largest(pre_BC: Tensor, norm_C: Tensor, dead: DeadFeatures, half: int, shards: Ranks) -> Tensor:
+    """Returns which of this shard's features are not among the `half` largest dead ones of all shards, bool [B, C]."""
     below_C = torch.zeros_like(norm_C).masked_fill_(~dead.is_dead_C, -torch.inf)
     scaled_BC = torch.addcmul(below_C, pre_BC, norm_C)
     values, columns = scaled_BC.topk(min(half, scaled_BC.shape[1]), dim=-1, sorted=False)
-    chosen = among_largest(values, half, shards)
-    return torch.zeros_like(pre_BC, dtype=torch.bool).scatter_(1, columns, chosen) & dead.is_dead_C
+    chosen = among_largest(values, half, shards) & (values != -torch.inf)
+    return torch.ones_like(pre_BC, dtype=torch.bool).scatter_(1, columns, ~chosen)

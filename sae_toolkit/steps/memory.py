@@ -284,8 +284,8 @@ def _sparse_step_on_cuda(weight_FD: int, acts_BF: int) -> list[float]:
     return [
         # The selection: pre-activations, with the encoder in bfloat16 for their product, or then with block maxima.
         acts_BF + max(weight_FD / 2, acts_BF / 8),
-        # The dead features' loss: their weights; pre-activations, also times norms, and two masks of which are kept.
-        2 * weight_FD + 2.5 * acts_BF,
+        # The dead features' loss: their weights; pre-activations, also times norms, and a mask of those to leave out.
+        2 * weight_FD + 2.25 * acts_BF,
         # The gradients: both weights', and those of the dead features' weights.
         4 * weight_FD,
     ]

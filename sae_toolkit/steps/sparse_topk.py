@@ -88,7 +88,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         mse_loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         auxiliary_loss = sae_out.new_zeros(())
         if dead is not None:
-            auxiliary_loss = self._auxiliary_loss(step_input.sae_in, sae_out, sae_in_BD, reconstruction, dead)
+            auxiliary_loss = self._auxiliary_loss(step_input.sae_in, sae_out, sae_in_BD, norm_F, reconstruction, dead)
         losses = {"mse_loss": mse_loss, "auxiliary_reconstruction_loss": auxiliary_loss}
         return TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -129,26 +129,26 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         return part_BD if self.shards.is_alone else _SumOfParts.apply(part_BD, self.shards)
 
     def _auxiliary_loss(
-        self, acts_BD: Tensor, sae_out: Tensor, sae_in_BD: Tensor, reconstruction: Reconstruction, dead: DeadFeatures
-    ) -> Tensor:
+        self, acts_BD: Tensor, sae_out: Tensor, sae_in_BD: Tensor, norm_F: Tensor | None,
+        reconstruction: Reconstruction, dead: DeadFeatures,
+    ) -> Tensor:  # fmt: skip
         """Returns SAELens's `calculate_topk_aux_loss`.
 
         Args:
             acts_BD: what the SAE reconstructs.
             sae_out: its reconstruction.
             sae_in_BD: input of the encoder.
+            norm_F: decoder norms; None if they do not matter to the selection.
             reconstruction: holds the dead features' weights.
             dead: the dead features.
         """
         half = acts_BD.shape[-1] // 2
-        part_BD = reconstruct_with_dead(
-            sae_in_BD, reconstruction, dead,
-            half=half, rescales=self.cfg.rescale_acts_by_decoder_norm, shards=self.shards,
-        )  # fmt: skip
+        part_BD = reconstruct_with_dead(sae_in_BD, reconstruction, dead, half=half, norm_F=norm_F, shards=self.shards)
         recons_BD = self.reshape_fn_out(self._of_all_shards(part_BD), self.d_head)
         residual_BD = (acts_BD - sae_out).detach()
         scale = (dead.n_dead.to(sae_out.dtype) / half).clamp(max=1.0)
-        return self.cfg.aux_loss_coefficient * scale * (recons_BD - residual_BD).pow(2).sum(dim=-1).mean()
+        squared = F.mse_loss(recons_BD, residual_BD, reduction="sum")
+        return self.cfg.aux_loss_coefficient * scale * squared * (acts_BD.shape[-1] / acts_BD.numel())
 
 
 class _SumOfParts(torch.autograd.Function):
