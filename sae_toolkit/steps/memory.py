@@ -44,7 +44,7 @@ _DENSE_STEP_ON_CUDA: dict[str, tuple[tuple[float, float], ...]] = {
     "gated": ((5, 5), (2, 8)),
     "matryoshka_batchtopk": ((3, 8), (1, 10)),
 }
-_OTHER_DENSE_STEP_ON_CUDA = ((3.0, 12.0),)
+_OTHER_DENSE_STEP_ON_CUDA = ((3.0, 12.0),)  # not counted: matching_pursuit keeps tensors of each of its iterations
 _BATCHES_ON_CUDA = 6  # tensors [B, D] at these moments: the batch, scaled, centered, reconstructed, and gradients
 
 # Tensors [tokens, hidden_size] and [tokens, intermediate_size] at the peak of a forward pass, which is in an MLP.

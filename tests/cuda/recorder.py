@@ -218,7 +218,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _place() -> str:
-    """Returns file and line of the innermost function of the package, or else of the outermost caller's function."""
+    """Returns file and line of the innermost function of the package."""
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
