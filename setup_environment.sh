@@ -109,11 +109,13 @@ set_up_environment() {
     fi
     echo "Setting up $venv on $("$base" --version); the first time this takes some minutes" >&2
     [[ -x "$PYTHON" ]] || "$base" -m venv "$venv"
-    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check)
+    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check) constraints="$root/constraints.txt"
     if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
         install_torch "${pip[@]}"
+        constraints="$venv/constraints.txt" # without the version of triton, which each build of torch chooses for itself
+        grep -v '^triton==' "$root/constraints.txt" >"$constraints"
     fi
-    pip+=(--constraint "$root/constraints.txt")
+    pip+=(--constraint "$constraints")
     for file in "${files[@]}"; do
         if [[ "$file" == *embedded* ]]; then
             "${pip[@]}" --no-deps --requirement "$file"

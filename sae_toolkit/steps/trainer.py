@@ -91,7 +91,7 @@ class Trainer(SAETrainer[Any, Any]):
     @property
     def _encodes_in_bfloat16(self) -> bool:
         """Whether the encoder's product is to be converted. A CPU's products are, without this, in `_fast_products`."""
-        return self.products_in_bfloat16 and self._is_on_cuda
+        return self.products_in_bfloat16 and self._is_on_cuda and self.sae.dtype == torch.float32
 
     def _replicated_tensors(self) -> list[torch.Tensor]:
         """Returns the tensors that are equal on all ranks. Their gradients, if any, are summed."""
