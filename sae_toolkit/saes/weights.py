@@ -1,4 +1,4 @@
-"""Reads weights that other libraries saved, checks them, and makes an inference SAE of SAELens from them."""
+"""Reads and checks weights of other libraries and of SAELens 5, and makes inference SAEs of SAELens from them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, SAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from torch import nn
 
 from sae_toolkit.errors import UserError, one_line
@@ -48,6 +50,42 @@ def read_state_dict(file: Path, device: str, where: str) -> dict[str, torch.Tens
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{where}: {file.name} is not a state dict of tensors")
     return tensors
+
+
+def read_saelens(
+    path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None, *, where: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Reads an SAE as SAELens's own `sae_lens_disk_loader`, and folds the factor of a fine-tuned SAE into W_dec.
+
+    SAELens 3 to 5 could fine-tune a factor for each feature, by which `decode` multiplied the activations. Later
+    versions have no such factor.
+
+    Returns:
+        The configuration, and the weights by their names.
+
+    Raises:
+        UserError: the weights hold such a factor, and cfg.json says that there is none.
+    """
+    is_finetuned = read_json(Path(path) / SAE_CFG_FILENAME, where).get("finetuning_scaling_factor")
+    # With this override SAELens returns the factor, whatever cfg.json says. It leaves out a factor of ones.
+    overrides = (cfg_overrides or {}) | {"finetuning_scaling_factor": True}
+    cfg, weights = sae_lens_disk_loader(path, device, overrides)
+    factor_F = weights.pop("finetuning_scaling_factor", None)
+    cfg["finetuning_scaling_factor"] = False
+    if factor_F is None:
+        return cfg, weights
+    if not is_finetuned:
+        raise UserError(
+            f"{where}: the weights hold a factor for each feature (scaling_factor), and finetuning_scaling_factor in"
+            f" cfg.json is {is_finetuned!r:.60}; set it to true if the SAE was fine-tuned, or remove the factor"
+        )
+    if factor_F.shape != weights["W_dec"].shape[:1]:
+        raise UserError(
+            f"{where}: damaged: finetuning_scaling_factor has shape {list(factor_F.shape)}, and must have"
+            f" {list(weights['W_dec'].shape[:1])}"
+        )
+    weights["W_dec"] = weights["W_dec"] * factor_F[:, None]
+    return cfg, weights
 
 
 def named_weights(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], where: str) -> dict[str, torch.Tensor]:

@@ -9,12 +9,13 @@ import huggingface_hub
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.search import find_saes
 from support.sae_files import (
+    ACTS,
     D,
     F,
     assert_agree,
@@ -43,6 +44,55 @@ def test_damaged_files_are_refused_in_one_line(sparsify, tmp_path):
         truncate(config)
         with pytest.raises(UserError, match=f"{config.name} cannot be read"):
             find_saes([str(config.parent)])
+
+
+def save_finetuned(directory: Path, factor_F: torch.Tensor, name: str, **cfg: object) -> StandardSAE:
+    """An SAE as SAELens 5 saved it after it had fine-tuned a factor for each feature. Returns it without the factor."""
+    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=F))
+    directory.mkdir()
+    save_file(sae.state_dict() | {name: factor_F}, directory / "sae_weights.safetensors")
+    version_5 = {
+        "architecture": "standard",
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "model_name": "gpt2-small",
+        "hook_name": "blocks.1.hook_resid_pre",
+        "hook_layer": 1,
+        "activation_fn_str": "relu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "finetuning_scaling_factor": True,
+        "sae_lens_training_version": "5.10.0",
+    }
+    (directory / "cfg.json").write_text(json.dumps(version_5 | cfg))
+    return sae
+
+
+def test_a_factor_that_saelens_5_fine_tuned_is_folded_in(tmp_path):
+    factor_F = 0.5 + torch.rand(F, generator=torch.Generator().manual_seed(0))
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        without = save_finetuned(tmp_path / name, factor_F, name)
+        sae, features = load(tmp_path / name), without.encode(ACTS)
+        assert_agree(sae.encode(ACTS), features)
+        assert_agree(sae(ACTS), (factor_F * features) @ without.W_dec + without.b_dec)  # SAELens 5's decode
+        assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
+    without = save_finetuned(tmp_path / "ones", torch.ones(F), "scaling_factor", finetuning_scaling_factor=False)
+    assert_agree(load(tmp_path / "ones")(ACTS), without(ACTS))
+
+
+@pytest.mark.parametrize(
+    ("size", "is_finetuned", "says"),
+    [
+        (F, False, r"the weights hold a factor for each feature \(scaling_factor\), and finetuning_scaling_factor in"),
+        (1, True, rf"damaged: finetuning_scaling_factor has shape \[1\], and must have \[{F}\]"),
+    ],
+)
+def test_a_factor_that_contradicts_its_cfg_is_refused(tmp_path, size, is_finetuned, says):
+    save_finetuned(tmp_path / "sae", torch.full([size], 2.0), "scaling_factor", finetuning_scaling_factor=is_finetuned)
+    with pytest.raises(UserError, match=f"^--sae_path {tmp_path / 'sae'}: {says}"):
+        load(tmp_path / "sae")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
