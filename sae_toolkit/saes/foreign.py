@@ -52,13 +52,7 @@ _TENSORS = {
 _UNCENTRED = {"AutoEncoderNew", "JumpReluAutoEncoder"}  # these do not subtract b_dec before encoding
 _ONE_THRESHOLD = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}  # these have one threshold for all features
 
-_SUBMODULE_HOOKS = {
-    None: "hook_resid_post",
-    "mlp": "hook_mlp_out",
-    "self_attn": "hook_attn_out",
-    "attn": "hook_attn_out",
-    "attention": "hook_attn_out",
-}
+_LAYER = r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)"  # the module path of a decoder layer
 
 
 class _GroupMax(nn.Module):
@@ -89,11 +83,13 @@ class GroupMaxSAE(TopKSAE):
 
 
 def hook_of_hookpoint(hookpoint: str) -> str:
-    """Returns TransformerLens's name for a decoder's module path (`layers.12`, `h.3.attn`); other paths unchanged."""
-    block = re.fullmatch(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?", hookpoint)
-    if block is None or block[2] not in _SUBMODULE_HOOKS:
-        return hookpoint
-    return f"blocks.{block[1]}.{_SUBMODULE_HOOKS[block[2]]}"
+    """Returns TransformerLens's name for the output of a decoder layer (`layers.12`); other module paths unchanged.
+
+    The output of a module within a layer can differ from what TransformerLens names alike. In Gemma 2, `hook_mlp_out`
+    lies after a norm that follows the module `mlp`.
+    """
+    layer = re.fullmatch(_LAYER, hookpoint)
+    return hookpoint if layer is None else f"blocks.{layer[1]}.hook_resid_post"
 
 
 def sparsify_form(directory: Path, where: str) -> str:
@@ -253,14 +249,15 @@ def _dictionary_learning_metadata(config: Mapping[str, Any], trainer: Mapping[st
 
 
 def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
-    """Returns TransformerLens's name for a submodule that a user of dictionary_learning named.
+    """Returns the hook of a submodule that a user of dictionary_learning named, by TransformerLens's name or by path.
 
     Users choose these names freely. Without a name, the activations are the layer's own (utils.get_submodule).
     """
     name = submodule_name or "resid_post"
-    by_path = hook_of_hookpoint(name)
-    if by_path != name:
-        kind = by_path.rpartition(".")[2]
+    if re.fullmatch(rf"{_LAYER}\..+", name):  # a module's path
+        return name if io == "out" else f"input of {name}"
+    if re.fullmatch(_LAYER, name):
+        kind = "hook_resid_post"
     elif "resid_pre" in name:
         kind = "hook_resid_pre"
     elif "resid" in name:
