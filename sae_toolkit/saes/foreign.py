@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.saes.weights import build_sae, named_weights, read_json, read_state_dict
+from sae_toolkit.saes.weights import build_sae, check_k, named_weights, read_json, read_state_dict
 
 SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 DICTIONARY_LEARNING_FILES = ("config.json", "ae.pt")
@@ -142,7 +142,7 @@ def load_sparsify(directory: Path, device: str, where: str) -> SAE[Any]:
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
     weights = named_weights(tensors, names, where)
     n_features = len(weights["b_enc"])
-    k = _check_k(cfg.get("k", 32), n_features, where)
+    k = check_k(cfg.get("k", 32), n_features, where)
     if activation == "groupmax" and n_features % k:
         raise UserError(f"{where}: groupmax of k {k} (cfg.json) does not divide the {n_features} features")
     sae_class, cfg_class = (TopKSAE, TopKSAEConfig) if activation == "topk" else (GroupMaxSAE, GroupMaxSAEConfig)
@@ -176,7 +176,7 @@ def load_dictionary_learning(path: Path, device: str, where: str) -> SAE[Any]:
     if dict_class == "GatedAutoEncoder":
         return build_sae(GatedSAE, GatedSAEConfig, weights, device, where, **options)
     if dict_class == "AutoEncoderTopK":
-        k = _check_k(tensors.get("k", trainer.get("k")), len(weights["b_enc"]), where)
+        k = check_k(tensors.get("k", trainer.get("k")), len(weights["b_enc"]), where)
         return build_sae(TopKSAE, TopKSAEConfig, weights, device, where, k=k, **options)
     if dict_class in _ONE_THRESHOLD:
         threshold = weights["threshold"]
@@ -198,13 +198,6 @@ def _trainer_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise UserError(f"{where}: config.json is not dictionary_learning's: no trainer.dict_class in it")
     return trainer
-
-
-def _check_k(k: Any, n_features: int, where: str) -> int:
-    k = k.item() if isinstance(k, torch.Tensor) and k.numel() == 1 else k
-    if not isinstance(k, int) or not 1 <= k <= n_features:
-        raise UserError(f"{where}: k is {k}, and must be 1 to the {n_features} features")
-    return k
 
 
 def _normalize_decoder(weights: dict[str, torch.Tensor]) -> None:

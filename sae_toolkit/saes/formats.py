@@ -34,11 +34,13 @@ from sae_toolkit.saes.published import (
     GEMMA_SCOPE_FILES,
     LLAMA_SCOPE_FILES,
     is_goodfire_file,
+    is_qwen_scope_file,
     llama_scope_form,
     load_gemma_scope,
     load_gemma_scope_2,
     load_goodfire,
     load_llama_scope,
+    load_qwen_scope,
 )
 from sae_toolkit.saes.weights import read_json
 
@@ -54,7 +56,11 @@ FILES = {
 _LARGEST_WEIGHT = 1e10  # products of larger weights overflow float32
 WHAT_IS_AN_SAE = "; ".join(
     [f"{' + '.join(files)} ({library})" for library, files in FILES.items()]
-    + ["config.json + checkpoints/ae_STEP.pt (dictionary_learning, in training)", "MODEL-SAE-lLAYER.pth (Goodfire)"]
+    + [
+        "config.json + checkpoints/ae_STEP.pt (dictionary_learning, in training)",
+        "layerN.sae.pt (Qwen Scope)",
+        "MODEL-SAE-lN.pth (Goodfire)",
+    ]
 )
 _FORMS = {
     "sparsify": sparsify_form,
@@ -62,6 +68,7 @@ _FORMS = {
     "Llama Scope": llama_scope_form,
     "Gemma Scope": lambda _path, _where: "jumprelu",
     "Gemma Scope 2": lambda _path, _where: "jumprelu",
+    "Qwen Scope": lambda _path, _where: "topk",
     "Goodfire": lambda _path, _where: "standard",
 }
 _LOADERS = {
@@ -70,6 +77,7 @@ _LOADERS = {
     "Llama Scope": load_llama_scope,
     "Gemma Scope": load_gemma_scope,
     "Gemma Scope 2": load_gemma_scope_2,
+    "Qwen Scope": load_qwen_scope,
     "Goodfire": load_goodfire,
 }
 
@@ -80,7 +88,7 @@ class SAEFile:
 
     name: str  # for tables: the name on the Hub, or the last parts of the path that tell it from the other SAEs
     path: Path  # the SAE's directory, or its only file; for a SAELens release its repository in the Hub's cache
-    library: str  # a key of `FILES`, or "Goodfire"
+    library: str  # "SAELens", or a key of `_LOADERS`
     form: str  # such as "inference form, jumprelu", "SparseCoder, topk" or "BatchTopKSAE"
     release: tuple[str, str] | None = None  # SAELens's release and SAE id
     one_of_many: bool = False  # whether a run directory or a pattern led to it, instead of its own name
@@ -111,6 +119,8 @@ def library_of(path: Path) -> str | None:
         return library_with({name for name in names if (path / name).is_file()})
     if is_dictionary_checkpoint(path):
         return "dictionary_learning"
+    if is_qwen_scope_file(path):
+        return "Qwen Scope"
     return "Goodfire" if is_goodfire_file(path) else None
 
 

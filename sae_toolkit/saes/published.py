@@ -1,4 +1,4 @@
-"""Loads SAEs from disk in the layouts of Gemma Scope, Llama Scope and Goodfire, with SAELens's formulas.
+"""Loads SAEs from disk in the layouts of Gemma Scope, Llama Scope, Qwen Scope and Goodfire, with SAELens's formulas.
 
 The formulas and what a directory's name says are those of SAELens (loading/pretrained_sae_loaders.py). The threshold of
 Llama Scope also follows its publisher (Language-Model-SAEs: sae.py, Initializer) where SAELens leaves out a factor.
@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.loading.pretrained_sae_loaders import (
     LLM_METADATA_KEYS,
     get_gemma_2_config_from_hf,
     get_goodfire_config_from_hf,
+    get_qwen_scope_config_from_hf,
 )
 from sae_lens.saes.sae import SAEMetadata
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.saes.weights import build_sae, named_weights, read_json, read_state_dict
+from sae_toolkit.saes.weights import build_sae, check_k, named_weights, read_json, read_state_dict
 
 GEMMA_SCOPE_FILES = ("params.npz",)
 GEMMA_SCOPE_2_FILES = ("config.json", "params.safetensors")
@@ -34,9 +35,12 @@ LLAMA_SCOPE_FILES = ("hyperparams.json", "checkpoints/final.safetensors")
 
 _GEMMA_SCOPE_REPOSITORY = re.compile(r"gemma-scope-(?:2b|9b|27b)-(?:pt|it)-(?:res|mlp|att|transcoders)")
 _GOODFIRE_NAME = re.compile(r"(.+)-SAE-l(\d+)\.pth?")
+_QWEN_SCOPE_NAME = re.compile(r"layer(\d+)\.sae\.pt")
+_QWEN_SCOPE_REPOSITORY = re.compile(r"SAE-Res-[^/]+-W\d+K-L0_(\d+)")
 
 # SAELens's name -> the publisher's.
-_GEMMA_SCOPE = {"W_enc": "W_enc", "W_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
+_PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+_GEMMA_SCOPE = _PLAIN | {"threshold": "threshold"}
 _GEMMA_SCOPE_2 = _GEMMA_SCOPE | {"W_enc": "w_enc", "W_dec": "w_dec"}
 _LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias", "b_dec": "decoder.bias"}
 _GOODFIRE = {ours: theirs.replace(".", "_linear.") for ours, theirs in _LINEAR.items()}
@@ -200,6 +204,41 @@ def load_goodfire(file: Path, device: str, where: str) -> SAE[Any]:
     return build_sae(
         StandardSAE, StandardSAEConfig, weights, device, where, metadata=metadata, apply_b_dec_to_input=False
     )
+
+
+def is_qwen_scope_file(path: Path) -> bool:
+    """Returns whether a file has the name of a Qwen Scope SAE: `layer12.sae.pt`."""
+    return _QWEN_SCOPE_NAME.fullmatch(path.name) is not None and path.is_file()
+
+
+def load_qwen_scope(file: Path, device: str, where: str) -> SAE[Any]:
+    """Loads a Qwen Scope SAE, a TopK SAE that does not subtract b_dec before encoding.
+
+    Args:
+        file: a state dict. Its name gives the layer, and the name of its directory the model and k:
+            `SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer12.sae.pt`.
+        device: where to put the SAE.
+        where: the flag and its value, for messages.
+
+    Raises:
+        UserError: the file is damaged, of another kind, or a pickle of more than tensors; or k is not known.
+    """
+    repository = next(reversed(list(_QWEN_SCOPE_REPOSITORY.finditer(str(file.absolute())))), None)
+    if repository is None:
+        raise UserError(
+            f"{where}: k is said by the publisher's name for the directory alone; name it so again, as in"
+            f" SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/{file.name}"
+        )
+    weights = named_weights(read_state_dict(file, device, where), _PLAIN, where)
+    weights["W_enc"], weights["W_dec"] = weights["W_enc"].mT, weights["W_dec"].mT
+    layer = _QWEN_SCOPE_NAME.fullmatch(file.name)
+    assert layer is not None
+    try:
+        metadata = _metadata(get_qwen_scope_config_from_hf(repository[0], file.name, device))
+    except ValueError:  # SAELens does not know this model
+        metadata = SAEMetadata(hook_name=f"blocks.{layer[1]}.hook_resid_post")
+    k = check_k(int(repository[1]), len(weights["b_enc"]), where)
+    return build_sae(TopKSAE, TopKSAEConfig, weights, device, where, k=k, metadata=metadata, apply_b_dec_to_input=False)
 
 
 def _jump_relu(weights: dict[str, torch.Tensor], device: str, where: str, metadata: SAEMetadata) -> SAE[Any]:

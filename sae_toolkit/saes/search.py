@@ -172,9 +172,13 @@ def _choose(folders: Collection[str], part: str | None, layer: int | None, where
 
 
 def _is_of_layer(folder: str, layer: int) -> bool:
-    """Returns whether a folder's path is that of an SAE for a layer's output, as sparsify and Gemma Scope name it."""
+    """Returns whether a path is that of a layer's SAE, as sparsify, Gemma Scope and Qwen Scope name it."""
     names = Path(folder).parts
-    return f"layer_{layer}" in names or hook_of_hookpoint(names[-1]) == f"blocks.{layer}.hook_resid_post"
+    return (
+        f"layer_{layer}" in names
+        or names[-1] == f"layer{layer}.sae.pt"
+        or hook_of_hookpoint(names[-1]) == f"blocks.{layer}.hook_resid_post"
+    )
 
 
 def _of_pattern(pattern: str, layer: int | None, where: str) -> list[SAEFile]:

@@ -112,6 +112,14 @@ def named_weights(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str],
     }
 
 
+def check_k(k: Any, n_features: int, where: str) -> int:
+    """Returns k as an int, and raises a `UserError` if it is not a number of features."""
+    k = k.item() if isinstance(k, torch.Tensor) and k.numel() == 1 else k
+    if not isinstance(k, int) or not 1 <= k <= n_features:
+        raise UserError(f"{where}: k is {k}, and must be 1 to the {n_features} features")
+    return k
+
+
 def build_sae(
     sae_class: type[SAE[Any]],
     cfg_class: type[SAEConfig],

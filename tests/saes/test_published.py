@@ -1,4 +1,4 @@
-"""SAEs in the layouts of Gemma Scope, Llama Scope and Goodfire compute what SAELens and their publishers compute."""
+"""SAEs in the layouts of Gemma, Llama and Qwen Scope and Goodfire compute what SAELens and their publishers compute."""
 
 import json
 import pickle
@@ -184,6 +184,26 @@ def test_a_file_of_goodfire_is_read_as_saelens_reads_it(tmp_path, monkeypatch, m
     assert_same_sae(load_sae_file(file, "cpu"), theirs)
 
 
+def test_qwen_scope_is_read_as_saelens_reads_it(tmp_path, monkeypatch):
+    repository = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_6"
+    (tmp_path / repository).mkdir()
+    state = {name: tensor.mT.contiguous() if tensor.ndim == 2 else tensor for name, tensor in random_weights().items()}
+    for layer in (1, 11):
+        torch.save(state, tmp_path / repository / f"layer{layer}.sae.pt")
+    (file,) = find_saes([str(tmp_path / repository)], layer=11)
+    assert (file.library, file.form, file.name) == ("Qwen Scope", "topk", "layer11.sae.pt")
+    loader = saelens.qwen_scope_sae_huggingface_loader
+    theirs = by_saelens(monkeypatch, loader, tmp_path / repository, f"Qwen/{repository}", "layer11.sae.pt")
+    sae = load_sae_file(file, "cpu")
+    assert_same_sae(sae, theirs)
+    assert (sae.encode(ACTS) > 0).sum(1).max() == 6
+
+    elsewhere = tmp_path / "layer11.sae.pt"
+    torch.save(state, elsewhere)
+    with pytest.raises(UserError, match=f"^--sae_path {elsewhere}: k is said by the publisher's name"):
+        load(elsewhere)
+
+
 def test_checkpoints_of_a_dictionary_are_read_with_the_config_above_them(tmp_path):
     trainer = save_dictionary(tmp_path / "trainer_0", "AutoEncoder", random_dictionary("AutoEncoder"))
     (trainer / "checkpoints").mkdir()
@@ -260,6 +280,7 @@ def test_a_directory_without_an_sae_says_which_files_each_layout_has(tmp_path):
         "params.npz (Gemma Scope)",
         "config.json + params.safetensors (Gemma Scope 2)",
         "hyperparams.json + checkpoints/final.safetensors (Llama Scope)",
-        "MODEL-SAE-lLAYER.pth (Goodfire)",
+        "layerN.sae.pt (Qwen Scope)",
+        "MODEL-SAE-lN.pth (Goodfire)",
     ):
         assert files in str(error.value)
