@@ -33,14 +33,13 @@ from sae_toolkit.saes.published import (
     GEMMA_SCOPE_2_FILES,
     GEMMA_SCOPE_FILES,
     LLAMA_SCOPE_FILES,
-    is_goodfire_file,
-    is_qwen_scope_file,
     llama_scope_form,
     load_gemma_scope,
     load_gemma_scope_2,
     load_goodfire,
     load_llama_scope,
     load_qwen_scope,
+    publisher_with_name,
 )
 from sae_toolkit.saes.weights import read_json
 
@@ -119,9 +118,7 @@ def library_of(path: Path) -> str | None:
         return library_with({name for name in names if (path / name).is_file()})
     if is_dictionary_checkpoint(path):
         return "dictionary_learning"
-    if is_qwen_scope_file(path):
-        return "Qwen Scope"
-    return "Goodfire" if is_goodfire_file(path) else None
+    return publisher_with_name(path.name) if path.is_file() else None
 
 
 def recognize_sae(path: Path, name: str, where: str) -> SAEFile:

@@ -178,9 +178,14 @@ def _positive(value: Any, said: str) -> float:
     return float(value)
 
 
-def is_goodfire_file(path: Path) -> bool:
-    """Returns whether a file has the name of a Goodfire SAE, such as `Llama-3.1-8B-Instruct-SAE-l19.pth`."""
-    return _GOODFIRE_NAME.fullmatch(path.name) is not None and path.is_file()
+def publisher_with_name(name: str) -> str | None:
+    """Returns the publisher whose SAEs are single files with names like the given one; None if there is none.
+
+    Such names are `layer12.sae.pt` (Qwen Scope) and `Llama-3.1-8B-Instruct-SAE-l19.pth` (Goodfire).
+    """
+    if _QWEN_SCOPE_NAME.fullmatch(name):
+        return "Qwen Scope"
+    return "Goodfire" if _GOODFIRE_NAME.fullmatch(name) else None
 
 
 def load_goodfire(file: Path, device: str, where: str) -> SAE[Any]:
@@ -204,11 +209,6 @@ def load_goodfire(file: Path, device: str, where: str) -> SAE[Any]:
     return build_sae(
         StandardSAE, StandardSAEConfig, weights, device, where, metadata=metadata, apply_b_dec_to_input=False
     )
-
-
-def is_qwen_scope_file(path: Path) -> bool:
-    """Returns whether a file has the name of a Qwen Scope SAE: `layer12.sae.pt`."""
-    return _QWEN_SCOPE_NAME.fullmatch(path.name) is not None and path.is_file()
 
 
 def load_qwen_scope(file: Path, device: str, where: str) -> SAE[Any]:

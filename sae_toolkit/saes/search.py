@@ -30,6 +30,7 @@ from sae_toolkit.saes.formats import (
     library_with,
     recognize_sae,
 )
+from sae_toolkit.saes.published import publisher_with_name
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +260,10 @@ def _on_hub(repository: str, part: str | None, layer: int | None, flag: str) -> 
 
 
 def _cached(repository: str, folder: str) -> Path | None:
-    """Returns the directory of a repository's SAE in the Hub's local cache; None if it is not complete there."""
+    """Returns the path of a repository's SAE in the Hub's local cache; None if it is not complete there."""
+    if publisher_with_name(Path(folder).name) is not None:
+        file = try_to_load_from_cache(repository, folder)
+        return Path(file) if isinstance(file, str) else None
     for files in FILES.values():
         cached = [try_to_load_from_cache(repository, str(Path(folder) / file)) for file in files]
         if all(isinstance(file, str) for file in cached):
@@ -268,15 +272,16 @@ def _cached(repository: str, folder: str) -> Path | None:
 
 
 def _download(repository: str, part: str | None, layer: int | None, where: str) -> str:
-    """Downloads the SAE that the user meant, and returns its folder in the repository."""
+    """Downloads the SAE that the user meant, and returns its folder or only file in the repository."""
     names = set(HfApi().list_repo_files(repository))
     folders = {str(folder) for name in names for folder in Path(name).parents}
     saes = {folder for folder in folders if library_with(names, folder) is not None}
+    saes |= {name for name in names if publisher_with_name(Path(name).name) is not None}
     if not saes:
         raise UserError(f"{where}: no SAE in this repository; looked for {WHAT_IS_AN_SAE}")
     folder = _choose(saes, part, layer, where)
     wanted = {file for files in FILES.values() for file in files} | {ACTIVATION_SCALER_CFG_FILENAME}
-    patterns = [str(Path(folder) / file) for file in wanted]
+    patterns = [folder, *(str(Path(folder) / file) for file in wanted)]
     # sparsify's record of the model and the text is in the folder above.
     patterns += [str(parent / "config.json") for parent in Path(folder).parents]
     snapshot_download(repository, allow_patterns=patterns)

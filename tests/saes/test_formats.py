@@ -157,12 +157,19 @@ def test_a_name_that_leads_to_no_sae_says_what_there_is(tmp_path, monkeypatch, n
 
 @pytest.fixture
 def hub(sparsify, tmp_path, monkeypatch):
-    """A hub on loopback with one repository of two sparsify SAEs, owner/saes, and an empty cache."""
+    """A hub on loopback with one repository of SAEs, owner/saes, and an empty cache.
+
+    Two SAEs are sparsify's. The files of one in Llama Scope's layout and of one in Goodfire's are empty.
+    """
     root = tmp_path / "repository"
     for layer in (1, 2):
         random_sparse_coder(sparsify, root / f"layers.{layer}")
     (root / "config.json").write_text(json.dumps({"model": "owner/model", "dataset": "owner/text"}))
     (root / "optimizer_0.pt").write_bytes(b"not to be fetched")
+    (root / "layer_3/checkpoints").mkdir(parents=True)
+    (root / "layer_3/hyperparams.json").write_text('{"act_fn": "jumprelu"}')
+    (root / "layer_3/checkpoints/final.safetensors").write_bytes(b"")
+    (root / "Llama-SAE-l5.pth").write_bytes(b"")
     names = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
     commit = "0" * 40
     served: list[str] = []
@@ -210,7 +217,7 @@ def hub(sparsify, tmp_path, monkeypatch):
 
 def test_a_hub_repository_of_hookpoints_is_one_sae_of_it(hub):
     root, served, server = hub
-    with pytest.raises(UserError, match=r"owner/saes: holds 2 SAEs: layers\.1, layers\.2; name one, as in owner/saes:"):
+    with pytest.raises(UserError, match=r"owner/saes: holds 4 SAEs: Llama.*, layer_3, layers\.1, layers\.2; name one"):
         find_saes(["owner/saes"])
     with pytest.raises(UserError, match=r"no layers\.9 among them"):
         find_saes(["owner/saes:layers.9"])
@@ -230,6 +237,22 @@ def test_a_hub_repository_of_hookpoints_is_one_sae_of_it(hub):
     assert [found.path for found in find_saes(["owner/saes"], layer=2)] == [file.path]  # from the cache
     with pytest.raises(UserError, match="the Hugging Face Hub cannot be reached"):
         find_saes(["owner/others:layers.1"])
+
+
+@pytest.mark.parametrize(
+    ("part", "library", "files"),
+    [
+        ("layer_3", "Llama Scope", {"layer_3/hyperparams.json", "layer_3/checkpoints/final.safetensors"}),
+        ("Llama-SAE-l5.pth", "Goodfire", {"Llama-SAE-l5.pth"}),
+    ],
+)
+def test_a_published_sae_of_a_hub_repository_is_downloaded_alone(hub, part, library, files):
+    (file,) = find_saes([f"owner/saes:{part}"])
+    assert (file.name, file.library, file.is_download) == (f"owner/saes:{part}", library, True)
+    assert set(hub[1]) - {"config.json"} == files
+    hub[2].shutdown()
+    hub[2].server_close()
+    assert find_saes([f"owner/saes:{part}"]) == [file]  # from the cache
 
 
 def test_a_release_of_saelens_that_cannot_be_reached_says_so(hub):
