@@ -103,7 +103,8 @@ def load_gemma_scope_2(directory: Path, device: str, where: str) -> SAE[Any]:
     weights = named_weights(_read_safetensors(directory / "params.safetensors", device, where), _GEMMA_SCOPE_2, where)
     metadata = SAEMetadata(prepend_bos=True)
     if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", point):
-        metadata.hook_name = f"blocks.{found[1]}.{_GEMMA_3_HOOKS[found[2]]}" if found[2] in _GEMMA_3_HOOKS else point
+        known = _GEMMA_3_HOOKS.get(found[2])
+        metadata.hook_name = f"blocks.{found[1]}.{known}" if known else point.removesuffix(".output")
     if name := config.get("model_name"):
         # As SAELens corrects it: published files say gemma-v3, and the 270m model has no suffix on the Hub.
         name = f"google/{str(name).removeprefix('google/')}".replace("-v3", "-3")
@@ -133,6 +134,11 @@ def load_llama_scope(directory: Path, device: str, where: str) -> SAE[Any]:
     hyperparams = read_json(directory / "hyperparams.json", where)
     scale, threshold = _check_hyperparams(hyperparams, where)
     weights = named_weights(_read_safetensors(directory / LLAMA_SCOPE_FILES[1], device, where), _LINEAR, where)
+    if weights["W_dec"].shape[-1] != hyperparams["d_model"]:
+        width = weights["W_dec"].shape[-1]
+        raise UserError(
+            f"{where}: damaged: d_model in hyperparams.json is {hyperparams['d_model']}, W_dec's is {width}"
+        )
     # The threshold is for the activations' own units, and for features whose decoder vectors have the norm 1.
     weights["threshold"] = torch.full_like(weights["b_enc"], threshold * scale)
     if hyperparams.get("sparsity_include_decoder_norm"):
@@ -163,13 +169,14 @@ def _check_hyperparams(hyperparams: Mapping[str, Any], where: str) -> tuple[floa
     if (normalization := hyperparams.get("norm_activation", "dataset-wise")) not in ("dataset-wise", "inference"):
         raise UserError(f"{said} norm_activation {normalization!r:.60}; only dataset-wise can be loaded")
     threshold = _positive(hyperparams.get("jump_relu_threshold"), f"{said} jump_relu_threshold")
+    d_model = _positive(hyperparams.get("d_model"), f"{said} d_model")
     if normalization == "inference":  # the scale is in the weights already
         return 1.0, threshold
     norms = hyperparams.get("dataset_average_activation_norm")
     norm = _positive(
         norms.get("in") if isinstance(norms, dict) else norms, f"{said} dataset_average_activation_norm.in"
     )
-    return _positive(hyperparams.get("d_model"), f"{said} d_model") ** 0.5 / norm, threshold
+    return d_model**0.5 / norm, threshold
 
 
 def _positive(value: Any, said: str) -> float:

@@ -235,6 +235,7 @@ def test_what_is_damaged_or_no_autoencoder_is_refused(tmp_path):
         save_llama_scope(tmp_path / "e", norm_activation="token-wise"): "norm_activation 'token-wise'; only dataset",
         save_llama_scope(tmp_path / "f", jump_relu_threshold=None): "jump_relu_threshold None, and it must be a number",
         save_llama_scope(tmp_path / "g", dataset_average_activation_norm={}): "norm.in None, and it must be a number",
+        save_llama_scope(tmp_path / "l", d_model=D + 1): f"d_model in hyperparams.json is {D + 1}, W_dec's is {D}",
         save_llama_scope(tmp_path / "h", use_glu_encoder=True): "use_glu_encoder, which no SAE of Llama Scope has",
     }
     for directory, says in refused.items():
