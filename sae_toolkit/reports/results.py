@@ -74,7 +74,7 @@ def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation
 
 def _directory(file: SAEFile) -> Path:
     """Returns the directory for an SAE's results, and creates it if it does not exist."""
-    if not file.is_download and os.access(file.path, os.W_OK):
+    if not file.is_download and file.path.is_dir() and os.access(file.path, os.W_OK):
         return file.path
     directory = Path("evaluations") / (re.sub(r"[^\w.-]+", "_", file.name).lstrip(".") or "sae")
     try:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
+from sae_toolkit.saes.weights import read_saelens
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.trainer import Trainer
 
@@ -215,7 +217,7 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
     check_manifest(path, f"{flag} {path}")
     architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
     if architecture in SAE_CLASS_REGISTRY:
-        sae = SAE.load_from_disk(path, device=device)
+        sae = SAE.load_from_disk(path, device=device, converter=partial(read_saelens, where=f"{flag} {path}"))
         _fold_normalization(sae, _load_scaler(path))
         sae.turn_off_forward_pass_hook_z_reshaping()  # this project flattens heads
         return sae.eval()

@@ -6,8 +6,6 @@ The formulas are those of sparsify 1.3.3 (sparse_coder.py, fused_encoder.py) and
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from sae_lens import (
     GatedSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
-    SAEConfig,
     StandardSAE,
     StandardSAEConfig,
     TopKSAE,
@@ -33,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.saes.weights import build_sae, check_k, named_weights, read_json, read_state_dict
 
 SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 DICTIONARY_LEARNING_FILES = ("config.json", "ae.pt")
@@ -54,13 +52,7 @@ _TENSORS = {
 _UNCENTRED = {"AutoEncoderNew", "JumpReluAutoEncoder"}  # these do not subtract b_dec before encoding
 _ONE_THRESHOLD = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}  # these have one threshold for all features
 
-_SUBMODULE_HOOKS = {
-    None: "hook_resid_post",
-    "mlp": "hook_mlp_out",
-    "self_attn": "hook_attn_out",
-    "attn": "hook_attn_out",
-    "attention": "hook_attn_out",
-}
+_LAYER = r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)"  # the module path of a decoder layer
 
 
 class _GroupMax(nn.Module):
@@ -91,11 +83,13 @@ class GroupMaxSAE(TopKSAE):
 
 
 def hook_of_hookpoint(hookpoint: str) -> str:
-    """Returns TransformerLens's name for a decoder's module path (`layers.12`, `h.3.attn`); other paths unchanged."""
-    block = re.fullmatch(r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))?", hookpoint)
-    if block is None or block[2] not in _SUBMODULE_HOOKS:
-        return hookpoint
-    return f"blocks.{block[1]}.{_SUBMODULE_HOOKS[block[2]]}"
+    """Returns TransformerLens's name for the output of a decoder layer (`layers.12`); other module paths unchanged.
+
+    The output of a module within a layer can differ from what TransformerLens names alike. In Gemma 2, `hook_mlp_out`
+    lies after a norm that follows the module `mlp`.
+    """
+    layer = re.fullmatch(_LAYER, hookpoint)
+    return hookpoint if layer is None else f"blocks.{layer[1]}.hook_resid_post"
 
 
 def sparsify_form(directory: Path, where: str) -> str:
@@ -103,9 +97,21 @@ def sparsify_form(directory: Path, where: str) -> str:
     return f"SparseCoder, {read_json(directory / 'cfg.json', where).get('activation', 'topk')}"
 
 
-def dictionary_learning_form(directory: Path, where: str) -> str:
-    """Returns the class of a dictionary_learning dictionary."""
-    return str(_trainer_config(read_json(directory / "config.json", where), where)["dict_class"])
+def dictionary_learning_form(path: Path, where: str) -> str:
+    """Returns the class of a dictionary_learning dictionary, or of a checkpoint of its training."""
+    config_file, _ = _dictionary_files(path)
+    return str(_trainer_config(read_json(config_file, where), where)["dict_class"])
+
+
+def is_dictionary_checkpoint(path: Path) -> bool:
+    """Returns whether a path is that of a dictionary during its training: `trainer_0/checkpoints/ae_1000.pt`."""
+    in_checkpoints = path.parent.name == "checkpoints" and re.fullmatch(r"ae_\d+\.pt", path.name) is not None
+    return in_checkpoints and path.is_file() and _dictionary_files(path)[0].is_file()
+
+
+def _dictionary_files(path: Path) -> tuple[Path, Path]:
+    """Returns `config.json` and the weights of a dictionary. They are beside each other, except for checkpoints."""
+    return (path / "config.json", path / "ae.pt") if path.is_dir() else (path.parents[1] / "config.json", path)
 
 
 def load_sparsify(directory: Path, device: str, where: str) -> SAE[Any]:
@@ -134,20 +140,21 @@ def load_sparsify(directory: Path, device: str, where: str) -> SAE[Any]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{where}: sae.safetensors is damaged: {one_line(error)}; download it again") from error
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-    weights = _weights(tensors, names, where)
+    weights = named_weights(tensors, names, where)
     n_features = len(weights["b_enc"])
-    k = _check_k(cfg.get("k", 32), n_features, where)
+    k = check_k(cfg.get("k", 32), n_features, where)
     if activation == "groupmax" and n_features % k:
         raise UserError(f"{where}: groupmax of k {k} (cfg.json) does not divide the {n_features} features")
     sae_class, cfg_class = (TopKSAE, TopKSAEConfig) if activation == "topk" else (GroupMaxSAE, GroupMaxSAEConfig)
-    return _build(sae_class, cfg_class, weights, device, where, metadata=_sparsify_metadata(directory, where), k=k)
+    return build_sae(sae_class, cfg_class, weights, device, where, metadata=_sparsify_metadata(directory, where), k=k)
 
 
-def load_dictionary_learning(directory: Path, device: str, where: str) -> SAE[Any]:
+def load_dictionary_learning(path: Path, device: str, where: str) -> SAE[Any]:
     """Loads a dictionary_learning dictionary in inference form, as the library's `load_dictionary` does.
 
     Args:
-        directory: holds `config.json` and `ae.pt`, a state dict.
+        path: a directory with `config.json` and `ae.pt`, a state dict; or a checkpoint,
+            `trainer_0/checkpoints/ae_1000.pt`, with `config.json` in `trainer_0`.
         device: where to put the SAE.
         where: the flag and its value, for messages.
 
@@ -155,21 +162,22 @@ def load_dictionary_learning(directory: Path, device: str, where: str) -> SAE[An
         UserError: the dictionary is damaged, is of an unknown kind, is a pickle of more than tensors, or lacks the
             threshold that it needs.
     """
-    config = read_json(directory / "config.json", where)
+    config_file, weights_file = _dictionary_files(path)
+    config = read_json(config_file, where)
     trainer = _trainer_config(config, where)
     dict_class = trainer["dict_class"]
     if dict_class not in _TENSORS:
         raise UserError(f"{where}: dict_class {dict_class!r} in config.json; known are {', '.join(_TENSORS)}")
-    tensors = _read_state_dict(directory / "ae.pt", device, where)
-    weights = _weights(tensors, _TENSORS[dict_class], where)
+    tensors = read_state_dict(weights_file, device, where)
+    weights = named_weights(tensors, _TENSORS[dict_class], where)
     metadata = _dictionary_learning_metadata(config, trainer, where)
     apply_b_dec_to_input = dict_class not in _UNCENTRED
     options: dict[str, Any] = {"metadata": metadata, "apply_b_dec_to_input": apply_b_dec_to_input}
     if dict_class == "GatedAutoEncoder":
-        return _build(GatedSAE, GatedSAEConfig, weights, device, where, **options)
+        return build_sae(GatedSAE, GatedSAEConfig, weights, device, where, **options)
     if dict_class == "AutoEncoderTopK":
-        k = _check_k(tensors.get("k", trainer.get("k")), len(weights["b_enc"]), where)
-        return _build(TopKSAE, TopKSAEConfig, weights, device, where, k=k, **options)
+        k = check_k(tensors.get("k", trainer.get("k")), len(weights["b_enc"]), where)
+        return build_sae(TopKSAE, TopKSAEConfig, weights, device, where, k=k, **options)
     if dict_class in _ONE_THRESHOLD:
         threshold = weights["threshold"]
         if threshold.ndim == 0 and threshold < 0:
@@ -179,25 +187,10 @@ def load_dictionary_learning(directory: Path, device: str, where: str) -> SAE[An
             )
         weights["threshold"] = threshold.expand(len(weights["b_enc"]))
     if "threshold" in weights:
-        return _build(JumpReLUSAE, JumpReLUSAEConfig, weights, device, where, **options)
+        return build_sae(JumpReLUSAE, JumpReLUSAEConfig, weights, device, where, **options)
     if dict_class == "AutoEncoder":
         _normalize_decoder(weights)
-    return _build(StandardSAE, StandardSAEConfig, weights, device, where, **options)
-
-
-def read_json(file: Path, where: str) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: the file cannot be read, or is not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {file.name} cannot be read: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: {file.name} is not a JSON object")
-    return content
+    return build_sae(StandardSAE, StandardSAEConfig, weights, device, where, **options)
 
 
 def _trainer_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -205,42 +198,6 @@ def _trainer_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise UserError(f"{where}: config.json is not dictionary_learning's: no trainer.dict_class in it")
     return trainer
-
-
-def _read_state_dict(file: Path, device: str, where: str) -> dict[str, torch.Tensor]:
-    try:
-        tensors = torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{where}: {file.name} is a pickle of more than tensors, which could run any code if it were opened;"
-            " save its state_dict() instead"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: {file.name} is damaged: {one_line(error)}; download it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{where}: {file.name} is not a state dict of tensors")
-    return tensors
-
-
-def _weights(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str], where: str) -> dict[str, torch.Tensor]:
-    """Returns float32 weights by SAELens's names: W_enc [D, F], W_dec [F, D], b_dec [D], and others [F] or []."""
-    missing = [name for name in names.values() if name not in tensors]
-    if missing:
-        raise UserError(f"{where}: damaged or of another kind: the weights hold no {' and no '.join(missing)}")
-    integer = [name for name in names.values() if not tensors[name].is_floating_point()]
-    if integer:
-        raise UserError(f"{where}: damaged: {integer[0]} is of {tensors[integer[0]].dtype}, and must be of floats")
-    is_linear = {theirs for theirs in names.values() if theirs.endswith(".weight") and tensors[theirs].ndim == 2}
-    return {
-        ours: (tensors[theirs].mT if theirs in is_linear else tensors[theirs]).float() for ours, theirs in names.items()
-    }
-
-
-def _check_k(k: Any, n_features: int, where: str) -> int:
-    k = k.item() if isinstance(k, torch.Tensor) and k.numel() == 1 else k
-    if not isinstance(k, int) or not 1 <= k <= n_features:
-        raise UserError(f"{where}: k is {k}, and must be 1 to the {n_features} features")
-    return k
 
 
 def _normalize_decoder(weights: dict[str, torch.Tensor]) -> None:
@@ -252,27 +209,6 @@ def _normalize_decoder(weights: dict[str, torch.Tensor]) -> None:
     weights["W_dec"] = weights["W_dec"] / norms_F[:, None]
     weights["W_enc"] = weights["W_enc"] * norms_F
     weights["b_enc"] = weights["b_enc"] * norms_F
-
-
-def _build(
-    sae_class: type[SAE[Any]],
-    cfg_class: type[SAEConfig],
-    weights: dict[str, torch.Tensor],
-    device: str,
-    where: str,
-    **options: Any,
-) -> SAE[Any]:
-    if weights["W_dec"].ndim != 2:
-        raise UserError(f"{where}: damaged: W_dec has shape {list(weights['W_dec'].shape)}, and must have two axes")
-    d_sae, d_in = weights["W_dec"].shape
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    for name, tensor in weights.items():
-        shape = shapes.get(name, (d_sae,))
-        if tensor.shape != shape:
-            raise UserError(f"{where}: damaged: {name} has shape {list(tensor.shape)}, and must have {list(shape)}")
-    sae = sae_class(cfg_class(d_in=d_in, d_sae=d_sae, device="meta", **options))
-    sae.load_state_dict({name: nn.Parameter(tensor.contiguous()) for name, tensor in weights.items()}, assign=True)
-    return sae.to(device=device).eval()
 
 
 def _sparsify_metadata(directory: Path, where: str) -> SAEMetadata:
@@ -306,14 +242,15 @@ def _dictionary_learning_metadata(config: Mapping[str, Any], trainer: Mapping[st
 
 
 def _hook_of_submodule(layer: int, submodule_name: str | None, io: str) -> str:
-    """Returns TransformerLens's name for a submodule that a user of dictionary_learning named.
+    """Returns the hook of a submodule that a user of dictionary_learning named, by TransformerLens's name or by path.
 
     Users choose these names freely. Without a name, the activations are the layer's own (utils.get_submodule).
     """
     name = submodule_name or "resid_post"
-    by_path = hook_of_hookpoint(name)
-    if by_path != name:
-        kind = by_path.rpartition(".")[2]
+    if re.fullmatch(rf"{_LAYER}\..+", name):  # a module's path
+        return name if io == "out" else f"input of {name}"
+    if re.fullmatch(_LAYER, name):
+        kind = "hook_resid_post"
     elif "resid_pre" in name:
         kind = "hook_resid_pre"
     elif "resid" in name:

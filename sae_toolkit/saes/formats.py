@@ -1,10 +1,10 @@
-"""Recognizes and loads SAEs on disk in the formats of SAELens, sparsify and dictionary_learning."""
+"""Recognizes and loads SAEs on disk in the formats of SAELens, sparsify, dictionary_learning and publishers of SAEs."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import httpx2
@@ -23,21 +23,62 @@ from sae_toolkit.saes.foreign import (
     DICTIONARY_LEARNING_FILES,
     SPARSIFY_FILES,
     dictionary_learning_form,
+    is_dictionary_checkpoint,
     load_dictionary_learning,
     load_sparsify,
-    read_json,
     sparsify_form,
 )
 from sae_toolkit.saes.metadata import check_are_floats, check_cfg
+from sae_toolkit.saes.published import (
+    GEMMA_SCOPE_2_FILES,
+    GEMMA_SCOPE_FILES,
+    LLAMA_SCOPE_FILES,
+    llama_scope_form,
+    load_gemma_scope,
+    load_gemma_scope_2,
+    load_goodfire,
+    load_llama_scope,
+    load_qwen_scope,
+    publisher_with_name,
+)
+from sae_toolkit.saes.weights import read_json
 
-# A directory that holds all of a library's files is an SAE of that library.
+# A directory that holds all of a library's files is an SAE of that library. The first file is in the directory itself.
 FILES = {
     "SAELens": (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME),
     "sparsify": SPARSIFY_FILES,
     "dictionary_learning": DICTIONARY_LEARNING_FILES,
+    "Gemma Scope": GEMMA_SCOPE_FILES,
+    "Gemma Scope 2": GEMMA_SCOPE_2_FILES,
+    "Llama Scope": LLAMA_SCOPE_FILES,
 }
 _LARGEST_WEIGHT = 1e10  # products of larger weights overflow float32
-WHAT_IS_AN_SAE = "; ".join(f"{' + '.join(files)} ({library})" for library, files in FILES.items())
+WHAT_IS_AN_SAE = "; ".join(
+    [f"{' + '.join(files)} ({library})" for library, files in FILES.items()]
+    + [
+        "config.json + checkpoints/ae_STEP.pt (dictionary_learning, in training)",
+        "layerN.sae.pt (Qwen Scope)",
+        "MODEL-SAE-lN.pth (Goodfire)",
+    ]
+)
+_FORMS = {
+    "sparsify": sparsify_form,
+    "dictionary_learning": dictionary_learning_form,
+    "Llama Scope": llama_scope_form,
+    "Gemma Scope": lambda _path, _where: "jumprelu",
+    "Gemma Scope 2": lambda _path, _where: "jumprelu",
+    "Qwen Scope": lambda _path, _where: "topk",
+    "Goodfire": lambda _path, _where: "standard",
+}
+_LOADERS = {
+    "sparsify": load_sparsify,
+    "dictionary_learning": load_dictionary_learning,
+    "Llama Scope": load_llama_scope,
+    "Gemma Scope": load_gemma_scope,
+    "Gemma Scope 2": load_gemma_scope_2,
+    "Qwen Scope": load_qwen_scope,
+    "Goodfire": load_goodfire,
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +86,8 @@ class SAEFile:
     """An SAE that was found and is not loaded yet."""
 
     name: str  # for tables: the name on the Hub, or the last parts of the path that tell it from the other SAEs
-    path: Path  # the directory of the weights; for a SAELens release its repository in the Hub's cache
-    library: str  # "SAELens", "sparsify" or "dictionary_learning"
+    path: Path  # the SAE's directory, or its only file; for a SAELens release its repository in the Hub's cache
+    library: str  # "SAELens", or a key of `_LOADERS`
     form: str  # such as "inference form, jumprelu", "SparseCoder, topk" or "BatchTopKSAE"
     release: tuple[str, str] | None = None  # SAELens's release and SAE id
     one_of_many: bool = False  # whether a run directory or a pattern led to it, instead of its own name
@@ -57,31 +98,44 @@ class SAEFile:
         return self.release is not None or self.path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
 
 
-def library_with(names: Collection[str]) -> str | None:
-    """Returns the library with all its files among these file names; None if there is none."""
-    return next((library for library, files in FILES.items() if all(file in names for file in files)), None)
-
-
-def library_of(directory: Path) -> str | None:
-    """Returns the library that the SAE in a directory comes from; None if the directory holds no SAE."""
-    return library_with({file.name for file in directory.iterdir() if file.is_file()}) if directory.is_dir() else None
-
-
-def recognize_sae(directory: Path, name: str, where: str) -> SAEFile:
-    """Returns the `SAEFile` for a directory that holds an SAE.
+def library_with(names: Collection[str], folder: str = ".") -> str | None:
+    """Returns the library with all its files in a folder; None if there is none.
 
     Args:
-        directory: the SAE's directory.
+        names: names of all files, as paths relative to a common directory.
+        folder: path of the folder relative to that directory.
+    """
+    return next(
+        (library for library, files in FILES.items() if all(str(PurePath(folder, file)) in names for file in files)),
+        None,
+    )
+
+
+def library_of(path: Path) -> str | None:
+    """Returns the library that the SAE in a directory, or in a file of its own, comes from; None if it is no SAE."""
+    if path.is_dir():
+        names = {file for files in FILES.values() for file in files}
+        return library_with({name for name in names if (path / name).is_file()})
+    if is_dictionary_checkpoint(path):
+        return "dictionary_learning"
+    return publisher_with_name(path.name) if path.is_file() else None
+
+
+def recognize_sae(path: Path, name: str, where: str) -> SAEFile:
+    """Returns the `SAEFile` for a directory that holds an SAE, or for a file that is one.
+
+    Args:
+        path: the SAE's directory or file.
         name: the SAE's name for tables.
         where: the flag and its value, for messages.
 
     Raises:
         UserError: its configuration is damaged.
     """
-    library = library_of(directory)
+    library = library_of(path)
     assert library is not None
-    forms = {"SAELens": _saelens_form, "sparsify": sparsify_form, "dictionary_learning": dictionary_learning_form}
-    return SAEFile(name, directory, library, forms[library](directory, where))
+    form = _saelens_form if library == "SAELens" else _FORMS[library]
+    return SAEFile(name, path, library, form(path, where))
 
 
 def _saelens_form(directory: Path, where: str) -> str:
@@ -126,10 +180,8 @@ def load_sae_file(file: SAEFile, device: str, flag: str = "--sae_path") -> SAE[A
 def _load(file: SAEFile, device: str, flag: str, where: str) -> SAE[Any]:
     if file.release is not None:
         return _load_release(*file.release, device, where)
-    if file.library == "sparsify":
-        return load_sparsify(file.path, device, where)
-    if file.library == "dictionary_learning":
-        return load_dictionary_learning(file.path, device, where)
+    if file.library in _LOADERS:
+        return _LOADERS[file.library](file.path, device, where)
     check_are_floats(file.path / SAE_WEIGHTS_FILENAME, where)
     return load_sae(file.path, device, flag)
 

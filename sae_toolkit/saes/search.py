@@ -20,7 +20,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.trust import leaves_its_directory
-from sae_toolkit.saes.foreign import hook_of_hookpoint
+from sae_toolkit.saes.foreign import hook_of_hookpoint, is_dictionary_checkpoint
 from sae_toolkit.saes.formats import (
     FILES,
     WHAT_IS_AN_SAE,
@@ -30,6 +30,7 @@ from sae_toolkit.saes.formats import (
     library_with,
     recognize_sae,
 )
+from sae_toolkit.saes.published import publisher_with_name
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def find_saes(names: Sequence[str], *, layer: int | None = None, flag: str = "--
 
     Args:
         names: each is one of these:
-            - the directory of an SAE;
+            - the directory of an SAE, or a file of it;
             - a run directory with `final_*` or numeric checkpoints: all of them, ordered by tokens, the final one last;
             - such a checkpoint with SAEs of several hooks;
             - a pattern (`runs/*`);
@@ -84,22 +85,52 @@ def _find(name: str, layer: int | None, flag: str) -> list[SAEFile]:
 
 def _in_directory(directory: Path, part: str | None, layer: int | None, where: str) -> list[SAEFile]:
     if not directory.is_dir():
-        raise UserError(f"{where}: a file; name the directory of the SAE")
+        return [_of_file(directory, where)]
     if part is None and library_of(directory) is not None:
         return [recognize_sae(directory, "", where)]
     if part is None and (checkpoints := _checkpoints(directory, layer) or _of_hooks(directory, layer)):
         return _of_many(checkpoints, where)
-    configs = [file for pattern in ("cfg.json", "ae.pt") for file in directory.rglob(pattern)]
-    folders = {file.parent.relative_to(directory) for file in configs if library_of(file.parent) is not None}
-    # Hidden directories are left over from processes that were killed while they wrote.
-    saes = {str(folder) for folder in folders if not any(part.startswith(".") for part in folder.parts)}
+    if part is not None and library_of(directory / part) is not None:
+        return [recognize_sae(directory / part, "", where)]
+    saes = _inside(directory)
     if not saes:
         raise UserError(f"{where}: no SAE in it; looked for {WHAT_IS_AN_SAE}")
     return [recognize_sae(directory / _choose(saes, part, layer, where), "", where)]
 
 
+def _of_file(file: Path, where: str) -> SAEFile:
+    """Returns the SAE that a file is, or the SAE of a directory that the file belongs to."""
+    if library_of(file) is not None:
+        return recognize_sae(file, "", where)
+    for directory in file.absolute().parents[:2]:  # Llama Scope's weights are one directory further down
+        library = library_of(directory)
+        if library is not None and file.absolute() in [directory / name for name in FILES[library]]:
+            return recognize_sae(directory, "", where)
+    raise UserError(f"{where}: a file; name the directory of the SAE, which has {WHAT_IS_AN_SAE}")
+
+
+def _inside(directory: Path) -> set[str]:
+    """Returns the relative paths of all SAEs in a directory and below it."""
+    first_files = {files[0] for files in FILES.values()}
+    saes: set[Path] = set()
+    for file in directory.rglob("*"):
+        path = file.parent if file.name in first_files else file
+        # Checkpoints of a dictionary whose training has ended are taken only if they are named.
+        has_ended = is_dictionary_checkpoint(path) and library_of(path.parents[1]) is not None
+        if (file.name in first_files or file.is_file()) and library_of(path) is not None and not has_ended:
+            saes.add(path.relative_to(directory))
+    # Hidden directories are left over from processes that were killed while they wrote.
+    return {str(path) for path in saes if not any(part.startswith(".") for part in path.parts)}
+
+
 def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
-    """Returns the directories of the SAEs in a run's checkpoints, ordered by tokens, with the final one last."""
+    """Returns the SAEs of a run's checkpoints, ordered by tokens, with the final one last.
+
+    dictionary_learning's checkpoints are files in a directory `checkpoints`, ordered by steps.
+    """
+    files = [file for place in (directory, directory / "checkpoints") for file in place.glob("ae_*.pt")]
+    if checkpoints := [file for file in files if library_of(file) is not None]:
+        return sorted(checkpoints, key=lambda file: _natural(file.name))
     numbered = sorted(
         (not child.name.isdigit(), int(child.name.removeprefix("final_")), child)
         for child in directory.iterdir()
@@ -132,13 +163,23 @@ def _choose(folders: Collection[str], part: str | None, layer: int | None, where
         chosen = ["."]
     elif layer is not None:
         wanted = f"not exactly one of them is for layers.{layer}; "
-        chosen = [f for f in folders if hook_of_hookpoint(Path(f).name) == f"blocks.{layer}.hook_resid_post"]
+        chosen = [f for f in folders if _is_of_layer(f, layer)]
     if len(chosen) == 1:
         return chosen[0]
     in_order = sorted(folders, key=_natural)
     listed = f"{', '.join(in_order[:8])}{', ...' if len(in_order) > 8 else ''}"
     name = where.partition(" ")[2]
     raise UserError(f"{where}: holds {len(folders)} SAEs: {listed}; {wanted}name one, as in {name}:{in_order[0]}")
+
+
+def _is_of_layer(folder: str, layer: int) -> bool:
+    """Returns whether a path is that of a layer's SAE, as sparsify, Gemma Scope and Qwen Scope name it."""
+    names = Path(folder).parts
+    return (
+        f"layer_{layer}" in names
+        or names[-1] == f"layer{layer}.sae.pt"
+        or hook_of_hookpoint(names[-1]) == f"blocks.{layer}.hook_resid_post"
+    )
 
 
 def _of_pattern(pattern: str, layer: int | None, where: str) -> list[SAEFile]:
@@ -219,7 +260,10 @@ def _on_hub(repository: str, part: str | None, layer: int | None, flag: str) -> 
 
 
 def _cached(repository: str, folder: str) -> Path | None:
-    """Returns the directory of a repository's SAE in the Hub's local cache; None if it is not complete there."""
+    """Returns the path of a repository's SAE in the Hub's local cache; None if it is not complete there."""
+    if publisher_with_name(Path(folder).name) is not None:
+        file = try_to_load_from_cache(repository, folder)
+        return Path(file) if isinstance(file, str) else None
     for files in FILES.values():
         cached = [try_to_load_from_cache(repository, str(Path(folder) / file)) for file in files]
         if all(isinstance(file, str) for file in cached):
@@ -228,16 +272,16 @@ def _cached(repository: str, folder: str) -> Path | None:
 
 
 def _download(repository: str, part: str | None, layer: int | None, where: str) -> str:
-    """Downloads the SAE that the user meant, and returns its folder in the repository."""
-    files_in: dict[str, set[str]] = {}
-    for file in map(Path, HfApi().list_repo_files(repository)):
-        files_in.setdefault(str(file.parent), set()).add(file.name)
-    saes = {folder for folder, files in files_in.items() if library_with(files) is not None}
+    """Downloads the SAE that the user meant, and returns its folder or only file in the repository."""
+    names = set(HfApi().list_repo_files(repository))
+    folders = {str(folder) for name in names for folder in Path(name).parents}
+    saes = {folder for folder in folders if library_with(names, folder) is not None}
+    saes |= {name for name in names if publisher_with_name(Path(name).name) is not None}
     if not saes:
         raise UserError(f"{where}: no SAE in this repository; looked for {WHAT_IS_AN_SAE}")
     folder = _choose(saes, part, layer, where)
     wanted = {file for files in FILES.values() for file in files} | {ACTIVATION_SCALER_CFG_FILENAME}
-    patterns = [str(Path(folder) / file) for file in wanted]
+    patterns = [folder, *(str(Path(folder) / file) for file in wanted)]
     # sparsify's record of the model and the text is in the folder above.
     patterns += [str(parent / "config.json") for parent in Path(folder).parents]
     snapshot_download(repository, allow_patterns=patterns)

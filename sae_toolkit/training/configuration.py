@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,7 @@ def _runner_fields(settings: TrainingSettings, hook_name: str, device: str) -> d
     model, text, optimization = settings.model, settings.text, settings.optimization
     return {
         "model_name": model.model_name,
+        "model_class_name": _model_class_name(hook_name),
         "hook_name": hook_name,
         "dataset_path": text.dataset_path,
         "streaming": text.streaming,
@@ -171,6 +173,15 @@ def _runner_fields(settings: TrainingSettings, hook_name: str, device: str) -> d
         "n_batches_for_norm_estimate": min(20, _n_whole_batches(optimization)),
         "model_from_pretrained_kwargs": {},
     }
+
+
+def _model_class_name(hook_name: str) -> str:
+    """Returns the class by which SAELens, SAEDashboard and Neuronpedia load a model that has this hook.
+
+    Names within a block are TransformerLens's. All others are modules of Transformers, which SAELens hooks by its
+    `HookedProxyLM`.
+    """
+    return "HookedTransformer" if re.fullmatch(r"blocks\.\d+\..+", hook_name) else "AutoModelForCausalLM"
 
 
 def _logger_fields(settings: TrainingSettings, run_id: str) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
@@ -45,6 +47,7 @@ def test_a_run_leaves_what_saelens_loads(script, tiny_run, architecture, normali
     assert torch.equal(plain.encode(ACTS), ours.encode(ACTS))
     metadata = json.loads((final / "cfg.json").read_text())["metadata"]
     assert metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert metadata["model_class_name"] == "HookedTransformer"  # which has the hooks of TransformerLens's names
     assert metadata["training_architecture"] == architecture
     assert metadata["held_out_fraction"] == 0.1
 
@@ -52,6 +55,28 @@ def test_a_run_leaves_what_saelens_loads(script, tiny_run, architecture, normali
     unfinished = load_sae(final.parent / "2048", "cpu")
     torch.testing.assert_close(unfinished.encode(ACTS), ours.encode(ACTS), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(unfinished(ACTS), ours(ACTS), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_of_an_sae_at_a_transformers_module_is_loaded_by_saelens(script, tiny_run, tiny_model):
+    done = script("sae_lens_train.py", *tiny_run, "--hook_name", "model.layers.1.mlp")
+    final = Path(done.stdout.strip())
+    metadata = SAE.load_from_disk(final, device="cpu").cfg.metadata
+    assert metadata.model_class_name == json.loads((final / "runner_cfg.json").read_text())["model_class_name"]
+    model = load_model(
+        metadata.model_class_name,
+        metadata.model_name,
+        "cpu",
+        metadata.model_from_pretrained_kwargs,
+        hook_names=[metadata.hook_name],
+    )
+    tokens = torch.tensor([[1, 5, 9, 12]])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=[metadata.hook_name])
+        transformers_model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        expected: list[torch.Tensor] = []
+        transformers_model.model.layers[1].mlp.register_forward_hook(lambda *call: expected.append(call[2]))
+        transformers_model(tokens)
+    assert torch.equal(cache[metadata.hook_name], expected[0])
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_a_dictionary_computes_its_formula(tmp_path, dict_class):
     ("submodule_name", "hook"),
     [
         ("resid_post_layer_4", "blocks.4.hook_resid_post"),
-        ("model.layers.4.mlp", "blocks.4.hook_mlp_out"),
+        ("model.layers.4", "blocks.4.hook_resid_post"),
+        ("model.layers.4.mlp", "model.layers.4.mlp"),
         ("attn_out_layer_4", "blocks.4.hook_attn_out"),
         ("something else", "something else"),
     ],

@@ -9,12 +9,13 @@ import huggingface_hub
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.saes.formats import load_sae_file
 from sae_toolkit.saes.search import find_saes
 from support.sae_files import (
+    ACTS,
     D,
     F,
     assert_agree,
@@ -43,6 +44,55 @@ def test_damaged_files_are_refused_in_one_line(sparsify, tmp_path):
         truncate(config)
         with pytest.raises(UserError, match=f"{config.name} cannot be read"):
             find_saes([str(config.parent)])
+
+
+def save_finetuned(directory: Path, factor_F: torch.Tensor, name: str, **cfg: object) -> StandardSAE:
+    """An SAE as SAELens 5 saved it after it had fine-tuned a factor for each feature. Returns it without the factor."""
+    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=F))
+    directory.mkdir()
+    save_file(sae.state_dict() | {name: factor_F}, directory / "sae_weights.safetensors")
+    version_5 = {
+        "architecture": "standard",
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "model_name": "gpt2-small",
+        "hook_name": "blocks.1.hook_resid_pre",
+        "hook_layer": 1,
+        "activation_fn_str": "relu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "finetuning_scaling_factor": True,
+        "sae_lens_training_version": "5.10.0",
+    }
+    (directory / "cfg.json").write_text(json.dumps(version_5 | cfg))
+    return sae
+
+
+def test_a_factor_that_saelens_5_fine_tuned_is_folded_in(tmp_path):
+    factor_F = 0.5 + torch.rand(F, generator=torch.Generator().manual_seed(0))
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        without = save_finetuned(tmp_path / name, factor_F, name)
+        sae, features = load(tmp_path / name), without.encode(ACTS)
+        assert_agree(sae.encode(ACTS), features)
+        assert_agree(sae(ACTS), (factor_F * features) @ without.W_dec + without.b_dec)  # SAELens 5's decode
+        assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
+    without = save_finetuned(tmp_path / "ones", torch.ones(F), "scaling_factor", finetuning_scaling_factor=False)
+    assert_agree(load(tmp_path / "ones")(ACTS), without(ACTS))
+
+
+@pytest.mark.parametrize(
+    ("size", "is_finetuned", "says"),
+    [
+        (F, False, r"the weights hold a factor for each feature \(scaling_factor\), and finetuning_scaling_factor in"),
+        (1, True, rf"damaged: finetuning_scaling_factor has shape \[1\], and must have \[{F}\]"),
+    ],
+)
+def test_a_factor_that_contradicts_its_cfg_is_refused(tmp_path, size, is_finetuned, says):
+    save_finetuned(tmp_path / "sae", torch.full([size], 2.0), "scaling_factor", finetuning_scaling_factor=is_finetuned)
+    with pytest.raises(UserError, match=f"^--sae_path {tmp_path / 'sae'}: {says}"):
+        load(tmp_path / "sae")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -107,12 +157,19 @@ def test_a_name_that_leads_to_no_sae_says_what_there_is(tmp_path, monkeypatch, n
 
 @pytest.fixture
 def hub(sparsify, tmp_path, monkeypatch):
-    """A hub on loopback with one repository of two sparsify SAEs, owner/saes, and an empty cache."""
+    """A hub on loopback with one repository of SAEs, owner/saes, and an empty cache.
+
+    Two SAEs are sparsify's. The files of one in Llama Scope's layout and of one in Goodfire's are empty.
+    """
     root = tmp_path / "repository"
     for layer in (1, 2):
         random_sparse_coder(sparsify, root / f"layers.{layer}")
     (root / "config.json").write_text(json.dumps({"model": "owner/model", "dataset": "owner/text"}))
     (root / "optimizer_0.pt").write_bytes(b"not to be fetched")
+    (root / "layer_3/checkpoints").mkdir(parents=True)
+    (root / "layer_3/hyperparams.json").write_text('{"act_fn": "jumprelu"}')
+    (root / "layer_3/checkpoints/final.safetensors").write_bytes(b"")
+    (root / "Llama-SAE-l5.pth").write_bytes(b"")
     names = sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file())
     commit = "0" * 40
     served: list[str] = []
@@ -160,7 +217,7 @@ def hub(sparsify, tmp_path, monkeypatch):
 
 def test_a_hub_repository_of_hookpoints_is_one_sae_of_it(hub):
     root, served, server = hub
-    with pytest.raises(UserError, match=r"owner/saes: holds 2 SAEs: layers\.1, layers\.2; name one, as in owner/saes:"):
+    with pytest.raises(UserError, match=r"owner/saes: holds 4 SAEs: Llama.*, layer_3, layers\.1, layers\.2; name one"):
         find_saes(["owner/saes"])
     with pytest.raises(UserError, match=r"no layers\.9 among them"):
         find_saes(["owner/saes:layers.9"])
@@ -180,6 +237,22 @@ def test_a_hub_repository_of_hookpoints_is_one_sae_of_it(hub):
     assert [found.path for found in find_saes(["owner/saes"], layer=2)] == [file.path]  # from the cache
     with pytest.raises(UserError, match="the Hugging Face Hub cannot be reached"):
         find_saes(["owner/others:layers.1"])
+
+
+@pytest.mark.parametrize(
+    ("part", "library", "files"),
+    [
+        ("layer_3", "Llama Scope", {"layer_3/hyperparams.json", "layer_3/checkpoints/final.safetensors"}),
+        ("Llama-SAE-l5.pth", "Goodfire", {"Llama-SAE-l5.pth"}),
+    ],
+)
+def test_a_published_sae_of_a_hub_repository_is_downloaded_alone(hub, part, library, files):
+    (file,) = find_saes([f"owner/saes:{part}"])
+    assert (file.name, file.library, file.is_download) == (f"owner/saes:{part}", library, True)
+    assert set(hub[1]) - {"config.json"} == files
+    hub[2].shutdown()
+    hub[2].server_close()
+    assert find_saes([f"owner/saes:{part}"]) == [file]  # from the cache
 
 
 def test_a_release_of_saelens_that_cannot_be_reached_says_so(hub):

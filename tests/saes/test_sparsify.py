@@ -73,7 +73,7 @@ def test_what_sparsify_trains_is_found_by_its_hookpoint_and_says_what_it_is_of(s
         assert (metadata.model_name, metadata.dataset_path) == (str(tiny_model), "owner/text")
         assert (metadata.context_size, metadata.exclude_special_tokens) == (32, [0, 1])
     assert at_layer.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
-    assert at_mlp.cfg.metadata.hook_name == "blocks.2.hook_mlp_out"
+    assert at_mlp.cfg.metadata.hook_name == "layers.2.mlp"
 
 
 def test_which_of_several_hookpoints_must_be_said(sparsify_run):
@@ -86,17 +86,20 @@ def test_which_of_several_hookpoints_must_be_said(sparsify_run):
         find_saes([str(sparsify_run)], layer=2)
 
 
-def test_hookpoints_are_named_as_transformerlens_names_them():
+def test_hookpoints_of_layers_are_named_as_transformerlens_names_them_and_others_stay_module_paths():
     hooks = {
         "layers.12": "blocks.12.hook_resid_post",
-        "layers.12.mlp": "blocks.12.hook_mlp_out",
-        "layers.12.self_attn": "blocks.12.hook_attn_out",
-        "h.3.attn": "blocks.3.hook_attn_out",
+        "h.3": "blocks.3.hook_resid_post",
         "model.layers.5": "blocks.5.hook_resid_post",
-        "layers.12.mlp.down_proj": "layers.12.mlp.down_proj",
-        "embed_tokens": "embed_tokens",
+        **{path: path for path in ("layers.1.mlp", "layers.12.self_attn", "h.1.mlp.act", "h.3.attn", "embed_tokens")},
     }
     assert {hookpoint: hook_of_hookpoint(hookpoint) for hookpoint in hooks} == hooks
+
+
+@pytest.mark.parametrize("hookpoint", ["layers.1.mlp", "h.1.mlp.act", "embed_tokens"])
+def test_the_hookpoint_of_a_directory_is_its_hook(sparsify, tmp_path, hookpoint):
+    random_sparse_coder(sparsify, tmp_path / hookpoint / "seed0")
+    assert load(tmp_path / hookpoint / "seed0").cfg.metadata.hook_name == hookpoint
 
 
 @pytest.mark.parametrize(
