@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.terminal.progress import Progress
 
+log = logging.getLogger(__name__)
+
 # If no position was scored in this many batches, none will be.
 _BATCHES_WITHOUT_A_POSITION = 4
 
@@ -25,6 +28,10 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
     Raises:
         UserError: as `measure_saes`, or the memory does not suffice.
     """
+    for evaluated in prepared.saes:
+        where = f"{prepared.hook_name} ({evaluated.sources.get('hook_name', 'record')})"
+        positions = "all" if prepared.protocol != "health" else evaluated.positions.described(evaluated.sources)
+        log.info("%s: at %s, positions: %s", evaluated.file.name, where, positions)
     with out_of_memory_answered(
         f"--batch_size {batch_size}: evaluating {len(prepared.saes)} SAEs on {prepared.device}",
         "lower --batch_size, or name fewer SAEs",

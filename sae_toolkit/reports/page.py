@@ -27,6 +27,8 @@ from sae_toolkit.reports.tables import (
     health_table,
     in_markdown,
     markdown_table,
+    place,
+    positions,
     shape,
     verdict,
 )
@@ -166,30 +168,16 @@ def _measured_on(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("SAE", f"{sae['path']} ({sae['library']}, {sae['form']})"),
         ("Shape", shape(summary)),
-        ("Model and hook", f"{summary['model']}, {summary['hook_name']}"),
+        ("Model and hook", f"{summary['model']}, {place(summary)}"),
         ("Text", f"{summary['dataset']}{config}{fallback}, {documents(summary)}"),
         ("Contexts", f"{summary['context_length']:,} tokens each"),
         ("Tokens", f"{summary['tokens']:,} in {summary['sequences']:,} sequences"),
         ("Tokens for the losses", f"{summary['loss_tokens']:,} in {summary['loss_sequences']:,} sequences"),
         ("Tokens for dead features", f"{summary['dead_feature_estimates']['tokens']:,}"),
         ("Intervals", f"95%, bootstrap over {summary['interval_units']}"),
-        ("Positions", _positions(summary["positions"])),
+        ("Positions", positions(summary)),
         ("SAELens", summary["sae_lens_version"]),
     ]
-
-
-def _positions(positions: Mapping[str, Any] | None) -> str:
-    """Returns a phrase that says at which positions the SAE was applied."""
-    if positions is None:
-        return "the SAE stands in at every position (SAEBench's protocol)"
-    skipped, limit = positions["skip_positions"], positions["max_activation_norm"]
-    n_special = len(positions["special_token_ids"])
-    without = [
-        f"{n_special} special tokens" if n_special else "",
-        f"the first {'position' if skipped == 1 else f'{skipped} positions'} of a context" if skipped else "",
-        f"activations of a norm above {limit:,.0f}" if limit else "",
-    ]
-    return f"without {', '.join(filter(None, without))}" if any(without) else "all"
 
 
 def _saebench(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

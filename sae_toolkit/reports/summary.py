@@ -45,6 +45,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
         "held_out": prepared.held_out and asdict(prepared.held_out),
         "context_length": prepared.context.context_size,
         "positions": asdict(evaluated.positions) if prepared.protocol == "health" else None,
+        "sources": dict(evaluated.sources),
         "tokens": evaluation.tokens,
         "sequences": evaluation.sequences,
         "loss_tokens": evaluation.loss_tokens,

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sae_toolkit.evaluation.feature_browser import Context, Feature
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
+from sae_toolkit.text.positions import PositionFilter
 
 MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
 _STYLES = {"healthy": "green", "borderline": "yellow", "unhealthy": "red", "unsettled": "yellow"}
@@ -79,10 +80,28 @@ def shape(summary: Mapping[str, Any]) -> str:
 
 
 def heading(summary: Mapping[str, Any]) -> str:
-    """Returns two lines: the model and hook, and the text."""
+    """Returns three lines: the model and hook, the text, and the positions, with where hook and positions are from."""
     fallback = f", in place of {summary['fallback_from']}" if summary["fallback_from"] else ""
     protocol = "" if summary["protocol"] == "health" else ", SAEBench's protocol: the SAE at every position"
-    return f"{summary['model']}, {summary['hook_name']}{protocol}\n{summary['dataset']}{fallback}, {documents(summary)}"
+    return "\n".join(
+        [
+            f"{summary['model']}, {place(summary)}{protocol}",
+            f"{summary['dataset']}{fallback}, {documents(summary)}",
+            f"positions: {positions(summary)}",
+        ]
+    )
+
+
+def place(summary: Mapping[str, Any]) -> str:
+    """Returns the hook, and where its name comes from."""
+    return f"{summary['hook_name']} ({summary['sources']['hook_name']})"
+
+
+def positions(summary: Mapping[str, Any]) -> str:
+    """Returns a phrase that says at which positions the SAE was applied, and where that comes from."""
+    if summary["positions"] is None:
+        return "all (SAEBench's protocol)"
+    return PositionFilter(**summary["positions"]).described(summary["sources"])
 
 
 def health_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
