@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,62 @@ from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEva
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 
+MASSIVE = 10  # times the median norm, the default of --max_activation_norm_multiple
 _TOKENS = 8192  # for the median norm
+
+
+@dataclass(frozen=True)
+class MassiveFirstPosition:
+    """A first position that is massive, where the SAE's record does not say whether the SAE was trained on it.
+
+    Args:
+        norm: median L2 norm at the first position of the contexts.
+        norm_of_others: median L2 norm at the other positions.
+        metrics_without: the metrics of losses and reconstructions if the first position is left out. Empty if the first
+            position was not massive in the first batch, so that this was not measured.
+        intervals_without: their 95% intervals.
+    """
+
+    norm: float
+    norm_of_others: float
+    metrics_without: dict[str, float]
+    intervals_without: dict[str, list[float]]
+
+
+class ActivationNorms:
+    """The L2 norms of the activations of an evaluation, batch by batch."""
+
+    def __init__(self) -> None:
+        self._norms: list[torch.Tensor] = []
+
+    def add(self, acts_BTD: torch.Tensor) -> None:
+        """Adds a batch."""
+        self._norms.append(acts_BTD.float().norm(dim=-1).cpu())
+
+    def first_and_others(self) -> tuple[float, float]:
+        """Returns the median norm at the first position of the sequences, and at all others."""
+        norms_NT = torch.cat(self._norms)
+        return norms_NT[:, 0].median().item(), norms_NT[:, 1:].median().item()
+
+    def first_is_massive(self) -> bool:
+        """Returns whether the median norm at the first position is above 10 times that at the others."""
+        first, others = self.first_and_others()
+        return first > MASSIVE * others
+
+
+def may_hold_massive_first_position(prepared: PreparedEvaluation, evaluated: EvaluatedSAE) -> bool:
+    """Returns whether an SAE is measured at the first position though nothing says that it was trained there."""
+    sources = evaluated.sources
+    return (
+        prepared.protocol == "health"
+        and sources.get("skip_positions") == sources.get("max_activation_norm") == "default"
+        and bool(evaluated.positions.keeps_tokens(prepared.rows_NT[:, :1]).any())
+    )
+
+
+def without_first_position(evaluated: EvaluatedSAE) -> EvaluatedSAE:
+    """Returns the SAE with the first position of each context left out."""
+    return replace(evaluated, positions=replace(evaluated.positions, skip_positions=1))
 
 
 def measure_norm_limits(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> PreparedEvaluation:

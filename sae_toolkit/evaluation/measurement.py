@@ -13,6 +13,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates, FiringStatistics
 from sae_toolkit.evaluation.decoder_cosines import DirectionCosines, measure_cosines
 from sae_toolkit.evaluation.feature_browser import Feature, FeatureRecorder
+from sae_toolkit.evaluation.massive_activations import MassiveFirstPosition
 from sae_toolkit.evaluation.metrics import (
     LossStatistics,
     ReconstructionStatistics,
@@ -45,6 +46,8 @@ class Evaluation:
         plots: histograms for the report, as edges and counts, and `never_fired`, a number of features.
         features: features for the feature browser.
         firing_rates_F: firings per token.
+        massive_first_position: what the first position does to the metrics, where it is massive and the SAE's record
+            does not say whether the SAE was trained on it; otherwise None.
     """
 
     metrics: dict[str, float]
@@ -59,6 +62,7 @@ class Evaluation:
     plots: dict[str, Any]
     features: list[Feature]
     firing_rates_F: torch.Tensor
+    massive_first_position: MassiveFirstPosition | None = None
 
 
 class Measurement:
@@ -184,6 +188,14 @@ class Measurement:
                 f"--sae_path {self.evaluated.file.name}: its reconstructions are not finite, so its weights may be"
                 " damaged; use another copy"
             )
+
+    def averages(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Returns the metrics of losses and reconstructions, and their intervals."""
+        losses, loss_intervals = self._point_and_interval(LossStatistics, self.losses.sums_SK())
+        reconstruction, intervals = self._point_and_interval(ReconstructionStatistics, self.reconstruction.sums_SK())
+        del losses["kl_zero"]
+        loss_intervals.pop("kl_zero", None)
+        return losses | reconstruction, loss_intervals | intervals
 
     def finish(self, model: LanguageModel) -> Evaluation:
         """Computes the metrics, intervals, plots and features from the sums."""

@@ -21,6 +21,7 @@ from sae_toolkit.reports.tables import (
     MARKS,
     beside_rows,
     documents,
+    first_position_note,
     format_interval,
     format_range,
     format_value,
@@ -60,7 +61,8 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
     return _TEMPLATES.get_template("page.html").render(
         summary=summary,
         subtitle=f"{shape(summary)}, {summary['hook_name']} of {summary['model']}",
-        verdict=verdict(health),
+        verdict=verdict(summary),
+        note=first_position_note(summary),
         verdict_status=_worst_status(health),
         cards=[_card(standard, summary) for standard in STANDARDS],
         measured_on=_measured_on(summary),
@@ -79,8 +81,9 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         [
             f"# {in_markdown(summary['sae']['name'])}",
             "",
-            f"**{verdict(summary['health'])}**",
+            f"**{verdict(summary)}**",
             "",
+            *([in_markdown(note), ""] if (note := first_position_note(summary)) else []),
             *markdown_table(*health_table(summary)),
             *_diagnosis_in_markdown(summary),
             "",

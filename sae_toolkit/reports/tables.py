@@ -56,8 +56,9 @@ def format_range(standard: Standard, bounds: tuple[float, float]) -> str:
     return f"{low:g} to {high:g}" if low > 0 else f"<= {high:g}"
 
 
-def verdict(health: Mapping[str, Any]) -> str:
+def verdict(summary: Mapping[str, Any]) -> str:
     """Returns a sentence that says how many metrics are healthy."""
+    health = summary["health"]
     if health["healthy"] is None:
         return (
             f"no verdict (unsettled): the SAE stood in for less than {LEAST_REPLACED_SHARE:.0%} of the tokens,"
@@ -65,7 +66,33 @@ def verdict(health: Mapping[str, Any]) -> str:
         )
     unsettled = list(health.values()).count("unsettled")
     more = f", {unsettled} unsettled: the sample cannot tell" if unsettled else ""
-    return f"{health['healthy']}/{health['of']} metrics healthy{more}"
+    where = " with the massive first position" if summary["massive_first_position"] else ""
+    return f"{health['healthy']}/{health['of']} metrics healthy{where}{more}"
+
+
+def first_position_note(summary: Mapping[str, Any]) -> str:
+    """Returns what the first position does to the metrics, if it is massive and the SAE's record says nothing of it.
+
+    Otherwise returns "".
+    """
+    massive = summary["massive_first_position"]
+    if not massive:
+        return ""
+    with_it, without = (
+        " and ".join(
+            f"{title} is {format_value(metric, metrics[metric])}"
+            for metric, title in (("loss_recovered", "loss recovered"), ("explained_variance", "explained variance"))
+        )
+        if metrics
+        else "nothing was measured"
+        for metrics in (summary["metrics"], massive["metrics_without"])
+    )
+    return (
+        f"The norm at the first position of a context is {massive['ratio']:.0f} times the"
+        f" median of the others, and the SAE's record does not say whether it was trained there. With that position,"
+        f" {with_it}; without it, {without}. The verdict rests on the former; {massive['flag']} leaves the"
+        " position out."
+    )
 
 
 def documents(summary: Mapping[str, Any]) -> str:
@@ -165,7 +192,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     beside.add_column()
     for cells in beside_rows(summary):
         beside.add_row(*cells)
-    parts: list[RenderableType] = [Text(heading(summary)), table, Text(verdict(health), "bold"), Text(), beside]
+    parts: list[RenderableType] = [Text(heading(summary)), table, Text(verdict(summary), "bold")]
+    if note := first_position_note(summary):
+        parts.append(Text(note))
+    parts += [Text(), beside]
     return Group(*parts, *_diagnosis(summary))
 
 
@@ -242,7 +272,10 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
         for summary in summaries
         if summary.get("diagnosis")
     ]
-    return Group(Text("\n".join(headings)), table, Text(marks), *first_causes)
+    notes = [
+        Text(f"{summary['sae']['name']}: {note}") for summary in summaries if (note := first_position_note(summary))
+    ]
+    return Group(Text("\n".join(headings)), table, Text(marks), *notes, *first_causes)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
