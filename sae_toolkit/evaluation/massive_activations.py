@@ -49,6 +49,10 @@ class ActivationNorms:
         norms_NT = torch.cat(self._norms)
         return norms_NT[:, 0].median().item(), norms_NT[:, 1:].median().item()
 
+    def share_not_finite(self) -> float:
+        """Returns the share of the activations that hold NaN or infinity."""
+        return 1 - torch.cat(self._norms).isfinite().double().mean().item()
+
     def first_is_massive(self) -> bool:
         """Returns whether the median norm at the first position is above 10 times that at the others."""
         first, others = self.first_and_others()

@@ -109,7 +109,7 @@ def measure_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_si
             n_batches += 1
             if n_batches == _BATCHES_WITHOUT_A_POSITION or stop == len(rows_NT):
                 for measurement in measurements:
-                    measurement.check()
+                    measurement.check(norms.share_not_finite(), model.dtype)
             progress.advance(batch_BT.size)
             start = stop
     evaluations = [measurement.finish(model) for measurement in measurements]

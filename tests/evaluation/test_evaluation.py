@@ -441,6 +441,26 @@ def test_numbers_that_are_not_finite_are_said_to_be_the_saes_or_the_models(scrip
         assert not (sae_path / "evaluation.json").exists()
 
 
+def test_activations_that_overflow_are_said_to_do_so_whether_or_not_there_is_a_norm_limit(
+    script, tiny_model, tmp_path, rows
+):
+    large = shutil.copytree(tiny_model, tmp_path / "large")
+    weights = load_file(large / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(3e4)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 100
+    save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
+    for name, limit in (("limited", {"max_activation_norm": 100.0}), ("unlimited", {})):
+        path = save_sae(tmp_path / name, **limit)
+        flags = ("--sae_path", path, "--model_name", large, "--dataset", rows[0], "--lm_dtype", "float16")
+        done = script("evaluate_sae_real_activations.py", *flags)
+        assert done.status == 2
+        says = r"--lm_dtype float16: [\d.]+% of the activations at blocks.2.hook_resid_post are not finite"
+        assert re.search(says, done.error_lines[0])
+    flags = ("--sae_path", path, "--model_name", large, "--dataset", rows[0], "--max_activation_norm_multiple", 2)
+    done = script("evaluate_sae_real_activations.py", *flags, "--lm_dtype", "float16")
+    assert "--lm_dtype float16: the median norm of the activations is" in done.error_lines[0]
+
+
 def test_a_link_or_directory_in_the_place_of_a_result_is_not_written_through(script, tiny_model, tmp_path, rows):
     for name in (".report.html.partial", "report.md"):
         path = save_sae(tmp_path / name.strip("."))
