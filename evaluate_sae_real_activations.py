@@ -41,6 +41,7 @@ def main() -> int:
     from rich.console import Console
     from sae_lens.util import dtype_to_str
 
+    from sae_toolkit.evaluation.massive_activations import measure_norm_limits
     from sae_toolkit.evaluation.run import evaluate_saes
     from sae_toolkit.evaluation.saebench.run import check_evals, parse_evals, run_saebench
     from sae_toolkit.evaluation.setup import prepare_evaluations
@@ -61,6 +62,7 @@ def main() -> int:
     results: list[Result] = []
     for group, paths in zip(groups, outputs, strict=True):
         model = models.load(group.model, group.hook_name)
+        group = measure_norm_limits(group, model, batch_size=settings.saes.batch_size)
         of_group = write_results(group, evaluate_saes(group, model, batch_size=settings.saes.batch_size), paths)
         for result in of_group:
             if not settings.measurements.no_diagnosis and result.is_unhealthy:

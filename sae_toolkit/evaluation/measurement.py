@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from sae_lens.util import dtype_to_str
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates, FiringStatistics
 from sae_toolkit.evaluation.decoder_cosines import DirectionCosines, measure_cosines
 from sae_toolkit.evaluation.feature_browser import Feature, FeatureRecorder
+from sae_toolkit.evaluation.massive_activations import MassiveFirstPosition
 from sae_toolkit.evaluation.metrics import (
     LossStatistics,
     ReconstructionStatistics,
@@ -45,6 +47,8 @@ class Evaluation:
         plots: histograms for the report, as edges and counts, and `never_fired`, a number of features.
         features: features for the feature browser.
         firing_rates_F: firings per token.
+        massive_first_position: what the first position does to the metrics, where it is massive and the SAE's record
+            does not say whether the SAE was trained on it; otherwise None.
     """
 
     metrics: dict[str, float]
@@ -59,6 +63,7 @@ class Evaluation:
     plots: dict[str, Any]
     features: list[Feature]
     firing_rates_F: torch.Tensor
+    massive_first_position: MassiveFirstPosition | None = None
 
 
 class Measurement:
@@ -163,9 +168,22 @@ class Measurement:
             if self.saebench is not None:
                 self.saebench.add_features(features_NF)
 
-    def check(self) -> None:
-        """Raises a UserError if nothing was scored so far, or if losses or reconstructions are not finite."""
-        if self.firings.n_tokens == 0 or self.losses.sums_SK()[:, 0].sum() == 0:
+    def check(self, share_not_finite: float, dtype: torch.dtype) -> None:
+        """Raises a UserError if nothing was scored so far, or if losses or reconstructions are not finite.
+
+        Args:
+            share_not_finite: share of the activations so far that hold NaN or infinity.
+            dtype: dtype of the language model.
+        """
+        nothing_scored = self.firings.n_tokens == 0 or self.losses.sums_SK()[:, 0].sum() == 0
+        losses = LossStatistics.metrics(self.losses.sums_SK().sum(0))
+        if share_not_finite and (nothing_scored or not (losses["ce_clean"] + losses["ce_sae"]).isfinite()):
+            raise UserError(
+                f"--lm_dtype {dtype_to_str(dtype)}: {share_not_finite:.2%} of the activations at"
+                f" {self.prepared.hook_name} are not finite; give another --lm_dtype, such as float32, or check"
+                f" that the weights of {self.prepared.model.name} are whole"
+            )
+        if nothing_scored:
             limit = self.evaluated.positions.max_activation_norm
             raise UserError(
                 f"--sae_path {self.evaluated.file.name}: no token can be scored: all are special tokens or at positions"
@@ -173,8 +191,7 @@ class Measurement:
                 + (f", or their norm is above its limit of {limit:.4g}" if limit else "")
                 + "; check that this is the model and layer that it was trained on"
             )
-        statistics = LossStatistics.metrics(self.losses.sums_SK().sum(0))
-        if not statistics["ce_clean"].isfinite():
+        if not losses["ce_clean"].isfinite():
             raise UserError(
                 f"--model_name {self.prepared.model.name}: its own losses are not finite; check that its weights are"
                 " whole, or give another --lm_dtype"
@@ -184,6 +201,14 @@ class Measurement:
                 f"--sae_path {self.evaluated.file.name}: its reconstructions are not finite, so its weights may be"
                 " damaged; use another copy"
             )
+
+    def averages(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Returns the metrics of losses and reconstructions, and their intervals."""
+        losses, loss_intervals = self._point_and_interval(LossStatistics, self.losses.sums_SK())
+        reconstruction, intervals = self._point_and_interval(ReconstructionStatistics, self.reconstruction.sums_SK())
+        del losses["kl_zero"]
+        loss_intervals.pop("kl_zero", None)
+        return losses | reconstruction, loss_intervals | intervals
 
     def finish(self, model: LanguageModel) -> Evaluation:
         """Computes the metrics, intervals, plots and features from the sums."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,20 @@ from sae_toolkit.text.sources import HeldOutSplit, TextSource
 
 @dataclass(frozen=True)
 class EvaluatedSAE:
-    """An SAE, the file that it was loaded from, and the positions that it was trained on."""
+    """An SAE, the file that it was loaded from, and the positions that it is measured at.
+
+    Args:
+        max_norm_multiple: the norm limit as a multiple of the median norm, as long as the median is not measured.
+            `positions` then has no limit. None if there is nothing to measure.
+        sources: where `hook_name`, `exclude_special_tokens`, `skip_positions` and `max_activation_norm` come from:
+            `flag`, `record` (the SAE's files), `--like` (the files of that SAE) or `default`. Empty during training.
+    """
 
     file: SAEFile
     sae: SAE[Any]
     positions: PositionFilter
+    max_norm_multiple: float | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

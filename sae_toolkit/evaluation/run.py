@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from sae_toolkit.evaluation.massive_activations import (
+    ActivationNorms,
+    MassiveFirstPosition,
+    may_hold_massive_first_position,
+    without_first_position,
+)
 from sae_toolkit.evaluation.measurement import Evaluation, Measurement
 from sae_toolkit.evaluation.metrics import compare_predictions
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.terminal.progress import Progress
+
+log = logging.getLogger(__name__)
 
 # If no position was scored in this many batches, none will be.
 _BATCHES_WITHOUT_A_POSITION = 4
@@ -25,6 +34,10 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
     Raises:
         UserError: as `measure_saes`, or the memory does not suffice.
     """
+    for evaluated in prepared.saes:
+        where = f"{prepared.hook_name} ({evaluated.sources.get('hook_name', 'record')})"
+        positions = "all" if prepared.protocol != "health" else evaluated.positions.described(evaluated.sources)
+        log.info("%s: at %s, positions: %s", evaluated.file.name, where, positions)
     with out_of_memory_answered(
         f"--batch_size {batch_size}: evaluating {len(prepared.saes)} SAEs on {prepared.device}",
         "lower --batch_size, or name fewer SAEs",
@@ -35,6 +48,8 @@ def evaluate_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_s
 @torch.no_grad()
 def measure_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_size: int) -> list[Evaluation]:
     """Measures SAEs on the same rows of tokens.
+
+    An SAE whose record says nothing of positions is also measured without the first position, if that is massive.
 
     What does not depend on the SAE runs once: the layers up to the hook, the model's own losses, and its losses with
     zeros at the hook. Only the layers after the hook run again for each SAE.
@@ -55,6 +70,8 @@ def measure_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_si
     for evaluated in prepared.saes:
         evaluated.sae.to(prepared.device)
         measurements.append(Measurement(evaluated, prepared))
+    without_first: dict[int, Measurement] = {}
+    norms = ActivationNorms()
     zero_ablation = _ZeroAblation(model)
     ends = sorted({prepared.n_loss_rows, prepared.n_sae_rows, len(rows_NT)})
     n_batches = start = 0
@@ -65,10 +82,13 @@ def measure_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_si
             tokens_BT = torch.from_numpy(batch_BT)
             if start < prepared.n_loss_rows:
                 clean_BTV, state = model.logits(tokens_BT)
+                norms.add(state.acts_BTD)
                 zero_logits = zero_ablation.logits(tokens_BT, state)
                 tokens_BT = tokens_BT.to(clean_BTV.device)
                 zero = None
-                for measurement in measurements:
+                if start == 0 and norms.first_is_massive():
+                    without_first = _without_first_position(prepared, measurements)
+                for measurement in (*measurements, *without_first.values()):
                     replaced_BTD, scored_BT = measurement.add(start, batch_BT, state.acts_BTD, with_reconstruction=True)
                     sae_BTV = model.logits_from_hook(tokens_BT, state, replaced_BTD)
                     others: list[Sequence[torch.Tensor]] = [list(sae_BTV)] if zero else [list(sae_BTV), zero_logits]
@@ -79,18 +99,41 @@ def measure_saes(prepared: PreparedEvaluation, model: LanguageModel, *, batch_si
                 del clean_BTV, zero_logits, state
             else:
                 acts_BTD = model.activations(tokens_BT)
+                norms.add(acts_BTD)
+                with_reconstruction = start < prepared.n_sae_rows
                 for measurement in measurements:
-                    measurement.add(start, batch_BT, acts_BTD, with_reconstruction=start < prepared.n_sae_rows)
+                    measurement.add(start, batch_BT, acts_BTD, with_reconstruction=with_reconstruction)
+                if with_reconstruction:
+                    for measurement in without_first.values():
+                        measurement.add(start, batch_BT, acts_BTD, with_reconstruction=True)
             n_batches += 1
             if n_batches == _BATCHES_WITHOUT_A_POSITION or stop == len(rows_NT):
                 for measurement in measurements:
-                    measurement.check()
+                    measurement.check(norms.share_not_finite(), model.dtype)
             progress.advance(batch_BT.size)
             start = stop
     evaluations = [measurement.finish(model) for measurement in measurements]
+    if norms.first_is_massive():
+        for i, evaluated in enumerate(prepared.saes):
+            if may_hold_massive_first_position(prepared, evaluated):
+                averages = without_first[i].averages() if without_first else ({}, {})
+                massive = MassiveFirstPosition(*norms.first_and_others(), *averages)
+                evaluations[i] = replace(evaluations[i], massive_first_position=massive)
     for evaluated in prepared.saes:
         evaluated.sae.to("cpu")
     return evaluations
+
+
+def _without_first_position(
+    prepared: PreparedEvaluation, measurements: Sequence[Measurement]
+) -> dict[int, Measurement]:
+    """Returns measurements without the first position, by the SAE's index, of SAEs that may not be trained on it."""
+    no_features = replace(prepared, features=(), n_features=0)
+    return {
+        i: Measurement(without_first_position(measurement.evaluated), no_features)
+        for i, measurement in enumerate(measurements)
+        if may_hold_massive_first_position(prepared, measurement.evaluated)
+    }
 
 
 class _ZeroAblation:

@@ -96,14 +96,19 @@ def prepare_evaluations(
             check_names_of_download(sae, where, model_name=sae_settings.model_name, dataset=text_settings.dataset)
         model_key = _find_model(sae, file, sae_settings, models)
         model = models[model_key]
-        hook_name = _find_hook(sae, file, sae_settings.layer, model, widths.setdefault(model_key, {}))
+        hook_name = _find_hook(sae, file, sae_settings, model, widths.setdefault(model_key, {}))
         with _of_the_sae(file, unless=None):
             _check_separator(sae, model)
-        with _of_the_sae(file, unless=text_settings.dataset or text_settings.context_length):
+        with _of_the_sae(
+            file, unless=text_settings.dataset or text_settings.context_length or text_settings.skip_positions
+        ):
             text = _choose_text(sae, text_settings, model)
         group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text, []))
-        positions = PositionFilter((), text.skip_positions, sae.cfg.metadata.max_activation_norm)
-        group.members.append(EvaluatedSAE(file, sae, positions))
+        sources = _sources(sae.cfg.metadata, sae_settings, text_settings)
+        multiple = text_settings.max_activation_norm_multiple
+        limit = sae.cfg.metadata.max_activation_norm if multiple is None else None
+        positions = PositionFilter((), text.skip_positions, limit)
+        group.members.append(EvaluatedSAE(file, sae, positions, multiple or None, sources))
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
     return [_prepare_group(group, text_settings, measurements, device) for group in groups.values()]
@@ -124,17 +129,43 @@ def _find_model(
     return key
 
 
-def _find_hook(sae: SAE[Any], file: SAEFile, layer: int | None, model: ModelSource, widths: dict[str, int]) -> str:
+def _sources(
+    metadata: SAEMetadata, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings
+) -> dict[str, str]:
+    """Returns where the hook and the positions of an SAE come from, as `EvaluatedSAE.sources`."""
+    record = "--like" if sae_settings.like else "record"
+    has_hook_flag = sae_settings.hook_name is not None or sae_settings.layer is not None
+    given = {
+        "hook_name": ("hook_name", has_hook_flag),
+        "exclude_special_tokens": ("exclude_special_tokens", text_settings.exclude_special_tokens is not None),
+        "skip_positions": ("seqpos_slice", text_settings.skip_positions is not None),
+        "max_activation_norm": ("max_activation_norm", text_settings.max_activation_norm_multiple is not None),
+    }
+    return {
+        name: "flag" if by_flag else record if field in metadata else "default"
+        for name, (field, by_flag) in given.items()
+    }
+
+
+def _find_hook(
+    sae: SAE[Any], file: SAEFile, settings: EvaluatedSAESettings, model: ModelSource, widths: dict[str, int]
+) -> str:
     """Returns the hook of an SAE, after checking that the SAE has the width of the activations there.
 
     Args:
         widths: the widths of the model's activations by hook, as far as they are known. A new one is added.
     """
-    with _of_the_sae(file, unless=layer):
-        hook_name = _hook_name(sae, layer)
+    with _of_the_sae(file, unless=settings.layer if settings.hook_name is None else settings.hook_name):
+        hook_name = settings.hook_name or _hook_name(sae, settings.layer)
         if hook_name not in widths:
-            widths[hook_name] = hook_width(model.config, hook_name, model.trust_remote_code)
+            flag = "--hook_name" if settings.hook_name else None
+            widths[hook_name] = hook_width(model.config, hook_name, model.trust_remote_code, flag)
     if sae.cfg.d_in != widths[hook_name]:
+        if settings.hook_name:
+            raise UserError(
+                f"--hook_name {hook_name}: {model.name} has the width {widths[hook_name]} there, and the SAE"
+                f" {file.name} has the width {sae.cfg.d_in}; name the hook that it was trained at"
+            )
         raise UserError(
             f"--sae_path {file.name}: an SAE of width {sae.cfg.d_in}, and {model.name} has {widths[hook_name]} at"
             f" {hook_name}; give the model that it was trained on"
@@ -248,7 +279,14 @@ def _choose_text(sae: SAE[Any], text_settings: EvaluationTextSettings, model: Mo
             f"--context_length {context.context_size}: {model.name} was made for contexts of at most"
             f" {model.max_context}; lower it"
         )
-    skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
+    skip_positions = text_settings.skip_positions
+    if skip_positions is None:
+        skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
+    elif skip_positions + 1 >= context.context_size:
+        raise UserError(
+            f"--skip_positions {skip_positions}: leaves no next token to predict in a context of"
+            f" {context.context_size}; lower it"
+        )
     if skip_positions + 1 >= context.context_size:
         raise UserError(
             f"--context_length {context.context_size}: leaves no next token to predict after the {skip_positions}"
@@ -267,7 +305,9 @@ def _prepare_group(
     n_documents = len(np.unique(document_N[:n_loss_rows]))
     by_document = n_documents >= LEAST_DOCUMENTS and not group.text.source.tokenized
     return PreparedEvaluation(
-        saes=tuple(_with_special_tokens(member, tokenizer) for member in group.members),
+        saes=tuple(
+            _with_special_tokens(member, tokenizer, text_settings.exclude_special_tokens) for member in group.members
+        ),
         protocol=measurements.protocol,
         device=device,
         model=group.model,
@@ -291,10 +331,19 @@ def _prepare_group(
     )
 
 
-def _with_special_tokens(evaluated: EvaluatedSAE, tokenizer: PreTrainedTokenizerBase) -> EvaluatedSAE:
-    """Returns an SAE whose positions leave out the special tokens that its training left out."""
-    excluded = special_tokens(evaluated.sae.cfg.metadata.get("exclude_special_tokens", False), tokenizer)
-    return replace(evaluated, positions=replace(evaluated.positions, special_token_ids=excluded))
+def _with_special_tokens(
+    evaluated: EvaluatedSAE, tokenizer: PreTrainedTokenizerBase, exclude: bool | list[int] | None
+) -> EvaluatedSAE:
+    """Returns an SAE whose positions leave out special tokens.
+
+    Args:
+        exclude: which, as --exclude_special_tokens says; None for those that the SAE's training left out.
+    """
+    if exclude is None:
+        exclude = evaluated.sae.cfg.metadata.get("exclude_special_tokens", False)
+    return replace(
+        evaluated, positions=replace(evaluated.positions, special_token_ids=special_tokens(exclude, tokenizer))
+    )
 
 
 def _collect_rows(
@@ -335,7 +384,10 @@ def _hook_name(sae: SAE[Any], layer: int | None) -> str:
     hook_name = sae.cfg.metadata.hook_name
     if not hook_name:
         if layer is None:
-            raise UserError("--layer: the SAE's cfg.json does not say which hook it is for; name the layer")
+            raise UserError(
+                "--layer: the SAE's cfg.json does not say which hook it is for; name the layer, or the hook by"
+                " --hook_name"
+            )
         return f"blocks.{layer}.hook_resid_post"
     if layer is None:
         return hook_name

@@ -21,12 +21,15 @@ from sae_toolkit.reports.tables import (
     MARKS,
     beside_rows,
     documents,
+    first_position_note,
     format_interval,
     format_range,
     format_value,
     health_table,
     in_markdown,
     markdown_table,
+    place,
+    positions,
     shape,
     verdict,
 )
@@ -58,7 +61,8 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
     return _TEMPLATES.get_template("page.html").render(
         summary=summary,
         subtitle=f"{shape(summary)}, {summary['hook_name']} of {summary['model']}",
-        verdict=verdict(health),
+        verdict=verdict(summary),
+        note=first_position_note(summary),
         verdict_status=_worst_status(health),
         cards=[_card(standard, summary) for standard in STANDARDS],
         measured_on=_measured_on(summary),
@@ -77,8 +81,9 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
         [
             f"# {in_markdown(summary['sae']['name'])}",
             "",
-            f"**{verdict(summary['health'])}**",
+            f"**{verdict(summary)}**",
             "",
+            *([in_markdown(note), ""] if (note := first_position_note(summary)) else []),
             *markdown_table(*health_table(summary)),
             *_diagnosis_in_markdown(summary),
             "",
@@ -166,30 +171,16 @@ def _measured_on(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("SAE", f"{sae['path']} ({sae['library']}, {sae['form']})"),
         ("Shape", shape(summary)),
-        ("Model and hook", f"{summary['model']}, {summary['hook_name']}"),
+        ("Model and hook", f"{summary['model']}, {place(summary)}"),
         ("Text", f"{summary['dataset']}{config}{fallback}, {documents(summary)}"),
         ("Contexts", f"{summary['context_length']:,} tokens each"),
         ("Tokens", f"{summary['tokens']:,} in {summary['sequences']:,} sequences"),
         ("Tokens for the losses", f"{summary['loss_tokens']:,} in {summary['loss_sequences']:,} sequences"),
         ("Tokens for dead features", f"{summary['dead_feature_estimates']['tokens']:,}"),
         ("Intervals", f"95%, bootstrap over {summary['interval_units']}"),
-        ("Positions", _positions(summary["positions"])),
+        ("Positions", positions(summary)),
         ("SAELens", summary["sae_lens_version"]),
     ]
-
-
-def _positions(positions: Mapping[str, Any] | None) -> str:
-    """Returns a phrase that says at which positions the SAE was applied."""
-    if positions is None:
-        return "the SAE stands in at every position (SAEBench's protocol)"
-    skipped, limit = positions["skip_positions"], positions["max_activation_norm"]
-    n_special = len(positions["special_token_ids"])
-    without = [
-        f"{n_special} special tokens" if n_special else "",
-        f"the first {'position' if skipped == 1 else f'{skipped} positions'} of a context" if skipped else "",
-        f"activations of a norm above {limit:,.0f}" if limit else "",
-    ]
-    return f"without {', '.join(filter(None, without))}" if any(without) else "all"
 
 
 def _saebench(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

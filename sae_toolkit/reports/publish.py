@@ -21,7 +21,16 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import ConnectionFailed, retrying
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.reports.results import Result
-from sae_toolkit.reports.tables import documents, health_table, markdown_table, shape, verdict
+from sae_toolkit.reports.tables import (
+    documents,
+    first_position_note,
+    health_table,
+    markdown_table,
+    place,
+    positions,
+    shape,
+    verdict,
+)
 from sae_toolkit.settings.command_line import flags_with, training_words
 from sae_toolkit.settings.fields import Scope
 from sae_toolkit.terminal.redaction import redact
@@ -39,8 +48,7 @@ _DEFINITIONS = """\
 - **Dead features**: share of features without one activation on the evaluated tokens.
 - **Decoder absorption**: mean over features of the largest cosine similarity of their decoder vector to another one.
 
-The SAE replaces activations, and is scored, only at the positions that it was trained for. These exclude special
-tokens, the positions that it skips, and activations with a norm above `max_activation_norm` (cfg.json)."""
+The SAE replaces activations, and is scored, only at the positions that are named for it below."""
 
 
 def check_may_publish(repository: str) -> None:
@@ -199,8 +207,9 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
     summary = result.summary
     parts = [
         f"## {sae_id}",
-        f"**{verdict(summary['health'])}**. {shape(summary)}; measured on {summary['tokens']:,} tokens of"
+        f"**{verdict(summary)}**. {shape(summary)}; measured on {summary['tokens']:,} tokens of"
         f" {summary['dataset']}, {documents(summary)}.",
+        f"Hook: {place(summary)}. Positions: {positions(summary)}. {first_position_note(summary)}".strip(),
         "\n".join(markdown_table(*health_table(summary))),
         f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
     ]

@@ -23,6 +23,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
     """Returns the content of evaluation.json: the numbers, and everything that they depend on."""
     cosines = asdict(evaluation.cosines)
     del cosines["histogram"], cosines["interval"]
+    massive = evaluation.massive_first_position
     summary = {
         "sae_lens_version": sae_lens_version,
         "sae": {
@@ -45,6 +46,9 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
         "held_out": prepared.held_out and asdict(prepared.held_out),
         "context_length": prepared.context.context_size,
         "positions": asdict(evaluated.positions) if prepared.protocol == "health" else None,
+        "sources": dict(evaluated.sources),
+        "massive_first_position": massive
+        and asdict(massive) | {"ratio": massive.norm / massive.norm_of_others, "flag": "--skip_positions 1"},
         "tokens": evaluation.tokens,
         "sequences": evaluation.sequences,
         "loss_tokens": evaluation.loss_tokens,

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sae_toolkit.evaluation.feature_browser import Context, Feature
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
+from sae_toolkit.text.positions import PositionFilter
 
 MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
 _STYLES = {"healthy": "green", "borderline": "yellow", "unhealthy": "red", "unsettled": "yellow"}
@@ -55,8 +56,9 @@ def format_range(standard: Standard, bounds: tuple[float, float]) -> str:
     return f"{low:g} to {high:g}" if low > 0 else f"<= {high:g}"
 
 
-def verdict(health: Mapping[str, Any]) -> str:
+def verdict(summary: Mapping[str, Any]) -> str:
     """Returns a sentence that says how many metrics are healthy."""
+    health = summary["health"]
     if health["healthy"] is None:
         return (
             f"no verdict (unsettled): the SAE stood in for less than {LEAST_REPLACED_SHARE:.0%} of the tokens,"
@@ -64,7 +66,33 @@ def verdict(health: Mapping[str, Any]) -> str:
         )
     unsettled = list(health.values()).count("unsettled")
     more = f", {unsettled} unsettled: the sample cannot tell" if unsettled else ""
-    return f"{health['healthy']}/{health['of']} metrics healthy{more}"
+    where = " with the massive first position" if summary["massive_first_position"] else ""
+    return f"{health['healthy']}/{health['of']} metrics healthy{where}{more}"
+
+
+def first_position_note(summary: Mapping[str, Any]) -> str:
+    """Returns what the first position does to the metrics, if it is massive and the SAE's record says nothing of it.
+
+    Otherwise returns "".
+    """
+    massive = summary["massive_first_position"]
+    if not massive:
+        return ""
+    with_it, without = (
+        " and ".join(
+            f"{title} is {format_value(metric, metrics[metric])}"
+            for metric, title in (("loss_recovered", "loss recovered"), ("explained_variance", "explained variance"))
+        )
+        if metrics
+        else "nothing was measured"
+        for metrics in (summary["metrics"], massive["metrics_without"])
+    )
+    return (
+        f"The norm at the first position of a context is {massive['ratio']:.0f} times the"
+        f" median of the others, and the SAE's record does not say whether it was trained there. With that position,"
+        f" {with_it}; without it, {without}. The verdict rests on the former; {massive['flag']} leaves the"
+        " position out."
+    )
 
 
 def documents(summary: Mapping[str, Any]) -> str:
@@ -79,10 +107,28 @@ def shape(summary: Mapping[str, Any]) -> str:
 
 
 def heading(summary: Mapping[str, Any]) -> str:
-    """Returns two lines: the model and hook, and the text."""
+    """Returns three lines: the model and hook, the text, and the positions, with where hook and positions are from."""
     fallback = f", in place of {summary['fallback_from']}" if summary["fallback_from"] else ""
     protocol = "" if summary["protocol"] == "health" else ", SAEBench's protocol: the SAE at every position"
-    return f"{summary['model']}, {summary['hook_name']}{protocol}\n{summary['dataset']}{fallback}, {documents(summary)}"
+    return "\n".join(
+        [
+            f"{summary['model']}, {place(summary)}{protocol}",
+            f"{summary['dataset']}{fallback}, {documents(summary)}",
+            f"positions: {positions(summary)}",
+        ]
+    )
+
+
+def place(summary: Mapping[str, Any]) -> str:
+    """Returns the hook, and where its name comes from."""
+    return f"{summary['hook_name']} ({summary['sources']['hook_name']})"
+
+
+def positions(summary: Mapping[str, Any]) -> str:
+    """Returns a phrase that says at which positions the SAE was applied, and where that comes from."""
+    if summary["positions"] is None:
+        return "all (SAEBench's protocol)"
+    return PositionFilter(**summary["positions"]).described(summary["sources"])
 
 
 def health_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -146,7 +192,10 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     beside.add_column()
     for cells in beside_rows(summary):
         beside.add_row(*cells)
-    parts: list[RenderableType] = [Text(heading(summary)), table, Text(verdict(health), "bold"), Text(), beside]
+    parts: list[RenderableType] = [Text(heading(summary)), table, Text(verdict(summary), "bold")]
+    if note := first_position_note(summary):
+        parts.append(Text(note))
+    parts += [Text(), beside]
     return Group(*parts, *_diagnosis(summary))
 
 
@@ -223,7 +272,10 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
         for summary in summaries
         if summary.get("diagnosis")
     ]
-    return Group(Text("\n".join(headings)), table, Text(marks), *first_causes)
+    notes = [
+        Text(f"{summary['sae']['name']}: {note}") for summary in summaries if (note := first_position_note(summary))
+    ]
+    return Group(Text("\n".join(headings)), table, Text(marks), *notes, *first_causes)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

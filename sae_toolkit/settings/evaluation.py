@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.fields import build_parser, flag, from_flags
-from sae_toolkit.settings.values import NonNegative, Positive
+from sae_toolkit.settings.fields import as_text, build_parser, flag, from_flags
+from sae_toolkit.settings.values import NonNegative, NormMultiple, Positive, TrueFalseOrIds
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class EvaluatedSAESettings:
     """
     layer: NonNegative | None = None
     """evaluate at this layer; the first layer is 0 (default: the layer that the SAE was trained at)"""
+    hook_name: str | None = None
+    """evaluate at this TransformerLens hook, or at the output of this Transformers module (default: the hook that the
+    SAE was trained at)
+    """
     trust_remote_code: bool = False
     """run the Python code that comes with the model, which can do anything that you can do on this machine"""
     device: str = "auto"
@@ -64,6 +68,25 @@ class EvaluationTextSettings:
     """count dead features on at least this many tokens (default: on the tokens of the other metrics)"""
     context_length: Positive | None = None
     """number of tokens in a sequence (default: as in training)"""
+    exclude_special_tokens: TrueFalseOrIds | None = None
+    """leave out special tokens, such as the start of a text: true, false, or their token ids joined by commas (default:
+    as in training)
+    """
+    skip_positions: NonNegative | None = None
+    """leave out this many positions at the start of each context (default: as in training)"""
+    max_activation_norm_multiple: NormMultiple | None = None
+    """leave out activations whose norm is more than this many times the median norm, which is measured on the text of
+    the evaluation; 0 keeps all (default: the norm limit of the training)
+    """
+
+    @property
+    def given_positions(self) -> str | None:
+        """The first flag that chose positions, with its value; None if there is none."""
+        for name in ("exclude_special_tokens", "skip_positions", "max_activation_norm_multiple"):
+            if (value := getattr(self, name)) is not None:
+                return f"--{name} {as_text(value)}"
+        return None
+
     seed: NonNegative = 42
     """random seed of the choice of sequences"""
 
@@ -121,6 +144,17 @@ def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) 
     """
     parser = build_parser(EvaluationSettings, description=description)
     settings = from_flags(EvaluationSettings, vars(parser.parse_args(argv)))
+    saes, text = settings.saes, settings.text
+    if saes.hook_name is not None and saes.layer is not None:
+        raise UserError(
+            f"--layer {saes.layer} and --hook_name {saes.hook_name}: only one of them can choose the hook; leave out"
+            " the other"
+        )
+    if settings.measurements.protocol == "saebench" and text.given_positions:
+        raise UserError(
+            f"{text.given_positions}: with --protocol saebench the SAE stands in at every position; leave one of the"
+            " two out"
+        )
     push_to_hub = settings.results.push_to_hub
     if push_to_hub and settings.measurements.protocol != "health":
         raise UserError(f"--push_to_hub {push_to_hub}: the model card shows the results of --protocol health; use that")

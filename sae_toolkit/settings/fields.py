@@ -87,7 +87,7 @@ class Flag:
     @property
     def shown_default(self) -> str:
         """The default as a person would type it; empty if there is none."""
-        return "" if self.default in (None, dataclasses.MISSING) else _text(self.default)
+        return "" if self.default in (None, dataclasses.MISSING) else as_text(self.default)
 
 
 _OF_FLAG = ("scope", "is_later", "is_swept", "is_exclusive")
@@ -222,10 +222,10 @@ def _words(each: Flag, value: Any) -> list[str]:
         return [word for item in value for word in (name, str(item))]
     if each.takes_several:
         return [name, *map(str, value)]
-    return [name, _text(value)]
+    return [name, as_text(value)]
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Returns a value as a person would type it."""
     if isinstance(value, tuple):
         return " ".join(map(str, value))

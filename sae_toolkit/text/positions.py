@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,3 +49,25 @@ class PositionFilter:
         if self.max_activation_norm is None:
             return torch.ones(acts.shape[:-1], dtype=torch.bool, device=acts.device)
         return acts.float().norm(dim=-1) <= self.max_activation_norm
+
+    def described(self, sources: Mapping[str, str]) -> str:
+        """Returns a phrase that says which positions are kept.
+
+        Args:
+            sources: where each of `exclude_special_tokens`, `skip_positions` and `max_activation_norm` comes from, to
+                be named behind it. A setting without a source is shown without one.
+        """
+        n_special, limit = len(self.special_token_ids), self.max_activation_norm
+        without = f"without {n_special} special token{'s' if n_special > 1 else ''}"
+        phrases = {
+            "exclude_special_tokens": without if n_special else "with special tokens",
+            "skip_positions": f"from position {self.skip_positions} on",
+            "max_activation_norm": "norms of any size" if limit is None else f"norms up to {_shown(limit)}",
+        }
+        return ", ".join(
+            f"{phrase} ({sources[name]})" if name in sources else phrase for name, phrase in phrases.items()
+        )
+
+
+def _shown(norm: float) -> str:
+    return f"{norm:,.0f}" if norm >= 1000 else f"{norm:.4g}"

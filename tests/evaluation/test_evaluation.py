@@ -150,6 +150,58 @@ def test_under_health_the_sae_stands_in_where_it_was_trained_to(evaluate, tmp_pa
     assert "saebench_core" not in result
 
 
+def test_flags_choose_the_positions_whatever_the_record_says(evaluate, tmp_path, rows, dense):
+    """The limit is that of training: a multiple of the median norm at the positions that are not left out."""
+    record = {"seqpos_slice": (5, None), "exclude_special_tokens": True, "max_activation_norm": 1e-3}
+    path = save_sae(tmp_path / "sae", **record)
+    flags = ("--skip_positions", 2, "--exclude_special_tokens", BOS, "--max_activation_norm_multiple", 1.05)
+    done = evaluate("--sae_path", path, *flags)
+    result = result_of(path)
+    norms = dense(lambda hidden: hidden)[2].norm(dim=-1)
+    kept = rows[1] != BOS
+    kept[:, :2] = False
+    limit = 1.05 * norms[kept].median().item()
+    kept &= norms <= limit
+    with_sae = dense(lambda hidden: torch.where(kept[..., None], load_sae(path, "cpu").double()(hidden), hidden))[0]
+    assert 0 < kept.sum() < 0.9 * kept.numel()
+    assert result["tokens"] == int(kept.sum())
+    assert result["metrics"]["ce_sae"] == pytest.approx(with_sae[kept[:, :-1]].mean().item(), rel=1e-5)
+    assert result["positions"] == {
+        "special_token_ids": [BOS],
+        "skip_positions": 2,
+        "max_activation_norm": pytest.approx(limit, rel=1e-5),
+    }
+    assert set(result["sources"].values()) == {"record", "flag"}
+    for shown in (done.stderr, done.stdout, (path / "report.md").read_text()):
+        assert "without 1 special token (flag), from position 2 on (flag), norms up to" in shown
+    evaluate("--sae_path", path, "--max_activation_norm_multiple", 0, "--exclude_special_tokens", "false")
+    assert result_of(path)["tokens"] == rows[1].numel() - 5 * N_ROWS
+
+
+def test_it_is_said_what_comes_from_the_record_and_what_is_a_default(evaluate, tmp_path):
+    told = save_sae(tmp_path / "told", seqpos_slice=(1, None), max_activation_norm=50.0)
+    silent = save_sae(tmp_path / "silent")
+    evaluate("--sae_path", told, silent)
+    assert [result_of(path)["sources"] for path in (told, silent)] == [
+        {"hook_name": "record", "exclude_special_tokens": "default", "skip_positions": at, "max_activation_norm": at}
+        for at in ("record", "default")
+    ]
+    done = evaluate("--sae_path", silent, "--like", told)
+    assert "blocks.2.hook_resid_post (--like)" in done.stdout
+    assert "with special tokens (default), from position 1 on (--like), norms up to 50 (--like)" in done.stdout
+
+
+def test_the_hook_is_that_of_the_flag_for_every_sae(evaluate, tmp_path, tiny_model):
+    """A module of Transformers and TransformerLens's name for its output are the same place."""
+    paths = [save_sae(tmp_path / f"sae{i}", hook=f"blocks.{i}.hook_resid_post") for i in (0, 2)]
+    evaluate("--sae_path", *paths, "--hook_name", "model.layers.1.mlp")
+    at_module = [result_of(path) for path in paths]
+    assert {(r["hook_name"], r["sources"]["hook_name"]) for r in at_module} == {("model.layers.1.mlp", "flag")}
+    evaluate("--sae_path", *paths, "--hook_name", "blocks.1.hook_mlp_out")
+    for path, expected in zip(paths, at_module, strict=True):
+        assert result_of(path)["metrics"] == expected["metrics"]
+
+
 def test_given_tokens_are_used_as_they_are(evaluate, tmp_path, rows, dense):
     """Row for row, in order, with or without a BOS, whatever context size the SAE was trained with."""
     path = save_sae(tmp_path / "sae", context_size=128, dataset_path="embedded:wikipedia")
@@ -387,6 +439,26 @@ def test_numbers_that_are_not_finite_are_said_to_be_the_saes_or_the_models(scrip
         assert done.status == 2
         assert says in done.error_lines[0]
         assert not (sae_path / "evaluation.json").exists()
+
+
+def test_activations_that_overflow_are_said_to_do_so_whether_or_not_there_is_a_norm_limit(
+    script, tiny_model, tmp_path, rows
+):
+    large = shutil.copytree(tiny_model, tmp_path / "large")
+    weights = load_file(large / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(3e4)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 100
+    save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
+    for name, limit in (("limited", {"max_activation_norm": 100.0}), ("unlimited", {})):
+        path = save_sae(tmp_path / name, **limit)
+        flags = ("--sae_path", path, "--model_name", large, "--dataset", rows[0], "--lm_dtype", "float16")
+        done = script("evaluate_sae_real_activations.py", *flags)
+        assert done.status == 2
+        says = r"--lm_dtype float16: [\d.]+% of the activations at blocks.2.hook_resid_post are not finite"
+        assert re.search(says, done.error_lines[0])
+    flags = ("--sae_path", path, "--model_name", large, "--dataset", rows[0], "--max_activation_norm_multiple", 2)
+    done = script("evaluate_sae_real_activations.py", *flags, "--lm_dtype", "float16")
+    assert "--lm_dtype float16: the median norm of the activations is" in done.error_lines[0]
 
 
 def test_a_link_or_directory_in_the_place_of_a_result_is_not_written_through(script, tiny_model, tmp_path, rows):

@@ -74,6 +74,8 @@ def summary(sae):
         "held_out": {"fraction": 0.2, "seed": 42},
         "context_length": 256,
         "positions": {"special_token_ids": [0, 1, 2], "skip_positions": 1, "max_activation_norm": 1418.0},
+        "massive_first_position": None,
+        "sources": {"hook_name": "record", "exclude_special_tokens": "default", "skip_positions": "flag"},
         "tokens": 52_517,
         "sequences": 206,
         "loss_tokens": 20_058,
