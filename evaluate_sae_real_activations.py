@@ -17,6 +17,10 @@
     # an SAE whose library does not record the text of its training, on the held-out text of another SAE
     python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
 
+    # an SAE whose library does not record where and at which positions it was trained
+    python evaluate_sae_real_activations.py --sae_path ./my_sae --model_name ./my_model --dataset wikitext \\
+        --hook_name blocks.12.hook_mlp_out --skip_positions 1 --exclude_special_tokens true
+
 SAEs of SAELens (a directory, or release:sae_id), sparsify and dictionary_learning are recognized by their files.
 By default, model, hook, text and held-out documents are those of the training. The table of
 results goes to standard output; evaluation.json, report.html and report.md go into the directory of the SAE.

@@ -111,6 +111,10 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
     }
     narrow = tmp_path / "narrow"
     StandardSAE(StandardSAEConfig(d_in=16, d_sae=64)).save_model(narrow)
+    in_no_layer = tmp_path / "in_no_layer"
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
+    sae.cfg.metadata.hook_name = "model.embed_tokens"
+    sae.save_model(in_no_layer)
     incomplete = tmp_path / "incomplete"
     incomplete.mkdir()
     (incomplete / "cfg.json").write_text(json.dumps({"architecture": "standard"}))
@@ -139,6 +143,7 @@ def test_an_evaluation_that_cannot_work_is_refused(script, tmp_path, tiny_model,
         ({"model_name": None}, "--model_name: the SAE sae does not say which model"),
         ({"layer": None}, "--layer: the SAE's cfg.json does not say"),
         ({"layer": 9}, "--layer 9: the model has 4 layers"),
+        ({"sae_path": in_no_layer}, "--layer 1: the SAE was trained at model.embed_tokens, which is in no layer"),
         ({"hook_name": "blocks.1.hook_resid_pre"}, "--layer 1 and --hook_name blocks.1.hook_resid_pre: only one"),
         ({"layer": None, "hook_name": "blocks.9.hook_resid_pre"}, "--hook_name blocks.9.hook_resid_pre: the model has"),
         ({"layer": None, "hook_name": "model.layers.1.mlp.up"}, "--hook_name model.layers.1.mlp.up: not of the form"),

@@ -6,6 +6,7 @@ Each function returns a finding if the evidence shows its cause, and None if not
 from __future__ import annotations
 
 import math
+import re
 
 from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, percent, standard_of, titles
 from sae_toolkit.diagnosis.probes import MASSIVE
@@ -61,17 +62,46 @@ def _wrong_layer(e: Evidence) -> Finding | None:
     if best_name == here_name or not best > max(here, 0) + 0.05:
         return None
     trained_at = e.metadata.get("hook_name")
-    layer = next((part for part in best_name.split(".") if part.isdigit()), None)
-    if layer is None:  # a hook outside the layers, which no flag names
-        return None
     if trained_at == here_name and e.history is not None:  # a run of this project trained the SAE at this hook
         return None
     return Finding(
         "evaluated at another hook than it was trained at",
         ALL_METRICS,
         f"it explains {percent(here)} of the variance at {here_name} and {percent(best)} at {best_name}",
-        ("--layer", layer),
+        _hook_flag(best_name, trained_at),
         (best - max(here, 0)) / (1 - max(here, 0)),
+        of_training=False,
+    )
+
+
+def _hook_flag(hook_name: str, trained_at: str | None) -> tuple[str, str]:
+    """Returns the flag that evaluates at a hook: --layer if it is of the kind that the record names, else --hook_name.
+
+    Args:
+        trained_at: the hook in the SAE's record, if there is one.
+    """
+    layer = next((part for part in hook_name.split(".") if part.isdigit()), None)
+    of_record = trained_at or "blocks.0.hook_resid_post"
+    if layer is not None and re.sub(r"\.\d+(?=\.|$)", f".{layer}", of_record, count=1) == hook_name:
+        return "--layer", layer
+    return "--hook_name", hook_name
+
+
+def _massive_first_position(e: Evidence) -> Finding | None:
+    """The first position is massive, and the SAE's record does not say whether it was trained there."""
+    massive = e.summary.get("massive_first_position")
+    if not massive or massive["metrics_without"].get("loss_recovered") is None:
+        return None
+    here, without = e.metrics["loss_recovered"], massive["metrics_without"]["loss_recovered"]
+    if not without > here + 0.01:
+        return None
+    return Finding(
+        "evaluated at a massive first position, of which the SAE's record says nothing",
+        ("loss_recovered",),
+        f"its norm is {massive['ratio']:.0f} times the median of the others; loss recovered is {percent(here)} with it"
+        f" and {percent(without)} without it",
+        ("--skip_positions", "1"),
+        (without - here) / (1 - here),
         of_training=False,
     )
 
@@ -122,4 +152,4 @@ def _too_few_positions(e: Evidence) -> Finding | None:
     )
 
 
-CAUSES = (_too_small_a_sample, _wrong_layer, _wrong_model, _too_few_positions)
+CAUSES = (_too_small_a_sample, _wrong_layer, _massive_first_position, _wrong_model, _too_few_positions)

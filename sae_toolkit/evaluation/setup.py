@@ -391,7 +391,9 @@ def _hook_name(sae: SAE[Any], layer: int | None) -> str:
         return f"blocks.{layer}.hook_resid_post"
     if layer is None:
         return hook_name
-    at_layer = re.sub(r"\.\d+(?=\.|$)", f".{layer}", hook_name, count=1)
+    at_layer, n_layers = re.subn(r"\.\d+(?=\.|$)", f".{layer}", hook_name, count=1)
+    if not n_layers:
+        raise UserError(f"--layer {layer}: the SAE was trained at {hook_name}, which is in no layer; leave it out")
     if at_layer != hook_name:
         log.warning("--layer %d: the SAE was trained at %s; evaluating it at %s", layer, hook_name, at_layer)
     return at_layer

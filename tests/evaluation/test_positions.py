@@ -7,6 +7,8 @@ import torch
 from rich.console import Console
 from sae_lens import StandardSAE, StandardSAEConfig
 
+from sae_toolkit.diagnosis.evaluation_causes import _hook_flag, _massive_first_position
+from sae_toolkit.diagnosis.evidence import Evidence
 from sae_toolkit.evaluation.massive_activations import may_hold_massive_first_position
 from sae_toolkit.evaluation.run import measure_saes
 from sae_toolkit.evaluation.setup import prepare_evaluations
@@ -89,6 +91,24 @@ def test_it_is_measured_with_and_without_the_massive_first_position(group, langu
         assert note in text
 
     assert without["massive_first_position"] is None
+    finding = _massive_first_position(Evidence(summary, None, {}, None))
+    assert finding is not None
+    assert (finding.of_training, finding.flags) == (False, ("--skip_positions", "1"))
+    assert _massive_first_position(Evidence(without, None, {}, None)) is None
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "trained_at", "flag"),
+    [
+        ("blocks.3.hook_resid_post", None, ("--layer", "3")),
+        ("blocks.3.hook_mlp_out", "blocks.1.hook_mlp_out", ("--layer", "3")),
+        ("blocks.3.hook_resid_post", "blocks.1.hook_mlp_out", ("--hook_name", "blocks.3.hook_resid_post")),
+        ("model.layers.3.mlp", "blocks.1.hook_mlp_out", ("--hook_name", "model.layers.3.mlp")),
+        ("model.embed_tokens", "model.embed_tokens", ("--hook_name", "model.embed_tokens")),
+    ],
+)
+def test_the_flag_for_another_hook_leads_to_that_hook(hook_name, trained_at, flag):
+    assert _hook_flag(hook_name, trained_at) == flag
 
 
 @pytest.mark.parametrize(
