@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sae_toolkit.errors import UserError
 
@@ -42,14 +42,21 @@ class Hook:
     layer: int | None  # index of the decoder layer that is or holds the module; None for a module outside the layers
 
 
-def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """Returns the part of a causal language model that runs its decoder layers on text, without the vision tower."""
+    decoder = model.get_decoder()
+    has_layers = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
+    return decoder if has_layers else cast(nn.Module, model.base_model)  # in ModernBERT `decoder` is the output head
+
+
+def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> nn.ModuleList:
     """Returns the list of a causal language model's decoder layers, wherever its architecture keeps it.
 
     Raises:
         UserError: the model has no such list.
     """
-    n_layers = config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    n_layers = config.get_text_config(decoder=True).num_hidden_layers
+    for module in text_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
     raise UserError(
@@ -57,7 +64,7 @@ def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
     )
 
 
-def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: str | None = None) -> Hook:
+def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, flag: str | None = None) -> Hook:
     """Finds a hook by its TransformerLens name, or by the name of a Transformers module (the module's output).
 
     Args:
@@ -65,7 +72,7 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
         config: the model's configuration.
         hook_name: `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
             `hook_attn_out`, `hook_mlp_out`, `attn.hook_z`, `mlp.hook_post`; or a module of the
-            Transformers model, such as `model.layers.12`.
+            Transformers model, such as `model.layers.12`, also as sparsify names it, from the base model: `layers.12`.
         flag: the flag that named the hook, for messages; None if it was --layer or --hook_name.
 
     Raises:
@@ -75,7 +82,7 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
     layers = decoder_layers(model, config)
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if block is None:
-        modules = dict(model.named_modules())
+        modules = dict(cast(nn.Module, model.base_model).named_modules()) | dict(model.named_modules())
         if hook_name not in modules:
             raise UserError(
                 f"{where}: not of the form blocks.LAYER.hook_resid_post, and not a module of {type(model).__name__};"
@@ -115,8 +122,9 @@ def hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]
         if args:
             new = function(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
-        new = function(kwargs["hidden_states"])
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        new = function(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         new = function(output[0] if isinstance(output, tuple) else output)

@@ -15,11 +15,19 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from sae_toolkit.errors import UserError
-from sae_toolkit.model.hooks import decoder_layers, find_hook, forward_replaced, hooked
+from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.model.hooks import decoder_layers, find_hook, forward_replaced, hooked, text_decoder
 
 _FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "final_layernorm"}
 
@@ -28,25 +36,64 @@ class _HookReached(Exception):
     """Ends a forward pass at the last hook."""
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Returns Transformers' class that builds and loads a model: of language, or of images and language.
+
+    Raises:
+        UserError: Transformers has neither for this configuration.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise UserError(
+        f"--model_name: Transformers has no causal language model for {type(config).__name__}; if there is one inside"
+        " it, save that one in a directory of its own and name the directory"
+    )
+
+
 def model_without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Builds a causal language model on the `meta` device, where it takes no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    """Builds a causal language model on the `meta` device, where it takes no memory.
+
+    Raises:
+        UserError: Transformers cannot build it from its configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--model_name: Transformers cannot build a model of type {config.model_type} ({one_line(error)});"
+            " use another model"
+        ) from error
 
 
 def hook_width(
     config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False, flag: str | None = None
 ) -> int:
-    """Returns d_in, the width of the activations at a hook. The model's shapes are enough; no weights are loaded.
+    """Returns d_in, the width of the activations that come by at a hook. No weights are loaded.
+
+    The model runs on two short texts with fake tensors, which have shapes only.
 
     Raises:
-        UserError: the model has no such hook.
+        UserError: the model has no such hook, or no activations of shape [B, T, ...] come by there.
     """
-    model = model_without_weights(config, trust_remote_code)
-    hook = find_hook(model, config, hook_name, flag)
-    if isinstance(hook.module, nn.Linear):
-        return hook.module.in_features if hook.side == "input" else hook.module.out_features
-    return config.get_text_config().hidden_size
+    empty = model_without_weights(config, trust_remote_code)
+    find_hook(empty, config, hook_name, flag)
+    # In bfloat16, as torch knows the shapes of a mixture of experts on `meta` only there.
+    model = LanguageModel(cast(Any, empty).to(torch.bfloat16), hook_name)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return model.activations(torch.ones(2, 3, dtype=torch.long, device="meta")).shape[-1]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{flag or '--hook_name'} {hook_name}: the width there is not known, as {type(empty).__name__} does not run"
+            f" without its weights ({one_line(error)}); use another model"
+        ) from error
 
 
 def parameters_up_to_hook(config: PreTrainedConfig, hook_names: Sequence[str], trust_remote_code: bool = False) -> int:
@@ -128,7 +175,7 @@ class LanguageModel:
         reached: dict[str, torch.Tensor] = {}
 
         def read(name: str, acts: torch.Tensor) -> None:
-            reached[name] = acts
+            reached[name] = acts if len(self.hooks) == 1 else _copied(acts)
             if len(reached) == len(self.hooks):
                 raise _HookReached
 
@@ -138,13 +185,7 @@ class LanguageModel:
                 stack.enter_context(hooked(hook.module, hook.side, partial(read, hook.name)))
             with suppress(_HookReached):
                 self.model(tokens_BT.to(self.device), use_cache=False)
-        for hook in self.hooks:
-            acts = reached.get(hook.name)
-            if not isinstance(acts, torch.Tensor) or acts.shape[:2] != tokens_BT.shape:
-                raise UserError(
-                    f"--hook_name {hook.name}: has no activations of shape [batch, position, width]; use another hook"
-                )
-        return _side_by_side([_flat_heads(reached[hook.name]) for hook in self.hooks])
+        return _side_by_side([_checked(reached.get(hook.name), hook.name, tokens_BT) for hook in self.hooks])
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
@@ -156,13 +197,14 @@ class LanguageModel:
 
         self.sequences_run["whole"] += len(tokens_BT)
         with ExitStack() as stack:
-            stack.enter_context(self._at_hook(lambda acts: seen.update(acts=acts)))
+            stack.enter_context(self._at_hook(lambda acts: seen.update(acts=_copied(acts))))
             if self.hook.layer is not None:
                 layer = self.layers[self.hook.layer]
                 stack.enter_context(hooked(layer, "input", lambda hidden: seen.update(layer_input=hidden)))
                 stack.enter_context(layer.register_forward_hook(on_layer_output))
             logits = self.model(tokens_BT.to(self.device), use_cache=False).logits
-        return logits, HookState(_flat_heads(seen["acts"]), seen.get("layer_input"), seen.get("layer_extras"))
+        acts_BTD = _checked(seen.get("acts"), self.hook.name, tokens_BT)
+        return logits, HookState(acts_BTD, seen.get("layer_input"), seen.get("layer_extras"))
 
     @torch.no_grad()
     def logits_from_hook(self, tokens_BT: torch.Tensor, state: HookState, acts_BTD: torch.Tensor) -> torch.Tensor:
@@ -176,11 +218,11 @@ class LanguageModel:
             state: returned by `logits`.
             acts_BTD: the activations to put at the hook, in any floating dtype and on any device.
         """
-        acts = acts_BTD.to(state.acts_BTD.device, self.dtype)
+        acts = acts_BTD.to(state.acts_BTD.device, self.dtype, copy=True)  # layers may write into their inputs
         self.sequences_run["after_hook"] += len(tokens_BT)
         with ExitStack() as stack:
             if self.hook.layer is None:
-                stack.enter_context(self._at_hook(lambda _: acts))
+                stack.enter_context(self._at_hook(acts.reshape_as))
             else:
                 layer, extras = self.layers[self.hook.layer], state.layer_extras
                 for lower in self.layers[: self.hook.layer]:
@@ -194,7 +236,7 @@ class LanguageModel:
                     stack.enter_context(hooked(layer, "input", lambda _: layer_input))
                     if self._is_resid_mid:
                         stack.enter_context(hooked(layer.get_submodule("self_attn"), "output", torch.zeros_like))
-                    stack.enter_context(self._at_hook(lambda _: acts))
+                    stack.enter_context(self._at_hook(acts.reshape_as))
             return self.model(tokens_BT.to(self.device), use_cache=False).logits
 
     @cached_property
@@ -222,16 +264,39 @@ class LanguageModel:
     def unembedding(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns the output head's weight [V, D] and the factors of the norm before it [D], or None for either."""
         head = self.model.get_output_embeddings()
-        norm = next((m for name, m in self.model.base_model.named_children() if name in _FINAL_NORMS), None)
-        weight = getattr(norm, "weight", None)
-        if weight is not None and type(norm).__name__.startswith("Gemma"):  # Gemma's norms multiply by 1 + weight
-            weight = 1 + weight
-        return getattr(head, "weight", None), weight
+        norm = next((m for name, m in text_decoder(self.model).named_children() if name in _FINAL_NORMS), None)
+        return getattr(head, "weight", None), None if norm is None else _norm_factors(norm)
+
+
+@torch.no_grad()
+def _norm_factors(norm: nn.Module) -> torch.Tensor | None:
+    """Returns what a norm multiplies each dimension by [D], or None if it has no weight.
+
+    Some families multiply by the weight and some by 1 + weight. So the norm is applied to x and -x, where x is 1 and -1
+    by turns: its mean is 0 and its mean square 1. Half the difference of the two leaves no bias.
+    """
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    signs_D = 1 - 2 * (torch.arange(len(weight), device=weight.device) % 2).to(weight.dtype)
+    return (norm(signs_D[None, None]) - norm(-signs_D[None, None]))[0, 0] / 2 * signs_D
 
 
 def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
 
-def _flat_heads(acts: torch.Tensor) -> torch.Tensor:
-    return acts.flatten(2) if acts.ndim > 3 else acts
+def _copied(acts: Any) -> Any:
+    """Returns a copy of a tensor that the model may write into later, as Falcon does into the output of its MLP."""
+    return acts.clone() if isinstance(acts, torch.Tensor) else acts
+
+
+def _checked(acts: Any, hook_name: str, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Returns the activations at a hook as [B, T, D]; those of several heads are concatenated along D."""
+    if not isinstance(acts, torch.Tensor) or acts.ndim < 3 or acts.shape[:2] != tokens_BT.shape:
+        found = "none come by" if acts is None else f"{list(getattr(acts, 'shape', []))} comes by"
+        raise UserError(
+            f"--hook_name {hook_name}: has no activations of shape [batch, position, width] ({found} for tokens of"
+            f" {list(tokens_BT.shape)}); use another hook"
+        )
+    return acts.flatten(2)
