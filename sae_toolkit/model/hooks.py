@@ -17,19 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.model.block_hooks import INNER_HOOKS, BlockHooks, block_hooks
 
-# TransformerLens's name within a block -> (submodule of the layer, whether the hook is its input or its output).
-# The names with a submodule are used only for layers built as Llama's are: in other layers they mean other tensors.
-_BLOCK_HOOKS = {
-    "hook_resid_pre": ("", "input"),
-    "hook_resid_post": ("", "output"),
-    "hook_resid_mid": ("post_attention_layernorm", "input"),
-    "hook_attn_out": ("self_attn", "output"),
-    "hook_mlp_out": ("mlp", "output"),
-    "attn.hook_z": ("self_attn.o_proj", "input"),
-    "mlp.hook_post": ("mlp.down_proj", "input"),
-}
-_LLAMA_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_RESIDUAL_HOOKS = {"hook_resid_pre": "input", "hook_resid_post": "output"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +30,7 @@ class Hook:
     module: nn.Module
     side: str  # "input" or "output"
     layer: int | None  # index of the decoder layer that is or holds the module; None for a module outside the layers
+    attention: nn.Module | None = None  # at hook_resid_mid: the module whose output was added to the layer's input last
 
 
 def text_decoder(model: PreTrainedModel) -> nn.Module:
@@ -55,7 +46,8 @@ def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Modul
     Raises:
         UserError: the model has no such list.
     """
-    n_layers = config.get_text_config(decoder=True).num_hidden_layers
+    text_config = config.get_text_config(decoder=True)
+    n_layers = getattr(text_config, "decoder_layers", None) or text_config.num_hidden_layers
     for module in text_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
@@ -98,16 +90,48 @@ def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, 
     if layer >= len(layers):
         where = where if flag in ("--hook_name", "--hook_names") else f"{flag or '--layer'} {layer}"
         raise UserError(f"{where}: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
-    if name not in _BLOCK_HOOKS:
-        known = ", ".join(_BLOCK_HOOKS)
+    if name in _RESIDUAL_HOOKS:
+        return Hook(hook_name, layers[layer], _RESIDUAL_HOOKS[name], layer)
+    if name not in INNER_HOOKS:
+        known = ", ".join((*_RESIDUAL_HOOKS, *INNER_HOOKS))
         raise UserError(f"{where}: known within a block are {known}; use one of them")
-    submodule, side = _BLOCK_HOOKS[name]
-    if submodule and {child for child, _ in layers[layer].named_children()} != _LLAMA_LAYER:
-        raise UserError(
-            f"{where}: only resid_pre and resid_post are known for {type(layers[layer]).__name__};"
-            " name the Transformers module instead"
+    known_hooks = block_hooks(model, config, layers[layer])
+    modules = dict(layers[layer].named_modules())
+    submodule, side = known_hooks.places.get(name, ("", ""))
+    attention = known_hooks.places.get("hook_attn_out", (known_hooks.modules.get("attn", ""), ""))[0]
+    if not submodule or submodule not in modules or (name == "hook_resid_mid" and attention not in modules):
+        raise UserError(f"{where}: {_why_unknown(model, layers[layer], name, known_hooks)}")
+    return Hook(hook_name, modules[submodule], side, layer, modules[attention] if name == "hook_resid_mid" else None)
+
+
+def _why_unknown(model: PreTrainedModel, layer: nn.Module, name: str, known_hooks: BlockHooks) -> str:
+    """Returns a phrase that says why a layer has no such hook, and what to name instead."""
+    kind, path = type(layer).__name__, next(path for path, module in model.named_modules() if module is layer)
+    component = {"hook_attn_out": "attn", "attn.hook_z": "attn", "hook_mlp_out": "mlp", "mlp.hook_post": "mlp"}.get(
+        name
+    )
+    module = known_hooks.modules.get(component or "")
+    if not known_hooks.places:
+        return f"only hook_resid_pre and hook_resid_post are known for {kind}; name the Transformers module instead"
+    if name == "hook_resid_mid":
+        return f"{kind} adds nothing before an MLP; use hook_resid_pre or hook_resid_post"
+    if name == "mlp.hook_post":
+        return (
+            f"no module of {kind} has these activations alone, as in a mixture of experts each expert has its own; name"
+            f" a Transformers module of {path} instead"
         )
-    return Hook(hook_name, layers[layer].get_submodule(submodule), side, layer)
+    if name not in ("hook_attn_out", "hook_mlp_out") or module not in dict(layer.named_modules()):
+        return f"no module of {kind} has these activations; name a Transformers module of {path} instead"
+    sums = "resid_pre + attn_out = resid_mid" if component == "attn" else "resid_mid + mlp_out = resid_post"
+    return (
+        f"{kind} scales what it adds, so that {sums} is true of no module's output;"
+        f" name {path}.{module} for the output before it is scaled"
+    )
+
+
+def is_residual_stream(hook_name: str) -> bool:
+    """Returns whether a hook is the input or the output of a whole decoder layer, by TransformerLens's name for it."""
+    return hook_name.startswith("blocks.") and hook_name.rpartition(".")[2] in _RESIDUAL_HOOKS
 
 
 def hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]) -> RemovableHandle:

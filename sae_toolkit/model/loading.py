@@ -30,8 +30,9 @@ from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.files.hub import check_repository, download_small_files
 from sae_toolkit.files.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
+from sae_toolkit.model.building import auto_class, model_without_weights
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory, out_of_memory_answered
-from sae_toolkit.model.language_model import LanguageModel, auto_class, model_without_weights
+from sae_toolkit.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 

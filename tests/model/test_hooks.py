@@ -1,10 +1,12 @@
 """Hooks are found where the activations really come by, and nothing is trained on another tensor than the one named."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from sae_toolkit.errors import UserError
@@ -76,10 +78,27 @@ def test_the_width_is_that_of_the_activations_that_come_by(family, more, hook_na
 @pytest.mark.parametrize(
     ("family", "more", "hook_name", "says"),
     [
-        ("mixtral", {**_GATED, "num_local_experts": 4}, "model.layers.2.mlp.experts", r"\[6, 64\] comes by"),
+        (
+            "mixtral",
+            {**_GATED, "num_local_experts": 4},
+            "model.layers.2.mlp.experts",
+            r"\[12, 64\] comes by for tokens of \[2, 6\]",
+        ),
         ("mixtral", {**_GATED, "num_local_experts": 4}, "model.layers.2.mlp.gate", "has no activations of shape"),
         ("llama", _GATED, "model.rotary_emb", "has no activations of shape"),
-        ("jetmoe", {"num_key_value_heads": 2}, "blocks.1.hook_resid_post", "JetMoeForCausalLM does not run without"),
+        ("jetmoe", {"num_key_value_heads": 2}, "model.layers.1.mlp", "JetMoeForCausalLM does not run without"),
+        (
+            "granite",
+            {**_GATED, "residual_multiplier": 0.22},
+            "blocks.2.hook_attn_out",
+            "resid_pre .* = resid_mid is true",
+        ),
+        ("granite", {**_GATED, "residual_multiplier": 0.22}, "blocks.2.hook_mlp_out", "name model.layers.2.mlp for"),
+        ("mixtral", {**_GATED, "num_local_experts": 4}, "blocks.2.mlp.hook_post", "each expert has its own"),
+        # Its layers have the names of Llama's, and scale the residual stream by weights of their own.
+        ("doge", _GATED, "blocks.2.hook_attn_out", "in DogeForCausalLM resid_pre . attn_out = resid_mid is not true"),
+        ("doge", _GATED, "blocks.2.hook_mlp_out", "in DogeForCausalLM resid_mid . mlp_out = resid_post is not true"),
+        ("bamba", {**_GATED, "mamba_n_heads": 8}, "blocks.2.hook_resid_mid", "adds nothing before an MLP"),
         ("t5", {}, "blocks.1.hook_resid_post", "--model_name: Transformers has no causal language model for T5Config"),
     ],
 )
@@ -132,3 +151,53 @@ def test_the_factors_of_the_final_norm_are_those_that_it_multiplies_by(family, m
     factors_D = LanguageModel(model, "blocks.2.hook_resid_post").unembedding()[1]
     assert factors_D is not None
     torch.testing.assert_close(factors_D, norm.weight + (family == "gemma2"), rtol=1e-4, atol=1e-4)
+
+
+INNER = ["hook_resid_mid", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"]
+_HEADS = {**_GATED, "head_dim": 16}
+# The families, and the hooks within a block that they do not have.
+FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "llama": (_GATED, []),
+    "mistral": (_GATED, []),
+    "qwen2": (_GATED, []),
+    "qwen3": ({**_GATED, "head_dim": 32}, []),
+    "gemma2": (_HEADS, []),
+    "gemma3_text": (_HEADS, []),
+    "gpt2": ({}, []),
+    "gpt_neox": ({"intermediate_size": 128}, ["hook_resid_mid"]),
+    "phi3": (_GATED, []),
+    "olmo2": (_GATED, []),
+    "granite": ({**_GATED, "residual_multiplier": 0.22}, ["hook_attn_out", "hook_mlp_out"]),
+    "falcon": ({}, ["hook_resid_mid"]),
+    "stablelm": (_GATED, []),
+    "mixtral": ({**_GATED, "num_local_experts": 4}, ["mlp.hook_post"]),
+    "qwen3_moe": ({**_HEADS, "num_experts": 8, "moe_intermediate_size": 32}, ["mlp.hook_post"]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_hooks_of_a_block_are_those_of_transformer_lens(family, tokenizer):
+    more, absent = FAMILIES[family]
+    config = tiny_config(family, **more)
+    names = [f"blocks.2.{name}" for name in ("hook_resid_pre", *INNER, "hook_resid_post") if name not in absent]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    for name in names:
+        hooked = LanguageModel(model, name)
+        ours = hooked.activations(TOKENS)
+        assert ours.shape[-1] == hook_width(config, name)
+        if name == names[0]:
+            bridge = TransformerBridge.boot_transformers(
+                "tiny", hf_model=copy.deepcopy(model), tokenizer=tokenizer, dtype=torch.float32
+            )
+            theirs = bridge.run_with_cache(TOKENS, names_filter=names, prepend_bos=False)[1]
+        torch.testing.assert_close(ours, theirs[name].flatten(2), rtol=1e-5, atol=1e-5 * ours.abs().max().item())
+        logits, state = hooked.logits(TOKENS)
+        torch.testing.assert_close(hooked.logits_from_hook(TOKENS, state, state.acts_BTD), logits)
+    for name in absent:
+        with pytest.raises(UserError) as refused:
+            hook_width(config, f"blocks.2.{name}")
+        assert "\n" not in str(refused.value)
