@@ -76,7 +76,7 @@ def tiny_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     for part in {id(c): c for c in (tiny, tiny.get_text_config(decoder=True))}.values():
         _make_tiny(part)
     with random_states_restored():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # not those of CUDA devices, which are not restored
         model: PreTrainedModel = auto_class(tiny).from_config(
             tiny, dtype=torch.float32, trust_remote_code=trust_remote_code
         )

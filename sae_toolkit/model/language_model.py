@@ -93,7 +93,7 @@ def _hook_width(of: _ModelClass, hook_name: str, flag: str | None) -> int:
             return of.config.get_text_config(decoder=True).hidden_size
         raise UserError(
             f"{where}: the width there is not known, as {type(empty).__name__} does not run without its weights"
-            f" ({one_line(error)}); use hook_resid_pre or hook_resid_post"
+            f" ({one_line(error)}); use {'another model' if is_residual_stream(hook_name) else 'hook_resid_post'}"
         ) from error
 
 
