@@ -9,27 +9,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.model.block_hooks import INNER_HOOKS, BlockHooks, block_hooks
 
-# TransformerLens's name within a block -> (submodule of the layer, whether the hook is its input or its output).
-# The names with a submodule are used only for layers built as Llama's are: in other layers they mean other tensors.
-_BLOCK_HOOKS = {
-    "hook_resid_pre": ("", "input"),
-    "hook_resid_post": ("", "output"),
-    "hook_resid_mid": ("post_attention_layernorm", "input"),
-    "hook_attn_out": ("self_attn", "output"),
-    "hook_mlp_out": ("mlp", "output"),
-    "attn.hook_z": ("self_attn.o_proj", "input"),
-    "mlp.hook_post": ("mlp.down_proj", "input"),
-}
-_LLAMA_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_RESIDUAL_HOOKS = {"hook_resid_pre": "input", "hook_resid_post": "output"}
 
 
 @dataclass(frozen=True)
@@ -40,16 +30,25 @@ class Hook:
     module: nn.Module
     side: str  # "input" or "output"
     layer: int | None  # index of the decoder layer that is or holds the module; None for a module outside the layers
+    attention: nn.Module | None = None  # at hook_resid_mid: the module whose output was added to the layer's input last
 
 
-def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """Returns the part of a causal language model that runs its decoder layers on text, without the vision tower."""
+    decoder = model.get_decoder()
+    has_layers = any(isinstance(module, nn.ModuleList) for module in decoder.modules())
+    return decoder if has_layers else cast(nn.Module, model.base_model)  # in ModernBERT `decoder` is the output head
+
+
+def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> nn.ModuleList:
     """Returns the list of a causal language model's decoder layers, wherever its architecture keeps it.
 
     Raises:
         UserError: the model has no such list.
     """
-    n_layers = config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    text_config = config.get_text_config(decoder=True)
+    n_layers = getattr(text_config, "decoder_layers", None) or text_config.num_hidden_layers
+    for module in text_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
     raise UserError(
@@ -57,7 +56,7 @@ def decoder_layers(model: nn.Module, config: PreTrainedConfig) -> nn.ModuleList:
     )
 
 
-def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: str | None = None) -> Hook:
+def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, flag: str | None = None) -> Hook:
     """Finds a hook by its TransformerLens name, or by the name of a Transformers module (the module's output).
 
     Args:
@@ -65,7 +64,7 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
         config: the model's configuration.
         hook_name: `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
             `hook_attn_out`, `hook_mlp_out`, `attn.hook_z`, `mlp.hook_post`; or a module of the
-            Transformers model, such as `model.layers.12`.
+            Transformers model, such as `model.layers.12`, also as sparsify names it, from the base model: `layers.12`.
         flag: the flag that named the hook, for messages; None if it was --layer or --hook_name.
 
     Raises:
@@ -75,7 +74,7 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
     layers = decoder_layers(model, config)
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if block is None:
-        modules = dict(model.named_modules())
+        modules = dict(cast(nn.Module, model.base_model).named_modules()) | dict(model.named_modules())
         if hook_name not in modules:
             raise UserError(
                 f"{where}: not of the form blocks.LAYER.hook_resid_post, and not a module of {type(model).__name__};"
@@ -91,16 +90,48 @@ def find_hook(model: nn.Module, config: PreTrainedConfig, hook_name: str, flag: 
     if layer >= len(layers):
         where = where if flag in ("--hook_name", "--hook_names") else f"{flag or '--layer'} {layer}"
         raise UserError(f"{where}: the model has {len(layers)} layers, 0 to {len(layers) - 1}")
-    if name not in _BLOCK_HOOKS:
-        known = ", ".join(_BLOCK_HOOKS)
+    if name in _RESIDUAL_HOOKS:
+        return Hook(hook_name, layers[layer], _RESIDUAL_HOOKS[name], layer)
+    if name not in INNER_HOOKS:
+        known = ", ".join((*_RESIDUAL_HOOKS, *INNER_HOOKS))
         raise UserError(f"{where}: known within a block are {known}; use one of them")
-    submodule, side = _BLOCK_HOOKS[name]
-    if submodule and {child for child, _ in layers[layer].named_children()} != _LLAMA_LAYER:
-        raise UserError(
-            f"{where}: only resid_pre and resid_post are known for {type(layers[layer]).__name__};"
-            " name the Transformers module instead"
+    known_hooks = block_hooks(model, config, layers[layer])
+    modules = dict(layers[layer].named_modules())
+    submodule, side = known_hooks.places.get(name, ("", ""))
+    attention = known_hooks.places.get("hook_attn_out", (known_hooks.modules.get("attn", ""), ""))[0]
+    if not submodule or submodule not in modules or (name == "hook_resid_mid" and attention not in modules):
+        raise UserError(f"{where}: {_why_unknown(model, layers[layer], name, known_hooks)}")
+    return Hook(hook_name, modules[submodule], side, layer, modules[attention] if name == "hook_resid_mid" else None)
+
+
+def _why_unknown(model: PreTrainedModel, layer: nn.Module, name: str, known_hooks: BlockHooks) -> str:
+    """Returns a phrase that says why a layer has no such hook, and what to name instead."""
+    kind, path = type(layer).__name__, next(path for path, module in model.named_modules() if module is layer)
+    component = {"hook_attn_out": "attn", "attn.hook_z": "attn", "hook_mlp_out": "mlp", "mlp.hook_post": "mlp"}.get(
+        name
+    )
+    module = known_hooks.modules.get(component or "")
+    if not known_hooks.places:
+        return f"only hook_resid_pre and hook_resid_post are known for {kind}; name the Transformers module instead"
+    if name == "hook_resid_mid":
+        return f"{kind} adds nothing before an MLP; use hook_resid_pre or hook_resid_post"
+    if name == "mlp.hook_post":
+        return (
+            f"no module of {kind} has these activations alone, as in a mixture of experts each expert has its own; name"
+            f" a Transformers module of {path} instead"
         )
-    return Hook(hook_name, layers[layer].get_submodule(submodule), side, layer)
+    if name not in ("hook_attn_out", "hook_mlp_out") or module not in dict(layer.named_modules()):
+        return f"no module of {kind} has these activations; name a Transformers module of {path} instead"
+    sums = "resid_pre + attn_out = resid_mid" if component == "attn" else "resid_mid + mlp_out = resid_post"
+    return (
+        f"{kind} scales what it adds, so that {sums} is true of no module's output;"
+        f" name {path}.{module} for the output before it is scaled"
+    )
+
+
+def is_residual_stream(hook_name: str) -> bool:
+    """Returns whether a hook is the input or the output of a whole decoder layer, by TransformerLens's name for it."""
+    return hook_name.startswith("blocks.") and hook_name.rpartition(".")[2] in _RESIDUAL_HOOKS
 
 
 def hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]) -> RemovableHandle:
@@ -115,8 +146,9 @@ def hooked(module: nn.Module, side: str, function: Callable[[torch.Tensor], Any]
         if args:
             new = function(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
-        new = function(kwargs["hidden_states"])
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        new = function(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
 
     def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
         new = function(output[0] if isinstance(output, tuple) else output)

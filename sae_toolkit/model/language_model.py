@@ -8,18 +8,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from threading import Lock
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sae_toolkit.errors import UserError
-from sae_toolkit.model.hooks import decoder_layers, find_hook, forward_replaced, hooked
+from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.model.building import model_without_weights, tiny_model
+from sae_toolkit.model.hooks import (
+    decoder_layers,
+    find_hook,
+    forward_replaced,
+    hooked,
+    is_residual_stream,
+    text_decoder,
+)
 
 _FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "final_layernorm"}
 
@@ -28,25 +37,139 @@ class _HookReached(Exception):
     """Ends a forward pass at the last hook."""
 
 
-def model_without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Builds a causal language model on the `meta` device, where it takes no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+@dataclass(frozen=True)
+class _ModelClass:
+    """A model's class and sizes, which may be a key of a cache."""
+
+    description: str
+    trust_remote_code: bool
+    config: PreTrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=1)
+def _trial_models(of: _ModelClass) -> tuple[PreTrainedModel, PreTrainedModel | Exception]:
+    """Returns a model without weights, and a tiny one of the same class, or why there is none."""
+    # In bfloat16, as torch knows the shapes of a mixture of experts on `meta` only there.
+    empty = cast(Any, model_without_weights(of.config, of.trust_remote_code)).to(torch.bfloat16)
+    try:
+        return empty, tiny_model(of.config, of.trust_remote_code)
+    except Exception as error:  # Transformers cannot make the class that small
+        return empty, error
 
 
 def hook_width(
     config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False, flag: str | None = None
 ) -> int:
-    """Returns d_in, the width of the activations at a hook. The model's shapes are enough; no weights are loaded.
+    """Returns d_in, the width of the activations that come by at a hook. No weights are loaded.
+
+    A tiny model of the same class first shows that the hook is what its name says. Then the model runs on two short
+    texts with fake tensors, which have shapes only.
 
     Raises:
-        UserError: the model has no such hook.
+        UserError: the model has no such hook, or no activations of shape [B, T, ...] come by there, or others than
+            those that the name stands for.
     """
-    model = model_without_weights(config, trust_remote_code)
-    hook = find_hook(model, config, hook_name, flag)
-    if isinstance(hook.module, nn.Linear):
-        return hook.module.in_features if hook.side == "input" else hook.module.out_features
-    return config.get_text_config().hidden_size
+    return _hook_width(_ModelClass(repr(config.to_dict()), trust_remote_code, config), hook_name, flag)
+
+
+@lru_cache(maxsize=256)
+def _hook_width(of: _ModelClass, hook_name: str, flag: str | None) -> int:
+    empty, tiny = _trial_models(of)
+    where = f"{flag or '--hook_name'} {hook_name}"
+    find_hook(empty, of.config, hook_name, flag)
+    state, unchecked = _check_on_tiny_model(tiny, hook_name, where)
+    within_block = hook_name.startswith("blocks.") and not is_residual_stream(hook_name)
+    if unchecked is not None and within_block:
+        raise UserError(
+            f"{where}: not known to be what its name says, as {of.config.model_type} does not run at a tiny size"
+            f" ({one_line(unchecked)}); name the Transformers module instead"
+        ) from unchecked
+    try:
+        return _width_on_fake_tensors(LanguageModel(empty, hook_name), state)
+    except UserError:
+        raise
+    except Exception as error:  # the class reads values of tensors
+        if state is not None and is_residual_stream(hook_name):
+            return of.config.get_text_config(decoder=True).hidden_size
+        raise UserError(
+            f"{where}: the width there is not known, as {type(empty).__name__} does not run without its weights"
+            f" ({one_line(error)}); use {'another model' if is_residual_stream(hook_name) else 'hook_resid_post'}"
+        ) from error
+
+
+def _width_on_fake_tensors(model: LanguageModel, state: HookState | None) -> int:
+    """Returns the width at a model's hook. With a state of a tiny model of its class, the layers below do not run."""
+    with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+        if state is not None and model.hook.layer is not None:
+            for lower in model.layers[: model.hook.layer]:
+                stack.enter_context(forward_replaced(lower, lambda hidden: hidden, state.layer_extras))
+        return model.activations(torch.ones(2, 3, dtype=torch.long, device="meta")).shape[-1]
+
+
+def _check_on_tiny_model(
+    tiny: PreTrainedModel | Exception, hook_name: str, where: str
+) -> tuple[HookState | None, Exception | None]:
+    """Checks that a hook is what its name says, on a tiny model with random weights.
+
+    The parts of a block add up as they do in TransformerLens, and the exact activations in place of themselves change
+    no logit.
+
+    Returns:
+        the state at the hook; or None and the error that kept the check from running.
+
+    Raises:
+        UserError: the hook is not what its name says.
+    """
+    if isinstance(tiny, Exception):
+        return None, tiny
+    tokens_BT = torch.arange(1, 13).reshape(2, 6)
+    name = type(tiny).__name__
+    try:
+        hooked = LanguageModel(tiny, hook_name)
+        logits, state = hooked.logits(tokens_BT)
+        if not logits.isfinite().all():
+            return None, ValueError("its logits are not finite")
+        again = hooked.logits_from_hook(tokens_BT, state, state.acts_BTD)
+        without = hooked.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD))
+        failed_sum = _failed_sum(hooked, tokens_BT)
+        zeros_are_shared = hooked.hook.attention is None or hooked.ablation_is_shared
+    except UserError:
+        raise
+    except Exception as error:
+        return None, error
+    if failed_sum is not None:
+        raise UserError(
+            f"{where}: in {name} {failed_sum} is not true; name the Transformers module that you mean instead"
+        )
+    limit = 1e-3 * logits.std()
+    if (again - logits).abs().max() > limit or not zeros_are_shared:
+        raise UserError(
+            f"{where}: in {name} its own activations put there again give other logits, as the module runs more than"
+            " once or is not all that the later layers read; use another hook"
+        )
+    if (without - logits).abs().max() <= limit:
+        raise UserError(f"{where}: no logit of {name} depends on it; use another hook")
+    return state, None
+
+
+def _failed_sum(hooked: LanguageModel, tokens_BT: torch.Tensor) -> str | None:
+    """Returns the first sum of a block's parts that a hook belongs to and that does not hold, or None."""
+    block, _, name = hooked.hook.name.partition(".hook_")
+    if name not in ("attn_out", "resid_mid", "mlp_out"):
+        return None
+    parts = {}
+    for part in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"):
+        with suppress(UserError):
+            parts[part] = LanguageModel(hooked.model, f"{block}.hook_{part}").activations(tokens_BT)
+    sums = [["resid_pre", "attn_out", "resid_mid"], ["resid_mid", "mlp_out", "resid_post"]]
+    if "resid_mid" not in parts:
+        sums = [["resid_pre", "attn_out", "mlp_out", "resid_post"]]
+    for *terms, total in sums:
+        if name in (*terms, total) and parts.keys() >= {*terms, total}:
+            difference = parts[total] - sum(parts[term] for term in terms)
+            if difference.abs().max() > 1e-3 * min(parts[term].abs().max() for term in terms[1:]):
+                return f"{' + '.join(terms)} = {total}"
+    return None
 
 
 def parameters_up_to_hook(config: PreTrainedConfig, hook_names: Sequence[str], trust_remote_code: bool = False) -> int:
@@ -128,7 +251,7 @@ class LanguageModel:
         reached: dict[str, torch.Tensor] = {}
 
         def read(name: str, acts: torch.Tensor) -> None:
-            reached[name] = acts
+            reached[name] = acts if len(self.hooks) == 1 else _copied(acts)
             if len(reached) == len(self.hooks):
                 raise _HookReached
 
@@ -138,13 +261,7 @@ class LanguageModel:
                 stack.enter_context(hooked(hook.module, hook.side, partial(read, hook.name)))
             with suppress(_HookReached):
                 self.model(tokens_BT.to(self.device), use_cache=False)
-        for hook in self.hooks:
-            acts = reached.get(hook.name)
-            if not isinstance(acts, torch.Tensor) or acts.shape[:2] != tokens_BT.shape:
-                raise UserError(
-                    f"--hook_name {hook.name}: has no activations of shape [batch, position, width]; use another hook"
-                )
-        return _side_by_side([_flat_heads(reached[hook.name]) for hook in self.hooks])
+        return _side_by_side([_checked(reached.get(hook.name), hook.name, tokens_BT) for hook in self.hooks])
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
@@ -156,13 +273,14 @@ class LanguageModel:
 
         self.sequences_run["whole"] += len(tokens_BT)
         with ExitStack() as stack:
-            stack.enter_context(self._at_hook(lambda acts: seen.update(acts=acts)))
+            stack.enter_context(self._at_hook(lambda acts: seen.update(acts=_copied(acts))))
             if self.hook.layer is not None:
                 layer = self.layers[self.hook.layer]
                 stack.enter_context(hooked(layer, "input", lambda hidden: seen.update(layer_input=hidden)))
                 stack.enter_context(layer.register_forward_hook(on_layer_output))
             logits = self.model(tokens_BT.to(self.device), use_cache=False).logits
-        return logits, HookState(_flat_heads(seen["acts"]), seen.get("layer_input"), seen.get("layer_extras"))
+        acts_BTD = _checked(seen.get("acts"), self.hook.name, tokens_BT)
+        return logits, HookState(acts_BTD, seen.get("layer_input"), seen.get("layer_extras"))
 
     @torch.no_grad()
     def logits_from_hook(self, tokens_BT: torch.Tensor, state: HookState, acts_BTD: torch.Tensor) -> torch.Tensor:
@@ -176,11 +294,11 @@ class LanguageModel:
             state: returned by `logits`.
             acts_BTD: the activations to put at the hook, in any floating dtype and on any device.
         """
-        acts = acts_BTD.to(state.acts_BTD.device, self.dtype)
+        acts = acts_BTD.to(state.acts_BTD.device, self.dtype, copy=True)  # layers may write into their inputs
         self.sequences_run["after_hook"] += len(tokens_BT)
         with ExitStack() as stack:
             if self.hook.layer is None:
-                stack.enter_context(self._at_hook(lambda _: acts))
+                stack.enter_context(self._at_hook(acts.reshape_as))
             else:
                 layer, extras = self.layers[self.hook.layer], state.layer_extras
                 for lower in self.layers[: self.hook.layer]:
@@ -193,8 +311,9 @@ class LanguageModel:
                     layer_input = acts if self._is_resid_mid else state.layer_input_BTD
                     stack.enter_context(hooked(layer, "input", lambda _: layer_input))
                     if self._is_resid_mid:
-                        stack.enter_context(hooked(layer.get_submodule("self_attn"), "output", torch.zeros_like))
-                    stack.enter_context(self._at_hook(lambda _: acts))
+                        assert self.hook.attention is not None
+                        stack.enter_context(hooked(self.hook.attention, "output", torch.zeros_like))
+                    stack.enter_context(self._at_hook(acts.reshape_as))
             return self.model(tokens_BT.to(self.device), use_cache=False).logits
 
     @cached_property
@@ -222,16 +341,39 @@ class LanguageModel:
     def unembedding(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns the output head's weight [V, D] and the factors of the norm before it [D], or None for either."""
         head = self.model.get_output_embeddings()
-        norm = next((m for name, m in self.model.base_model.named_children() if name in _FINAL_NORMS), None)
-        weight = getattr(norm, "weight", None)
-        if weight is not None and type(norm).__name__.startswith("Gemma"):  # Gemma's norms multiply by 1 + weight
-            weight = 1 + weight
-        return getattr(head, "weight", None), weight
+        norm = next((m for name, m in text_decoder(self.model).named_children() if name in _FINAL_NORMS), None)
+        return getattr(head, "weight", None), None if norm is None else _norm_factors(norm)
+
+
+@torch.no_grad()
+def _norm_factors(norm: nn.Module) -> torch.Tensor | None:
+    """Returns what a norm multiplies each dimension by [D], or None if it has no weight.
+
+    Some families multiply by the weight and some by 1 + weight. So the norm is applied to x and -x, where x is 1 and -1
+    by turns: its mean is 0 and its mean square 1. Half the difference of the two leaves no bias.
+    """
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    signs_D = 1 - 2 * (torch.arange(len(weight), device=weight.device) % 2).to(weight.dtype)
+    return (norm(signs_D[None, None]) - norm(-signs_D[None, None]))[0, 0] / 2 * signs_D
 
 
 def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
 
-def _flat_heads(acts: torch.Tensor) -> torch.Tensor:
-    return acts.flatten(2) if acts.ndim > 3 else acts
+def _copied(acts: Any) -> Any:
+    """Returns a copy of a tensor that the model may write into later, as Falcon does into the output of its MLP."""
+    return acts.clone() if isinstance(acts, torch.Tensor) else acts
+
+
+def _checked(acts: Any, hook_name: str, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Returns the activations at a hook as [B, T, D]; those of several heads are concatenated along D."""
+    if not isinstance(acts, torch.Tensor) or acts.ndim < 3 or acts.shape[:2] != tokens_BT.shape:
+        found = "none come by" if acts is None else f"{list(getattr(acts, 'shape', []))} comes by"
+        raise UserError(
+            f"--hook_name {hook_name}: has no activations of shape [batch, position, width] ({found} for tokens of"
+            f" {list(tokens_BT.shape)}); use another hook"
+        )
+    return acts.flatten(2)

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -31,8 +30,9 @@ from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.files.hub import check_repository, download_small_files
 from sae_toolkit.files.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
+from sae_toolkit.model.building import auto_class, model_without_weights
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory, out_of_memory_answered
-from sae_toolkit.model.language_model import LanguageModel, model_without_weights
+from sae_toolkit.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def load_language_model(
     where = f"--model_name {source.name}"
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(source.config).from_pretrained(
             **(source.model_kwargs | source.location),
             config=source.config,
             dtype=dtype,
