@@ -98,7 +98,12 @@ def test_the_width_is_that_of_the_activations_that_come_by(family, more, hook_na
         # Its layers have the names of Llama's, and scale the residual stream by weights of their own.
         ("doge", _GATED, "blocks.2.hook_attn_out", "in DogeForCausalLM resid_pre . attn_out = resid_mid is not true"),
         ("doge", _GATED, "blocks.2.hook_mlp_out", "in DogeForCausalLM resid_mid . mlp_out = resid_post is not true"),
-        ("bamba", {**_GATED, "mamba_n_heads": 8}, "blocks.2.hook_resid_mid", "adds nothing before an MLP"),
+        (
+            "bamba",
+            {**_GATED, "mamba_n_heads": 8},
+            "blocks.2.hook_resid_mid",
+            "no sum between its attention and its MLP",
+        ),
         ("t5", {}, "blocks.1.hook_resid_post", "--model_name: Transformers has no causal language model for T5Config"),
     ],
 )
