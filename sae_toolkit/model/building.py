@@ -87,14 +87,14 @@ def tiny_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
 
 
 def _make_tiny(config: PreTrainedConfig) -> None:
-    n_heads, n_key_value = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    n_heads, n_key_value = _size(config, "num_attention_heads"), _size(config, "num_key_value_heads")
     sizes = dict(_TINY_SIZES)
     if hasattr(config, "qk_rope_head_dim"):  # multi-head latent attention: its heads have sizes of their own
         del sizes["head_dim"]
     for name, size in sizes.items():
-        if isinstance(getattr(config, name, None), int) and not isinstance(getattr(type(config), name, None), property):
+        if _size(config, name) is not None and not isinstance(getattr(type(config), name, None), property):
             setattr(config, name, size)
-    if isinstance(n_key_value, int):
+    if n_key_value is not None:
         config.num_key_value_heads = 4 if n_key_value == n_heads else min(n_key_value, 2)
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict):
@@ -104,3 +104,11 @@ def _make_tiny(config: PreTrainedConfig) -> None:
             for name in [name for name in part if name.endswith("_factor") and name != "partial_rotary_factor"]:
                 del part[name]
             part["rope_type"] = "default"
+
+
+def _size(config: PreTrainedConfig, name: str) -> int | None:
+    try:
+        size = getattr(config, name, None)
+    except Exception:  # a configuration whose layers differ has it per layer
+        return None
+    return size if isinstance(size, int) else None
