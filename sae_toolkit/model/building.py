@@ -26,7 +26,8 @@ _TINY_SIZES = {
     **dict.fromkeys(("num_attention_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
-    **dict.fromkeys(("head_dim", "global_head_dim"), 16),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("head_dim", "global_head_dim", "rotary_dim"), 16),
     **dict.fromkeys(("max_position_embeddings", "vocab_size", "vocab_size_per_layer_input"), 64),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
 }

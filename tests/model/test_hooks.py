@@ -176,6 +176,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "falcon": ({}, ["hook_resid_mid"]),
     "stablelm": (_GATED, []),
     "mixtral": ({**_GATED, "num_local_experts": 4}, ["mlp.hook_post"]),
+    "gptj": ({"rotary_dim": 8}, ["hook_resid_mid"]),
     "qwen3_moe": ({**_HEADS, "num_experts": 8, "moe_intermediate_size": 32}, ["mlp.hook_post"]),
 }
 
