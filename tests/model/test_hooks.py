@@ -57,6 +57,7 @@ def vision_config(family: str) -> PreTrainedConfig:
         ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 32}, "model.decoder.embed_tokens", 32),
         ("qwen3", {**_GATED, "head_dim": 32}, "model.layers.2.self_attn.q_norm", 128),
         ("mixtral", {**_GATED, "num_local_experts": 4}, "model.layers.2.mlp", 64),
+        ("qwen3_moe", {**_GATED, "num_experts": 8, "mlp_only_layers": [2]}, "blocks.2.mlp.hook_post", 128),
         # sparsify's names, from the base model
         ("gpt2", {}, "h.1.mlp.act", 256),
         ("gpt2", {}, "wte", 64),
