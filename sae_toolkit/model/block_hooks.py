@@ -70,8 +70,11 @@ def _place(block: Any, name: str) -> tuple[str, str] | None:
     if not isinstance(alias, str):
         return None
     *inner, side = alias.split(".")
-    if parts and not inner:  # in a mixture of experts mlp.hook_post would be the MLP's output
-        return None
+    if parts and not inner:
+        # In a mixture of experts mlp.hook_post would be the MLP's output. Some of its layers may have a plain MLP.
+        if "dense_out" not in component.submodules:
+            return None
+        inner, side = ["dense_out"], "hook_in"
     for part in inner:
         component = component.submodules[part]
         modules.append(component.name)

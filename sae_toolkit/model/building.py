@@ -26,7 +26,8 @@ _TINY_SIZES = {
     **dict.fromkeys(("num_attention_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk"), 2),
-    **dict.fromkeys(("head_dim", "global_head_dim"), 16),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("head_dim", "global_head_dim", "rotary_dim"), 16),
     **dict.fromkeys(("max_position_embeddings", "vocab_size", "vocab_size_per_layer_input"), 64),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
 }
@@ -87,14 +88,14 @@ def tiny_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
 
 
 def _make_tiny(config: PreTrainedConfig) -> None:
-    n_heads, n_key_value = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    n_heads, n_key_value = _size(config, "num_attention_heads"), _size(config, "num_key_value_heads")
     sizes = dict(_TINY_SIZES)
     if hasattr(config, "qk_rope_head_dim"):  # multi-head latent attention: its heads have sizes of their own
         del sizes["head_dim"]
     for name, size in sizes.items():
-        if isinstance(getattr(config, name, None), int) and not isinstance(getattr(type(config), name, None), property):
+        if _size(config, name) is not None and not isinstance(getattr(type(config), name, None), property):
             setattr(config, name, size)
-    if isinstance(n_key_value, int):
+    if n_key_value is not None:
         config.num_key_value_heads = 4 if n_key_value == n_heads else min(n_key_value, 2)
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict):
@@ -104,3 +105,11 @@ def _make_tiny(config: PreTrainedConfig) -> None:
             for name in [name for name in part if name.endswith("_factor") and name != "partial_rotary_factor"]:
                 del part[name]
             part["rope_type"] = "default"
+
+
+def _size(config: PreTrainedConfig, name: str) -> int | None:
+    try:
+        size = getattr(config, name, None)
+    except Exception:  # a configuration whose layers differ has it per layer
+        return None
+    return size if isinstance(size, int) else None

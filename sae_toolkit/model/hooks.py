@@ -114,7 +114,7 @@ def _why_unknown(model: PreTrainedModel, layer: nn.Module, name: str, known_hook
     if not known_hooks.places:
         return f"only hook_resid_pre and hook_resid_post are known for {kind}; name the Transformers module instead"
     if name == "hook_resid_mid":
-        return f"{kind} adds nothing before an MLP; use hook_resid_pre or hook_resid_post"
+        return f"{kind} has no sum between its attention and its MLP; use hook_resid_pre or hook_resid_post"
     if name == "mlp.hook_post":
         return (
             f"no module of {kind} has these activations alone, as in a mixture of experts each expert has its own; name"

@@ -57,6 +57,7 @@ def vision_config(family: str) -> PreTrainedConfig:
         ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 32}, "model.decoder.embed_tokens", 32),
         ("qwen3", {**_GATED, "head_dim": 32}, "model.layers.2.self_attn.q_norm", 128),
         ("mixtral", {**_GATED, "num_local_experts": 4}, "model.layers.2.mlp", 64),
+        ("qwen3_moe", {**_GATED, "num_experts": 8, "mlp_only_layers": [2]}, "blocks.2.mlp.hook_post", 128),
         # sparsify's names, from the base model
         ("gpt2", {}, "h.1.mlp.act", 256),
         ("gpt2", {}, "wte", 64),
@@ -98,7 +99,12 @@ def test_the_width_is_that_of_the_activations_that_come_by(family, more, hook_na
         # Its layers have the names of Llama's, and scale the residual stream by weights of their own.
         ("doge", _GATED, "blocks.2.hook_attn_out", "in DogeForCausalLM resid_pre . attn_out = resid_mid is not true"),
         ("doge", _GATED, "blocks.2.hook_mlp_out", "in DogeForCausalLM resid_mid . mlp_out = resid_post is not true"),
-        ("bamba", {**_GATED, "mamba_n_heads": 8}, "blocks.2.hook_resid_mid", "adds nothing before an MLP"),
+        (
+            "bamba",
+            {**_GATED, "mamba_n_heads": 8},
+            "blocks.2.hook_resid_mid",
+            "no sum between its attention and its MLP",
+        ),
         ("t5", {}, "blocks.1.hook_resid_post", "--model_name: Transformers has no causal language model for T5Config"),
     ],
 )
@@ -171,6 +177,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "falcon": ({}, ["hook_resid_mid"]),
     "stablelm": (_GATED, []),
     "mixtral": ({**_GATED, "num_local_experts": 4}, ["mlp.hook_post"]),
+    "gptj": ({"rotary_dim": 8}, ["hook_resid_mid"]),
     "qwen3_moe": ({**_HEADS, "num_experts": 8, "moe_intermediate_size": 32}, ["mlp.hook_post"]),
 }
 
