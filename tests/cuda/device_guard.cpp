@@ -1,5 +1,5 @@
-// Lets a torch without CUDA take fake tensors on "cuda" through autograd: a device guard and hooks that do nothing.
-// Kernels are not needed, because fake tensors have shapes and no values.
+// Lets a torch on a machine without a GPU take fake tensors on "cuda" through autograd: a device guard and hooks that do
+// nothing. Kernels are not needed, because fake tensors have shapes and no values.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -24,9 +24,12 @@ struct OneDeviceGuard final : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceT
   void synchronizeEvent(void*) const override {}
 };
 
-c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new OneDeviceGuard());
-
 }  // namespace
+
+// To be called after torch was imported: a torch that was built with CUDA registers its own guard, and the last one holds.
+extern "C" void register_device_guard() {
+  static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new OneDeviceGuard());
+}
 
 namespace at {
 
@@ -43,6 +46,7 @@ struct CUDAHooks : public CUDAHooksInterface {
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks)
+// To be loaded before torch is imported, which asks for the hooks once. They go before those of a torch with CUDA.
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace at

@@ -1,4 +1,4 @@
-"""A CUDA device for fake tensors, in a torch that was built without CUDA.
+"""A CUDA device for fake tensors, on a machine without a GPU, in a torch that was built with CUDA or without.
 
 Call `install` before torch is imported. It compiles `device_guard.cpp` with g++, once for each version of torch, and
 loads it. The library cannot be unloaded, so this belongs into a process of its own.
@@ -35,7 +35,10 @@ def install() -> None:
     library = _compiled(torch_directory)
     for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch_directory / "lib" / name), ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(library))
+    device = ctypes.CDLL(str(library))
+    import torch  # noqa: F401 (between the hooks and the guard: see device_guard.cpp)
+
+    device.register_device_guard()
     _answer_as_one_card()
 
 

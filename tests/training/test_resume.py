@@ -102,6 +102,7 @@ def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, r
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
+        env=os.environ | {"TERM": "xterm"},  # with a live view
         start_new_session=True,
         preexec_fn=open_session,
     )
