@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +17,18 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.evaluation.text import EvaluationText, collect_rows, open_text_of, with_context
 from sae_toolkit.files.trust import model_kwargs_of_sae
-from sae_toolkit.model.devices import choose_device, out_of_memory_answered
-from sae_toolkit.model.language_model import hook_width
-from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
+from sae_toolkit.model.devices import choose_device
+from sae_toolkit.model.hook_width import hook_width
+from sae_toolkit.model.loading import ModelSource, find_model, load_tokenizer
 from sae_toolkit.saes.formats import SAEFile, load_sae_file
 from sae_toolkit.saes.metadata import check_metadata, check_names_of_download
 from sae_toolkit.saes.search import find_saes
 from sae_toolkit.settings.evaluation import EvaluatedSAESettings, EvaluationTextSettings, MeasurementSettings
 from sae_toolkit.text.positions import PositionFilter
-from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, special_tokens
-from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
+from sae_toolkit.text.rows import special_tokens
 
-# How many tokens are evaluated on. Losses, which need the model's upper layers and logits, are measured on fewer.
-TOKENS = 50_000
-LOSS_TOKENS = 20_000
 # Sequences of one document resemble each other, so the bootstrap draws whole documents. Fewer documents than this are
 # too few for that, and it draws sequences.
 LEAST_DOCUMENTS = 10
@@ -45,28 +40,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Text:
-    """The text and the context that an SAE is evaluated with."""
-
-    source: TextSource
-    held_out: HeldOutSplit | None
-    context: ContextFormat
-    skip_positions: int
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """A key that is equal for SAEs that can be evaluated on the same rows."""
-        source = self.source
-        return source.name, source.config, source.split, source.column, self.held_out, self.context
-
-
-@dataclass(frozen=True)
 class _Group:
     """SAEs that are evaluated together: at the same hook of the same model, on the same text."""
 
     model: ModelSource
     hook_name: str
-    text: _Text
+    text: EvaluationText
     members: list[EvaluatedSAE]
 
 
@@ -99,10 +78,11 @@ def prepare_evaluations(
         hook_name = _find_hook(sae, file, sae_settings, model, widths.setdefault(model_key, {}))
         with _of_the_sae(file, unless=None):
             _check_separator(sae, model)
-        with _of_the_sae(
-            file, unless=text_settings.dataset or text_settings.context_length or text_settings.skip_positions
-        ):
-            text = _choose_text(sae, text_settings, model)
+        with _of_the_sae(file, unless=text_settings.dataset):
+            source, held_out = open_text_of(sae.cfg.metadata, text_settings)
+        of_context = text_settings.context_length, text_settings.skip_positions
+        with _of_the_sae(file, unless=next((flag for flag in of_context if flag is not None), None)):
+            text = with_context(source, held_out, sae.cfg.metadata, text_settings, model)
         group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text, []))
         sources = _sources(sae.cfg.metadata, sae_settings, text_settings)
         multiple = text_settings.max_activation_norm_multiple
@@ -262,44 +242,11 @@ def _why_apart(groups: dict[_GroupKey, _Group]) -> str:
     return f"SAEs of different {' and '.join(differing)}, evaluated in {len(groups)} passes ({names})"
 
 
-def _choose_text(sae: SAE[Any], text_settings: EvaluationTextSettings, model: ModelSource) -> _Text:
-    metadata = sae.cfg.metadata
-    source, held_out = _open_text(sae, text_settings)
-    context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
-    if source.row_length and not _same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
-        context_size = source.row_length  # token ids are used as they are
-    context = ContextFormat(
-        context_size=context_size,
-        prepend_bos=metadata.prepend_bos is not False,
-        sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
-        disable_concat_sequences=bool(metadata.disable_concat_sequences),
-    )
-    if model.max_context is not None and context.context_size > model.max_context:
-        raise UserError(
-            f"--context_length {context.context_size}: {model.name} was made for contexts of at most"
-            f" {model.max_context}; lower it"
-        )
-    skip_positions = text_settings.skip_positions
-    if skip_positions is None:
-        skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
-    elif skip_positions + 1 >= context.context_size:
-        raise UserError(
-            f"--skip_positions {skip_positions}: leaves no next token to predict in a context of"
-            f" {context.context_size}; lower it"
-        )
-    if skip_positions + 1 >= context.context_size:
-        raise UserError(
-            f"--context_length {context.context_size}: leaves no next token to predict after the {skip_positions}"
-            f" positions that the SAE skips; give at least {skip_positions + 2}"
-        )
-    return _Text(source, held_out, context, skip_positions)
-
-
 def _prepare_group(
     group: _Group, text_settings: EvaluationTextSettings, measurements: MeasurementSettings, device: str
 ) -> PreparedEvaluation:
     tokenizer = load_tokenizer(group.model)
-    rows_NT, document_N, n_loss_rows, n_sae_rows = _collect_rows(group, tokenizer, text_settings)
+    rows_NT, document_N, n_loss_rows, n_sae_rows = collect_rows(group.text, tokenizer, text_settings, group.model)
     if measurements.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of SAEBench's passes read the same rows
     n_documents = len(np.unique(document_N[:n_loss_rows]))
@@ -346,39 +293,6 @@ def _with_special_tokens(
     )
 
 
-def _collect_rows(
-    group: _Group, tokenizer: PreTrainedTokenizerBase, settings: EvaluationTextSettings
-) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Tokenizes the text.
-
-    Returns:
-        Token ids, [N, T], the number of the document that each row is from, [N], and the numbers of rows for losses and
-        for reconstruction.
-    """
-    text = group.text
-    usable = text.context.context_size - text.skip_positions
-    n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
-    n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)
-    n_dead_rows = math.ceil(settings.dead_tokens / usable) if settings.dead_tokens else n_sae_rows
-    with out_of_memory_answered(
-        f"--dataset {text.source.name}: reading it", "lower --num_samples or --dead_tokens, or free memory"
-    ):
-        rows_NT, document_N = collect_evaluation_rows(
-            text.source,
-            tokenizer,
-            text.context,
-            text.held_out,
-            n_rows=n_sae_rows,
-            n_more_rows=max(0, n_dead_rows - n_sae_rows),
-            seed=settings.seed,
-        )
-    if len(rows_NT) < max(n_sae_rows, n_dead_rows):
-        log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
-    check_token_ids(rows_NT, group.model, f"--dataset {text.source.name}")
-    log.debug("%d contexts of %d tokens", *rows_NT.shape)
-    return rows_NT, document_N, min(n_loss_rows, len(rows_NT)), min(n_sae_rows, len(rows_NT))
-
-
 def _hook_name(sae: SAE[Any], layer: int | None) -> str:
     """Returns the hook that the SAE was trained at, or the same kind of hook at `layer` if that is given."""
     hook_name = sae.cfg.metadata.hook_name
@@ -397,51 +311,3 @@ def _hook_name(sae: SAE[Any], layer: int | None) -> str:
     if at_layer != hook_name:
         log.warning("--layer %d: the SAE was trained at %s; evaluating it at %s", layer, hook_name, at_layer)
     return at_layer
-
-
-def _open_text(sae: SAE[Any], text_settings: EvaluationTextSettings) -> tuple[TextSource, HeldOutSplit | None]:
-    """Opens the text to evaluate an SAE on.
-
-    If it is the data set that the SAE was trained on, it is read as in training, and only its held-out documents are
-    used. If it is another data set, its test split is used.
-
-    Returns:
-        The text, and the split by which documents are held out; None if all documents are used.
-    """
-    metadata = sae.cfg.metadata
-    name = text_settings.dataset or metadata.dataset_path
-    if not name:
-        raise UserError("--dataset: the SAE's cfg.json does not say what it was trained on; name a data set")
-    is_own = _same_data(name, metadata.dataset_path)
-    source = open_text(
-        name,
-        flag="--dataset",
-        config=text_settings.dataset_config or (metadata.dataset_config if is_own else None),
-        split=text_settings.dataset_split or (metadata.dataset_split if is_own else None),
-        column=text_settings.text_column or (metadata.text_column if is_own else None),
-        preferred_splits=("train",) if is_own else ("test", "validation", "train"),
-        fallback=text_settings.fallback_dataset,
-    )
-    if is_own and metadata.fallback_from:
-        source = replace(source, fallback_from=metadata.fallback_from)
-    if is_own and metadata.dataset_split is None:
-        log.warning("the SAE's cfg.json does not say which documents it trained on: it may have trained on these")
-        return source, None
-    trained_on = (metadata.dataset_config, metadata.dataset_split)
-    if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
-        return source, None
-    if not metadata.held_out_fraction:
-        raise UserError(
-            f"--dataset {name}: no documents of it were held out of the SAE's training; name another data set"
-        )
-    return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed)
-
-
-def _same_data(name: str, other: str | None) -> bool:
-    """Returns whether two names are of the same data set: the same path, or the same id, with or without its owner."""
-    if other is None:
-        return False
-    if Path(name).exists() or Path(other).exists():
-        return Path(name).resolve() == Path(other).resolve()
-    (owner, _, ending), (other_owner, _, other_ending) = name.rpartition("/"), other.rpartition("/")
-    return ending == other_ending and (owner == other_owner or "" in (owner, other_owner))

@@ -21,7 +21,7 @@ from sae_lens.util import dtype_to_str
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_lm_dtype, free_memory
-from sae_toolkit.model.language_model import parameters_up_to_hook
+from sae_toolkit.model.hook_width import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.settings.command_line import given_flags, parse_training_flags
 from sae_toolkit.settings.evaluation import EvaluatedSAESettings

@@ -18,6 +18,7 @@ from sae_lens.util import str_to_dtype
 from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.massive_activations import MASSIVE
 from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.training import RunSettings
@@ -28,7 +29,6 @@ from sae_toolkit.training.run import create_sae, load_model
 
 log = logging.getLogger(__name__)
 
-_MASSIVE = 10  # times the median norm, the default of --max_activation_norm_multiple
 _MOST_STEPS, _MOST_SECONDS_OF_STEPS = 5, 2.0  # timed
 
 
@@ -199,7 +199,7 @@ def _measure_norms(
         raise UserError(f"--lm_dtype {dtype}: some activations are not finite; use another dtype")
     scale = math.sqrt(cfg.sae.d_in) / norms_N.mean().item()
     median_norm = norms_N.median().item()
-    massive_N = norms_N > _MASSIVE * median_norm
+    massive_N = norms_N > MASSIVE * median_norm
     variance_N = (acts_ND.double() - acts_ND.double().mean(0)).square().sum(-1)
     median_as_scaled = {"none": median_norm, "expected_average_only_in": scale * median_norm}
     measured = MeasuredActivations(

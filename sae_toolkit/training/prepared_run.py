@@ -20,7 +20,7 @@ from sae_toolkit.activations.cache import check_cache_directory
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory
-from sae_toolkit.model.language_model import parameters_up_to_hook
+from sae_toolkit.model.hook_width import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.settings.training import OptimizationSettings, RecordingSettings, RunSettings, SAESettings
 from sae_toolkit.settings.values import Interval

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype, out_of_memory_answered
-from sae_toolkit.model.language_model import hook_width
+from sae_toolkit.model.hook_width import hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.training import ModelSettings, TrainingSettings

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.setup import _same_data
+from sae_toolkit.evaluation.text import _same_data
 from sae_toolkit.reports.results import choose_outputs
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.formats import SAEFile
@@ -396,6 +396,14 @@ def test_an_sae_that_cannot_be_measured_here_is_refused(script, tiny_model, tmp_
     done = script("evaluate_sae_real_activations.py", *flags)
     assert done.status == 2
     assert re.search(says, done.error_lines[0]), done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--context_length", "64"), ("--skip_positions", "0")])
+def test_an_error_about_the_data_set_of_an_sae_names_the_sae(script, tiny_model, tmp_path, flags):
+    path = save_sae(tmp_path / "sae", dataset_path=str(tmp_path / "gone.jsonl"))
+    done = script("evaluate_sae_real_activations.py", "--sae_path", path, "--model_name", tiny_model, *flags)
+    assert done.status == 2
+    assert done.error_lines[0].startswith("error: --sae_path sae: --dataset "), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.model.hook_width import hook_width
 from sae_toolkit.model.hooks import decoder_layers
-from sae_toolkit.model.language_model import LanguageModel, hook_width
+from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import find_model, load_language_model
 
 TOKENS = torch.tensor([[11, 50, 35, 28, 46, 31], [11, 28, 90, 28, 25, 95]])

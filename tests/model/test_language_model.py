@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_lm_dtype
-from sae_toolkit.model.language_model import LanguageModel, hook_width
+from sae_toolkit.model.hook_width import hook_width
+from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import find_model, load_language_model
 
 HOOKS = [

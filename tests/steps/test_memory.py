@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from sae_toolkit.model.language_model import parameters_up_to_hook
+from sae_toolkit.model.hook_width import parameters_up_to_hook
 from sae_toolkit.model.loading import find_model
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.steps.memory import plan_memory

@@ -1,0 +1,171 @@
+"""The text and the contexts that an SAE is evaluated with, from its cfg.json or from flags."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sae_lens.saes.sae import SAEMetadata
+from transformers import PreTrainedTokenizerBase
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.model.devices import out_of_memory_answered
+from sae_toolkit.model.loading import ModelSource, check_token_ids
+from sae_toolkit.settings.evaluation import EvaluationTextSettings
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
+from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
+
+log = logging.getLogger(__name__)
+
+# How many tokens are evaluated on. Losses, which need the model's upper layers and logits, are measured on fewer.
+TOKENS = 50_000
+LOSS_TOKENS = 20_000
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """The text and the context that an SAE is evaluated with."""
+
+    source: TextSource
+    held_out: HeldOutSplit | None
+    context: ContextFormat
+    skip_positions: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """A key that is equal for SAEs that can be evaluated on the same rows."""
+        source = self.source
+        return source.name, source.config, source.split, source.column, self.held_out, self.context
+
+
+def open_text_of(
+    metadata: SAEMetadata, text_settings: EvaluationTextSettings
+) -> tuple[TextSource, HeldOutSplit | None]:
+    """Opens the text to evaluate an SAE on.
+
+    If it is the data set that the SAE was trained on, it is read as in training, and only its held-out documents are
+    used. If it is another data set, its test split is used.
+
+    Returns:
+        The text, and the split by which documents are held out; None if all documents are used.
+
+    Raises:
+        UserError: no text is named, it cannot be opened, or nothing of it was held out of the SAE's training.
+    """
+    name = text_settings.dataset or metadata.dataset_path
+    if not name:
+        raise UserError("--dataset: the SAE's cfg.json does not say what it was trained on; name a data set")
+    is_own = _same_data(name, metadata.dataset_path)
+    source = open_text(
+        name,
+        flag="--dataset",
+        config=text_settings.dataset_config or (metadata.dataset_config if is_own else None),
+        split=text_settings.dataset_split or (metadata.dataset_split if is_own else None),
+        column=text_settings.text_column or (metadata.text_column if is_own else None),
+        preferred_splits=("train",) if is_own else ("test", "validation", "train"),
+        fallback=text_settings.fallback_dataset,
+    )
+    if is_own and metadata.fallback_from:
+        source = replace(source, fallback_from=metadata.fallback_from)
+    if is_own and metadata.dataset_split is None:
+        log.warning("the SAE's cfg.json does not say which documents it trained on: it may have trained on these")
+        return source, None
+    trained_on = (metadata.dataset_config, metadata.dataset_split)
+    if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
+        return source, None
+    if not metadata.held_out_fraction:
+        raise UserError(
+            f"--dataset {name}: no documents of it were held out of the SAE's training; name another data set"
+        )
+    return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed)
+
+
+def with_context(
+    source: TextSource,
+    held_out: HeldOutSplit | None,
+    metadata: SAEMetadata,
+    text_settings: EvaluationTextSettings,
+    model: ModelSource,
+) -> EvaluationText:
+    """Returns a text with the context and the positions to evaluate an SAE with.
+
+    Raises:
+        UserError: the context is too long for the model, or leaves no next token to predict.
+    """
+    context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
+    if source.row_length and not _same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
+        context_size = source.row_length  # token ids are used as they are
+    context = ContextFormat(
+        context_size=context_size,
+        prepend_bos=metadata.prepend_bos is not False,
+        sequence_separator_token=metadata.get("sequence_separator_token", "bos"),
+        disable_concat_sequences=bool(metadata.disable_concat_sequences),
+    )
+    if model.max_context is not None and context.context_size > model.max_context:
+        raise UserError(
+            f"--context_length {context.context_size}: {model.name} was made for contexts of at most"
+            f" {model.max_context}; lower it"
+        )
+    skip_positions = text_settings.skip_positions
+    if skip_positions is None:
+        skip_positions = (metadata.seqpos_slice or (None,))[0] or 0
+    elif skip_positions + 1 >= context.context_size:
+        raise UserError(
+            f"--skip_positions {skip_positions}: leaves no next token to predict in a context of"
+            f" {context.context_size}; lower it"
+        )
+    if skip_positions + 1 >= context.context_size:
+        raise UserError(
+            f"--context_length {context.context_size}: leaves no next token to predict after the {skip_positions}"
+            f" positions that the SAE skips; give at least {skip_positions + 2}"
+        )
+    return EvaluationText(source, held_out, context, skip_positions)
+
+
+def collect_rows(
+    text: EvaluationText, tokenizer: PreTrainedTokenizerBase, settings: EvaluationTextSettings, model: ModelSource
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Tokenizes the text.
+
+    Returns:
+        Token ids, [N, T], the number of the document that each row is from, [N], and the numbers of rows for losses and
+        for reconstruction.
+
+    Raises:
+        UserError: the text cannot be read, is too short, or has tokens that the model does not have.
+    """
+    usable = text.context.context_size - text.skip_positions
+    n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
+    n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)
+    n_dead_rows = math.ceil(settings.dead_tokens / usable) if settings.dead_tokens else n_sae_rows
+    with out_of_memory_answered(
+        f"--dataset {text.source.name}: reading it", "lower --num_samples or --dead_tokens, or free memory"
+    ):
+        rows_NT, document_N = collect_evaluation_rows(
+            text.source,
+            tokenizer,
+            text.context,
+            text.held_out,
+            n_rows=n_sae_rows,
+            n_more_rows=max(0, n_dead_rows - n_sae_rows),
+            seed=settings.seed,
+        )
+    if len(rows_NT) < max(n_sae_rows, n_dead_rows):
+        log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
+    check_token_ids(rows_NT, model, f"--dataset {text.source.name}")
+    log.debug("%d contexts of %d tokens", *rows_NT.shape)
+    return rows_NT, document_N, min(n_loss_rows, len(rows_NT)), min(n_sae_rows, len(rows_NT))
+
+
+def _same_data(name: str, other: str | None) -> bool:
+    """Returns whether two names are of the same data set: the same path, or the same id, with or without its owner."""
+    if other is None:
+        return False
+    if Path(name).exists() or Path(other).exists():
+        return Path(name).resolve() == Path(other).resolve()
+    (owner, _, ending), (other_owner, _, other_ending) = name.rpartition("/"), other.rpartition("/")
+    return ending == other_ending and (owner == other_owner or "" in (owner, other_owner))
