@@ -16,7 +16,7 @@ from sae_toolkit.steps.sharded_sae import ShardedTrainer, shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
 from sae_toolkit.steps.trainer import Trainer
 
-BATCH, N_STEPS = 128, 50
+BATCH, N_STEPS = 128, 30
 SETTINGS = {
     "topk": {"k": 16},
     "batchtopk": {"k": 16},

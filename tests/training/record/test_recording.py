@@ -14,9 +14,15 @@ from support.wandb_reader import read_offline_runs
 
 PANELS = re.findall(r"`((?:learning|sparsity|alive|speed|held_out)/\w+)`", (ROOT / "docs" / "training.md").read_text())
 TRAIN = [
-    *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--training_tokens", 24 * 1024, "--lr_decay_steps", 4),
-    *("--eval_every", 10_000),
+    *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--training_tokens", 14 * 1024, "--lr_decay_steps", 4),
+    *("--lr_warm_up_steps", 4, "--eval_every", 6_000),
 ]
+
+
+@pytest.fixture(scope="session")
+def on_tiny_model(tiny_model, text_file):
+    """Flags that put the tiny model and its text in the place of the demo's."""
+    return ["--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file, "--context_size", 64, "--k", 8]
 
 
 def train(directory: Path, *flags: object, **environment: str):
@@ -27,7 +33,7 @@ def train(directory: Path, *flags: object, **environment: str):
 
 @pytest.fixture(scope="module")
 def in_wandb(tmp_path_factory):
-    """The demo's run cut to 24 steps, measured on held-out text twice, and its evaluation."""
+    """The demo's run cut to 14 steps, measured on held-out text twice, and its evaluation."""
     directory = tmp_path_factory.mktemp("in_wandb")
     sae_path, done = train(directory, "--wandb_mode", "offline")
     evaluated = run_process(
@@ -78,26 +84,31 @@ def test_the_evaluation_adds_the_tables_of_health_and_of_features(in_wandb):
     assert all("[" in row[features["columns"].index("top contexts")] for row in features["data"] if row[1] > 0)
 
 
-def test_what_is_measured_on_held_out_text_changes_nothing_of_the_sae(in_wandb, tmp_path):
-    sae_path, done, training, _ = in_wandb
-    other, _ = train(tmp_path, "--eval_every", 0, "--wandb_mode", "disabled")
-    ours, theirs = (load_file(path / "sae_weights.safetensors") for path in (sae_path, other))
+def test_what_is_measured_on_held_out_text_changes_nothing_of_the_sae(on_tiny_model, tmp_path):
+    measured, _ = train(tmp_path, *on_tiny_model, "--wandb_mode", "disabled")
+    other, _ = train(tmp_path, *on_tiny_model, "--eval_every", 0, "--wandb_mode", "disabled")
+    assert (measured.parent / "held_out.jsonl").exists() and not (other.parent / "held_out.jsonl").exists()
+    ours, theirs = (load_file(path / "sae_weights.safetensors") for path in (measured, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_sae_is_measured_on_the_same_held_out_text_each_time(in_wandb):
+    sae_path, done, training, _ = in_wandb
     lines = [json.loads(line) for line in (sae_path.parent / "held_out.jsonl").read_text().splitlines()]
-    assert [line["n_training_samples"] for line in lines] == [10_240, 20_480]
+    assert [line["n_training_samples"] for line in lines] == [6_144, 12_288]
     measured = [row for row in training.history if "held_out/loss_recovered" in row]
     assert [float(row["held_out/loss_recovered"]) for row in measured] == [
         line["held_out/loss_recovered"] for line in lines
     ]
     assert lines[0]["held_out/ce_clean"] == lines[1]["held_out/ce_clean"] < lines[0]["held_out/ce_sae"]
     assert lines[0]["held_out/ce_sae"] != lines[1]["held_out/ce_sae"]
-    assert "held out after 10,240 tokens: loss recovered " in done.stderr
+    assert "held out after 6,144 tokens: loss recovered " in done.stderr
 
 
-def test_tensorboard_has_the_same_names(tmp_path):
+def test_tensorboard_has_the_same_names(on_tiny_model, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sae_path, _ = train(tmp_path, "--logger", "tensorboard")
+    sae_path, _ = train(tmp_path, *on_tiny_model, "--logger", "tensorboard")
     events = EventAccumulator(str(sae_path.parent / "tensorboard")).Reload()
     tags = events.Tags()
     assert set(PANELS) <= {*tags["scalars"], *tags["histograms"]}
