@@ -145,7 +145,7 @@ def _too_few_positions(e: Evidence) -> Finding | None:
         + (
             f"norms above {limit:.4g} where their median is {e.probes.median_norm:.4g}"
             if by_norm
-            else f"the first {positions.get('skip_positions')} positions of {e.summary['context_length']}"
+            else f"{positions.get('skip_positions')} of {e.summary['context_length']} positions, at the start"
         ),
         flags,
         1 - share,

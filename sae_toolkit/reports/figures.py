@@ -203,7 +203,11 @@ def _l0(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str, go.F
     mean = summary["metrics"]["l0"]
     span = [max(edges[0] - 10, -0.5), edges[-1] + 10]  # wide enough if all tokens have the same number
     lines = [] if mean is None else [_line("x", mean, f"mean {mean:.1f}", **_beside_line(mean, span))]
-    caption = f"{sum(counts):,} tokens by their number of active features. The standard of 40 to 120 is for the mean."
+    standard = next(s for s in STANDARDS if s.metric == "l0")
+    caption = (
+        f"{sum(counts):,} tokens by their number of active features. The standard of"
+        f" {format_range(standard, standard.healthy)} is for the mean."
+    )
     x = _titled("features active at once", range=span)
     return caption, _figure(
         [_bars(edges, counts, hover)], x, _titled("tokens", range=[0, 1.15 * max(counts)]), shapes=lines

@@ -298,7 +298,7 @@ class PreparedRun:
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         left_out = [
             *(["special tokens"] if self.positions.special_token_ids else []),
-            *([f"the first {n} positions"] if (n := self.positions.skip_positions) else []),
+            *([f"the first {n} position{'s' if n > 1 else ''}"] if (n := self.positions.skip_positions) else []),
             *([f"norms above {m:g} x the median"] if (m := self.max_norm_multiple) else []),
         ]
         memory, disk = self.plan_memory(), self.disk_plan()

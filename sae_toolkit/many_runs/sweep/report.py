@@ -104,9 +104,9 @@ def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
     title = f"Sweep {directory.name}"
     columns, rows = sweep_table(outcomes)
     reasons = [
-        f"Trial {trial.number} ({trial.name}): {outcome.get('refused') or outcome.get('failed')}"
+        f"Trial {trial.number} ({trial.name}): {reason.removeprefix('error: ')}"
         for trial, outcome in outcomes
-        if "refused" in outcome or "failed" in outcome
+        if (reason := outcome.get("refused") or outcome.get("failed"))
     ]
     command = _command(best[0][0]) if best else "no trial was evaluated"
     parts = [f"# {title}", "\n".join(markdown_table(columns, rows)), *reasons, f"Best: `{command}`"]
