@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
+from sae_lens.util import dtype_to_str
 
 from sae_toolkit.errors import UserError, failed_allocation, is_out_of_memory, one_line
 
@@ -107,3 +108,44 @@ def free_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def what_would_fit(
+    n_parameters: int, device: str, dtype: torch.dtype, n_devices: int | None, devices: str, free: int
+) -> str:
+    """Returns a phrase that says what a model takes, what was free, and which flags would let it fit.
+
+    Args:
+        n_parameters: the model's number of parameters.
+        device: the first device that it was to be loaded on.
+        dtype: the dtype that it was to be loaded in.
+        n_devices: the number of CUDA devices, from `device` on; None if the script has no --n_devices.
+        devices: the devices, in words.
+        free: bytes that were free on them.
+    """
+    takes = n_parameters * dtype.itemsize
+    flags = []
+    if dtype.itemsize > 2 and 2 * n_parameters < free:
+        flags.append("--lm_dtype bfloat16")
+    if torch.device(device).type == "cuda":
+        if n := _n_devices_for(takes, device, n_devices, free):
+            flags.append(f"--n_devices {n}")
+        on_cpu = n_parameters * max(dtype.itemsize, choose_lm_dtype("auto", "cpu").itemsize)
+        if on_cpu < free_memory("cpu"):
+            flags.append("--device cpu" if n_devices is None else "--llm_device cpu")
+    return (
+        f"it takes about {takes / 2**30:.2f} GiB in {dtype_to_str(dtype)}, and {free / 2**30:.2f} GiB were free on"
+        f" {devices}; " + (f"it would fit with {' or '.join(flags)}" if flags else "a smaller model is needed")
+    )
+
+
+def _n_devices_for(takes: int, device: str, n_devices: int | None, free: int) -> int | None:
+    """Returns how many CUDA devices, from `device` on, have room for `takes` bytes; None if no number has."""
+    if n_devices is None:
+        return None
+    first = torch.device(device).index or 0
+    for index in range(first + n_devices, torch.cuda.device_count()):
+        free += free_memory(f"cuda:{index}")
+        if takes < free:
+            return index + 1 - first
+    return None

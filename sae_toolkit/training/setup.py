@@ -21,7 +21,8 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype, out_of_memory_answered
 from sae_toolkit.model.hook_width import hook_width
-from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
+from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.training import ModelSettings, TrainingSettings
 from sae_toolkit.text.positions import PositionFilter

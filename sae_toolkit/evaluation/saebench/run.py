@@ -21,6 +21,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.own_environments import OwnEnvironment
+from sae_toolkit.text.token_ids import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,18 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
     Does nothing if no eval is named.
 
     Raises:
-        UserError: an eval cannot run here, or the environment cannot be made.
+        UserError: an eval cannot run here or on such a model, or the environment cannot be made.
     """
     if not evals:
         return
     for group in groups:
+        if group.model.adapter is not None:
+            raise UserError(
+                f"--saebench: its environment has no peft for the adapter {group.model.name}; save the merged"
+                " model and name that"
+            )
+        if isinstance(group.tokenizer, TokenIds):
+            raise UserError(f"--saebench: it needs a tokenizer, and {group.model.name} has none; leave --saebench out")
         refuse_what_cannot_run(
             evals,
             model_name=group.model.name,
