@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype, out_of_memory_answered
-from sae_toolkit.model.hook_width import hook_width
+from sae_toolkit.model.hook_width import full_hook_name, hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
@@ -172,19 +172,22 @@ def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
 
 
 def find_model_at_hooks(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]]:
-    """Returns the language model, and the width of the activations at each hook.
+    """Returns the language model, and the width of the activations at each hook, by the hook's full name.
 
     Raises:
-        UserError: there is no such model or hook, or the model was not made for such long contexts.
+        UserError: there is no such model or hook, a hook is named twice, or the contexts are too long for the model.
     """
     chosen, context_size = settings.model, settings.text.context_size
     model = find_model(
         chosen.model_name, _model_kwargs(settings.optimization.set), trust_remote_code=chosen.trust_remote_code
     )
-    widths = {
-        name: hook_width(model.config, name, model.trust_remote_code, chosen.hook_flag)
-        for name in chosen.all_hook_names
-    }
+    widths: dict[str, int] = {}
+    for name in chosen.all_hook_names:
+        width = hook_width(model.config, name, model.trust_remote_code, chosen.hook_flag)
+        full_name = full_hook_name(model.config, name, model.trust_remote_code)
+        if full_name in widths:
+            raise UserError(f"{chosen.hook_flag} {name}: names {full_name} a second time; leave it out")
+        widths[full_name] = width
     if model.max_context is not None and context_size > model.max_context:
         raise UserError(
             f"--context_size {context_size}: {model.name} was made for at most {model.max_context}; lower it"
