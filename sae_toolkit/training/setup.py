@@ -24,7 +24,7 @@ from sae_toolkit.model.hook_width import full_hook_name, hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.settings.training import ModelSettings, TrainingSettings
+from sae_toolkit.settings.training import ModelSettings, SAESettings, TrainingSettings
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
@@ -140,7 +140,9 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
 def _build_configurations(
     settings: TrainingSettings, widths: dict[str, int], device: str, directory: Path, ranks: Ranks
 ) -> list[LanguageModelSAERunnerConfig[Any]]:
-    """Builds SAELens's configuration of the SAE at each hook, and checks that the ranks can train it."""
+    """Builds SAELens's configuration of the SAE at each hook, and checks that device and ranks can train it."""
+    if torch.device(device).type == "mps":
+        _check_mps(settings.sae)
     cfgs = [
         build_runner_config(settings, name, d_in=d_in, device=device, run_id=directory.name)
         for name, d_in in widths.items()
@@ -156,6 +158,22 @@ def _build_configurations(
     return cfgs
 
 
+def _check_mps(sae: SAESettings) -> None:
+    """Refuses what needs float64, which mps does not have, or another dtype than float32."""
+    if sae.dtype != "float32":
+        raise UserError(f"--dtype {sae.dtype}: on mps only float32 is supported; leave it out")
+    if sae.architecture in ("batchtopk", "matryoshka_batchtopk"):
+        raise UserError(
+            f"--architecture {sae.architecture}: SAELens keeps its threshold in float64, which mps does not have; use"
+            " topk, or --device cpu --llm_device mps"
+        )
+    if sae.normalize_activations == "covariance_whitening":
+        raise UserError(
+            "--normalize_activations covariance_whitening: SAELens estimates it in float64, which mps does not have;"
+            " use --device cpu --llm_device mps"
+        )
+
+
 def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
     """Returns the devices of the SAE and of the language model."""
     device = choose_device(settings.device, ranks.local_rank)
@@ -166,7 +184,7 @@ def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
                 "--llm_device, --n_devices: each of several processes has one GPU for the language model and the SAE;"
                 " leave them out"
             )
-        if ":" in settings.device:
+        if ":" in settings.device or device == "mps":
             raise UserError(f"--device {settings.device}: each of several processes has a GPU of its own; use cuda")
     return device, llm_device
 
