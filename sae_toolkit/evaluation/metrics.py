@@ -104,7 +104,7 @@ class LossStatistics:
         """
         scored_BT = scored_BT.to(ce_clean_BT.device)  # the hook's device, if the model is spread over several
         predicts_BT = scored_BT.clone()
-        predicts_BT[:, -1].fill_(False)
+        predicts_BT[:, -1] = False
         sums = [predicts_BT, scored_BT]
         sums += [values.where(predicts_BT, 0) for values in (ce_clean_BT, sae[0], zero[0])]
         sums += [values.where(scored_BT, 0) for values in (sae[1], zero[1])]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.metrics import LossStatistics, ReconstructionStatistics
+from sae_toolkit.evaluation.metrics import ReconstructionStatistics
 from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype
 from sae_toolkit.settings.training import TrainingSettings
@@ -95,11 +95,6 @@ def float64_on_mps() -> None:
     on_mps(N).double()
 
 
-def losses() -> None:
-    scores = [(on_mps(B, T), on_mps(B, T)) for _ in range(2)]
-    LossStatistics().add(on_mps(B, T, dtype=torch.bool), on_mps(B, T), *scores)
-
-
 def reconstruction() -> None:
     with suppress(DynamicOutputShapeException):  # of the histogram of L0, which comes last and has values only
         ReconstructionStatistics(B).add(
@@ -124,7 +119,7 @@ def test_the_guard_finds_float64_on_mps():
         guarded(float64_on_mps)
 
 
-@pytest.mark.parametrize("function", [losses, reconstruction, saebench])
+@pytest.mark.parametrize("function", [reconstruction, saebench])
 def test_no_sum_is_in_float64_on_mps(function):
     guarded(function)
 
