@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.model.loading import ModelSource, find_model, load_language_model, load_tokenizer
+from sae_toolkit.model.loading import ModelSource, find_model, load_language_model
+from sae_toolkit.model.tokenizer import load_tokenizer
 from support.processes import HOOK, ROOT, Outcome
 from support.trainings import Trainings
 

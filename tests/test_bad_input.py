@@ -39,7 +39,7 @@ TRAINING_MISTAKES = {
     "a schedule longer than the run": ({"lr_warm_up_steps": 3}, "--lr_warm_up_steps 3 and --lr_decay_steps 0"),
     "nothing left of a context": ({"skip_positions": 64}, "--skip_positions 64: leaves nothing"),
     "no CUDA": ({"device": "cuda"}, "--device cuda: torch "),
-    "no such device": ({"device": "tpu"}, "--device tpu: must be cpu, cuda, cuda:N or auto"),
+    "no such device": ({"device": "tpu"}, "--device tpu: must be cpu, cuda, cuda:N, mps or auto"),
     "an unwritable output": ({"checkpoint_path": "/proc/nothing"}, "--checkpoint_path /proc/nothing: cannot be"),
     "a path for a name": ({"output_name": "../elsewhere"}, "--output_name '../elsewhere': must be a plain name"),
     "a mode SAELens has not": ({"normalize_activations": "expected_average_only_out"}, "use expected_average_only_in"),

@@ -144,7 +144,7 @@ def _explained(sae: SAE, acts_ND: torch.Tensor, strongest: int | None = None) ->
             strength_NF = features_NF.abs() * sae.W_dec.norm(dim=-1)
             weakest_NF = strength_NF.topk(features_NF.shape[1] - strongest, dim=-1, largest=False).indices
             features_NF = features_NF.scatter(1, weakest_NF, 0.0)
-        error += (sae.decode(features_NF).double().cpu() - chunk_ND).square().sum().item()
+        error += (sae.decode(features_NF).cpu().double() - chunk_ND).square().sum().item()
     return 1 - error / (acts_ND - acts_ND.mean(0)).square().sum().item()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sae_toolkit.model.devices import with_float64
+
 _RARER_THAN_MEAN = 100  # `tokens_to_settle` is for a feature that fires this many times less often than the mean
 
 
@@ -50,12 +52,12 @@ class FiringStatistics:
     @property
     def dead(self) -> float:
         """Share of features that never fired."""
-        return (self.firings_F == 0).double().mean().item()
+        return with_float64(self.firings_F == 0).double().mean().item()
 
     def silent_share(self) -> list[tuple[int, float]]:
         """Returns (tokens, share of features still silent) after 1,000, 3,000, 10,000, ... tokens and after all."""
         marks = [m * 10**e for e in range(3, 12) for m in (1, 3) if m * 10**e < self.n_tokens]
-        first = self._first_token_F
+        first = with_float64(self._first_token_F)
         return [(n, ((first < 0) | (first >= n)).double().mean().item()) for n in (*marks, self.n_tokens) if n]
 
     def estimates(self) -> DeadFeatureEstimates:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sae_toolkit.evaluation.metrics import chunk_length, histogram
+from sae_toolkit.model.devices import with_float64
 
 # All pairs are compared if that takes at most this many multiplications and additions. They take seconds.
 _AFFORDABLE = {"cpu": 2e12, "cuda": 5e14}
@@ -91,6 +92,7 @@ def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> 
     order = torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))[:n_rows]
     rows_R = (torch.arange(n_features) if exact else order.sort().values).to(W_FD.device)
     largest_R, _, n_near = largest_cosines(W_FD, rows_R)
+    largest_R = with_float64(largest_R)
     mean = largest_R.double().mean().item()
     interval = None
     if not exact:  # simple random sampling without replacement
@@ -101,7 +103,7 @@ def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> 
         alive_rows = rows_R[alive_F[rows_R]]
         all_alive = bool(alive_F.all())
         among_alive = largest_R if all_alive else largest_cosines(W_FD, alive_rows, alive_F)[0]
-        alive_mean = among_alive.double().mean().item() if len(among_alive) else None
+        alive_mean = with_float64(among_alive).double().mean().item() if len(among_alive) else None
     return DirectionCosines(
         mean=mean,
         interval=interval,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sae_toolkit.evaluation.metrics import chunk_length
+from sae_toolkit.text.token_ids import TokenIds
 
 # More features are tracked than shown: many may never fire, and those that do should cover all firing rates.
 _TRACKED_PER_SAMPLED = 4
@@ -242,7 +243,12 @@ def logit_effects(
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """Returns the text of each token, with its leading space; bytes that do not form a character become `\\xe4`."""
+    """Returns the text of each token, with its leading space; bytes that do not form a character become `\\xe4`.
+
+    Without a tokenizer the text of a token is its id.
+    """
+    if isinstance(tokenizer, TokenIds):
+        return tuple(f" {i}" for i in ids)
     byte_level = any("Ġ" in piece for piece in tokenizer.tokenize(" a a"))
     return tuple(
         f"[id {i}]" if piece is None else _text_of_piece(piece, byte_level)

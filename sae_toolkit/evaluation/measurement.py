@@ -24,6 +24,7 @@ from sae_toolkit.evaluation.metrics import (
 )
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics, token_stats
+from sae_toolkit.model.devices import with_float64
 from sae_toolkit.model.language_model import LanguageModel
 
 # Hooks at the residual stream, or at outputs that are added to it. The output head reads that stream.
@@ -234,7 +235,7 @@ class Measurement:
         intervals = loss_intervals | intervals
         if cosines.interval is not None:
             intervals["decoder_absorption"] = cosines.interval
-        rates_F = self.firings.firings_F.double() / self.firings.n_tokens
+        rates_F = with_float64(self.firings.firings_F).double() / self.firings.n_tokens
         return Evaluation(
             metrics=metrics,
             intervals=intervals,

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from sae_toolkit.model.devices import with_float64
+
 # Large tensors are computed in chunks of at most this many float32 values (512 MiB).
 _CHUNK_VALUES = 2**27
 # On a CPU, chunks of this size (4 MiB) stay in its cache, so that several passes over them are five times as fast.
@@ -106,7 +108,7 @@ class LossStatistics:
         sums = [predicts_BT, scored_BT]
         sums += [values.where(predicts_BT, 0) for values in (ce_clean_BT, sae[0], zero[0])]
         sums += [values.where(scored_BT, 0) for values in (sae[1], zero[1])]
-        self._sums.append(torch.stack([values_BT.double().sum(1) for values_BT in sums], dim=1).cpu())
+        self._sums.append(torch.stack([with_float64(values_BT).double().sum(1) for values_BT in sums], dim=1).cpu())
 
     def sums_SK(self) -> torch.Tensor:
         """Returns the sums of each sequence, [S, len(COLUMNS)] float64."""
@@ -154,7 +156,8 @@ class ReconstructionStatistics:
         """
         if len(acts_ND) == 0:
             return
-        x, recons = acts_ND.double(), recons_ND.double()
+        x, recons = with_float64(acts_ND).double(), with_float64(recons_ND).double()
+        sequence_N, l0_N = with_float64(sequence_N), with_float64(l0_N)
         if self._offset_D is None or self._sums_SD is None:
             self._offset_D = x.mean(0)
             self._sums_SD = torch.zeros(len(self._sums_SK), x.shape[1], dtype=torch.double, device=x.device)

@@ -21,7 +21,8 @@ from sae_toolkit.evaluation.text import EvaluationText, collect_rows, open_text_
 from sae_toolkit.files.trust import model_kwargs_of_sae
 from sae_toolkit.model.devices import choose_device
 from sae_toolkit.model.hook_width import hook_width
-from sae_toolkit.model.loading import ModelSource, find_model, load_tokenizer
+from sae_toolkit.model.loading import ModelSource, find_model
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.saes.formats import SAEFile, load_sae_file
 from sae_toolkit.saes.metadata import check_metadata, check_names_of_download
 from sae_toolkit.saes.search import find_saes

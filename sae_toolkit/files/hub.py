@@ -23,8 +23,8 @@ from sae_toolkit.files.connection import ConnectionFailed, retrying
 Kind = Literal["model", "dataset"]
 T = TypeVar("T")
 
-# A file that every usable repository has. If the local cache has it, the repository can be used without a network.
-_PROBE_FILE = {"model": "config.json", "dataset": "README.md"}
+# Every usable repository has one of these files. If the local cache has it, the repository can be used offline.
+_PROBE_FILES = {"model": ("config.json", "adapter_config.json"), "dataset": ("README.md",)}
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer
 
 
@@ -57,7 +57,8 @@ def _ask(name: str, kind: Kind, flag: str, revision: str | None, request: Callab
     """
 
     def is_in_cache() -> bool:
-        return isinstance(try_to_load_from_cache(name, _PROBE_FILE[kind], repo_type=kind, revision=revision), str)
+        cached = (try_to_load_from_cache(name, file, repo_type=kind, revision=revision) for file in _PROBE_FILES[kind])
+        return any(isinstance(file, str) for file in cached)
 
     def request_unless_offline() -> T | None:
         try:

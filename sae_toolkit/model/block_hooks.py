@@ -1,4 +1,4 @@
-"""Where TransformerLens's hooks within a block lie in a Transformers model.
+"""Where TransformerLens's hooks lie in a Transformers model: those within a block, and that of the embedding.
 
 TransformerLens has an adapter for each family that it knows, which says what module each of its hooks belongs to.
 """
@@ -45,8 +45,7 @@ def block_hooks(model: PreTrainedModel, config: PreTrainedConfig, layer: torch.n
     """Returns where the hooks within a block lie; no places if neither TransformerLens nor this project knows."""
     # An adapter may fail in any way on a configuration that it was not written for.
     with suppress(Exception):
-        bridge_config = build_bridge_config_from_hf(config, type(model).__name__, "", torch.float32)
-        block = ArchitectureAdapterFactory.select_architecture_adapter(bridge_config).components["blocks"]
+        block = _components(model, config)["blocks"]
         places = {name: place for name in INNER_HOOKS if (place := _place(block, name)) is not None}
         modules: dict[str, str] = {
             name: str(block.submodules[name].name) for name in ("attn", "mlp") if name in block.submodules
@@ -55,6 +54,25 @@ def block_hooks(model: PreTrainedModel, config: PreTrainedConfig, layer: torch.n
     if {child for child, _ in layer.named_children()} == _LLAMA_LAYER:
         return BlockHooks(_LLAMA_PLACES, {"attn": "self_attn", "mlp": "mlp"})
     return BlockHooks({}, {})
+
+
+def embedding_module(model: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """Returns the name of the module whose output is hook_embed; None if TransformerLens does not know the family.
+
+    It is the norm of the embedding, where there is one (TransformerBridge.hook_aliases). Where the embedding's module
+    multiplies by a factor, as in Gemma, the factor is in the activations.
+    """
+    with suppress(Exception):
+        components = _components(model, config)
+        name: str | None = (components.get("embed_ln") or components["embed"]).name
+        return name
+    return None
+
+
+def _components(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the components that TransformerLens's adapter names. Raises any error if there is no adapter."""
+    bridge_config = build_bridge_config_from_hf(config, type(model).__name__, "", torch.float32)
+    return ArchitectureAdapterFactory.select_architecture_adapter(bridge_config).components
 
 
 def _place(block: Any, name: str) -> tuple[str, str] | None:

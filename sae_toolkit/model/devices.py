@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import gc
+import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import psutil
 import torch
+from sae_lens.util import dtype_to_str
 
 from sae_toolkit.errors import UserError, failed_allocation, is_out_of_memory, one_line
+
+log = logging.getLogger(__name__)
 
 
 def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
     """Returns the device to run on: for `auto` a CUDA device if torch sees one, else the CPU.
 
     Args:
-        device: cpu, cuda, cuda:N or auto.
+        device: cpu, cuda, cuda:N, mps (the GPU of an Apple machine) or auto.
         local_rank: this process's rank on its machine. With `auto` and `cuda` each rank gets a device of its own.
         flag: the flag that named the device, for messages.
 
     Raises:
-        UserError: the name is none of these, or names a CUDA device that torch does not see.
+        UserError: the name is none of these, or names a device that torch does not see.
     """
     if device == "auto":
+        if torch.backends.mps.is_available():
+            log.info("%s auto: the CPU; torch sees an Apple GPU too, which %s mps uses (not measured)", flag, flag)
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and local_rank:
         device = f"cuda:{local_rank}"
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise UserError(f"{flag} {device}: must be cpu, cuda, cuda:N or auto")
+    if re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) is None:
+        raise UserError(f"{flag} {device}: must be cpu, cuda, cuda:N, mps or auto")
     parsed = torch.device(device)
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"{flag} mps: torch {torch.__version__} sees no Apple GPU on this machine; use {flag} cpu")
     if parsed.type == "cuda":
         n_devices = torch.cuda.device_count()
         if not torch.cuda.is_available() or (parsed.index or 0) >= n_devices:
@@ -61,7 +69,15 @@ def choose_llm_device(llm_device: str | None, n_devices: int, device: str) -> st
 
 
 def choose_lm_dtype(dtype: str, device: str) -> torch.dtype:
-    """Returns the language model's dtype: for `auto` bfloat16 if the hardware computes in it, else float32."""
+    """Returns the language model's dtype: for `auto` bfloat16 if the hardware computes in it, else float32.
+
+    Raises:
+        UserError: another dtype than float32 on an Apple GPU.
+    """
+    if torch.device(device).type == "mps":
+        if dtype not in ("auto", "float32"):
+            raise UserError(f"--lm_dtype {dtype}: on mps only float32 is supported; leave it out")
+        return torch.float32
     if dtype != "auto":
         return getattr(torch, dtype)
     if torch.device(device).type == "cuda":
@@ -95,15 +111,71 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
-def random_states_restored(*devices: str) -> AbstractContextManager[None]:
-    """Returns a context manager that restores the random states of the CPU and of these devices at its end."""
-    return torch.random.fork_rng([device for device in devices if torch.device(device).type == "cuda"])
+def with_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor on a device that has float64: itself, or on mps, which has none, a copy on the CPU."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+@contextmanager
+def random_states_restored(*devices: str) -> Iterator[None]:
+    """Context manager that restores the random states of the CPU and of these devices at its end."""
+    types = {torch.device(device).type for device in devices}
+    mps_state = torch.mps.get_rng_state() if "mps" in types else None
+    with torch.random.fork_rng([device for device in devices if torch.device(device).type == "cuda"]):
+        yield
+    if mps_state is not None:
+        torch.mps.set_rng_state(mps_state)
 
 
 def free_memory(device: str) -> int:
     """Returns how many bytes a run can use on a device. On a CPU they include what this process already holds."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
+    if torch.device(device).type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def what_would_fit(
+    n_parameters: int, device: str, dtype: torch.dtype, n_devices: int | None, devices: str, free: int
+) -> str:
+    """Returns a phrase that says what a model takes, what was free, and which flags would let it fit.
+
+    Args:
+        n_parameters: the model's number of parameters.
+        device: the first device that it was to be loaded on.
+        dtype: the dtype that it was to be loaded in.
+        n_devices: the number of CUDA devices, from `device` on; None if the script has no --n_devices.
+        devices: the devices, in words.
+        free: bytes that were free on them.
+    """
+    takes = n_parameters * dtype.itemsize
+    flags = []
+    if dtype.itemsize > 2 and 2 * n_parameters < free:
+        flags.append("--lm_dtype bfloat16")
+    if torch.device(device).type == "cuda":
+        if n := _n_devices_for(takes, device, n_devices, free):
+            flags.append(f"--n_devices {n}")
+        on_cpu = n_parameters * max(dtype.itemsize, choose_lm_dtype("auto", "cpu").itemsize)
+        if on_cpu < free_memory("cpu"):
+            flags.append("--device cpu" if n_devices is None else "--llm_device cpu")
+    return (
+        f"it takes about {takes / 2**30:.2f} GiB in {dtype_to_str(dtype)}, and {free / 2**30:.2f} GiB were free on"
+        f" {devices}; " + (f"it would fit with {' or '.join(flags)}" if flags else "a smaller model is needed")
+    )
+
+
+def _n_devices_for(takes: int, device: str, n_devices: int | None, free: int) -> int | None:
+    """Returns how many CUDA devices, from `device` on, have room for `takes` bytes; None if no number has."""
+    if n_devices is None:
+        return None
+    first = torch.device(device).index or 0
+    for index in range(first + n_devices, torch.cuda.device_count()):
+        free += free_memory(f"cuda:{index}")
+        if takes < free:
+            return index + 1 - first
+    return None

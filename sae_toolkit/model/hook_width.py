@@ -53,6 +53,19 @@ def hook_width(
     return _hook_width(_ModelClass(repr(config.to_dict()), trust_remote_code, config), hook_name, flag)
 
 
+def full_hook_name(config: PreTrainedConfig, hook_name: str, trust_remote_code: bool = False) -> str:
+    """Returns TransformerLens's name of a hook, or the full name of a Transformers module. No weights are loaded.
+
+    SAELens, SAEDashboard and Neuronpedia look for modules by their full names (`model.layers.1.mlp`), and hooks may
+    have been named from the base model (`layers.1.mlp`).
+
+    Raises:
+        UserError: the model has no such hook.
+    """
+    empty, _ = _trial_models(_ModelClass(repr(config.to_dict()), trust_remote_code, config))
+    return find_hook(empty, config, hook_name).name
+
+
 @lru_cache(maxsize=256)
 def _hook_width(of: _ModelClass, hook_name: str, flag: str | None) -> int:
     empty, tiny = _trial_models(of)

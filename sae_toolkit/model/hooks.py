@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.model.block_hooks import INNER_HOOKS, BlockHooks, block_hooks
+from sae_toolkit.model.block_hooks import INNER_HOOKS, BlockHooks, block_hooks, embedding_module
 
+EMBEDDING_HOOK = "hook_embed"
 _RESIDUAL_HOOKS = {"hook_resid_pre": "input", "hook_resid_post": "output"}
 
 
@@ -26,7 +27,7 @@ _RESIDUAL_HOOKS = {"hook_resid_pre": "input", "hook_resid_post": "output"}
 class Hook:
     """A place in a model: the input or the output of one module."""
 
-    name: str
+    name: str  # TransformerLens's, or the module's full name in the causal language model
     module: nn.Module
     side: str  # "input" or "output"
     layer: int | None  # index of the decoder layer that is or holds the module; None for a module outside the layers
@@ -62,7 +63,7 @@ def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, 
     Args:
         model: the causal language model, on any device (`meta` will do).
         config: the model's configuration.
-        hook_name: `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
+        hook_name: `hook_embed`; or `blocks.{layer}.` and one of `hook_resid_pre`, `hook_resid_post`, `hook_resid_mid`,
             `hook_attn_out`, `hook_mlp_out`, `attn.hook_z`, `mlp.hook_post`; or a module of the
             Transformers model, such as `model.layers.12`, also as sparsify names it, from the base model: `layers.12`.
         flag: the flag that named the hook, for messages; None if it was --layer or --hook_name.
@@ -72,6 +73,8 @@ def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, 
     """
     where = f"{flag or '--hook_name'} {hook_name}"
     layers = decoder_layers(model, config)
+    if hook_name == EMBEDDING_HOOK:
+        return Hook(hook_name, _embedding(model, config, where), "output", None)
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if block is None:
         modules = dict(cast(nn.Module, model.base_model).named_modules()) | dict(model.named_modules())
@@ -84,7 +87,8 @@ def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, 
         if any(child is layers for child in module.modules()):
             raise UserError(f"{where}: holds all layers; name one layer, or a module within a layer")
         inside = (i for i, layer in enumerate(layers) if any(module is child for child in layer.modules()))
-        return Hook(hook_name, module, "output", next(inside, None))
+        full_name = next(name for name, each in model.named_modules() if each is module)
+        return Hook(full_name, module, "output", next(inside, None))
 
     layer, name = int(block[1]), block[2]
     if layer >= len(layers):
@@ -102,6 +106,17 @@ def find_hook(model: PreTrainedModel, config: PreTrainedConfig, hook_name: str, 
     if not submodule or submodule not in modules or (name == "hook_resid_mid" and attention not in modules):
         raise UserError(f"{where}: {_why_unknown(model, layers[layer], name, known_hooks)}")
     return Hook(hook_name, modules[submodule], side, layer, modules[attention] if name == "hook_resid_mid" else None)
+
+
+def _embedding(model: PreTrainedModel, config: PreTrainedConfig, where: str) -> nn.Module:
+    name = embedding_module(model, config)
+    found = dict(model.named_modules()).get(name) if name else None
+    if found is None:
+        raise UserError(
+            f"{where}: TransformerLens does not say where it is in {type(model).__name__}; name the Transformers module"
+            " instead"
+        )
+    return found
 
 
 def _why_unknown(model: PreTrainedModel, layer: nn.Module, name: str, known_hooks: BlockHooks) -> str:
@@ -127,6 +142,11 @@ def _why_unknown(model: PreTrainedModel, layer: nn.Module, name: str, known_hook
         f"{kind} scales what it adds, so that {sums} is true of no module's output;"
         f" name {path}.{module} for the output before it is scaled"
     )
+
+
+def is_transformer_lens_name(hook_name: str) -> bool:
+    """Returns whether a hook has a name of TransformerLens, and not that of a Transformers module."""
+    return hook_name == EMBEDDING_HOOK or re.fullmatch(r"blocks\.\d+\..+", hook_name) is not None
 
 
 def is_residual_stream(hook_name: str) -> bool:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,9 +19,7 @@ from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -30,8 +28,10 @@ from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, embedded_model_file
 from sae_toolkit.files.hub import check_repository, download_small_files
 from sae_toolkit.files.trust import check_kernels, check_model_kwargs, check_weight_index, needs_trust
+from sae_toolkit.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from sae_toolkit.model.adapters import Adapter, find_adapter, merged_with_adapter
 from sae_toolkit.model.building import auto_class, model_without_weights
-from sae_toolkit.model.devices import choose_lm_dtype, free_memory, out_of_memory_answered
+from sae_toolkit.model.devices import free_memory, out_of_memory_answered, what_would_fit
 from sae_toolkit.model.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
@@ -48,17 +48,23 @@ class ModelSource:
 
     name: str
     config: PreTrainedConfig
-    location: dict[str, Any]  # where Transformers' from_pretrained finds it, as arguments
+    location: dict[str, Any]  # where Transformers' from_pretrained finds it, or the base of an adapter, as arguments
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     trust_remote_code: bool = False  # whether code that comes with the model may run
+    adapter: Adapter | None = None  # a LoRA adapter, which is merged into the model's weights
 
     @property
     def max_context(self) -> int | None:
         """The longest context that the model was made for, in tokens; None if its configuration does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
-    def files(self) -> str | list[list[Any]]:
-        """Returns what identifies this version of the model: the Hub's commit, or each file's name, size and time."""
+    def files(self) -> str | list[Any]:
+        """Returns what identifies this version of the model: the Hub's commit, or each file's name, size and time.
+
+        With an adapter it is that of the base, and each file of the adapter.
+        """
+        if self.adapter is not None:
+            return [replace(self, adapter=None).files(), *map(_file_state, self.adapter.files())]
         if commit := getattr(self.config, "_commit_hash", None):
             return commit
         path = Path(self.location["pretrained_model_name_or_path"], self.location.get("subfolder", ""))
@@ -66,10 +72,12 @@ class ModelSource:
             [self.location["gguf_file"]] if "gguf_file" in self.location else ["*.safetensors", "*.bin", "*.json"]
         )
         files = sorted(file for pattern in patterns for file in path.glob(pattern))
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return [_file_state(file) for file in files]
 
     def is_here(self) -> bool:
         """Returns whether the weights can be loaded without a download."""
+        if self.adapter is not None and self.adapter.weights_file(download=False) is None:
+            return False
         name = self.location["pretrained_model_name_or_path"]
         if Path(name).is_dir():
             return True
@@ -90,19 +98,30 @@ class ModelSource:
         return model_without_weights(self.config, self.trust_remote_code).num_parameters()
 
 
+def _file_state(file: Path) -> list[Any]:
+    return [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+
+
 def find_model(
-    name: str, model_kwargs: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+    name: str,
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    with_adapter: bool = True,
 ) -> ModelSource:
     """Finds a model and reads its configuration.
 
     Args:
-        name: a Hugging Face id, a directory that Transformers saved, a GGUF file, or `embedded:smollm2-135m`.
+        name: a Hugging Face id, a directory that Transformers saved, a GGUF file, or `embedded:smollm2-135m`. A
+            directory or id may also be of a LoRA adapter that peft saved. Then the model is its base with the adapter
+            merged into it.
         model_kwargs: further arguments for `from_pretrained`, such as `revision`.
         trust_remote_code: whether code that comes with the model may run.
+        with_adapter: whether the name may be that of an adapter.
 
     Raises:
-        UserError: there is no such model, access to it is refused, Transformers does not know its architecture, or it
-            needs code of its own and `trust_remote_code` is False.
+        UserError: there is no such model, access to it is refused, Transformers does not know its architecture, it
+            needs code of its own and `trust_remote_code` is False, or it is an adapter that cannot be merged.
     """
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, trust_remote_code=trust_remote_code)
@@ -111,17 +130,37 @@ def find_model(
         wanted = location.get("revision"), location.get("subfolder", "")
         if commit := download_small_files(repository, *wanted, "--model_name"):
             location["revision"] = commit
+    if adapter := find_adapter(location, model_kwargs, f"--model_name {name}"):
+        if not with_adapter:
+            raise UserError(
+                f"--model_name {name}: an adapter itself; merge it into its base, and name the merged model"
+            )
+        return _base_with(adapter, name, model_kwargs, trust_remote_code)
     # This is set even if it is False: without it Transformers would ask at the terminal.
     location["trust_remote_code"] = trust_remote_code
-    with _errors_of_files(f"--model_name {name}"):
+    with errors_of_files(f"--model_name {name}"):
         config = retrying(f"--model_name {name}", lambda: AutoConfig.from_pretrained(**location))
     if not trust_remote_code:
         check_kernels(config, f"--model_name {name}")
     return ModelSource(name, config, location, model_kwargs, trust_remote_code)
 
 
+def _base_with(adapter: Adapter, name: str, model_kwargs: dict[str, Any], trust_remote_code: bool) -> ModelSource:
+    """Finds the base of an adapter, and returns it with the adapter."""
+    base_kwargs = {key: value for key, value in model_kwargs.items() if key not in ("revision", "subfolder")}
+    if revision := adapter.config.get("revision"):
+        base_kwargs["revision"] = revision
+    try:
+        with errors_of_files(f"--model_name {name}"):
+            base = find_model(adapter.base, base_kwargs, trust_remote_code=trust_remote_code, with_adapter=False)
+    except UserError as error:
+        raise UserError(f"--model_name {name}: an adapter, whose base cannot be used: {error}") from error
+    location = {"revision": None, "subfolder": ""} | base.location  # those of `model_kwargs` are the adapter's
+    return replace(base, name=name, location=location, model_kwargs=model_kwargs, adapter=adapter)
+
+
 @contextmanager
-def _errors_of_files(where: str) -> Iterator[None]:
+def errors_of_files(where: str) -> Iterator[None]:
     """Context manager that turns Transformers' errors about a model's files into a `UserError` of one line."""
     try:
         yield
@@ -149,7 +188,7 @@ def _locate(name: str) -> dict[str, Any]:
             raise UserError(f"--model_name {name}: no such file")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
             return {"pretrained_model_name_or_path": str(path)}
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
@@ -169,22 +208,6 @@ def _hub_name(name: str) -> str:
         return name if "/" in name else get_official_model_name(name)
     except ValueError:
         return name
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer. If it has no BOS token, its EOS token becomes the BOS token.
-
-    Raises:
-        UserError: Transformers cannot load the tokenizer, or it has neither a BOS nor an EOS token.
-    """
-    with _errors_of_files(f"--model_name {source.name}: no tokenizer"):
-        tokenizer = retrying(f"--model_name {source.name}", lambda: AutoTokenizer.from_pretrained(**source.location))
-    if tokenizer.bos_token_id is None:
-        # TransformerLens does the same: the contexts of models without a BOS token start with EOS.
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"--model_name {source.name}: the tokenizer has neither a BOS nor an EOS token")
-        tokenizer.bos_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_language_model(
@@ -224,9 +247,10 @@ def load_language_model(
 
     with (
         out_of_memory_answered(
-            f"{where}: loading it", lambda: _what_would_fit(source, device, dtype, n_devices, devices, free)
+            f"{where}: loading it",
+            lambda: what_would_fit(source.n_parameters, device, dtype, n_devices, devices, free),
         ),
-        _errors_of_files(f"{where}: its weights cannot be read"),
+        errors_of_files(f"{where}: its weights cannot be read"),
     ):
         check_weight_index(source.location, source.model_kwargs.get("variant"), where)
         try:
@@ -237,48 +261,12 @@ def load_language_model(
             raise UserError(
                 f"--set model_from_pretrained_kwargs={source.model_kwargs}: Transformers refuses it: {one_line(error)}"
             ) from None
-    if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
-        raise UserError(f"{where}: {len(missing)} weights are missing, {missing[0]} among them; download it again")
+        if missing := sorted(loading["missing_keys"]):  # Transformers fills them with random numbers
+            raise UserError(f"{where}: {len(missing)} weights are missing, {missing[0]} among them; download it again")
+        if (adapter := source.adapter) is not None:
+            log.info("merging the adapter into %s", adapter.base)
+            model = retrying(where, lambda: merged_with_adapter(model, adapter, where))
     return LanguageModel(model, *([hook_names] if isinstance(hook_names, str) else hook_names))
-
-
-def _what_would_fit(
-    source: ModelSource, device: str, dtype: torch.dtype, n_devices: int | None, devices: str, free: int
-) -> str:
-    """Returns a phrase that says what a model takes, what was free, and which flags would let it fit.
-
-    Args:
-        device, dtype, n_devices: as for `load_language_model`.
-        devices: the devices that it was to be loaded on, in words.
-        free: bytes that were free on them.
-    """
-    n_parameters = source.n_parameters
-    takes = n_parameters * dtype.itemsize
-    flags = []
-    if dtype.itemsize > 2 and 2 * n_parameters < free:
-        flags.append("--lm_dtype bfloat16")
-    if torch.device(device).type == "cuda":
-        if n := _n_devices_for(takes, device, n_devices, free):
-            flags.append(f"--n_devices {n}")
-        on_cpu = n_parameters * max(dtype.itemsize, choose_lm_dtype("auto", "cpu").itemsize)
-        if on_cpu < free_memory("cpu"):
-            flags.append("--device cpu" if n_devices is None else "--llm_device cpu")
-    return (
-        f"it takes about {takes / 2**30:.2f} GiB in {dtype_to_str(dtype)}, and {free / 2**30:.2f} GiB were free on"
-        f" {devices}; " + (f"it would fit with {' or '.join(flags)}" if flags else "a smaller model is needed")
-    )
-
-
-def _n_devices_for(takes: int, device: str, n_devices: int | None, free: int) -> int | None:
-    """Returns how many CUDA devices, from `device` on, have room for `takes` bytes; None if no number has."""
-    if n_devices is None:
-        return None
-    first = torch.device(device).index or 0
-    for index in range(first + n_devices, torch.cuda.device_count()):
-        free += free_memory(f"cuda:{index}")
-        if takes < free:
-            return index + 1 - first
-    return None
 
 
 class LanguageModels:
@@ -287,15 +275,16 @@ class LanguageModels:
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        self._loaded: tuple[dict[str, Any], LanguageModel] | None = None
+        self._loaded: tuple[tuple[dict[str, Any], Adapter | None], LanguageModel] | None = None
 
     def load(self, source: ModelSource, hook_name: str) -> LanguageModel:
-        if self._loaded is not None and self._loaded[0] == source.location:
+        key = source.location, source.adapter
+        if self._loaded is not None and self._loaded[0] == key:
             model = LanguageModel(self._loaded[1].model, hook_name)
         else:
             self._loaded = None  # frees the last model before the next one is loaded
             model = load_language_model(source, hook_name, self.device, self.dtype)
-        self._loaded = source.location, model
+        self._loaded = key, model
         return model
 
 

@@ -122,15 +122,18 @@ def load_training_checkpoint(directory: Path, trainer: MultiTrainer, stream: Act
 
 
 def _random_states(device: str) -> dict[str, Any]:
-    """Returns the random state of the CPU, and of the run's device if that is a CUDA device."""
-    is_cuda = torch.device(device).type == "cuda"
-    return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device)] if is_cuda else []}
+    """Returns the random state of the CPU, and of the run's device if that is another."""
+    kind = torch.device(device).type
+    states = {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device)] if kind == "cuda" else []}
+    return states | ({"mps": torch.mps.get_rng_state()} if kind == "mps" else {})
 
 
 def _restore_random_states(states: dict[str, Any], device: str) -> None:
     torch.set_rng_state(states["cpu"])
     if states["cuda"] and torch.device(device).type == "cuda":
         torch.cuda.set_rng_state(states["cuda"][0], device)
+    if "mps" in states and torch.device(device).type == "mps":
+        torch.mps.set_rng_state(states["mps"])
 
 
 def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, Any]) -> int:

@@ -194,7 +194,8 @@ def plan_memory(
     if on_cpu and "gguf_file" in model.location:
         # The weights are read in float32. The largest matrix is held too: twice in float32, or once in another dtype.
         loading = 4 * n_parameters[0] + (8 if lm_bytes == 4 else lm_bytes) * config.vocab_size * config.hidden_size
-    elif on_cpu and not evaluates:  # safetensors files are memory-mapped, so only the weights in use are read
+    elif on_cpu and not evaluates and model.adapter is None:
+        # Safetensors files are memory-mapped, so only the weights in use are read. Merging an adapter changes all.
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
     n_hidden, n_intermediate = _FORWARD_PASS["cpu" if on_cpu else "cuda"]

@@ -235,7 +235,8 @@ def sparse_class(
         cfg: the SAE's configuration.
         compiled: whether the step is compiled with torch.compile, which is offered for SAELens's own classes only.
     """
+    # Sparse tensors are not complete on mps.
     few = isinstance(cfg, TopKTrainingSAEConfig) and cfg.d_sae >= crossover(cfg.device, cfg.d_in) * cfg.k
-    if compiled or not few or cfg.dtype not in ("float32", "float64"):
+    if compiled or not few or cfg.dtype not in ("float32", "float64") or cfg.device == "mps":
         return sae_class
     return SPARSE_CLASSES.get(sae_class, sae_class)

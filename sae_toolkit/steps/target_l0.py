@@ -52,7 +52,8 @@ class L0Control:
         self.target = target
         self._ramp_steps = int(_RAMP[architecture] * n_steps)
         self._rate = _INTEGRAL * turn
-        self._integral = torch.full((), math.log(_START[architecture]), dtype=torch.float64, device=device)
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # mps has no float64
+        self._integral = torch.full((), math.log(_START[architecture]), dtype=dtype, device=device)
         self._log_l0 = torch.full_like(self._integral, math.nan)  # of the running L0
         self._log_first = torch.full_like(self._integral, math.nan)
         self._n_steps = torch.zeros_like(self._integral)
@@ -94,7 +95,7 @@ class L0Control:
                 to the rate itself it would come too late.
             skip: whether the step was not applied, [], boolean.
         """
-        log_l0 = l0.double().clamp(min=1e-3).log()
+        log_l0 = l0.to(self._integral.dtype).clamp(min=1e-3).log()
         running = torch.where(self._log_l0.isnan(), log_l0, torch.lerp(log_l0, self._log_l0, _MEMORY))
         self._log_l0 = torch.where(skip, self._log_l0, running)
         self._log_first = torch.where(self._log_first.isnan(), self._log_l0, self._log_first)
@@ -108,4 +109,4 @@ class L0Control:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self._STATE:
-            setattr(self, f"_{name}", state[name].to(self._integral.device))
+            setattr(self, f"_{name}", state[name].to(self._integral))

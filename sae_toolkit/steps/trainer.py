@@ -167,9 +167,12 @@ class Trainer(SAETrainer[Any, Any]):
         not_finite = ~(loss + grad_norm).isfinite()
         self.n_not_finite += not_finite
         self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
-        self.optimizer.found_inf = not_finite.float()  # the fused kernel skips the step, as under torch's GradScaler
         self._lay_out_gradients()
-        self.optimizer.step()
+        if self._is_fused:
+            self.optimizer.found_inf = not_finite.float()  # the kernel skips the step, as under torch's GradScaler
+            self.optimizer.step()
+        elif not not_finite.item():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(not_finite, before, buffer))
@@ -242,9 +245,14 @@ class Trainer(SAETrainer[Any, Any]):
         for name, value in self.found_weight.items():
             self.sae.cfg.metadata[name] = value
 
+    @property
+    def _is_fused(self) -> bool:
+        """Whether Adam is fused. The fused kernel of mps does not skip steps that are not finite."""
+        return self.act_freq_scores.device.type != "mps"
+
     def _fuse_optimizer(self) -> None:
         for group in self.optimizer.param_groups:
-            group["fused"] = True
+            group["fused"] = self._is_fused
         for parameter, state in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel needs the parameter's layout in memory
                 moment = state[name]

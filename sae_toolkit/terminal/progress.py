@@ -134,9 +134,11 @@ class Progress:
 
     @property
     def memory_gib(self) -> float:
-        """Memory in use now, in GiB: allocated by torch on a CUDA device, or resident in this process."""
+        """Memory in use now, in GiB: allocated by torch on the GPU, or resident in this process."""
         if self._device is not None and torch.device(self._device).type == "cuda":
             return torch.cuda.memory_allocated(self._device) / 2**30
+        if self._device is not None and torch.device(self._device).type == "mps":
+            return torch.mps.current_allocated_memory() / 2**30
         return psutil.Process().memory_info().rss / 2**30
 
     def _view(self) -> RenderableType:

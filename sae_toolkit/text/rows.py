@@ -20,6 +20,7 @@ from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.records import Document
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
+from sae_toolkit.text.token_ids import TokenIds
 
 _DOCUMENTS_AT_ONCE = 64
 
@@ -65,6 +66,9 @@ def token_rows(
 
     Yields:
         The index of the document that the row ends in, from 0, and the row: [context_size] int64.
+
+    Raises:
+        UserError: the documents are texts, and there is no tokenizer, or it lacks a special token of `context`.
     """
     if tokenized:
         n_short = 0
@@ -84,15 +88,39 @@ def token_rows(
             n_taken += 1
             yield ids
 
+    bos, separator = _tokens_between(tokenizer, context)
     for tokens in concat_and_batch_sequences(
         tokens_iterator=taken(),
         context_size=context.context_size,
-        begin_batch_token_id=tokenizer.bos_token_id if context.prepend_bos else None,
+        begin_batch_token_id=bos,
         begin_sequence_token_id=None,
-        sequence_separator_token_id=get_special_token_from_cfg(context.sequence_separator_token, tokenizer),
+        sequence_separator_token_id=separator,
         disable_concat_sequences=context.disable_concat_sequences,
     ):
         yield n_taken - 1, tokens.numpy()
+
+
+def _tokens_between(tokenizer: PreTrainedTokenizerBase, context: ContextFormat) -> tuple[int | None, int | None]:
+    """Returns the token that contexts begin with and the one between documents, each None if there shall be none.
+
+    Raises:
+        UserError: the tokenizer does not have one of them.
+    """
+    wanted = context.sequence_separator_token
+    separator = get_special_token_from_cfg(wanted, tokenizer)
+    if isinstance(tokenizer, TokenIds):
+        return None, None  # it refuses the text, whatever its special tokens are
+    if context.prepend_bos and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"--model_name {tokenizer.name_or_path}: the tokenizer has neither a BOS nor an EOS token for contexts of"
+            " text to begin with; train with --set prepend_bos=false, or give rows of token ids"
+        )
+    if wanted is not None and separator is None:
+        raise UserError(
+            f"--model_name {tokenizer.name_or_path}: the tokenizer has no {str(wanted).upper()} token to put between"
+            " documents; train with --set sequence_separator_token=null, or give rows of token ids"
+        )
+    return tokenizer.bos_token_id if context.prepend_bos else None, separator
 
 
 def _token_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:

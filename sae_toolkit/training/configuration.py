@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.optim import get_lr_scheduler
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.model.hooks import is_transformer_lens_name
 from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 from sae_toolkit.steps.target_l0 import JUMPRELU
 
@@ -178,10 +178,9 @@ def _runner_fields(settings: TrainingSettings, hook_name: str, device: str) -> d
 def _model_class_name(hook_name: str) -> str:
     """Returns the class by which SAELens, SAEDashboard and Neuronpedia load a model that has this hook.
 
-    Names within a block are TransformerLens's. All others are modules of Transformers, which SAELens hooks by its
-    `HookedProxyLM`.
+    Modules of Transformers are hooked by SAELens's `HookedProxyLM`.
     """
-    return "HookedTransformer" if re.fullmatch(r"blocks\.\d+\..+", hook_name) else "AutoModelForCausalLM"
+    return "HookedTransformer" if is_transformer_lens_name(hook_name) else "AutoModelForCausalLM"
 
 
 def _logger_fields(settings: TrainingSettings, run_id: str) -> dict[str, Any]:

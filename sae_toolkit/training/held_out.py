@@ -11,7 +11,7 @@ from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEva
 from sae_toolkit.evaluation.run import measure_saes
 from sae_toolkit.model.devices import random_states_restored
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.model.loading import load_tokenizer
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE

@@ -277,7 +277,7 @@ class _FiringRates:
 
     def log10(self) -> torch.Tensor:
         """Returns log10 of the firings per token of each feature, [F], on the CPU. No firing counts as 1/2 firing."""
-        counts_F, n_tokens = self.trainer.firing_counts().double().cpu(), int(self.trainer.n_frac_active_samples)
+        counts_F, n_tokens = self.trainer.firing_counts().cpu().double(), int(self.trainer.n_frac_active_samples)
         new_F, n_new = counts_F, n_tokens
         if self._counts_F is not None and n_tokens > self._n_tokens:  # otherwise SAELens has reset its counts
             new_F, n_new = counts_F - self._counts_F, n_tokens - self._n_tokens

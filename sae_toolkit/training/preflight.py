@@ -19,7 +19,7 @@ from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.massive_activations import MASSIVE
-from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory
+from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory, with_float64
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.trainer import Trainer
@@ -194,6 +194,7 @@ def _measure_norms(
         dtype: dtype of the language model, for an error message.
         kept_share: `MeasuredActivations.kept_share`.
     """
+    acts_ND = with_float64(acts_ND)
     norms_N = acts_ND.double().norm(dim=-1)
     if not norms_N.isfinite().all():
         raise UserError(f"--lm_dtype {dtype}: some activations are not finite; use another dtype")

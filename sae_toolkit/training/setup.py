@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype, out_of_memory_answered
-from sae_toolkit.model.hook_width import hook_width
-from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model, load_tokenizer
+from sae_toolkit.model.hook_width import full_hook_name, hook_width
+from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.settings.training import ModelSettings, TrainingSettings
+from sae_toolkit.settings.training import ModelSettings, SAESettings, TrainingSettings
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
@@ -139,7 +140,9 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
 def _build_configurations(
     settings: TrainingSettings, widths: dict[str, int], device: str, directory: Path, ranks: Ranks
 ) -> list[LanguageModelSAERunnerConfig[Any]]:
-    """Builds SAELens's configuration of the SAE at each hook, and checks that the ranks can train it."""
+    """Builds SAELens's configuration of the SAE at each hook, and checks that device and ranks can train it."""
+    if torch.device(device).type == "mps":
+        _check_mps(settings.sae)
     cfgs = [
         build_runner_config(settings, name, d_in=d_in, device=device, run_id=directory.name)
         for name, d_in in widths.items()
@@ -155,6 +158,22 @@ def _build_configurations(
     return cfgs
 
 
+def _check_mps(sae: SAESettings) -> None:
+    """Refuses what needs float64, which mps does not have, or another dtype than float32."""
+    if sae.dtype != "float32":
+        raise UserError(f"--dtype {sae.dtype}: on mps only float32 is supported; leave it out")
+    if sae.architecture in ("batchtopk", "matryoshka_batchtopk"):
+        raise UserError(
+            f"--architecture {sae.architecture}: SAELens keeps its threshold in float64, which mps does not have; use"
+            " topk, or --device cpu --llm_device mps"
+        )
+    if sae.normalize_activations == "covariance_whitening":
+        raise UserError(
+            "--normalize_activations covariance_whitening: SAELens estimates it in float64, which mps does not have;"
+            " use --device cpu --llm_device mps"
+        )
+
+
 def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
     """Returns the devices of the SAE and of the language model."""
     device = choose_device(settings.device, ranks.local_rank)
@@ -165,25 +184,28 @@ def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:
                 "--llm_device, --n_devices: each of several processes has one GPU for the language model and the SAE;"
                 " leave them out"
             )
-        if ":" in settings.device:
+        if ":" in settings.device or device == "mps":
             raise UserError(f"--device {settings.device}: each of several processes has a GPU of its own; use cuda")
     return device, llm_device
 
 
 def find_model_at_hooks(settings: TrainingSettings) -> tuple[ModelSource, dict[str, int]]:
-    """Returns the language model, and the width of the activations at each hook.
+    """Returns the language model, and the width of the activations at each hook, by the hook's full name.
 
     Raises:
-        UserError: there is no such model or hook, or the model was not made for such long contexts.
+        UserError: there is no such model or hook, a hook is named twice, or the contexts are too long for the model.
     """
     chosen, context_size = settings.model, settings.text.context_size
     model = find_model(
         chosen.model_name, _model_kwargs(settings.optimization.set), trust_remote_code=chosen.trust_remote_code
     )
-    widths = {
-        name: hook_width(model.config, name, model.trust_remote_code, chosen.hook_flag)
-        for name in chosen.all_hook_names
-    }
+    widths: dict[str, int] = {}
+    for name in chosen.all_hook_names:
+        width = hook_width(model.config, name, model.trust_remote_code, chosen.hook_flag)
+        full_name = full_hook_name(model.config, name, model.trust_remote_code)
+        if full_name in widths:
+            raise UserError(f"{chosen.hook_flag} {name}: names {full_name} a second time; leave it out")
+        widths[full_name] = width
     if model.max_context is not None and context_size > model.max_context:
         raise UserError(
             f"--context_size {context_size}: {model.name} was made for at most {model.max_context}; lower it"

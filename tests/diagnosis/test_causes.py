@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
+from sae_toolkit.model.loading import find_model, load_language_model
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from support.processes import run_process
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from sae_toolkit.model.devices import with_float64
+
 
 class SAEBenchStatistics:
     """SAEBench's sums over batches of scored tokens, in float64.
@@ -28,14 +30,14 @@ class SAEBenchStatistics:
     def add_features(self, features_NF: torch.Tensor) -> None:
         """Adds the feature activations of some of a batch's scored tokens."""
         self._fired_F += (features_NF > 0).sum(0)
-        self._add("l1", features_NF.sum(-1, dtype=torch.double))
+        self._add("l1", with_float64(features_NF).sum(-1, dtype=torch.double))
         self._add("l0", (features_NF != 0).sum(-1))
 
     def add_batch(self, acts_ND: torch.Tensor, recons_ND: torch.Tensor) -> None:
         """Adds the activations and reconstructions of all scored tokens of a batch."""
         if len(acts_ND) == 0:
             return
-        x, recons = acts_ND.double(), recons_ND.double()
+        x, recons = with_float64(acts_ND).double(), with_float64(recons_ND).double()
         residual = (x - recons).pow(2).sum(-1)
         norm_in, norm_out = x.norm(dim=-1), recons.norm(dim=-1)
         self.n_tokens += len(x)
@@ -54,7 +56,7 @@ class SAEBenchStatistics:
             self._batch_means.setdefault(name, []).append(value)
 
     def _add(self, name: str, values: torch.Tensor) -> None:
-        total = values.double().sum()
+        total = with_float64(values).double().sum()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def results(
@@ -72,7 +74,7 @@ class SAEBenchStatistics:
         # As in SAEBench, the mean of x^2 over tokens and dimensions is squared. A variance would need the square of the
         # mean of x instead.
         variance = batches["sum_of_squares"] - batches["square_of_a_dimension"] ** 2
-        density_F = self._fired_F.double() / self.n_tokens
+        density_F = with_float64(self._fired_F).double() / self.n_tokens
         total = density_F.sum()
 
         def above(rate: float) -> dict[str, float]:

@@ -21,6 +21,8 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.own_environments import OwnEnvironment
+from sae_toolkit.model.hooks import is_transformer_lens_name
+from sae_toolkit.text.token_ids import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +124,18 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
     Does nothing if no eval is named.
 
     Raises:
-        UserError: an eval cannot run here, or the environment cannot be made.
+        UserError: an eval cannot run here or on such a model, or the environment cannot be made.
     """
     if not evals:
         return
     for group in groups:
+        if group.model.adapter is not None:
+            raise UserError(
+                f"--saebench: its environment has no peft for the adapter {group.model.name}; save the merged"
+                " model and name that"
+            )
+        if isinstance(group.tokenizer, TokenIds):
+            raise UserError(f"--saebench: it needs a tokenizer, and {group.model.name} has none; leave --saebench out")
         refuse_what_cannot_run(
             evals,
             model_name=group.model.name,
@@ -177,7 +186,7 @@ def refuse_what_cannot_run(
 def _refuse_model(needs: Eval, model_name: str, n_parameters: int, hook_name: str) -> list[str]:
     """Returns the reasons why an eval cannot run on a model and hook."""
     reasons = []
-    if not hook_name.startswith("blocks."):
+    if not is_transformer_lens_name(hook_name):
         reasons.append(f"the SAE's hook {hook_name} is not one of TransformerLens, such as blocks.0.hook_resid_post")
     if needs.models:
         if model_name.lower() not in {model.lower() for model in needs.models}:

@@ -30,7 +30,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.model.devices import choose_device
-from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
+from sae_toolkit.model.loading import find_model, load_language_model
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.terminal.console import set_up_logging
 
 log = logging.getLogger("sae_toolkit.evaluation.saebench.worker")

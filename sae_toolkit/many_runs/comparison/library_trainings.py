@@ -22,7 +22,7 @@ from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import finished_sae, read_metrics
 from sae_toolkit.many_runs.processes import failure_reason, script_command, start_process
-from sae_toolkit.model.loading import load_tokenizer
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.rows import special_tokens
