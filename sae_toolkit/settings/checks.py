@@ -31,6 +31,7 @@ def check_paths(settings: TrainingSettings) -> None:
         ("checkpoint_path", run.checkpoint_path, _LONGEST_NAME),
         ("output_name", run.output_name, _LONGEST_NAME - len("_12345678")),
         ("resume", run.resume, _LONGEST_NAME),
+        ("init_from", settings.sae.init_from, _LONGEST_NAME),
     ):
         if value is not None and any(len(os.fsencode(part)) > longest for part in value.split("/")):
             raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes; shorten it")
