@@ -108,6 +108,8 @@ class Training:
             self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.sae.target_l0)
             for each_trainer in self.trainer.trainers.values():
                 each_trainer.products_in_bfloat16 = run.products_in_bfloat16
+                if run.initialized_from and each_trainer.l0_control is not None:
+                    each_trainer.l0_control.begin_with_given_weight()
             self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
             if run.resume_from is not None:
                 with tensors_only(f"--resume {run.resume_from}"):

@@ -1,6 +1,7 @@
 """A fine-tuning (--init_from) begins with what the SAE computes, whoever trained it, and goes on as the flags say."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import get_sae_training_class
+from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.reports.publish import _lineage
 from sae_toolkit.saes.checkpoints import finish_saes, finished_copy
 from sae_toolkit.saes.training_form import unfold_normalization
-from sae_toolkit.settings.training import ARCHITECTURES
+from sae_toolkit.settings.command_line import parse_training_flags, save_flags
+from sae_toolkit.settings.training import ARCHITECTURES, TrainingSettings
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.training.initial_sae import lineage_warnings, open_initial_saes
 from sae_toolkit.training.run import create_sae
@@ -26,6 +30,7 @@ from support.sae_files import (
     random_sparse_coder,
     save_dictionary,
 )
+from support.trainings import assert_same
 
 HOOK = "blocks.1.hook_resid_post"
 NORMALIZATIONS = ("none", "expected_average_only_in", "covariance_whitening")
@@ -273,3 +278,84 @@ def test_another_model_or_hook_is_warned_of_and_an_instruct_model_is_not():
     (hook,) = lineage_warnings(lineage, "meta-llama/Meta-Llama-3-8B", "blocks.2.hook_resid_post")
     assert f"trained at {HOOK}, and this run trains at blocks.2.hook_resid_post" in hook
     assert lineage_warnings({"name": "x", "model_name": None, "hook_name": None}, "any", HOOK) == []
+
+
+def finished(done) -> Path:
+    assert done.status == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def weights(sae_path: Path) -> dict[str, torch.Tensor]:
+    return load_file(sae_path / "sae_weights.safetensors")
+
+
+@pytest.fixture
+def flags(tiny_run):
+    return [*tiny_run, "--architecture", "batchtopk", "--normalize_activations", "expected_average_only_in", "--k", 8]
+
+
+def test_a_run_begins_with_the_newest_sae_of_another_run_and_records_it(script, flags):
+    """What is recorded for one that began with it says whose weights they were, also in what SAELens records."""
+    flags += ["--eval_every", 1024]
+    trained = finished(script("sae_lens_train.py", *flags, "--n_checkpoints", 1))
+    done = script("sae_lens_train.py", *flags, "--lr", 1e-12, "--init_from", trained.parent)
+    tuned = finished(done)
+    assert f"from    {trained}" in done.stderr
+    assert weights(tuned).keys() == weights(trained).keys()
+    for name, tensor in weights(trained).items():
+        torch.testing.assert_close(weights(tuned)[name], tensor, rtol=0.05 if name == "threshold" else 1e-4, atol=1e-6)
+    lineage = json.loads((tuned / "cfg.json").read_text())["metadata"]["initialized_from"]
+    assert lineage["name"] == str(trained)
+    assert (lineage["architecture"], lineage["hook_name"]) == ("batchtopk", HOOK)
+    assert len(lineage["weights_sha256"]) == 64
+    assert json.loads((tuned / "runner_cfg.json").read_text())["from_pretrained_path"] == str(trained.parent)
+    assert _lineage(lineage).startswith(f"Its training began with the weights of {trained}, an SAE of ")
+    before, after = (
+        [json.loads(line) for line in (sae.parent / "held_out.jsonl").read_text().splitlines()]
+        for sae in (trained, tuned)
+    )
+    for name in ("held_out/l0", "held_out/ce_sae", "held_out/explained_variance", "held_out/dead_features"):
+        assert after[0][name] == pytest.approx(before[-1][name], rel=0.05), name
+
+
+def test_each_hook_begins_with_its_own_sae(script, flags):
+    trained = finished(script("sae_lens_train.py", *flags, "--layers", 0, 2))
+    still = ["--lr", 1e-12, "--init_from", trained.parent]
+    together = finished(script("sae_lens_train.py", *flags, *still, "--layers", 0, 2))
+    alone = finished(script("sae_lens_train.py", *flags, *still, "--layer", 2))
+    for hook, tuned in (
+        ("blocks.0.hook_resid_post", together / "blocks.0.hook_resid_post"),
+        ("blocks.2.hook_resid_post", together / "blocks.2.hook_resid_post"),
+        ("blocks.2.hook_resid_post", alone),
+    ):
+        torch.testing.assert_close(weights(tuned)["W_enc"], weights(trained / hook)["W_enc"], rtol=1e-4, atol=1e-6)
+    for hooks, says in (
+        (["--layers", 0, 1], "no SAE for blocks.1.hook_resid_post in final_2048, which has blocks.0.hook_resid_post, "),
+        (["--layer", 1], "holds 2 SAEs: "),
+        (
+            ["--layers", 0, 2, "--init_from", alone],
+            "one SAE, and the run trains at 2 hooks; name a run or a checkpoint",
+        ),
+    ):
+        done = script("sae_lens_train.py", *flags, *still, *hooks)
+        assert done.status == 2
+        (error,) = done.error_lines
+        assert "--init_from" in error and says in error
+
+
+def test_a_fine_tuning_goes_on_from_a_checkpoint_to_the_same_sae_also_without_the_first_one(script, flags, tmp_path):
+    first = finished(script("sae_lens_train.py", *flags))
+    shutil.move(first, tmp_path / "first")
+    flags += ["--init_from", tmp_path / "first", "--training_tokens", 4096, "--n_checkpoints", 1]
+    whole = finished(script("sae_lens_train.py", *flags))
+    (checkpoint,) = (path for path in whole.parent.iterdir() if path.name.isdigit())
+    shutil.move(whole, tmp_path / "whole")  # as if the run had been killed before it was finished
+    shutil.rmtree(tmp_path / "first")
+    assert_same(tmp_path / "whole", finished(script("sae_lens_train.py", "--resume", checkpoint)))
+
+
+def test_the_same_flags_without_the_sae_to_begin_with(tmp_path):
+    """`none` takes --init_from back, beside --like."""
+    save_flags(TrainingSettings().as_flags() | {"init_from": "an SAE"}, tmp_path)
+    assert parse_training_flags(["--like", str(tmp_path)]).sae.init_from == "an SAE"
+    assert parse_training_flags(["--like", str(tmp_path), "--init_from", "none"]).sae.init_from is None
