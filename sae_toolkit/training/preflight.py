@@ -21,6 +21,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.massive_activations import MASSIVE
 from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.training.initial_sae import lineage_warnings
@@ -45,7 +46,9 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     """
     if not run.ranks.is_main:
         return
-    log.info(run.describe(details=settings.dry_run))
+    log.info(run.describe(details=settings.dry_run or run.recording.verbose))
+    for line in flags_without_effect(run.sae):
+        log.warning("warning %s", line)
     run.check_memory()
     run.check_disk()
     if run.resume_from is None:

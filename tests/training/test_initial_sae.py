@@ -340,7 +340,7 @@ def test_each_hook_begins_with_its_own_sae(script, flags):
         done = script("sae_lens_train.py", *flags, *still, *hooks)
         assert done.status == 2
         (error,) = done.error_lines
-        assert "--init_from" in error and says in error
+        assert error.startswith("error: --init_from ") and says in error
 
 
 def test_a_fine_tuning_goes_on_from_a_checkpoint_to_the_same_sae_also_without_the_first_one(script, flags, tmp_path):
