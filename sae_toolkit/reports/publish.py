@@ -213,7 +213,7 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
         "\n".join(markdown_table(*health_table(summary))),
         f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
     ]
-    if began := result.evaluated.sae.cfg.metadata.initialized_from:
+    if isinstance(began := result.evaluated.sae.cfg.metadata.initialized_from, dict):
         parts.append(_lineage(began))
     if recipe := training_recipe(Path(summary["sae"]["path"])):
         parts.append(f"Trained with\n\n```bash\npython sae_lens_train.py {recipe}\n```")

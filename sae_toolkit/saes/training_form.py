@@ -113,4 +113,4 @@ def unfold_normalization(sae: TrainingSAE[Any], scaler: ActivationScaler) -> Non
         sae.fold_activation_whitening(mean, whitening.inverse_matrix, whitening.matrix)
     sae.cfg = cfg
     if isinstance(sae, TopKTrainingSAE) and cfg.rescale_acts_by_decoder_norm:
-        sae.fold_W_dec_norm()  # a step of Adam then turns each feature as far as it would in a run from the start
+        sae.fold_W_dec_norm()  # a step of Adam then turns every feature alike, whatever the scale

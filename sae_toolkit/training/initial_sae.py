@@ -29,6 +29,7 @@ from sae_toolkit.settings.training import ARCHITECTURES
 _FLAG = "--init_from"
 # Normalizations that the SAE computes itself for each activation. The others are folded into the weights.
 _AT_RUN_TIME = ("layer_norm", "constant_norm_rescale")
+_CHECKPOINT = re.compile(r"(final_)?\d+")
 # The ends of names of models that were trained further from a base model, and of base models.
 _STAGES = re.compile(r"[-_](instruct|it|chat|base|pt)(?=$|[-_])", re.IGNORECASE)
 
@@ -86,7 +87,8 @@ def _find(name: str, hook_names: Sequence[str]) -> dict[str, SAEFile]:
     if len(found) > 1 and glob.has_magic(name) and not Path(name).expanduser().exists():
         raise UserError(f"{_FLAG} {name}: the pattern fits {len(found)} SAEs; name one")
     last = found[-1]
-    if len(found) == 1 or not re.fullmatch(r"(final_)?\d+", last.path.parent.name):
+    is_of_several_hooks = _CHECKPOINT.fullmatch(last.path.parent.name) and not _CHECKPOINT.fullmatch(last.path.name)
+    if len(found) == 1 or not is_of_several_hooks:
         if len(hook_names) == 1:
             return {hook_names[0]: last}
         raise UserError(
@@ -177,7 +179,7 @@ def _check_fits(source: SAE[Any], file: SAEFile, cfg: TrainingSAEConfig, hook_na
     _check_normalization(source, cfg, where)
     _check_norms(source, cfg, where)
     widths, ours = training_detail(source, "matryoshka_widths"), getattr(cfg, "matryoshka_widths", None)
-    if widths and ours and list(widths) != list(ours):
+    if isinstance(widths, list) and ours and widths != list(ours):
         raise UserError(
             f"{where}: its nested dictionaries have {widths} features, and those of the run {list(ours)}; use"
             f" --matryoshka_widths {' '.join(map(str, widths))}"

@@ -234,7 +234,13 @@ class PreparedRun:
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
-        lowered = lower_peak(self.cfg, lambda *other: self.plan_memory(*other).peak, free, evaluates=self.evaluates)
+        lowered = lower_peak(
+            self.cfg,
+            lambda *other: self.plan_memory(*other).peak,
+            free,
+            evaluates=self.evaluates,
+            given=("expansion_factor",) if self.initialized_from else (),
+        )
         flags = " ".join(lowered.flags) if lowered.peak <= free else ""
         message = (
             f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
