@@ -69,6 +69,13 @@ TRAINING_MISTAKES = {
     "--set of no field": ({"set": "sae.nonsense=1"}, "--set sae.nonsense: StandardTrainingSAEConfig has no such field"),
     "--set of a flag's field": ({"set": "sae.d_sae=64"}, "--set sae.d_sae: use --expansion_factor"),
     "--set of a field not honoured": ({"set": "use_cached_activations=true"}, "--set use_cached_activations: a field"),
+    "--set of where to begin": ({"set": "from_pretrained_path=x"}, "--set from_pretrained_path: use --init_from"),
+    "nothing to begin with": ({"init_from": "nowhere"}, "--init_from nowhere: no such directory"),
+    "a repository to begin with": ({"init_from": "owner/sae"}, "--init_from owner/sae: the Hugging Face Hub"),
+    "--set of random weights that are not": (
+        {"init_from": "nowhere", "set": "sae.decoder_init_norm=0.5"},
+        "--set sae.decoder_init_norm: for random weights, and --init_from gives others",
+    ),
     "--set of the wrong type": ({"set": "adam_beta1=fast"}, "--set adam_beta1=fast: Input should be a valid number"),
     "--set of what SAELens refuses": ({"set": "lr_scheduler_name=steep"}, "SAELens refuses this configuration: "),
     "--set of a fraction above one": ({"set": "activations_mixing_fraction=2"}, "--set activations_mixing_fraction=2"),

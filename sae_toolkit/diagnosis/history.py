@@ -37,7 +37,7 @@ class TrainingHistory:
         steps_since_fired_F: at the end of the run, the number of steps since each feature last fired, [F]; None if it
             is not recorded. For a feature that never fired it is the number of steps of the run.
         turned_F: cosine similarity between each decoder vector after the training and its initial value, [F], in
-            [-1, 1]; None if the initial values are not known.
+            [-1, 1]; None if the initial values are not random, or not known.
     """
 
     directory: Path
@@ -121,6 +121,8 @@ def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
     This creates the initial weights again from the seed. The same seed gives the same weights only on the same kind of
     device (CPU or CUDA), so this uses the kind that the run used.
     """
+    if settings.sae.init_from is not None:
+        return None
     trained_on, has_gpu = settings.model.device, torch.cuda.is_available()
     device = "cuda" if trained_on.startswith("cuda") or (trained_on == "auto" and has_gpu) else "cpu"
     if device == "cuda" and not has_gpu:
@@ -131,7 +133,7 @@ def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:
         )
         with random_states_restored(device):
             began_FD = create_sae(cfg).W_dec.detach().float().cpu()
-    except UserError:  # such as pretrained weights that do not exist any more
+    except UserError:  # settings that do not fit the SAE's width
         return None
     except Exception as error:
         if not is_out_of_memory(error):

@@ -264,6 +264,8 @@ def _too_few_tokens(e: Evidence) -> Finding | None:
     history = e.history
     if history is None:
         return None
+    if history.settings.sae.init_from is not None:
+        return None  # it was trained on more tokens than those of its last run
     tokens = history.settings.optimization.training_tokens
     gain, each = history.gain_of_doubling(), tokens / e.d_sae
     if not (each < LEAST_TOKENS_A_FEATURE or (gain is not None and gain > 0.3)):
@@ -291,11 +293,9 @@ def _duplicates(e: Evidence) -> Finding | None:
     says = f"{e.probes.twins:.0%} of the features have a twin with a cosine above {NEAR_DUPLICATE:g}" + (
         f", and fire on {together:.0%} of the tokens on which either does" if together is not None else ""
     )
-    settings = e.flag("set") or []
-    pretrained = next((s for s in reversed(settings) if s.startswith("from_pretrained_path=")), None)
-    if pretrained and not pretrained.endswith("=null"):
-        says += f"; they came with the weights that the training began with ({pretrained.partition('=')[2]})"
-        flags: tuple[str, ...] = ("--set", "from_pretrained_path=null")
+    if init_from := e.flag("init_from"):
+        says += f"; they came with the weights that the training began with ({init_from})"
+        flags: tuple[str, ...] = ("--init_from", "none")
     else:
         factor = e.flag("expansion_factor") or e.d_sae // e.d_in
         flags = ("--expansion_factor", str(max(factor // 2, 1)))

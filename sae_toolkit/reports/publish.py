@@ -213,9 +213,22 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
         "\n".join(markdown_table(*health_table(summary))),
         f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
     ]
+    if isinstance(began := result.evaluated.sae.cfg.metadata.initialized_from, dict):
+        parts.append(_lineage(began))
     if recipe := training_recipe(Path(summary["sae"]["path"])):
         parts.append(f"Trained with\n\n```bash\npython sae_lens_train.py {recipe}\n```")
     return parts
+
+
+def _lineage(began: Mapping[str, Any]) -> str:
+    """Returns the paragraph about the SAE that a training began with (`InitialSAE.lineage`)."""
+    trained = "".join(
+        f"{word} {began[name]}" for name, word in (("model_name", " of"), ("hook_name", " at")) if began.get(name)
+    )
+    return (
+        f"Its training began with the weights of {began.get('name')}, an SAE{trained} (SHA-256 of the weights"
+        f" `{began.get('weights_sha256')}`)."
+    )
 
 
 def training_recipe(sae_path: Path) -> str | None:

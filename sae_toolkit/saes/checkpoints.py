@@ -144,11 +144,10 @@ def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, An
     return 3 * weights + counters + stream_state["buffer"]["acts"].nbytes + len(saes) * 2**17
 
 
-def finish_saes(trainer: MultiTrainer, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+def finish_saes(trainer: MultiTrainer) -> None:
     """Folds the normalization into the weights, in place, so that the SAEs take and return raw activations."""
     for each in trainer.trainers.values():
-        if cfg.from_pretrained_path is None:
-            _correct_threshold_bias(each.sae, each.n_training_steps)
+        _correct_threshold_bias(each.sae, each.n_training_steps)
         _fold_normalization(each.sae, each.activation_scaler)
         each.set_final_sae_metadata()
 
@@ -180,8 +179,12 @@ def _correct_threshold_bias(sae: TrainingSAE[Any], n_steps: int) -> None:
     """Corrects the bias towards zero of SAELens's BatchTopK threshold, a running mean that starts at 0.
 
     After n steps such a mean is too low by the factor 1 - (1 - rate)^n, as Adam's moments are (Kingma & Ba 2015,
-    section 3): by 29% after 122 steps at the default rate, by 0.7% after 488.
+    section 3): by 29% after 122 steps at the default rate, by 0.7% after 488. A fine-tuning that began with the
+    threshold of another SAE, as its metadata says, has no such bias.
     """
+    began = sae.cfg.metadata.initialized_from
+    if isinstance(began, dict) and began.get("topk_threshold"):
+        return
     if isinstance(sae, BatchTopKTrainingSAE) and n_steps > 0:
         sae.topk_threshold /= 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
 

@@ -50,7 +50,8 @@ _TENSORS = {
     "JumpReluAutoEncoder": _PLAIN | {"threshold": "threshold"},
 }
 _UNCENTRED = {"AutoEncoderNew", "JumpReluAutoEncoder"}  # these do not subtract b_dec before encoding
-_ONE_THRESHOLD = {"BatchTopKSAE", "MatryoshkaBatchTopKSAE"}  # these have one threshold for all features
+# These have one threshold for all features. SAELens trains them under these names, and saves them as jumprelu too.
+_ONE_THRESHOLD = {"BatchTopKSAE": "batchtopk", "MatryoshkaBatchTopKSAE": "matryoshka_batchtopk"}
 
 _LAYER = r"(?:.+\.)?(?:layers|h|blocks)\.(\d+)"  # the module path of a decoder layer
 
@@ -186,11 +187,23 @@ def load_dictionary_learning(path: Path, device: str, where: str) -> SAE[Any]:
                 f" threshold_start_step {trainer.get('threshold_start_step')} (config.json); train it longer"
             )
         weights["threshold"] = threshold.expand(len(weights["b_enc"]))
+        metadata.training_architecture = _ONE_THRESHOLD[dict_class]
+        metadata.training_architecture_details = _batchtopk_details(tensors, trainer)
     if "threshold" in weights:
         return build_sae(JumpReLUSAE, JumpReLUSAEConfig, weights, device, where, **options)
     if dict_class == "AutoEncoder":
         _normalize_decoder(weights)
     return build_sae(StandardSAE, StandardSAEConfig, weights, device, where, **options)
+
+
+def _batchtopk_details(tensors: Mapping[str, torch.Tensor], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a BatchTopK dictionary's training that are known, by SAELens's names."""
+    details: dict[str, Any] = {}
+    if isinstance(k := trainer.get("k"), int):
+        details["k"] = k
+    if (sizes := tensors.get("group_sizes")) is not None:
+        details["matryoshka_widths"] = sizes.cumsum(0).tolist()
+    return details
 
 
 def _trainer_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def check_paths(settings: TrainingSettings) -> None:
         ("checkpoint_path", run.checkpoint_path, _LONGEST_NAME),
         ("output_name", run.output_name, _LONGEST_NAME - len("_12345678")),
         ("resume", run.resume, _LONGEST_NAME),
+        ("init_from", settings.sae.init_from, _LONGEST_NAME),
     ):
         if value is not None and any(len(os.fsencode(part)) > longest for part in value.split("/")):
             raise UserError(f"--{name} {value[:40]}...: a file's name can have at most {longest} bytes; shorten it")
@@ -97,6 +98,16 @@ def _check_sae(sae: SAESettings) -> None:
     weight = _SPARSITY_WEIGHTS[sae.architecture]
     if getattr(sae, weight) == 0:
         raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start above 0, such as with 1")
+
+
+def flags_without_effect(sae: SAESettings) -> list[str]:
+    """Returns a line for each flag that differs from its default and that the architecture has no use for."""
+    used = {_SPARSITY_WEIGHTS.get(sae.architecture), "k" if "topk" in sae.architecture else None}
+    return [
+        f"--{name} {getattr(sae, name):g}: without effect, since --architecture {sae.architecture} has no {name}"
+        for name in ("k", "l1_coefficient", "l0_coefficient")
+        if name not in used and getattr(sae, name) != getattr(SAESettings, name)
+    ]
 
 
 def _check_held_out(settings: TrainingSettings) -> None:

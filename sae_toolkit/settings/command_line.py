@@ -43,6 +43,10 @@ examples:
   # show what would run, without running it
   python sae_lens_train.py @presets/demo.args --dry_run
 
+  # go on with an SAE on other text: with another learning rate, k or sparsity weight, if you like
+  python sae_lens_train.py @presets/demo.args --init_from checkpoints/demo_1a2b3c4d/k3j2h1g0 \\
+      --dataset_path ./my_text.jsonl --lr 2e-4
+
   # the flags of an earlier run, except for the flags that are given
   python sae_lens_train.py --like checkpoints/demo_1a2b3c4d/k3j2h1g0 --lr 1e-3
 

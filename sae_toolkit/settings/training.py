@@ -22,6 +22,7 @@ from sae_toolkit.settings.values import (
     NonNegative,
     NonNegativeFloat,
     NormMultiple,
+    PathOrNone,
     Positive,
     PositiveFloat,
     TrueFalseOrIds,
@@ -163,6 +164,10 @@ class SAESettings:
     """divide the features among the processes of run_simple.sh, if one GPU cannot hold all of them (topk, batchtopk)"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """dtype of the SAE"""
+    init_from: PathOrNone = flag(None, is_later=True, metavar="SAE")
+    """begin with the weights of this SAE, not with random ones: all that --sae_path of the evaluation takes, such as a
+    finished SAE, a run, a checkpoint, or an SAE of another library or the Hub; none for random weights
+    """
 
 
 @dataclass(frozen=True)

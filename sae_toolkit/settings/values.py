@@ -101,6 +101,11 @@ def boolean_or_ids(text: str) -> bool | list[int]:
         raise argparse.ArgumentTypeError(f"{text}: must be true, false, or token ids joined by commas") from None
 
 
+def path_or_none(text: str) -> str | None:
+    """a name, or none"""
+    return None if text == "none" else text
+
+
 _UNITS = {"mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
 
 
@@ -135,4 +140,5 @@ Fraction = Annotated[float, fraction]
 TrueOrFalse = Annotated[bool, boolean]
 TrueFalseOrIds = Annotated[bool | list[int], boolean_or_ids]
 IntervalText = Annotated[str, Interval.checked]
+PathOrNone = Annotated[str | None, path_or_none]
 MemorySize = Annotated[str, memory_size]

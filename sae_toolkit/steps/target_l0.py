@@ -58,6 +58,14 @@ class L0Control:
         self._log_first = torch.full_like(self._integral, math.nan)
         self._n_steps = torch.zeros_like(self._integral)
 
+    def begin_with_given_weight(self) -> None:
+        """Begins with the given weight, and with the target from the first step on. For an SAE that is trained already.
+
+        Call it before a state is loaded.
+        """
+        self._integral.zero_()
+        self._ramp_steps = 0
+
     def _error(self) -> torch.Tensor:
         """Returns log(running L0 / L0 that is wanted at this step), clipped to [-1, 1]."""
         target = math.log(self.target)

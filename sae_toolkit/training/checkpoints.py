@@ -89,7 +89,7 @@ class RunCheckpoints:
         return self.final
 
     def _save_final(self, trainer: MultiTrainer) -> None:
-        finish_saes(trainer, self.run.cfg)
+        finish_saes(trainer)
         directory = self.run.run_directory
         try:
             self.final = self._with_room(lambda: save_final_checkpoint(trainer, self.run.cfgs, run=directory.key))

@@ -7,7 +7,6 @@ import json
 import logging
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -36,6 +35,7 @@ _OWNED = {
     },
     "seqpos_slice": "--skip_positions",
     "resume_from_checkpoint": "--resume",
+    "from_pretrained_path": "--init_from",
     "output_path": "--checkpoint_path and --output_name",
     "autocast_lm": "--lm_dtype",
     "logger.log_to_wandb": "--wandb_mode",
@@ -59,10 +59,11 @@ _HONOURED = set(
     "adam_beta1 adam_beta2 lr_scheduler_name lr_end n_restart_cycles feature_sampling_window"
     " n_batches_for_norm_estimate autocast compile_sae sae_compilation_mode compile_llm llm_compilation_mode"
     " activations_mixing_fraction prepend_bos"
-    " sequence_separator_token disable_concat_sequences from_pretrained_path model_from_pretrained_kwargs"
+    " sequence_separator_token disable_concat_sequences model_from_pretrained_kwargs"
     " logger.wandb_log_frequency logger.log_weights_to_wandb".split()
 )
 _NOT_HONOURED_IN_SAE = {"metadata", "reshape_activations"}
+_OF_RANDOM_WEIGHTS = {"sae.decoder_init_norm", "sae.jumprelu_init_threshold"}  # without effect if there are others
 _LARGEST = 1e15  # far above any sensible value, far below what overflows in float32
 
 # Bounds of values that SAELens does not check: outside of them the run would fail later, or write NaN weights.
@@ -123,6 +124,8 @@ def build_runner_config(
     }
     for assignment in assignments:
         _assign(assignment, owners)
+        if sae_settings.init_from is not None and (key := assignment.partition("=")[0]) in _OF_RANDOM_WEIGHTS:
+            raise UserError(f"--set {key}: for random weights, and --init_from gives others; leave one of them out")
     try:
         cfg = LanguageModelSAERunnerConfig(sae=sae_config_class(**sae), logger=LoggingConfig(**logger), **fields)
         _check(cfg)
@@ -172,6 +175,7 @@ def _runner_fields(settings: TrainingSettings, hook_name: str, device: str) -> d
         "exclude_special_tokens": text.exclude_special_tokens,
         "n_batches_for_norm_estimate": min(20, _n_whole_batches(optimization)),
         "model_from_pretrained_kwargs": {},
+        "from_pretrained_path": settings.sae.init_from,
     }
 
 
@@ -308,10 +312,6 @@ def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
         raise UserError(
             f"--set n_batches_for_norm_estimate={cfg.n_batches_for_norm_estimate}: more than the run's"
             f" {cfg.total_training_steps} steps; lower it"
-        )
-    if cfg.from_pretrained_path is not None and not Path(cfg.from_pretrained_path, "cfg.json").is_file():
-        raise UserError(
-            f"--set from_pretrained_path={cfg.from_pretrained_path}: holds no SAE (no cfg.json); name another directory"
         )
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=cfg.lr, betas=betas)

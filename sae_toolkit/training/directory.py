@@ -32,6 +32,7 @@ from sae_toolkit.text.sources import TextSource
 log = logging.getLogger(__name__)
 
 _TEXT, _TOKENS, _HELD_OUT, _LOG, _LOCK = "text.json", "tokens.npy", "held_out.npy", "run.log", ".lock"
+_INITIALIZED_FROM = "initialized_from.json"
 _OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "row_length")
 
 
@@ -48,7 +49,12 @@ class RunDirectory:
         self._lock: IO[str] | None = None
 
     def create(
-        self, flags: Mapping[str, Any], text: TextSource, rows_NT: np.ndarray, held_out_NT: np.ndarray | None
+        self,
+        flags: Mapping[str, Any],
+        text: TextSource,
+        rows_NT: np.ndarray,
+        held_out_NT: np.ndarray | None,
+        initialized_from: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Creates the directory, writes all that a resumed run needs besides a checkpoint, and claims it.
 
@@ -57,6 +63,7 @@ class RunDirectory:
             text: the text that the tokens are from.
             rows_NT: token ids to train on.
             held_out_NT: token ids of held-out text; None if the run measures on none.
+            initialized_from: for each hook, what the SAE is that the run begins with; empty for random weights.
 
         Raises:
             UserError: the directory cannot be written.
@@ -68,6 +75,8 @@ class RunDirectory:
                 np.save(directory / _TOKENS, rows_NT)
                 if held_out_NT is not None:
                     np.save(directory / _HELD_OUT, held_out_NT)
+                if initialized_from:
+                    (directory / _INITIALIZED_FROM).write_text(json.dumps(initialized_from, indent=1) + "\n")
         except NotSaved as error:
             raise UserError(f"--checkpoint_path {self.path.parent.parent}: cannot be written to ({error})") from None
         self.claim()
@@ -146,6 +155,11 @@ class RunDirectory:
         """Returns the token ids of held-out text, [n_rows, context_size]; None if the run measures on none."""
         path = self.path / _HELD_OUT
         return np.load(path) if path.exists() else None
+
+    def initialized_from(self) -> dict[str, dict[str, Any]]:
+        """Returns for each hook what the SAE is that the run began with; empty for random weights."""
+        path = self.path / _INITIALIZED_FROM
+        return json.loads(path.read_text()) if path.exists() else {}
 
     @property
     def is_finished(self) -> bool:

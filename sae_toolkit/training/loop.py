@@ -56,6 +56,7 @@ def fit(training: Training, record: RunRecord, signals: StopSignals) -> Path:
         _log_l0(training.trainer)
         final = training.checkpoints.save_final()
     metadata = {"training": run.metadata(), "resumed_from": run.resume_from and run.resume_from.name}
+    metadata |= run.lineage()
     record.save_sae(final, metadata, with_weights=training.cfg.logger.log_weights_to_wandb)
     return final
 

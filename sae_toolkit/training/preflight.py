@@ -21,8 +21,10 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.massive_activations import MASSIVE
 from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory, with_float64
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.trainer import Trainer
+from sae_toolkit.training.initial_sae import lineage_warnings
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.run import create_sae, load_model
@@ -44,11 +46,16 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     """
     if not run.ranks.is_main:
         return
-    log.info(run.describe(details=settings.dry_run))
+    log.info(run.describe(details=settings.dry_run or run.recording.verbose))
+    for line in flags_without_effect(run.sae):
+        log.warning("warning %s", line)
     run.check_memory()
     run.check_disk()
     if run.resume_from is None:
-        _warn(recipe_warnings(run.cfg, run.held_out.fraction), settings.strict)
+        warnings = recipe_warnings(run.cfg, run.held_out.fraction, begins_trained=bool(run.initialized_from))
+        for hook_name, lineage in run.initialized_from.items():
+            warnings += lineage_warnings(lineage, run.model.name, hook_name)
+        _warn(warnings, settings.strict)
 
 
 def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations, settings: RunSettings) -> None:

@@ -28,6 +28,7 @@ from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.training.directory import RunDirectory
+from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.lowered_run import lower_peak
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ class PreparedRun:
         optimization: settings of the steps and of the optimizer.
         run_directory: directory of the run; it need not exist yet.
         resume_from: checkpoint to resume from; None to begin at the first step.
+        initial_saes: for each hook, the SAE that the run begins with, on the rank that loads it; empty on other ranks,
+            for random weights, and if the run resumes from a checkpoint.
+        initialized_from: for each hook, what the SAE is that the run began with; empty for random weights.
         saving: settings of the checkpoints.
         recording: settings of the record.
         flags: flags of the run by name, for the record.
@@ -80,6 +84,8 @@ class PreparedRun:
     optimization: OptimizationSettings
     run_directory: RunDirectory
     resume_from: Path | None
+    initial_saes: Mapping[str, InitialSAE]
+    initialized_from: Mapping[str, Mapping[str, Any]]
     saving: RunSettings
     recording: RecordingSettings
     flags: Mapping[str, Any]
@@ -113,7 +119,7 @@ class PreparedRun:
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
-            self.run_directory.create(self.flags, self.text, self.rows_NT, self.held_out_NT)
+            self.run_directory.create(self.flags, self.text, self.rows_NT, self.held_out_NT, self.initialized_from)
         self.run_directory.open_log()
 
     def metadata(self) -> dict[str, Any]:
@@ -127,6 +133,10 @@ class PreparedRun:
             "held_out_seed": self.held_out.seed,
             "max_activation_norm_multiple": self.max_norm_multiple or 0.0,
         }
+
+    def lineage(self) -> dict[str, Any]:
+        """Returns `initialized_from` for the record; empty for random weights."""
+        return {"initialized_from": dict(self.initialized_from)} if self.initialized_from else {}
 
     def cache_parameters(self) -> dict[str, Any]:
         """Returns the values that the activations depend on, besides the tokens."""
@@ -155,7 +165,6 @@ class PreparedRun:
             share.sae = copy.copy(cfg.sae)
             share.sae.d_sae = cfg.sae.d_sae // self.ranks.size
             share.sae.k = max(1, cfg.sae.k // self.ranks.size)
-            share.from_pretrained_path = None  # it has the weights of all features
         return share
 
     @property
@@ -225,7 +234,13 @@ class PreparedRun:
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
-        lowered = lower_peak(self.cfg, lambda *other: self.plan_memory(*other).peak, free, evaluates=self.evaluates)
+        lowered = lower_peak(
+            self.cfg,
+            lambda *other: self.plan_memory(*other).peak,
+            free,
+            evaluates=self.evaluates,
+            given=("expansion_factor",) if self.initialized_from else (),
+        )
         flags = " ".join(lowered.flags) if lowered.peak <= free else ""
         message = (
             f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
@@ -314,6 +329,7 @@ class PreparedRun:
                 + f", {len(self.rows_NT):,} contexts of {cfg.context_size},"
                 f" {self.held_out.fraction:.0%} of documents held out",
                 f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
+                *(f"from    {each['name']}" for each in self.initialized_from.values()),
                 f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
                 f" lr {cfg.lr:g}" + self._processes(),
                 f"without {', '.join(left_out) or 'leaving anything out'}",

@@ -66,13 +66,21 @@ class MeasuredActivations:
     kept_share: float
 
 
-def recipe_warnings(cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float) -> list[str]:
-    """Returns the warnings that follow from the settings and the shapes."""
+def recipe_warnings(
+    cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float, *, begins_trained: bool = False
+) -> list[str]:
+    """Returns the warnings that follow from the settings and the shapes.
+
+    Args:
+        cfg: configuration of the SAE.
+        held_out_fraction: share of the documents that are held out.
+        begins_trained: whether the run begins with the weights of a trained SAE, and need not be long.
+    """
     n_steps = cfg.total_training_steps
     found = [
-        _too_few_tokens(cfg),
+        None if begins_trained else _too_few_tokens(cfg),
         _too_many_or_few_active(cfg),
-        *_learning_rate(cfg, n_steps),
+        *_learning_rate(cfg, n_steps, begins_trained=begins_trained),
         _dead_feature_window(cfg, n_steps),
         _nothing_held_out(held_out_fraction),
     ]
@@ -125,13 +133,13 @@ def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any]) -> str | Non
     return f"--k {k}: the SAE will end with this L0, which is unhealthy outside {_LOWEST_L0} to {_HIGHEST_L0}; use 64"
 
 
-def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> list[str]:
+def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begins_trained: bool) -> list[str]:
     # This number of steps at the full rate would move a weight as far as the run does.
     full_steps = n_steps - (cfg.lr_warm_up_steps + cfg.lr_decay_steps) / 2
     root = math.sqrt(cfg.sae.d_in)
     turn = cfg.lr * full_steps * root
     found = []
-    if turn < LEAST_TURN:
+    if turn < LEAST_TURN and not begins_trained:
         enough, most = _round(1.5 * LEAST_TURN / (full_steps * root)), MOST_TURN_A_STEP / root / 2
         found.append(
             f"--lr {cfg.lr:g}: {n_steps} steps can turn a feature by {turn:.2g} times its length, and at 4.1 times 22%"

@@ -13,20 +13,20 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.util import str_to_dtype
-from safetensors import SafetensorError
 
 from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
-from sae_toolkit.errors import UserError, is_out_of_memory, one_line
 from sae_toolkit.files.trust import tensors_only
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
+from sae_toolkit.saes.training_form import load_weights, unfold_normalization
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
 from sae_toolkit.training.checkpoints import RunCheckpoints
+from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.prepared_run import PreparedRun
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class Training:
             self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.sae.target_l0)
             for each_trainer in self.trainer.trainers.values():
                 each_trainer.products_in_bfloat16 = run.products_in_bfloat16
+                if run.initialized_from and each_trainer.l0_control is not None:
+                    each_trainer.l0_control.begin_with_given_weight()
             self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
             if run.resume_from is not None:
                 with tensors_only(f"--resume {run.resume_from}"):
@@ -115,22 +117,26 @@ class Training:
                 log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
             else:
                 _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple)
+                for each in self.trainer.trainers.values() if run.initialized_from else ():
+                    unfold_normalization(each.sae, each.activation_scaler)
         none = [None] * len(run.cfgs)
         self.max_norms = dict(zip(run.hook_names, self.stream.max_activation_norms or none, strict=True))
         for each, median_norm in zip(run.cfgs, self.stream.median_norms or none, strict=True):
             norms = {"max_activation_norm": self.max_norms[each.hook_name], "median_activation_norm": median_norm}
-            _record_training(self.saes[each.hook_name], each, run.metadata() | norms)
+            lineage = {"initialized_from": found} if (found := run.initialized_from.get(each.hook_name)) else {}
+            _record_training(self.saes[each.hook_name], each, run.metadata() | norms | lineage)
         if cfg.compile_sae:
             for sae in self.saes.values():
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
 
     def _create_sae(self, cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         """Returns the SAE that this rank trains. If features are sharded, rank 0 makes all of them on its CPU first."""
+        initial_sae = self.run.initial_saes.get(cfg.hook_name)  # of rank 0, which sends its weights to the others
         if not self.run.is_sharded:
-            return create_sae(cfg)
+            return create_sae(cfg, initial_sae)
         on_cpu = copy(cfg)
         on_cpu.device, on_cpu.sae = "cpu", replace(cfg.sae, device="cpu")
-        return shard_sae(create_sae(on_cpu) if self.ranks.is_main else None, cfg.device, self.ranks)
+        return shard_sae(create_sae(on_cpu, initial_sae) if self.ranks.is_main else None, cfg.device, self.ranks)
 
 
 def _out_of_memory_answered(run: PreparedRun) -> AbstractContextManager[None]:
@@ -158,39 +164,22 @@ def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[An
         sae.cfg.metadata[name] = value
 
 
-def create_sae(cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
-    """Returns the SAE at the first step: with random weights that follow from the seed, or from `from_pretrained_path`.
+def create_sae(cfg: LanguageModelSAERunnerConfig[Any], initial_sae: InitialSAE | None = None) -> TrainingSAE[Any]:
+    """Returns the SAE at the first step, for activations that are not normalized yet.
+
+    Args:
+        cfg: configuration of the run, which the SAE has, whatever it begins with.
+        initial_sae: the SAE whose weights it begins with; None for random weights that follow from the seed.
 
     Raises:
-        UserError: the pretrained SAE has another architecture, shape or normalization.
+        UserError: the SAE to begin with cannot be loaded, or does not fit.
     """
     torch.manual_seed(cfg.seed)
-    if cfg.from_pretrained_path is None:
-        sae_class, _ = get_sae_training_class(cfg.sae.architecture())
-        sae_cfg = TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict())
-        return sparse_class(sae_class, sae_cfg, compiled=cfg.compile_sae)(sae_cfg)
-    try:
-        found = TrainingSAE.load_from_disk(cfg.from_pretrained_path, device=cfg.device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--set from_pretrained_path={cfg.from_pretrained_path}: cannot be read ({one_line(error)}); name another"
-        ) from None
-    architecture = found.cfg.architecture()
-    if architecture != cfg.sae.architecture():
-        raise UserError(
-            f"--set from_pretrained_path={cfg.from_pretrained_path}: its architecture is {architecture}; use it with"
-            f" --architecture {architecture}"
-        )
-    for field in ("d_in", "d_sae", "normalize_activations"):
-        if getattr(found.cfg, field) != getattr(cfg.sae, field):
-            raise UserError(
-                f"--set from_pretrained_path={cfg.from_pretrained_path}: its {field} is {getattr(found.cfg, field)},"
-                f" and that of the run is {getattr(cfg.sae, field)}; name another"
-            )
-    sae = sparse_class(type(found), found.cfg, compiled=cfg.compile_sae)(found.cfg)
-    sae.load_state_dict(found.state_dict())
+    sae_class, _ = get_sae_training_class(cfg.sae.architecture())
+    sae_cfg = TrainingSAEConfig.from_dict(cfg.get_training_sae_cfg_dict())
+    sae = sparse_class(sae_class, sae_cfg, compiled=cfg.compile_sae)(sae_cfg)
+    if initial_sae is not None:
+        load_weights(sae, initial_sae.load(cfg.sae, cfg.hook_name, str(cfg.device)))
     return sae
 
 

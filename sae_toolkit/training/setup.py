@@ -7,7 +7,7 @@ import logging
 import secrets
 import string
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collec
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
 from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.directory import RunDirectory, find_resumption
+from sae_toolkit.training.initial_sae import InitialSAE, open_initial_saes
 from sae_toolkit.training.prepared_run import PreparedRun, existing
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ class _FoundByRank0:
     Args:
         directory: directory of the run.
         resume_from: checkpoint to resume from; None to begin at the first step.
+        initialized_from: `PreparedRun.initialized_from`.
         text: the text that is trained on, without the function that reads its documents.
         rows_NT: token ids of that text.
     """
 
     directory: Path
     resume_from: Path | None
+    initialized_from: Mapping[str, Mapping[str, Any]]
     text: TextSource
     rows_NT: np.ndarray
 
@@ -78,11 +81,11 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
     sent: Any = None
     if run:
         text = replace(run.text, read=tuple)  # the function that reads the documents cannot be sent
-        sent = run.directory, run.resume_from, text, run.rows_NT.shape
-    directory, resume_from, text, shape = ranks.broadcast(sent)
+        sent = run.directory, run.resume_from, run.initialized_from, text, run.rows_NT.shape
+    directory, resume_from, initialized_from, text, shape = ranks.broadcast(sent)
     rows_NT = torch.from_numpy(np.array(run.rows_NT).view(np.int32) if run else np.empty(shape, np.int32))
     ranks.broadcast_tensor(rows_NT)
-    return _FoundByRank0(directory, resume_from, text, rows_NT.numpy().view(np.uint32))
+    return _FoundByRank0(directory, resume_from, initialized_from, text, rows_NT.numpy().view(np.uint32))
 
 
 def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 | None = None) -> PreparedRun:
@@ -95,6 +98,7 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         directory, resume_from = _choose_directory(settings)
     try:
         cfgs = _build_configurations(settings, widths, device, directory.path, ranks)
+        initial_saes, initialized_from = _initial_saes(settings, cfgs, directory, resume_from, found)
         tokenizer = load_tokenizer(model)
         positions = PositionFilter(
             special_tokens(settings.text.exclude_special_tokens, tokenizer), settings.text.skip_positions
@@ -130,6 +134,8 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         optimization=settings.optimization,
         run_directory=directory,
         resume_from=resume_from,
+        initial_saes=initial_saes,
+        initialized_from=initialized_from,
         saving=settings.run,
         recording=settings.recording,
         flags=settings.as_flags(),
@@ -172,6 +178,29 @@ def _check_mps(sae: SAESettings) -> None:
             "--normalize_activations covariance_whitening: SAELens estimates it in float64, which mps does not have;"
             " use --device cpu --llm_device mps"
         )
+
+
+def _initial_saes(
+    settings: TrainingSettings,
+    cfgs: Sequence[LanguageModelSAERunnerConfig[Any]],
+    directory: RunDirectory,
+    resume_from: Path | None,
+    found: _FoundByRank0 | None,
+) -> tuple[dict[str, InitialSAE], Mapping[str, Mapping[str, Any]]]:
+    """Returns `PreparedRun.initial_saes` and `PreparedRun.initialized_from`."""
+    name = settings.sae.init_from
+    if found or name is None:
+        return {}, found.initialized_from if found else {}
+    before = directory.initialized_from()
+    if resume_from is not None:
+        return {}, before
+    what = f"--init_from {name}: loading it"
+    with out_of_memory_answered(what, "free memory"):
+        initial_saes = open_initial_saes(name, {cfg.hook_name: cfg.sae for cfg in cfgs})
+    initialized_from = {hook_name: each.lineage for hook_name, each in initial_saes.items()}
+    if before and before != initialized_from:
+        raise UserError(f"--init_from {name}: not the weights that the run was started with; start a new run")
+    return initial_saes, initialized_from
 
 
 def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """SAEs of the embedded model are made sick on purpose, and the diagnosis names what was done to them."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -101,11 +102,12 @@ def test_features_that_were_copied_are_found_to_be_the_same(directory, healthy):
         for name, tensor in weights.items()
     }
     save_file({name: tensor.contiguous() for name, tensor in twice.items()}, doubled / "sae_weights.safetensors")
-    sick = train(directory, "--expansion_factor", 8, "--set", f"from_pretrained_path={doubled}")
+    shutil.copy(start / "activation_scaler.json", doubled)
+    sick = train(directory, "--expansion_factor", 8, "--init_from", doubled)
     first, *_ = diagnosis(sick)
     assert first["cause"] == "features that are the same"
     assert str(doubled) in first["says"]
-    assert first["command"].endswith("--set from_pretrained_path=null")
+    assert first["command"].endswith("--init_from none")
 
 
 def test_a_sample_that_is_too_small_is_found_and_its_command_settles_it(healthy):

@@ -188,6 +188,14 @@ def test_a_cache_of_another_model_is_refused_in_one_line(compared, tiny_args, sc
     assert not (tmp_path / "other" / "settings.json").exists()
 
 
+def test_weights_to_begin_with_are_refused_since_other_libraries_begin_at_random(tiny_args, script, tmp_path):
+    done = script("compare_sae_libraries.py", *of_comparison(tiny_args, tmp_path / "other", "--init_from", "an_sae"))
+    assert done.status == 2
+    (error,) = done.error_lines
+    assert error.startswith("error: --init_from an_sae: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parity
 def test_dictionary_learning_trains_here_by_its_own_code(tiny_args, tmp_path):
     directory = tmp_path / "comparison"

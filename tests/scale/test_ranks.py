@@ -52,6 +52,17 @@ def test_features_spread_over_processes_make_the_sae_of_one(trainings, flags, ar
 
 
 @pytest.mark.scale
+@pytest.mark.parametrize("sharded", [[], ["--shard_features"]])
+def test_several_processes_begin_with_the_sae_of_rank_0(trainings, flags, sharded):
+    status, _ = trainings.run(flags("first"))
+    assert status == 0, trainings.shown()
+    begin = ["--init_from", str(trainings.finished_sae())]
+    status, _ = trainings.run([*flags("one"), *begin])
+    assert status == 0, trainings.shown()
+    assert_close(Launch(2, [*flags("two"), *begin, *sharded]).finished_sae(), trainings.finished_sae())
+
+
+@pytest.mark.scale
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 4), (2, 1), (1, 2)])
 def test_a_checkpoint_goes_on_on_whatever_number_of_shards(trainings, flags, tmp_path, before, after):
     """A checkpoint holds the whole SAE: with Adam's moments and counters it is spread anew."""

@@ -119,6 +119,7 @@ FLAGS = {
     "target_l0": _numbers(1, 16, 64, 1000),
     "shard_features": st.just(None),
     "dtype": st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
+    "init_from": st.sampled_from(["nowhere", "none", ".", "empty", "text.txt", "owner/sae", "gpt2-small-res-jb:x"]),
     "training_tokens": _integers(1024, 2048, 3000),
     "train_batch_size_tokens": _integers(100, 512, 1024, 2048).filter(lambda n: n != "1"),  # thousands of steps
     "n_batches_in_buffer": _integers(1, 8, 64),

@@ -138,6 +138,11 @@ def test_a_run_says_what_it_costs(script, tiny_run):
         assert re.search(line, done.stderr), line
 
 
+def test_verbose_shows_more_and_quiet_less(script, tiny_run):
+    assert "\n  language model " in script("sae_lens_train.py", *tiny_run, "--verbose").stderr
+    assert "model   " not in script("sae_lens_train.py", *tiny_run, "--dry_run", "--quiet").stderr
+
+
 def test_measuring_changes_nothing_that_is_trained(script, tiny_run):
     done = script("sae_lens_train.py", *tiny_run, *SANE)
     run = prepare_run(parse_training_flags([str(word) for word in (*tiny_run, *SANE)]))

@@ -67,6 +67,10 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
     _check_same_flags(directory, in_common)
     words = [*words, "--checkpoint_path", str(directory / "runs"), "--eval_every", "0"]
     settings = parse_training_flags(words)
+    if settings.sae.init_from is not None:
+        raise UserError(
+            f"--init_from {settings.sae.init_from}: the SAEs of other libraries begin with random weights; leave it out"
+        )
     if settings.model.cache_activations is None:
         words += ["--cache_activations", str(directory / "activations")]
         settings = parse_training_flags(words)

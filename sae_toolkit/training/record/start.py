@@ -23,13 +23,17 @@ from sae_toolkit.training.record.wandb_run import WandbRun
 
 def run_config(run: PreparedRun) -> dict[str, Any]:
     """Returns the configuration for the record: SAELens's, and the flags, preset, data and code that the run uses."""
-    return run.cfg.to_dict() | {
-        "flags": dict(run.flags),
-        "preset": run.flags["preset"],
-        "data": data_of(run),
-        "git": git_state(),
-        "resumed_from": None if run.resume_from is None else run.resume_from.name,
-    }
+    return (
+        run.cfg.to_dict()
+        | run.lineage()
+        | {
+            "flags": dict(run.flags),
+            "preset": run.flags["preset"],
+            "data": data_of(run),
+            "git": git_state(),
+            "resumed_from": None if run.resume_from is None else run.resume_from.name,
+        }
+    )
 
 
 def data_of(run: PreparedRun) -> dict[str, Any]:
