@@ -48,7 +48,7 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     run.check_memory()
     run.check_disk()
     if run.resume_from is None:
-        _warn(recipe_warnings(run.cfg, run.held_out.fraction), settings.strict)
+        _warn(recipe_warnings(run.cfg, run.held_out.fraction, run.passes), settings.strict)
 
 
 def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations, settings: RunSettings) -> None:

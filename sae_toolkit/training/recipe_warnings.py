@@ -66,8 +66,14 @@ class MeasuredActivations:
     kept_share: float
 
 
-def recipe_warnings(cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float) -> list[str]:
-    """Returns the warnings that follow from the settings and the shapes."""
+def recipe_warnings(cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float, passes: float = 1.0) -> list[str]:
+    """Returns the warnings that follow from the settings and the shapes.
+
+    Args:
+        cfg: configuration of the SAE.
+        held_out_fraction: share of the documents that are held out, in [0, 1].
+        passes: how many passes over the text the run makes.
+    """
     n_steps = cfg.total_training_steps
     found = [
         _too_few_tokens(cfg),
@@ -75,6 +81,7 @@ def recipe_warnings(cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: f
         *_learning_rate(cfg, n_steps),
         _dead_feature_window(cfg, n_steps),
         _nothing_held_out(held_out_fraction),
+        _many_passes(passes),
     ]
     return [warning for warning in found if warning]
 
@@ -180,6 +187,12 @@ def _nothing_held_out(held_out_fraction: float) -> str | None:
     if held_out_fraction > 0:
         return None
     return "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name other data; use 0.1"
+
+
+def _many_passes(passes: float) -> str | None:
+    if passes <= 1:
+        return None
+    return f"--epochs {math.ceil(passes)}: "
 
 
 def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None) -> str | None:
