@@ -23,6 +23,7 @@ from sae_toolkit.many_runs.directories import read_result
 from sae_toolkit.many_runs.sweep.trials import Trial
 from sae_toolkit.many_runs.sweep.worker import SweepTrial
 from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.terminal.stop_signals import TERMINATIONS
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into SIGINT (Ctrl-C), for which Ray Tune stops its trials."""
+    """Turns SIGTERM and the like into SIGINT (Ctrl-C), for which Ray Tune stops its trials."""
     previous = {
         number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in TERMINATIONS
         if signal.getsignal(number) != signal.SIG_IGN  # `nohup` ignores SIGHUP
     }
     try:
