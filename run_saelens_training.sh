@@ -47,21 +47,24 @@ if [[ -n "$preset" ]]; then
 fi
 
 # Stage 1: train. The training prints one line on standard output: the directory of the finished SAE.
-# SIGTERM and SIGHUP may reach this script alone, so it passes them on; the training then saves a checkpoint and says
+# SIGTERM and the like may reach this script alone, so it passes them on; the training then saves a checkpoint and says
 # how to resume. Ctrl-C reaches the training directly.
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 "$PYTHON" sae_lens_train.py "${flags[@]}" >"$output" <&0 &
 training=$!
-trap 'kill -TERM "$training" 2>/dev/null || true' TERM
-trap 'kill -HUP "$training" 2>/dev/null || true' HUP
+terminations=(TERM HUP USR1 USR2 XCPU)
+for name in "${terminations[@]}"; do
+    # shellcheck disable=SC2064  # $name is that of this signal
+    trap "kill -$name $training 2>/dev/null || true" "$name"
+done
 trap : INT
 status=0
 while kill -0 "$training" 2>/dev/null; do
     status=0
     wait "$training" || status=$?
 done
-trap - TERM HUP INT
+trap - "${terminations[@]}" INT
 sae_path=$(<"$output")
 if [[ $status -ne 0 || -z "$sae_path" ]]; then # failed, stopped, or --dry_run
     exit "$status"

@@ -216,7 +216,8 @@ def prepare() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sae_toolkit.files.embedded import EMBEDDED_MODEL
-    from sae_toolkit.model.loading import find_model, load_tokenizer
+    from sae_toolkit.model.loading import find_model
+    from sae_toolkit.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(find_model(EMBEDDED_MODEL))
     torch.manual_seed(0)

@@ -69,7 +69,8 @@ def _save_embedded_model(flags: argparse.Namespace, directory: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
-    from sae_toolkit.model.loading import find_model, load_language_model, load_tokenizer
+    from sae_toolkit.model.loading import find_model, load_language_model
+    from sae_toolkit.model.tokenizer import load_tokenizer
     from sae_toolkit.text.rows import ContextFormat, token_rows
     from sae_toolkit.text.sources import open_text
 

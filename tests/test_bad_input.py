@@ -28,6 +28,7 @@ TRAINING_MISTAKES = {
     "no such column": ({"text_column": "story"}, "--text_column story: "),
     "no such split": ({"dataset_split": "dev"}, "--dataset_split dev: "),
     "too little text": ({"training_tokens": 10**7}, "too small: "),
+    "too little text for the passes": ({"training_tokens": 10**7, "epochs": 3}, " in --epochs 3; lower"),
     "a context longer than the model's": ({"context_size": 256}, "--context_size 256: "),
     "k above the features": ({"architecture": "topk", "k": 129}, "--k 129: more than the 128 features"),
     "k zero": ({"architecture": "topk", "k": 0}, "argument --k: 0: must be a whole number of 1 or more"),

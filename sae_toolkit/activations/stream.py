@@ -36,9 +36,9 @@ class ActivationStream(Iterator[torch.Tensor]):
     Rows of tokens are drawn without replacement, in an order that depends on the seed only (in their own order if
     `mix_fraction` is 0). They go through the language model up to its hook. The positions that the filter leaves out
     are dropped, and the rest is mixed in a `ShuffleBuffer`. A second pass over the rows starts when the first one is
-    used up. With several ranks, each rank runs its own share of the rows, and the ranks' batches together equal the
-    batches of a single rank. The activations of several hooks are concatenated along D. If a token's activation is
-    massive at one hook, the token is dropped at all hooks.
+    used up, in another order. With several ranks, each rank runs its own share of the rows, and the ranks' batches
+    together equal the batches of a single rank. The activations of several hooks are concatenated along D. If a token's
+    activation is massive at one hook, the token is dropped at all hooks.
 
     Args:
         source: the language model, or a cache in front of it.
@@ -55,6 +55,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         widths: the width of each hook; None where there is one hook.
         device: device of the batches; None for the source's device. If it differs from the source's device, the next
             rows go through the model while the caller works on a batch.
+        epochs: how many passes over the rows are expected. The start of a further one is a warning.
     """
 
     _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_at_once")
@@ -75,6 +76,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         ranks: Ranks = ALONE,
         widths: list[int] | None = None,
         device: str | torch.device | None = None,
+        epochs: int = 1,
     ) -> None:
         self.source = source
         self.device = torch.device(device or source.device)
@@ -95,6 +97,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.ranks = ranks
         self.widths = widths
         self.shuffled = mix_fraction > 0
+        self.epochs = epochs
         generator = torch.Generator().manual_seed(seed)
         self.buffer = ShuffleBuffer(buffer_size, batch_size, mix_fraction, generator, ranks)
         self.epoch = 0
@@ -108,6 +111,11 @@ class ActivationStream(Iterator[torch.Tensor]):
             return np.arange(len(self.rows_NT))
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows_NT))
 
+    @property
+    def passes(self) -> float:
+        """How many passes over the rows have been made, a part of one included."""
+        return self.epoch + self.next_row / len(self.rows_NT)
+
     def _next_unfiltered(self) -> torch.Tensor:
         """Returns the activations [N, D] of this rank's share of the next rows, at the positions that the filter keeps.
 
@@ -116,7 +124,13 @@ class ActivationStream(Iterator[torch.Tensor]):
         if self.next_row >= len(self.rows_NT):
             self.epoch, self.next_row = self.epoch + 1, 0
             self._order = self._row_order()
-            log.warning("the training text is used up; pass %d over it begins", self.epoch + 1)
+            expected = self.epoch < self.epochs
+            log.log(
+                logging.INFO if expected else logging.WARNING,
+                "the training text is used up; pass %d over it begins%s",
+                self.epoch + 1,
+                "" if expected else f", more than --epochs {self.epochs}",
+            )
         place = self.epoch, self.next_row
         if self._next is not None and self._next[0] == place:
             n_rows, acts_ND = self._next[1].result()

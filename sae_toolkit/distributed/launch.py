@@ -20,6 +20,7 @@ from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.console import run_script
 from sae_toolkit.terminal.redaction import redact
+from sae_toolkit.terminal.stop_signals import TERMINATIONS
 
 _SCRIPT = ROOT / "sae_lens_train.py"
 
@@ -37,6 +38,9 @@ def main() -> int:
     # Without this, restarted ranks would try to reach the ranks that they replace: their addresses are still in the
     # shared store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # These torchrun passes on to the ranks, which then save a checkpoint.
+    passed_on = (signal.SIGINT, signal.SIGQUIT, *TERMINATIONS)
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in passed_on))
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
         return _torchrun(
             f"--nproc-per-node={n_processes}",

@@ -116,6 +116,8 @@ class TextSettings:
     """share of the documents that the SAE is not trained on, so that it can be evaluated on them"""
     held_out_seed: NonNegative | None = flag(None, is_later=True)
     """random seed that chooses the held-out documents (default: the value of --seed)"""
+    epochs: Positive = flag(1, is_later=True)
+    """train on a text that has fewer tokens than --training_tokens up to this many times, each time in a new order"""
     context_size: Positive = 2048
     """number of tokens in one context of the language model"""
     exclude_special_tokens: TrueFalseOrIds = True

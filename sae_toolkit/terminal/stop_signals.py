@@ -1,4 +1,4 @@
-"""Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that a run can save its work before it stops."""
+"""Handles Ctrl-C and the signals that schedulers send, so that a run can save its work before it stops."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# A process gets SIGHUP when its ssh session drops.
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A process gets SIGHUP when its ssh session drops. Schedulers send one of the others before the time of a job is up:
+# Slurm and submitit SIGUSR1 or SIGUSR2, as they are told, and limits on CPU time SIGXCPU.
+TERMINATIONS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Stopped(BaseException):
@@ -53,14 +54,14 @@ class StopSignals:
 
 @contextmanager
 def hear_stop_signals() -> Iterator[StopSignals]:
-    """Context manager that handles SIGINT, SIGTERM and SIGHUP.
+    """Context manager that handles SIGINT and `TERMINATIONS`.
 
     If the process ignores SIGHUP, as it does under `nohup`, SIGHUP stays ignored.
     """
     signals = StopSignals()
     previous = {
         number: signal.signal(number, signals._on_signal)
-        for number in _STOPPING
+        for number in (signal.SIGINT, *TERMINATIONS)
         if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)
     }
     try:

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import groupby
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 import datasets
@@ -16,6 +18,8 @@ import numpy as np
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import Retries
+from sae_toolkit.text.kinds import HTML, kind_of
+from sae_toolkit.text.markup import text_of_html
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +91,8 @@ def read_files(
 ) -> Records:
     """Returns the records of text files or JSON Lines files, local or on the Hub, compressed or not.
 
+    The parts of an HTML page are those of its text, without tags.
+
     The files are read as bytes and each record is parsed alone. The loaders of `datasets` parse whole blocks, and
     stop at one bad byte or one line that is not JSON.
 
@@ -107,6 +113,13 @@ def read_files(
 def _generate(files: list[str], by: str) -> Iterator[dict[str, bytes]]:
     for name in files:
         with fsspec.open(name, "rb", compression="infer") as file:
+            if kind_of(PurePath(name)) in HTML:
+                page = file.read()
+                try:
+                    file = BytesIO(text_of_html(page).encode())
+                except UnicodeDecodeError:
+                    yield {"bytes": page}  # as one record that cannot be used
+                    continue
             for part in _PARTS[by](file):
                 yield {"bytes": part}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,10 +21,10 @@ from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.records import Document
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.text.token_ids import TokenIds
+from sae_toolkit.text.tokenized_rows import LeftOut, contexts_of_token_ids
 
 _DOCUMENTS_AT_ONCE = 64
-
-log = logging.getLogger(__name__)
+_MARGIN = 1.02  # more positions than needed, because massive activations are left out later
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase
 
 
 def token_rows(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, context: ContextFormat, *, tokenized: bool
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    context: ContextFormat,
+    *,
+    tokenized: bool,
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Packs documents into rows of `context.context_size` token ids.
 
@@ -61,8 +66,9 @@ def token_rows(
         documents: texts, or rows of token ids.
         tokenizer: the language model's tokenizer.
         context: how to pack them.
-        tokenized: whether the documents are rows of token ids. Such rows are used as they are, cut to the context
-            size. Shorter rows are left out, and a warning says how many.
+        tokenized: whether the documents are rows of token ids. Such rows are not joined: each is cut into contexts, as
+            `contexts_of_token_ids` says.
+        left_out: counts the tokens of rows of token ids that are in no context.
 
     Yields:
         The index of the document that the row ends in, from 0, and the row: [context_size] int64.
@@ -71,14 +77,13 @@ def token_rows(
         UserError: the documents are texts, and there is no tokenizer, or it lacks a special token of `context`.
     """
     if tokenized:
-        n_short = 0
-        for i, row in enumerate(documents):
-            if len(row) < context.context_size:
-                n_short += 1
-                continue
-            yield i, np.asarray(row[: context.context_size], dtype=np.int64)
-        if n_short:
-            log.warning("left out %d tokenized rows of fewer than %d tokens", n_short, context.context_size)
+        yield from contexts_of_token_ids(
+            documents,
+            context.context_size,
+            bos_token_id=tokenizer.bos_token_id if context.prepend_bos else None,
+            first_only=context.disable_concat_sequences,
+            left_out=left_out,
+        )
         return
     n_taken = 0
 
@@ -139,6 +144,7 @@ def collect_training_rows(
     held_out: HeldOutSplit,
     *,
     training_tokens: int,
+    epochs: int = 1,
     flag: str = "--dataset_path",
 ) -> np.ndarray:
     """Tokenizes the documents that are not held out, until the rows have enough positions to train on.
@@ -150,6 +156,7 @@ def collect_training_rows(
         positions: the positions that are left out of the training.
         held_out: the split whose held-out documents are not read.
         training_tokens: how many positions are needed.
+        epochs: how often the run may train on each row to reach `training_tokens`.
         flag: the flag that named the data set, for messages.
 
     Returns:
@@ -157,25 +164,35 @@ def collect_training_rows(
         than `training_tokens`, because massive activations are left out later.
 
     Raises:
-        UserError: the data set has fewer positions to train on than `training_tokens`.
+        UserError: the data set has fewer positions to train on than `training_tokens` / `epochs`.
     """
     documents = (document for document in source.documents() if not held_out.holds_out(document))
     rows: list[np.ndarray] = []
+    left_out = LeftOut(context.context_size)
     n_positions = 0
     with Progress("tokenizing", training_tokens) as progress:
-        for _, row in token_rows(documents, tokenizer, context, tokenized=source.tokenized):
+        for _, row in token_rows(documents, tokenizer, context, tokenized=source.tokenized, left_out=left_out):
             rows.append(row.astype(np.uint32))
             kept = int(positions.keeps_tokens(row[None]).sum())
             n_positions += kept
             progress.advance(kept)
-            if n_positions >= 1.02 * training_tokens:
+            if n_positions >= _MARGIN * training_tokens:
                 break
-    if n_positions < training_tokens:
+    if n_positions * epochs < training_tokens:
+        because = f"contexts of {context.context_size}, {held_out.fraction:.0%} held out"
+        if said := left_out.describe():
+            because += f"; {said}"
+        what_to_do = "lower --training_tokens, use more text"
+        if n_positions:
+            enough = math.ceil(_MARGIN * training_tokens / n_positions)
+            what_to_do += f", or train on it up to {enough:,} times (--epochs {enough})"
+        elif left_out.all_short:
+            what_to_do = f"lower --context_size to {left_out.longest}"
         raise UserError(
-            f"{flag} {source.name}: too small: {n_positions:,} tokens to train on (contexts of"
-            f" {context.context_size}, {held_out.fraction:.0%} held out), and --training_tokens asks for"
-            f" {training_tokens:,}; lower --training_tokens, or use more text"
+            f"{flag} {source.name}: too small: {n_positions:,} tokens to train on ({because}), and --training_tokens"
+            f" asks for {training_tokens:,}{f' in --epochs {epochs}' if epochs > 1 else ''}; {what_to_do}"
         )
+    left_out.log()
     return np.stack(rows)
 
 
@@ -192,7 +209,8 @@ def collect_evaluation_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes documents that the SAE was not trained on, and draws rows from them.
 
-    Rows of text are drawn from the first 4 x `n_rows`. Rows of a tokenized data set are taken in their order.
+    Rows are drawn from the first 4 x `n_rows`, so that they are of several documents. Rows of token ids that each are
+    one context are taken in their order.
 
     Args:
         source: the data set.
@@ -212,15 +230,23 @@ def collect_evaluation_rows(
         UserError: there is no complete row.
     """
     documents = (d for d in source.documents() if held_out is None or held_out.holds_out(d))
-    n_drawn_from = n_rows if source.tokenized else 4 * n_rows
+    in_order = source.tokenized and (source.row_length or 0) <= context.context_size
+    n_drawn_from = n_rows if in_order else 4 * n_rows
     n_candidates = max(n_drawn_from, n_rows + n_more_rows)
-    found = list(islice(token_rows(documents, tokenizer, context, tokenized=source.tokenized), n_candidates))
+    left_out = LeftOut(context.context_size)
+    rows = token_rows(documents, tokenizer, context, tokenized=source.tokenized, left_out=left_out)
+    found = list(islice(rows, n_candidates))
     if not found:
         which = "its held-out documents hold" if held_out else "it holds"
-        raise UserError(f"{flag} {source.name}: {which} no context of {context.context_size} tokens; use more text")
+        because = f" ({said})" if (said := left_out.describe()) else ""
+        raise UserError(
+            f"{flag} {source.name}: {which} no context of {context.context_size} tokens{because}; use more text"
+            + (" or a shorter context" if left_out.all_short else "")
+        )
+    left_out.log()
     document_N, rows_NT = np.array([n for n, _ in found]), np.stack([row for _, row in found]).astype(np.uint32)
     order = np.arange(len(rows_NT))
-    if not source.tokenized:
+    if not in_order:
         np.random.default_rng(seed).shuffle(order[:n_drawn_from])
     order = order[: n_rows + n_more_rows]
     return rows_NT[order], document_N[order]

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_TEXT, embedded_wikipedia
 from sae_toolkit.files.hub import check_repository
+from sae_toolkit.text.local_files import local_splits
 from sae_toolkit.text.records import (
     Bad,
     Document,
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TOKEN_COLUMNS = ("tokens", "input_ids")
-# JSON Lines files count as text, because the JSON loader stops at the first line that is not JSON.
-_FILE_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "text", ".csv": "csv", ".parquet": "parquet"}
 _ROWS_LOOKED_AT, _RECORDS_LOOKED_AT = 20, 1_000
 
 
@@ -143,8 +141,8 @@ def open_text(
     """Opens a data set, and chooses its configuration, split and column where they are not given.
 
     Args:
-        name: `embedded:wikipedia`, a local file (txt, jsonl, json, csv, parquet), a directory (of such files,
-            or saved by `datasets`), or a Hugging Face id.
+        name: `embedded:wikipedia`, a local file (txt, md, rst, html, jsonl, json, csv, tsv, parquet), a directory (of
+            such files, or saved by `datasets`), or a Hugging Face id.
         flag: the flag that named it, for messages.
         config: the configuration. None chooses the one called `default`, or the first if there is none.
         split: the split. None chooses the first of `preferred_splits` that exists, or the data set's first.
@@ -224,47 +222,17 @@ def _load(
     """Loads one split, and returns it with the names of its configuration and split."""
     what = f"{flag} {name}"
     path = Path(name)
-    if path.is_file() and config is not None:
-        raise UserError(f"--dataset_config {config}: {name} is a file, which has no configurations; leave it out")
-    if splits := _local_splits(path, what, streaming):
+    if splits := local_splits(path, what, streaming):
+        if config is not None:
+            kind = "file" if path.is_file() else "directory"
+            raise UserError(
+                f"--dataset_config {config}: {name} is a {kind} without configurations; leave --dataset_config out"
+            )
         split = _choose_split(name, list(splits), split, preferred_splits)
         return splits[split](), None, split
     if not path.is_dir():
         name = check_repository(name, "dataset", flag)
     return _load_by_datasets(name, what, config, split, streaming, preferred_splits)
-
-
-def _local_splits(path: Path, what: str, streaming: bool) -> dict[str, Callable[[], Records]]:
-    """Returns the splits of local data that have no configurations, as functions that load them.
-
-    Such data are a file, a data set that `datasets` saved, or a directory of text files. For anything else the
-    dictionary is empty.
-    """
-    if path.is_file():
-        return {"train": lambda: _load_file(path, what, streaming)}
-    if any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json", "state.json")):
-        saved = datasets.load_from_disk(str(path))
-        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        return {split: partial(Records, data, what) for split, data in splits.items()}
-    found = sorted(file for file in path.rglob("*") if file.suffix in _FILE_LOADERS) if path.is_dir() else []
-    if found and all(file.suffix == ".txt" for file in found):
-        files = [str(file) for file in found]
-        return {"train": lambda: read_files(files, what, "document", parse_text, streaming=streaming)}
-    return {}
-
-
-def _load_file(path: Path, what: str, streaming: bool) -> Records:
-    loader = next((_FILE_LOADERS[s] for s in reversed(path.suffixes) if s in _FILE_LOADERS), None)
-    if loader is None:
-        raise UserError(f"{what}: cannot read this kind of file; use {', '.join(_FILE_LOADERS)}")
-    if ".jsonl" in path.suffixes:
-        return read_files([str(path)], what, "line", parse_json_line, streaming=streaming)
-    if loader == "text":
-        return read_files([str(path)], what, "paragraph", parse_text, streaming=streaming)
-    # Without this, pandas would read NA and empty fields as missing values instead of text.
-    options = {"keep_default_na": False} if loader == "csv" else {}
-    data = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=streaming, **options)
-    return Records(data, what)
 
 
 def _load_by_datasets(

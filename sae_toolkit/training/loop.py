@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.errors import RunFailed, UserError, is_out_of_memory, one_line
 from sae_toolkit.files.names import HELD_OUT_METRICS_FILENAME
 from sae_toolkit.model.devices import release_memory
-from sae_toolkit.steps.multi_trainer import MultiTrainer
-from sae_toolkit.steps.target_l0 import NEAR_TARGET
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals
 from sae_toolkit.training.held_out import HeldOutText
+from sae_toolkit.training.outcome import log_outcome
 from sae_toolkit.training.record.panels import of_held_out, panels
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.run import Training
@@ -51,9 +49,8 @@ def fit(training: Training, record: RunRecord, signals: StopSignals) -> Path:
     """
     run = training.run
     with signals.deferred(), _out_of_memory_answered(training):
-        TrainingLoop(training, record, signals).to_the_end()
-        _log_what_was_left_out(training)
-        _log_l0(training.trainer)
+        last_readings = TrainingLoop(training, record, signals).to_the_end()
+        log_outcome(training, last_readings)
         final = training.checkpoints.save_final()
     metadata = {"training": run.metadata(), "resumed_from": run.resume_from and run.resume_from.name}
     metadata |= run.lineage()
@@ -76,39 +73,6 @@ def _out_of_memory_answered(training: Training) -> Iterator[None]:
         ) from None
 
 
-def _log_what_was_left_out(training: Training) -> None:
-    stream = training.stream
-    if stream.max_activation_norms is not None:
-        log.info(
-            "left out %s of %s activations as massive (norm above %s)",
-            f"{stream.n_massive:,}",
-            f"{stream.n_massive + stream.n_kept:,}",
-            " or ".join(f"{norm:.4g}" for norm in stream.max_activation_norms),
-        )
-    if n := training.trainer.n_not_finite:
-        log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
-    if isinstance(stream.source, CachedActivations):
-        log.info(stream.source.describe())
-
-
-def _log_l0(trainers: MultiTrainer) -> None:
-    """Logs the L0 at the end of a run with --target_l0, and warns if it is far from the target."""
-    for name, trainer in trainers.trainers.items():
-        if (control := trainer.l0_control) is None:
-            continue
-        ((weight, value),) = trainer.found_weight.items()
-        log.log(
-            logging.INFO if control.is_near else logging.WARNING,
-            "--target_l0 %g: %sthe running L0 ended at %.1f, and --%s at %.3g%s",
-            control.target,
-            "" if trainers.is_single else f"{name}: ",
-            control.l0,
-            weight,
-            value,
-            "" if control.is_near else f"; not within {NEAR_TARGET:.0%}: train longer, or raise --lr",
-        )
-
-
 class TrainingLoop:
     """Trains a run from its current step to its last step.
 
@@ -128,13 +92,17 @@ class TrainingLoop:
         self._histogram_every = math.ceil(self.cfg.total_training_steps / _N_HISTOGRAMS)
         self._firing_rates = {name: _FiringRates(each) for name, each in self.trainer.trainers.items()}
         self._read_at = 0.0
+        self._readings: Mapping[str, Mapping[str, Any]] = {}
         self._shown: Mapping[str, str] | None = None
         self._held_out = None
         if self.run.recording.eval_every and self.ranks.is_main:
             self._held_out = HeldOutText(self.run, training.activations)
 
-    def to_the_end(self) -> None:
+    def to_the_end(self) -> Mapping[str, Mapping[str, Any]]:
         """Trains until all tokens are used.
+
+        Returns:
+            The readings of the last step, by hook; empty if no step was left.
 
         Raises:
             Stopped: a signal came. A checkpoint is saved, if there was room for it.
@@ -156,6 +124,7 @@ class TrainingLoop:
                 self._step(progress)
             if sparsity := trainer.read_sparsity(final=True):
                 self.record.log(panels(sparsity), step=trainer.n_training_steps)
+        return self._readings
 
     def _step(self, progress: Progress) -> None:
         trainer, checkpoints = self.trainer, self.checkpoints
@@ -167,13 +136,15 @@ class TrainingLoop:
         show, save, signal_number = self.ranks.largest(  # each rank has its own clock and gets its own signals
             time.monotonic() - self._read_at >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, self.signals.received
         )
-        if to_record or show:
-            readings = trainer.read(outputs)
+        is_last = before + self.cfg.train_batch_size_tokens >= self.stream.total
+        to_read = to_record or show or is_last
+        if to_read:
+            self._readings = trainer.read(outputs)
             self._read_at = time.monotonic()
-            self._shown = _shown(readings, self.cfg.sae.d_sae)
+            self._shown = _shown(self._readings, self.cfg.sae.d_sae)
             if to_record:
-                self._record(readings, progress)
-        if to_record or show or self._is_on_cpu:  # on a GPU a check waits for the device
+                self._record(self._readings, progress)
+        if to_read or self._is_on_cpu:  # on a GPU a check waits for the device
             self._check_losses(outputs)
         if (trainer.n_training_steps + 1) % self._histogram_every == 0:
             self._record_firing_rates()

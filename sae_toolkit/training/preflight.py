@@ -52,7 +52,8 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     run.check_memory()
     run.check_disk()
     if run.resume_from is None:
-        warnings = recipe_warnings(run.cfg, run.held_out.fraction, begins_trained=bool(run.initialized_from))
+        begins_trained = bool(run.initialized_from)
+        warnings = recipe_warnings(run.cfg, run.held_out.fraction, run.passes, begins_trained=begins_trained)
         for hook_name, lineage in run.initialized_from.items():
             warnings += lineage_warnings(lineage, run.model.name, hook_name)
         _warn(warnings, settings.strict)

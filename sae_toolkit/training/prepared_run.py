@@ -51,6 +51,7 @@ class PreparedRun:
         held_out: the split that decides which documents are kept for the evaluation.
         held_out_NT: token ids of held-out text to measure on during training, on rank 0; None on the other ranks, and
             if the run does not measure.
+        epochs: how often the run may train on each row.
         positions: the positions that are trained on.
         max_norm_multiple: activations whose norm is more than this many times the median are left out; None leaves
             none out.
@@ -78,6 +79,7 @@ class PreparedRun:
     rows_NT: np.ndarray
     held_out: HeldOutSplit
     held_out_NT: np.ndarray | None
+    epochs: int
     positions: PositionFilter
     max_norm_multiple: float | None
     sae: SAESettings
@@ -104,6 +106,16 @@ class PreparedRun:
     def widths(self) -> list[int]:
         """d_in of each SAE."""
         return [cfg.sae.d_in for cfg in self.cfgs]
+
+    @cached_property
+    def n_positions(self) -> int:
+        """How many positions of the rows are trained on in one pass, before massive activations are left out."""
+        return int(self.positions.keeps_tokens(self.rows_NT).sum())
+
+    @property
+    def passes(self) -> float:
+        """How many passes over the rows the training tokens take, before massive activations are left out."""
+        return self.cfg.training_tokens / self.n_positions
 
     @property
     def products_in_bfloat16(self) -> bool:
@@ -319,8 +331,8 @@ class PreparedRun:
         memory, disk = self.plan_memory(), self.disk_plan()
         disk_items = ", ".join(f"{item} {_size(size)}" for item, size in disk.items())
         hooks = " ".join(self.hook_names)
+        passes = f", for {self.passes:.2g} passes over the text" if self.passes > 1 else ""
         saes = sae.architecture() if len(self.cfgs) == 1 else f"{len(self.cfgs)} x {sae.architecture()}"
-        n_there = int(self.positions.keeps_tokens(self.rows_NT).sum())
         return "\n".join(
             (
                 f"model   {self.model.name}, {hooks}, {dtype_to_str(self.lm_dtype)} on {self.llm_device}",
@@ -334,7 +346,7 @@ class PreparedRun:
                 f" lr {cfg.lr:g}" + self._processes(),
                 f"without {', '.join(left_out) or 'leaving anything out'}",
                 f"into    {self.directory}",
-                f"tokens  {cfg.training_tokens:,} needed, {n_there:,} there;"
+                f"tokens  {cfg.training_tokens:,} needed, {self.n_positions:,} there{passes};"
                 f" {cfg.training_tokens / sae.d_sae:,.3g} for each feature",
                 memory.describe()
                 if details

@@ -67,13 +67,18 @@ class MeasuredActivations:
 
 
 def recipe_warnings(
-    cfg: LanguageModelSAERunnerConfig[Any], held_out_fraction: float, *, begins_trained: bool = False
+    cfg: LanguageModelSAERunnerConfig[Any],
+    held_out_fraction: float,
+    passes: float = 1.0,
+    *,
+    begins_trained: bool = False,
 ) -> list[str]:
     """Returns the warnings that follow from the settings and the shapes.
 
     Args:
         cfg: configuration of the SAE.
-        held_out_fraction: share of the documents that are held out.
+        held_out_fraction: share of the documents that are held out, in [0, 1].
+        passes: how many passes over the text the run makes.
         begins_trained: whether the run begins with the weights of a trained SAE, and need not be long.
     """
     n_steps = cfg.total_training_steps
@@ -83,6 +88,7 @@ def recipe_warnings(
         *_learning_rate(cfg, n_steps, begins_trained=begins_trained),
         _dead_feature_window(cfg, n_steps),
         _nothing_held_out(held_out_fraction),
+        _many_passes(passes),
     ]
     return [warning for warning in found if warning]
 
@@ -146,17 +152,25 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begi
             " of the features ended dead; "
             + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
         )
-    if cfg.lr * root > MOST_TURN_A_STEP:
-        found.append(
-            f"--lr {cfg.lr:g}: one step can turn a feature by {cfg.lr * root:.2g} times its length, which undoes"
-            f" what earlier ones learnt; lower it to about {_round(MOST_TURN_A_STEP / root / 5):g}"
-        )
+    if too_high := too_high_learning_rate(cfg):
+        found.append(too_high)
     if cfg.lr_scheduler_name == "constant" and cfg.lr_decay_steps == 0:
         found.append(
             "--lr_decay_steps 0: the SAE is saved with the noise of its last full steps in it; let the last fifth decay"
             f" ({max(int(_DECAYING_SHARE * n_steps), 1)})"
         )
     return found
+
+
+def too_high_learning_rate(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
+    """Returns the warning of a learning rate with which steps undo one another; None if it is not that high."""
+    root = math.sqrt(cfg.sae.d_in)
+    if cfg.lr * root <= MOST_TURN_A_STEP:
+        return None
+    return (
+        f"--lr {cfg.lr:g}: one step can turn a feature by {cfg.lr * root:.2g} times its length, which undoes what"
+        f" earlier ones learnt; lower it to about {_round(MOST_TURN_A_STEP / root / 5):g}"
+    )
 
 
 def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -> str | None:
@@ -188,6 +202,17 @@ def _nothing_held_out(held_out_fraction: float) -> str | None:
     if held_out_fraction > 0:
         return None
     return "--held_out_fraction 0: no text will be left to evaluate the SAE on, unless you name other data; use 0.1"
+
+
+def _many_passes(passes: float) -> str | None:
+    # Runs of the demo, each with 500,000 tokens of training, on texts of 510,000, 131,000 and 28,000 tokens.
+    if passes <= 1:
+        return None
+    return (
+        f"--epochs {math.ceil(passes)}: {passes:.2g} passes over the text, which the SAE may learn by heart: after 4"
+        " passes it explained 0.866 of the variance there and 0.841 on held-out text, after 18 passes 0.905 and 0.803,"
+        " after one 0.849 and 0.848; judge it by held-out text alone (--eval_every), or use more text"
+    )
 
 
 def _sparsity_weight(cfg: LanguageModelSAERunnerConfig[Any], measured: MeasuredActivations | None) -> str | None:

@@ -100,6 +100,7 @@ class Training:
             ranks=run.ranks,
             widths=run.widths,
             device=cfg.device,
+            epochs=run.epochs,
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the training loop records instead

@@ -128,6 +128,7 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         rows_NT=rows_NT,
         held_out=_held_out_split(settings),
         held_out_NT=held_out_NT,
+        epochs=settings.text.epochs,
         positions=positions,
         max_norm_multiple=settings.text.max_activation_norm_multiple or None,
         sae=settings.sae,
@@ -288,7 +289,9 @@ def _read_text(
         cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
     )
     held_out, held_out_NT = _held_out_split(settings), None
-    rows_NT = collect_training_rows(text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens)
+    rows_NT = collect_training_rows(
+        text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens, epochs=chosen.epochs
+    )
     check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
     if eval_every:
         n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)

@@ -72,6 +72,27 @@ def test_a_pass_serves_each_kept_activation_once(model, rows_NT):
     assert distance.max() < 1e-4
 
 
+def test_each_of_several_passes_serves_each_activation_once_in_an_order_of_its_own(model, rows_NT, caplog):
+    positions = PositionFilter(SPECIAL, 1)
+    keep_NT = torch.from_numpy(positions.keeps_tokens(rows_NT))
+    wanted, row_of = model.activations(torch.from_numpy(rows_NT.astype(np.int64)))[keep_NT], keep_NT.nonzero()[:, 0]
+    n = len(wanted)
+    several = stream(model, rows_NT, total=3 * n, batch_size=1, buffer_size=1, epochs=2)
+    with caplog.at_level("INFO", "sae_toolkit"):
+        served = torch.cat(list(islice(several, 3 * n)))
+    index = torch.cdist(served.double(), wanted.double()).argmin(dim=1)
+    passes = index.reshape(3, n)  # as the buffer holds only the rows of one forward pass
+    assert all(torch.equal(each.sort().values, torch.arange(n)) for each in passes)
+    first_rows = [set(row_of[each[:60]].tolist()) for each in passes]
+    assert first_rows[0] != first_rows[1] != first_rows[2] != first_rows[0]
+    assert several.passes == 3
+    said = [(record.levelname, record.message) for record in caplog.records]
+    assert said == [
+        ("INFO", "the training text is used up; pass 2 over it begins"),
+        ("WARNING", "the training text is used up; pass 3 over it begins, more than --epochs 2"),
+    ]
+
+
 def test_massive_activations_are_measured_once_and_left_out_everywhere(model, rows_NT):
     plain = stream(model, rows_NT)
     unfiltered = torch.cat(list(islice(plain, 20)))

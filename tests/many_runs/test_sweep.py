@@ -7,9 +7,11 @@ import shlex
 import sys
 
 import pytest
+from ray._private.utils import validate_socket_filepath
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.sweep.report import best_first, trials_on_front
+from sae_toolkit.many_runs.sweep.run import ray_directory
 from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
 from support.processes import ROOT, run_process
 
@@ -142,3 +144,14 @@ def test_bad_input_is_one_line(tiny_args, tmp_path, flags, says):
     (error,) = done.error_lines
     assert says in error
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_ray_has_room_for_its_sockets_whatever_the_temporary_directory(variable):
+    """Ray's own check, of the longest name that it gives a socket; a process id has at most seven digits."""
+    for length in (4, 20, 30, 40, 85, 300):
+        usual = "/" + "x" * (length - 1)
+        directory = ray_directory({variable: usual}) or f"{usual}/ray"
+        validate_socket_filepath(f"{directory}/session_2026-11-27_13-43-28_123456_4194304/sockets/plasma_store")
+    assert ray_directory({variable: "/scratch/me"}) is None
+    assert ray_directory({}) is None

@@ -100,6 +100,7 @@ FLAGS = {
     "fallback_dataset": st.sampled_from(["text.txt", "nowhere"]),
     "held_out_fraction": _numbers(0, 0.5, 0.999999),
     "held_out_seed": _integers(0, 1, 7, 2**32),
+    "epochs": _integers(1, 2, 100),
     "context_size": _integers(2, 32, 128, 129),
     "exclude_special_tokens": st.sampled_from(["true", "false", "0,1,2", "-5", "1,,2", str(10**30)]),
     "skip_positions": _integers(0, 2, 31, 63, 64),

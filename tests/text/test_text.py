@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
+from sae_toolkit.text.markup import text_of_html
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, token_rows
 from sae_toolkit.text.sources import HeldOutSplit, open_text
@@ -25,8 +27,12 @@ def wikipedia():
 def write_forms(directory):
     """The same documents as a file or directory of each kind."""
     data = datasets.Dataset.from_dict({"text": TEXTS, "number": list(range(len(TEXTS)))})
-    forms = {suffix: directory / f"data{suffix}" for suffix in (".txt", ".jsonl", ".csv", ".parquet")}
-    forms[".txt"].write_text("\n\n".join(TEXTS))
+    suffixes = (".txt", ".md", ".rst", ".html", ".jsonl", ".csv", ".tsv", ".parquet")
+    forms = {suffix: directory / f"data{suffix}" for suffix in suffixes}
+    for suffix in (".txt", ".md", ".rst"):
+        forms[suffix].write_text("\n\n".join(TEXTS))
+    forms[".html"].write_text("".join(f"<p>{text}</p>" for text in TEXTS))
+    data.to_csv(forms[".tsv"], index=False, sep="\t")
     data.to_json(forms[".jsonl"])
     data.to_csv(forms[".csv"], index=False)
     data.to_parquet(forms[".parquet"])
@@ -37,7 +43,11 @@ def write_forms(directory):
     forms["text_directory"] = directory / "texts"
     forms["text_directory"].mkdir()
     for i, text in enumerate(TEXTS):
-        (forms["text_directory"] / f"{i:02}.txt").write_text(text)
+        suffix = (".txt", ".md", ".rst", ".html")[i % 4]
+        (forms["text_directory"] / f"{i:02}{suffix}").write_text(text)
+    (forms["text_directory"] / "README.md").write_text("---\nlicense: mit\n---\nThe card of a data set.")
+    (forms["text_directory"] / ".git").mkdir()
+    (forms["text_directory"] / ".git" / "hidden.md").write_text("Not text.")
     return forms
 
 
@@ -74,6 +84,37 @@ def test_a_data_set_of_several_configurations_works_as_typed(tmp_path):
         open_text(str(tmp_path), flag="--dataset_path", config="medium")
     with pytest.raises(UserError, match="--dataset_split dev: .* has train, test, validation"):
         open_text(str(tmp_path), flag="--dataset_path", split="dev")
+
+
+def test_a_page_is_read_as_a_browser_shows_it(tmp_path):
+    page = """<html><head><style>p { color: red }</style><script>var hidden = "<p>no</p>"</script></head><body>
+    <!-- hidden --><h1>Rivers &amp; kings</h1><p>A line that
+    goes <b>on</b>, <i>and</i> ends.</p><ul><li>one<li>two</ul><table><tr><th>a</th><td>b</td></tr></table>
+    <pre>def f():\n    return 1</pre>caf\xe9<br>last</body></html>"""
+    shown = (
+        "Rivers & kings\n\nA line that goes on, and ends.\n\none\ntwo\n\na b\n\ndef f():\n    return 1\n\ncaf\xe9\nlast"
+    )
+    assert text_of_html(page.encode()) == shown
+    assert text_of_html(('<meta charset="latin-1">' + page).encode("latin-1")) == shown
+    assert text_of_html(b"<div>" * 3_000 + b"deep").strip() == "deep"
+    (tmp_path / "bad.html").write_bytes(page.encode("latin-1"))
+    with pytest.raises(UserError, match=r"bad.html: 1 of .* cannot be used; the first is record 1: not UTF-8"):
+        open_text(str(tmp_path / "bad.html"), flag="--dataset_path")
+
+
+def test_what_is_no_text_is_answered_with_the_kinds_that_are(tmp_path):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "one.pdf").write_bytes(b"%PDF")
+    for path in (tmp_path / "papers", tmp_path / "papers" / "one.pdf"):
+        with pytest.raises(UserError, match=r"--dataset_path \S+: .* use \.txt, \.md, .*\.parquet$"):
+            open_text(str(path), flag="--dataset_path")
+
+
+def test_a_configuration_is_refused_where_there_is_none(tmp_path):
+    forms = write_forms(tmp_path)
+    for form in (".md", "saved", "saved_splits", "text_directory"):
+        with pytest.raises(UserError, match=r"--dataset_config en: \S+ is a \w+ without configurations; leave"):
+            open_text(str(forms[form]), flag="--dataset_path", config="en")
 
 
 def test_the_text_column_is_found_or_refused(tmp_path):
@@ -161,12 +202,6 @@ def test_tokenized_rows_are_used_as_they_are(tmp_path, tokenizer):
     assert collected.tolist() == expected[: len(collected)]
 
 
-def test_tokenized_rows_that_are_too_short_are_left_out(tokenizer):
-    rows = [[5] * n for n in (20, 10, 30, 19)]
-    found = [(i, row.tolist()) for i, row in token_rows(rows, tokenizer, ContextFormat(20), tokenized=True)]
-    assert found == [(0, [5] * 20), (2, [5] * 20)]
-
-
 def test_a_row_knows_the_document_that_it_ends_in(tokenizer):
     texts = [f"word{i} " * 40 for i in range(5)]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -177,15 +212,26 @@ def test_a_row_knows_the_document_that_it_ends_in(tokenizer):
         assert abs(document - np.searchsorted(ends, n_taken)) <= (min(abs(ends - n_taken)) <= 2)
 
 
-def test_too_little_text_is_said_with_both_numbers(tmp_path, tokenizer):
+def test_too_little_text_is_said_with_both_numbers_and_the_passes_that_would_do(tmp_path, tokenizer):
     file = tmp_path / "small.txt"
     file.write_text("\n\n".join(TEXTS))
-    with pytest.raises(UserError, match=r"too small: \d+ tokens .*--training_tokens asks for 5,000"):
-        collect_training_rows(
+
+    def collect(epochs):
+        return collect_training_rows(
             open_text(str(file), flag="--dataset_path"),
             tokenizer,
             ContextFormat(16),
             PositionFilter((BOS,), 1),
             HeldOutSplit(0.0, 0),
             training_tokens=5_000,
+            epochs=epochs,
         )
+
+    with pytest.raises(UserError, match=r"too small: \d+ tokens .*--training_tokens asks for 5,000; ") as refused:
+        collect(1)
+    enough = int(re.search(r"--epochs (\d+)\)$", str(refused.value))[1])
+    rows = collect(enough)
+    n_positions = int(PositionFilter((BOS,), 1).keeps_tokens(rows).sum())
+    assert (enough - 1) * n_positions < 1.02 * 5_000 <= enough * n_positions
+    with pytest.raises(UserError, match=rf"asks for 5,000 in --epochs 2; .*\(--epochs {enough}\)$"):
+        collect(2)

@@ -16,6 +16,7 @@ from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.stop_signals import hear_stop_signals
 from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.loop import fit
+from sae_toolkit.training.outcome import unhealthy_end
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.run import Training, open_activations
@@ -27,11 +28,11 @@ UNFILTERED = MeasuredActivations(median_norm=142, massive_share=0.99, kept_share
 FILTERED = MeasuredActivations(median_norm=math.sqrt(576), massive_share=0.0, kept_share=1.0)
 
 
-def warnings(*words, d_in=576, measured=FILTERED):
+def warnings(*words, d_in=576, measured=FILTERED, passes=1.0):
     """The flags that are warned of, with the lines."""
     settings = parse_training_flags([str(word) for word in words])
     cfg = build_runner_config(settings, HOOK, d_in=d_in, device="cpu", run_id="run")
-    lines = recipe_warnings(cfg, settings.text.held_out_fraction) + activation_warnings(
+    lines = recipe_warnings(cfg, settings.text.held_out_fraction, passes) + activation_warnings(
         cfg,
         measured,
         finds_weight=settings.sae.target_l0 is not None,
@@ -94,6 +95,35 @@ def test_a_change_for_the_worse_is_warned_of_by_its_flag(words, flag, says):
     found = warnings(preset("demo"), *words)
     assert says in found[flag]
     assert len(found) == 1, found
+
+
+def test_a_text_that_is_read_several_times_is_warned_of():
+    assert warnings(preset("demo"), passes=1.0) == {}
+    found = warnings(preset("demo"), passes=2.6)
+    assert found.keys() == {"epochs"}
+    assert found["epochs"].startswith("--epochs 3: 2.6 passes over the text, which the SAE may learn by heart")
+
+
+def test_an_sae_that_ends_worse_than_the_mean_is_said_with_what_to_lower():
+    def said(lr, explained_variance):
+        settings = parse_training_flags([preset("demo"), "--lr", str(lr)])
+        cfg = build_runner_config(settings, HOOK, d_in=576, device="cpu", run_id="run")
+        return unhealthy_end(cfg, explained_variance, loss=4e15)
+
+    assert "its explained variance is -3e+12 on the last batch (loss 4e+15)" in said(10, -3e12)
+    assert re.search(r"; --lr 10: one step can turn a feature by .*; lower it to about 0.004$", said(10, -3e12))
+    assert "; train longer than --training_tokens 500000, " in said(2e-3, -0.2)
+    assert said(10, 0.1) is None
+
+
+def test_a_run_that_diverges_says_so_at_its_end(script, tiny_run):
+    done = script("sae_lens_train.py", *tiny_run, *SANE, "--lr", 10)
+    assert done.status == 0, done.stderr
+    before, after = done.stderr.split("training: 100.0%")
+    assert "warning --lr 10: one step can turn" in before
+    assert re.search(r"warning the SAE ended unhealthy: its explained variance is -\S+ on .*; --lr 10: ", after)
+    sane = script("sae_lens_train.py", *tiny_run, *SANE)
+    assert "ended unhealthy" not in sane.stderr
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])

@@ -18,6 +18,7 @@ from sae_lens import TrainingSAE
 
 from sae_toolkit import ROOT
 from sae_toolkit.settings.values import Interval
+from sae_toolkit.terminal.stop_signals import TERMINATIONS, Stopped, hear_stop_signals
 from support.processes import HANGS, run_process
 from support.trainings import assert_same, run_flags
 
@@ -54,7 +55,7 @@ def checkpoints(run):
     return sorted((path for path in run.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(trainings, flags, whole, number, record_fault):
     flags = [*flags, "--checkpoint_every", "0"]
 
@@ -74,6 +75,19 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(trainings, flag
     assert_same(whole, trainings.finished_sae())
     assert checkpoints(checkpoint.parent) == []  # they were there to resume from
     record_fault(f"{number.name} while training", 1, "saved, then resumed; every tensor equal", "nothing")
+
+
+@pytest.mark.parametrize("number", TERMINATIONS)
+def test_every_termination_is_heard_and_is_the_processs_own_again_afterwards(number):
+    before = signal.getsignal(number)
+    with hear_stop_signals() as signals:
+        with signals.deferred():
+            signal.raise_signal(number)
+            assert signals.received == number
+        with pytest.raises(Stopped, match=f"stopped by {number.name}") as stopped:
+            signal.raise_signal(number)
+    assert stopped.value.exit_status == 128 + number
+    assert signal.getsignal(number) == before
 
 
 def test_a_signal_before_the_first_step_ends_the_script_with_its_status(flags):

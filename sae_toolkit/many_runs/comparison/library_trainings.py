@@ -127,10 +127,12 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
     if not layer.isdigit():
         raise RunFailed(f"trains on the outputs of layers, and not at {cfg.hook_name}")
     rows_per_batch = -(-cfg.train_batch_size_tokens // cfg.context_size)
-    order = np.random.default_rng((entry.seed, 0)).permutation(len(run.rows_NT))
-    n_rows = min(shared.n_steps * rows_per_batch, len(order))
+    n_rows = shared.n_steps * rows_per_batch
+    n_passes = min(run.epochs, -(-n_rows // len(run.rows_NT)))
+    passes = [np.random.default_rng((entry.seed, n)).permutation(len(run.rows_NT)) for n in range(n_passes)]
+    order = np.concatenate(passes)[:n_rows]
     rows_file, job_file = entry.directory / "rows.npy", entry.directory / "job.json"
-    np.save(rows_file, run.rows_NT[order[:n_rows]])
+    np.save(rows_file, run.rows_NT[order])
     job = _sparsify_job(entry, shared, f"layers.{layer}", rows_file, rows_per_batch)
     job_file.write_text(json.dumps(job, indent=1))
 

@@ -13,13 +13,15 @@ import torch
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.command_line import parse_training_flags
-from sae_toolkit.settings.training import TrainingSettings
+from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 
 _SETTINGS_FILENAME = "settings.json"
+# Flags that older comparisons do not record.
+_DEFAULTS_OF_LATER = {name: each.default for name, each in TRAINING_FLAGS.items() if each.is_later}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
     file = directory / _SETTINGS_FILENAME
     try:
         before = json.loads(file.read_text()) if file.exists() else flags
-        changed = sorted(name for name in flags if flags[name] != before.get(name))
+        changed = sorted(name for name in flags if flags[name] != before.get(name, _DEFAULTS_OF_LATER.get(name)))
     except (OSError, ValueError, AttributeError):
         raise UserError(
             f"--comparison_dir {directory}: {_SETTINGS_FILENAME} is damaged; name another directory"

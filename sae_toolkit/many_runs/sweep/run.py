@@ -23,8 +23,13 @@ from sae_toolkit.many_runs.directories import read_result
 from sae_toolkit.many_runs.sweep.trials import Trial
 from sae_toolkit.many_runs.sweep.worker import SweepTrial
 from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.terminal.stop_signals import TERMINATIONS
 
 log = logging.getLogger(__name__)
+
+# The path of a socket has at most 107 bytes, 103 on macOS. This is what Ray adds to the path of its directory.
+_LONGEST_SOCKET, _SOCKET_OF_RAY = 103, "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.10"
+_SHORT_TEMPORARY_DIRECTORY = "/tmp"
 
 _MAX_FAILURES = 3  # of a trial; after each, another attempt continues from its last checkpoint
 _SECONDS_BETWEEN_LINES = 20.0
@@ -39,7 +44,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         address: address of the cluster, `auto` or host:port; None for this machine alone.
 
     Raises:
-        UserError: the cluster cannot be reached.
+        UserError: the cluster cannot be reached, or Ray cannot be started on this machine.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -53,12 +58,18 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+            _temp_dir=ray_directory(os.environ) if address is None else None,
         )
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"--address {address}: the cluster needs the token of its head (~/.ray/auth_token): set RAY_AUTH_MODE=token"
         ) from None
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if address is None:
+            raise UserError(
+                f"Ray cannot be started on this machine: {one_line(error)}; its files are in TMPDIR, and RAY_TMPDIR"
+                " can name another directory"
+            ) from None
         raise UserError(f"--address {address}: no Ray cluster can be reached there: {one_line(error)}") from None
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # `_TrialLog` reports failures
     with _termination_as_interrupt():
@@ -68,12 +79,35 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
+def ray_directory(environment: Mapping[str, str]) -> str | None:
+    """Returns the directory for Ray's own files if its usual one is too long for the sockets in it, and otherwise None.
+
+    Temporary directories of schedulers and of macOS often are too long.
+
+    Args:
+        environment: the variables of the environment. RAY_TMPDIR or TMPDIR names the usual directory.
+
+    Raises:
+        UserError: no other directory can be written to.
+    """
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if environment.get(name)), None)
+    if variable is None or len(os.fsencode(f"{environment[variable]}/ray{_SOCKET_OF_RAY}")) <= _LONGEST_SOCKET:
+        return None
+    if not os.access(_SHORT_TEMPORARY_DIRECTORY, os.W_OK):
+        raise UserError(
+            f"{variable} {environment[variable]}: too long for the sockets of Ray, and {_SHORT_TEMPORARY_DIRECTORY}"
+            " cannot be written to; set RAY_TMPDIR to a directory with a path of at most 30 characters"
+        )
+    log.info("%s is too long for the sockets of Ray, which are in %s", variable, f"{_SHORT_TEMPORARY_DIRECTORY}/ray")
+    return f"{_SHORT_TEMPORARY_DIRECTORY}/ray"
+
+
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Turns SIGTERM and SIGHUP into SIGINT (Ctrl-C), for which Ray Tune stops its trials."""
+    """Turns SIGTERM and the like into SIGINT (Ctrl-C), for which Ray Tune stops its trials."""
     previous = {
         number: signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in TERMINATIONS
         if signal.getsignal(number) != signal.SIG_IGN  # `nohup` ignores SIGHUP
     }
     try:

@@ -1,0 +1,86 @@
+"""What a run says at its end: what it left out, whether it reached its L0, and whether the SAE has learnt anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sae_lens import LanguageModelSAERunnerConfig
+
+from sae_toolkit.activations.cache import CachedActivations
+from sae_toolkit.steps.multi_trainer import MultiTrainer
+from sae_toolkit.steps.target_l0 import NEAR_TARGET
+from sae_toolkit.training.recipe_warnings import too_high_learning_rate
+from sae_toolkit.training.run import Training
+
+log = logging.getLogger(__name__)
+
+
+def log_outcome(training: Training, readings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Logs the outcome of a run before its SAEs are saved. A problem is a warning.
+
+    Args:
+        training: the run.
+        readings: the readings of the last step, by hook.
+    """
+    _log_what_was_left_out(training)
+    _log_l0(training.trainer)
+    for cfg in training.run.cfgs:
+        if reading := readings.get(cfg.hook_name):
+            where = "" if training.trainer.is_single else f"at {cfg.hook_name}: "
+            if said := unhealthy_end(cfg, reading["metrics/explained_variance"], reading["losses/overall_loss"]):
+                log.warning("warning %s%s", where, said)
+
+
+def unhealthy_end(cfg: LanguageModelSAERunnerConfig[Any], explained_variance: float, loss: float) -> str | None:
+    """Returns a line about an SAE that explains nothing at the end of its training; None if it explains something.
+
+    Args:
+        cfg: configuration of the run.
+        explained_variance: on the last batch, at most 1. Below 0 the SAE is worse than the mean of the activations.
+        loss: the loss of the last batch.
+    """
+    if explained_variance >= 0:
+        return None
+    because = too_high_learning_rate(cfg) or (
+        f"train longer than --training_tokens {cfg.training_tokens}, or change what the warnings before the first step"
+        " name"
+    )
+    return (
+        f"the SAE ended unhealthy: its explained variance is {explained_variance:.3g} on the last batch (loss"
+        f" {loss:.3g}), worse than that of the mean activation; {because}"
+    )
+
+
+def _log_what_was_left_out(training: Training) -> None:
+    stream = training.stream
+    if stream.max_activation_norms is not None:
+        log.info(
+            "left out %s of %s activations as massive (norm above %s)",
+            f"{stream.n_massive:,}",
+            f"{stream.n_massive + stream.n_kept:,}",
+            " or ".join(f"{norm:.4g}" for norm in stream.max_activation_norms),
+        )
+    if n := training.trainer.n_not_finite:
+        log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
+    if isinstance(stream.source, CachedActivations):
+        log.info(stream.source.describe())
+
+
+def _log_l0(trainers: MultiTrainer) -> None:
+    """Logs the L0 at the end of a run with --target_l0, and warns if it is far from the target."""
+    for name, trainer in trainers.trainers.items():
+        if (control := trainer.l0_control) is None:
+            continue
+        ((weight, value),) = trainer.found_weight.items()
+        log.log(
+            logging.INFO if control.is_near else logging.WARNING,
+            "--target_l0 %g: %sthe running L0 ended at %.1f, and --%s at %.3g%s",
+            control.target,
+            "" if trainers.is_single else f"{name}: ",
+            control.l0,
+            weight,
+            value,
+            "" if control.is_near else f"; not within {NEAR_TARGET:.0%}: train longer, or raise --lr",
+        )
