@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def _read_message(message: Any) -> tuple[str, str] | Bad:
     if known is None:
         return Bad(f"has the role {role!r:.40}, which is none of system, user and assistant")
     for name in _BESIDE_THE_TEXT:
-        if (value := message.get(name)) is not None and len(value):
+        if (value := message.get(name)) is not None and not (isinstance(value, Sized) and len(value) == 0):
             return Bad(f"holds {name}, which is no text")
     if isinstance(content, list | tuple | np.ndarray):
         if not all(_is_text_part(part) for part in content):

@@ -112,6 +112,7 @@ def _token_ids(
     Args:
         unmarked: token ids that are never marked. SAELens compares them with the first token of a document.
     """
+    never = torch.tensor([token for token in unmarked if token is not None], dtype=torch.long)
     documents = iter(documents)
     while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
         spans = [document.assistant_spans if isinstance(document, Conversation) else () for document in batch]
@@ -125,10 +126,7 @@ def _token_ids(
             tokens_T = torch.tensor(ids)
             if spans[i]:
                 said_T = torch.from_numpy(_in_spans(np.array(encoded["offset_mapping"][i]), spans[i]))
-                said_T &= ~torch.isin(
-                    tokens_T, torch.tensor([token for token in unmarked if token is not None], dtype=torch.long)
-                )
-                tokens_T += _ASSISTANT * said_T
+                tokens_T += _ASSISTANT * (said_T & ~torch.isin(tokens_T, never))
             yield tokens_T
 
 
