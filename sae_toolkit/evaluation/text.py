@@ -165,7 +165,8 @@ def collect_rows(
             conversations and the tokenizer has no chat template, or none where --chat_tokens asks for some.
     """
     source = by_chat_template(text.source, tokenizer, text.chat_tokens, flag="--dataset", model_name=model.name)
-    log.info("%s: %s", source.name, source.described(with_sample=True))
+    if source.sample:
+        log.info("%s: %s", source.name, source.described(with_sample=True))
     usable = text.context.context_size - text.skip_positions
     n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
     n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)

@@ -32,8 +32,7 @@ class PositionFilter:
     chat_tokens: Literal["all", "assistant"] | None = None
 
     def keeps_tokens(self, tokens_BT: np.ndarray, assistant_BT: np.ndarray | None = None) -> np.ndarray:
-        """Returns [B, T] booleans that are False at special tokens, skipped positions, and what others than the
-        assistant say if that is left out.
+        """Returns [B, T] booleans that are False at special tokens, at skipped positions, and where `keeps_speaker` is.
 
         Args:
             tokens_BT: [B, T] token ids.

@@ -271,7 +271,8 @@ def _read_text(
         cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
     )
     text = by_chat_template(text, tokenizer, chosen.chat_tokens, flag="--dataset_path", model_name=model.name)
-    log.info("%s: %s", text.name, text.described(with_sample=True))
+    if text.sample:
+        log.info("%s: %s", text.name, text.described(with_sample=True))
     held_out, positions = _held_out_split(settings), _positions(chosen, text, tokenizer)
     marked_NT = collect_training_rows(
         text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens
