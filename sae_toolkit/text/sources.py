@@ -75,7 +75,7 @@ class TextSource:
     sample: str = ""
 
     def described(self, *, with_sample: bool = False) -> str:
-        """Returns a phrase that says which column is read and how; with the sample, also how its first document begins."""
+        """Returns a phrase that says which column is read and how, and with the sample, how its documents begin."""
         how = ", by the chat template" if self.is_chat else ", as token ids" if self.tokenized else ""
         if self.joined_by:
             how = f", lists joined by {'line breaks' if self.joined_by == chr(10) else 'spaces'}"
