@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -103,9 +103,10 @@ def choose_column(name: str, flag: str, column: str | None, rows: Sequence[Row])
     for chosen in _TOKEN_COLUMNS:
         if kinds.get(chosen) == "tokens":
             return _described(chosen, "tokens", rows)
-    if kinds.get("text") == "text":
-        return _described("text", "text", rows)
     readable = [c for c in names if kinds.get(c) in ("text", "texts") and _reads_as_text(_strings(c, rows))]
+    if kinds.get("text") == "text" and not (readable and _no_text(_strings("text", rows))):
+        _warn_of_no_text(f"{flag} {name}", "text", rows)
+        return _described("text", "text", rows)
     known = [c for c in _TEXT_COLUMNS if c in readable]
     if not readable:
         raise UserError(
@@ -124,17 +125,14 @@ def _named_column(name: str, column: str, rows: Sequence[Row], names: list[str])
     kind = _kind(column, rows)
     if kind is None:
         found = type(values[0]).__name__ if values else "null"
-        fields = (
-            [f"{column}.{field}" for field, inner in values[0].items() if isinstance(inner, str)]
-            if (values and isinstance(values[0], dict))
-            else []
-        )
+        inner = values[0].items() if values and isinstance(values[0], dict) else ()
+        fields = [f"{column}.{field}" for field, value in inner if isinstance(value, str)]
         instead = f"name a field of it, such as {fields[0]}" if fields else "use another"
         raise UserError(
             f"--text_column {column}: in {name} it holds {found}, neither text, conversations nor token ids; {instead}"
         )
-    if kind == "text" and (what := _no_text(_strings(column, rows))):
-        log.warning("--text_column %s: in %s it seems to hold %s, which is hardly text", column, name, what)
+    if kind == "text":
+        _warn_of_no_text(f"--text_column {column}, {name}", column, rows)
     return _described(column, kind, rows)
 
 
@@ -148,8 +146,13 @@ def _described(column: str, kind: Kind, rows: Sequence[Row]) -> Column:
     if kind == "tokens":
         row_length = len(values[0])
     found = Column(column, kind, joined_by, row_length=row_length)
-    first = found.document(rows[next(i for i, row in enumerate(rows) if _kind_of(value_at(row, column)) == kind)])
-    return Column(column, kind, joined_by, _sample(first), row_length)
+    samples = (_sample(found.document(row)) for row in rows if _kind_of(value_at(row, column)) == kind)
+    return replace(found, sample=next(filter(None, samples), ""))
+
+
+def _warn_of_no_text(where: str, column: str, rows: Sequence[Row]) -> None:
+    if what := _no_text(_strings(column, rows)):
+        log.warning("%s: its column %s seems to hold %s, which is hardly text", where, column, what)
 
 
 def _sample(document: Document | Bad) -> str:

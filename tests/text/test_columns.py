@@ -47,6 +47,8 @@ def table(**columns):
         (table(text=SENTENCES, input_ids=[[5, 6, 7]] * 5), "input_ids"),
         (table(title=SENTENCES, text=["a b"] * 5), "text"),
         (table(title=SENTENCES, content=SENTENCES), "content"),
+        (table(text=IDS, comment=SENTENCES), "comment"),
+        (table(text=IDS, n=[1] * 5), "text"),
         (table(sha=[f"{i:040x}" for i in range(5)], abstract=SENTENCES), "abstract"),
         (table(date=["2024-01-02 10:00:00"] * 5, url=[f"https://a.org/{i}" for i in IDS], note=SENTENCES), "note"),
         (table(file=[f"notes of day {i}.txt" for i in range(5)], path=["/data/a b/c.md"] * 5, said=SENTENCES), "said"),
@@ -83,8 +85,7 @@ def test_a_column_that_is_named_is_read_and_what_is_hardly_text_is_warned_of(tmp
         id=IDS, text=SENTENCES, translation=[{"en": s, "de": s.upper()} for s in SENTENCES], words=[["a", "b"]] * 5
     )
     assert list(column_of(tmp_path, rows, "id").documents()) == IDS
-    assert "--text_column id: in " in caplog.text
-    assert "it seems to hold ids or hashes, which is hardly text" in caplog.text
+    assert "its column id seems to hold ids or hashes, which is hardly text" in caplog.text
     caplog.clear()
     assert list(column_of(tmp_path, rows, "translation.de").documents()) == [s.upper() for s in SENTENCES]
     assert list(column_of(tmp_path, rows, "words").documents()) == ["a b"] * 5
