@@ -108,7 +108,7 @@ def named(theirs: dict[str, Any], dead: float | None = None) -> dict[str, float]
 def without_massive(acts_BND: torch.Tensor, prepared: Any) -> torch.Tensor:
     """Returns the batches without the positions that the SAE was not trained on, all cut to the shortest batch."""
     positions = prepared.saes[0].positions
-    kept_BN = torch.from_numpy(positions.keeps_tokens(prepared.rows_NT)).view(acts_BND.shape[:2])
+    kept_BN = torch.from_numpy(positions.keeps_tokens(prepared.rows_NT, prepared.assistant_NT)).view(acts_BND.shape[:2])
     kept_BN &= positions.keeps_norms(acts_BND)
     n = int(kept_BN.sum(1).min())
     return torch.stack([acts[kept][:n] for acts, kept in zip(acts_BND, kept_BN, strict=True)])

@@ -87,6 +87,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     LlamaForCausalLM(config).save_pretrained(directory / "my_model")
     tokenizer.save_pretrained(directory / "my_model")
     paragraphs = text_file.read_text().split("\n\n")
+    chats = [[{"role": r, "content": f"{text} {r}"} for r in ("user", "assistant")] for text in paragraphs]
+    (directory / "my_chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     (directory / "my_text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
 
     flags = "@presets/demo.args --checkpoint_path runs --wandb_mode disabled --n_checkpoints 1".split()

@@ -44,6 +44,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         source: the language model, or a cache in front of it.
         rows_NT: token ids, the same on all ranks.
         positions: which positions are kept.
+        assistant_NT: booleans, True where the assistant speaks; None if `positions` need not know it.
         batch_size: how many activations a batch has, on all ranks together.
         buffer_size: how many activations are mixed at a time, on all ranks together.
         mix_fraction: share of the buffer that is kept back and mixed with the activations that come next, in [0, 1].
@@ -65,6 +66,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         source: ActivationSource,
         rows_NT: np.ndarray,
         positions: PositionFilter,
+        assistant_NT: np.ndarray | None = None,
         *,
         batch_size: int,
         buffer_size: int,
@@ -87,6 +89,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         self._next: tuple[tuple[int, int], Future[tuple[int, torch.Tensor]]] | None = None
         self.rows_NT = rows_NT
         self.positions = positions
+        self.assistant_NT = assistant_NT
         self.max_activation_norms: list[float] | None = None  # at each hook
         self.median_norms: list[float] | None = None  # at each hook, massive activations included
         self.total = total
@@ -169,7 +172,8 @@ class ActivationStream(Iterator[torch.Tensor]):
         """Returns the activations [N, D] of the given rows at the positions that are kept."""
         tokens_BT = self.rows_NT[picked].astype(np.int64)
         acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
-        kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT).ravel().nonzero()[0])
+        assistant_BT = None if self.assistant_NT is None else self.assistant_NT[picked]
+        kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT, assistant_BT).ravel().nonzero()[0])
         return acts_BTD.flatten(0, 1)[on_device(kept, acts_BTD.device)].to(
             self.device, non_blocking=self.device.type == "cuda"
         )

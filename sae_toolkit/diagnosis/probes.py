@@ -112,7 +112,7 @@ def _activations(
     """Yields (hook, activations [N, D] in float64 on the CPU) for each hook that has the SAE's width."""
     n_rows = min(len(prepared.rows_NT), max(_TOKENS // prepared.rows_NT.shape[1], 1))
     rows_NT = prepared.rows_NT[:n_rows].astype(np.int64)
-    keep_N = torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT).ravel())
+    keep_N = torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT, prepared.assistant_at(slice(n_rows))).ravel())
     for name in names:
         try:
             at_hook = LanguageModel(model.model, name)

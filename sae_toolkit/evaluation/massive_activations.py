@@ -65,7 +65,7 @@ def may_hold_massive_first_position(prepared: PreparedEvaluation, evaluated: Eva
     return (
         prepared.protocol == "health"
         and sources.get("skip_positions") == sources.get("max_activation_norm") == "default"
-        and bool(evaluated.positions.keeps_tokens(prepared.rows_NT[:, :1]).any())
+        and bool(evaluated.positions.keeps_tokens(prepared.rows_NT, prepared.assistant_NT)[:, 0].any())
     )
 
 
@@ -96,15 +96,21 @@ def measure_norm_limits(prepared: PreparedEvaluation, model: LanguageModel, *, b
     ):
         norms = [model.activations(rows).float().norm(dim=-1) for rows in torch.from_numpy(rows_NT).split(batch_size)]
     norms_NT = torch.cat(norms).cpu()
-    return replace(prepared, saes=tuple(_with_limit(each, rows_NT, norms_NT, model) for each in prepared.saes))
+    assistant_NT = prepared.assistant_at(slice(len(rows_NT)))
+    limited = (_with_limit(each, rows_NT, assistant_NT, norms_NT, model) for each in prepared.saes)
+    return replace(prepared, saes=tuple(limited))
 
 
 def _with_limit(
-    evaluated: EvaluatedSAE, rows_NT: np.ndarray, norms_NT: torch.Tensor, model: LanguageModel
+    evaluated: EvaluatedSAE,
+    rows_NT: np.ndarray,
+    assistant_NT: np.ndarray | None,
+    norms_NT: torch.Tensor,
+    model: LanguageModel,
 ) -> EvaluatedSAE:
     if evaluated.max_norm_multiple is None:
         return evaluated
-    norms_N = norms_NT[torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT))]
+    norms_N = norms_NT[torch.from_numpy(evaluated.positions.keeps_tokens(rows_NT, assistant_NT))]
     flag = f"--max_activation_norm_multiple {evaluated.max_norm_multiple:g}"
     if len(norms_N) == 0:
         raise UserError(f"{flag}: no token is left to measure the median norm on; lower --skip_positions")

@@ -98,11 +98,13 @@ class Measurement:
             The activations [B, T, D], with reconstructions in place of those that the SAE replaces; and booleans
             [B, T], True at the positions that are scored.
         """
-        replaced_BT, scored_BT = self._positions(tokens_BT, acts_BTD)
+        assistant_BT = self.prepared.assistant_at(slice(first_row, first_row + len(tokens_BT)))
+        replaced_BT, scored_BT = self._positions(tokens_BT, assistant_BT, acts_BTD)
         if not with_reconstruction:
             replaced_BT = scored_BT
         else:
             not_special_BT = torch.from_numpy(~np.isin(tokens_BT, self.prepared.special_token_ids))
+            not_special_BT &= torch.from_numpy(self.evaluated.positions.keeps_speaker(tokens_BT, assistant_BT))
             self.n_not_special += int(not_special_BT.sum())
             self.n_replaced += int((not_special_BT & replaced_BT.cpu()).sum())
         sae = self.evaluated.sae
@@ -126,13 +128,15 @@ class Measurement:
         replaced_BTD[replaced_BT] = recons_ND.to(acts_BTD)
         return replaced_BTD, scored_BT
 
-    def _positions(self, tokens_BT: np.ndarray, acts_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _positions(
+        self, tokens_BT: np.ndarray, assistant_BT: np.ndarray | None, acts_BTD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns two [B, T] of booleans: where the SAE replaces the activations, and which positions are scored."""
         if self.prepared.protocol == "saebench":
             scored_BT = torch.from_numpy(~np.isin(tokens_BT, self.prepared.unscored_token_ids)).to(acts_BTD.device)
             return torch.ones_like(scored_BT), scored_BT
         positions = self.evaluated.positions
-        kept_BT = torch.from_numpy(positions.keeps_tokens(tokens_BT)).to(acts_BTD.device)
+        kept_BT = torch.from_numpy(positions.keeps_tokens(tokens_BT, assistant_BT)).to(acts_BTD.device)
         kept_BT &= positions.keeps_norms(acts_BTD)
         return kept_BT, kept_BT
 

@@ -40,6 +40,7 @@ class PreparedEvaluation:
     """An evaluation that is ready to start: SAEs at one hook of one model, and the rows to measure all of them on.
 
     Losses are measured on the first `n_loss_rows` rows, reconstruction on the first `n_sae_rows`, firings on all.
+    `assistant_NT` is True where the assistant speaks, if only what it says is measured on; otherwise it is None.
     """
 
     saes: tuple[EvaluatedSAE, ...]
@@ -52,6 +53,7 @@ class PreparedEvaluation:
     held_out: HeldOutSplit | None
     context: ContextFormat
     rows_NT: np.ndarray
+    assistant_NT: np.ndarray | None
     unit_N: np.ndarray  # number of the independent unit of text that each row belongs to
     units: str  # what the units are: documents or sequences
     n_loss_rows: int
@@ -61,3 +63,7 @@ class PreparedEvaluation:
     features: tuple[int, ...]
     n_features: int
     seed: int
+
+    def assistant_at(self, rows: slice) -> np.ndarray | None:
+        """Returns `assistant_NT` of some of the rows."""
+        return None if self.assistant_NT is None else self.assistant_NT[rows]

@@ -85,10 +85,10 @@ def prepare_evaluations(
         with _of_the_sae(file, unless=next((flag for flag in of_context if flag is not None), None)):
             text = with_context(source, held_out, sae.cfg.metadata, text_settings, model)
         group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text, []))
-        sources = _sources(sae.cfg.metadata, sae_settings, text_settings)
+        sources = _sources(sae.cfg.metadata, sae_settings, text_settings, is_chat=source.is_chat)
         multiple = text_settings.max_activation_norm_multiple
         limit = sae.cfg.metadata.max_activation_norm if multiple is None else None
-        positions = PositionFilter((), text.skip_positions, limit)
+        positions = PositionFilter((), text.skip_positions, limit, text.chat_tokens)
         group.members.append(EvaluatedSAE(file, sae, positions, multiple or None, sources))
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
@@ -111,12 +111,17 @@ def _find_model(
 
 
 def _sources(
-    metadata: SAEMetadata, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings
+    metadata: SAEMetadata,
+    sae_settings: EvaluatedSAESettings,
+    text_settings: EvaluationTextSettings,
+    *,
+    is_chat: bool,
 ) -> dict[str, str]:
     """Returns where the hook and the positions of an SAE come from, as `EvaluatedSAE.sources`."""
     record = "--like" if sae_settings.like else "record"
     has_hook_flag = sae_settings.hook_name is not None or sae_settings.layer is not None
     given = {
+        **({"chat_tokens": ("chat_tokens", text_settings.chat_tokens is not None)} if is_chat else {}),
         "hook_name": ("hook_name", has_hook_flag),
         "exclude_special_tokens": ("exclude_special_tokens", text_settings.exclude_special_tokens is not None),
         "skip_positions": ("seqpos_slice", text_settings.skip_positions is not None),
@@ -232,7 +237,7 @@ def _why_apart(groups: dict[_GroupKey, _Group]) -> str:
         for name, values in (
             ("models", {key[0] for key in groups}),
             ("hooks", {key[1] for key in groups}),
-            ("texts, held-out splits or contexts", {key[2] for key in groups}),
+            ("texts, held-out splits, contexts or chat tokens", {key[2] for key in groups}),
         )
         if len(values) > 1
     ]
@@ -247,14 +252,17 @@ def _prepare_group(
     group: _Group, text_settings: EvaluationTextSettings, measurements: MeasurementSettings, device: str
 ) -> PreparedEvaluation:
     tokenizer = load_tokenizer(group.model)
-    rows_NT, document_N, n_loss_rows, n_sae_rows = collect_rows(group.text, tokenizer, text_settings, group.model)
+    rows_NT, assistant_NT, document_N, n_loss_rows, n_sae_rows = collect_rows(
+        group.text, group.members[0].positions, tokenizer, text_settings, group.model
+    )
     if measurements.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of SAEBench's passes read the same rows
     n_documents = len(np.unique(document_N[:n_loss_rows]))
     by_document = n_documents >= LEAST_DOCUMENTS and not group.text.source.tokenized
     return PreparedEvaluation(
         saes=tuple(
-            _with_special_tokens(member, tokenizer, text_settings.exclude_special_tokens) for member in group.members
+            _with_special_tokens(member, tokenizer, group.text.source.is_chat, text_settings.exclude_special_tokens)
+            for member in group.members
         ),
         protocol=measurements.protocol,
         device=device,
@@ -265,11 +273,12 @@ def _prepare_group(
         held_out=group.text.held_out,
         context=group.text.context,
         rows_NT=rows_NT,
+        assistant_NT=assistant_NT,
         unit_N=document_N if by_document else np.arange(len(rows_NT)),
         units="documents" if by_document else "sequences",
         n_loss_rows=n_loss_rows,
         n_sae_rows=n_sae_rows,
-        special_token_ids=special_tokens(True, tokenizer),
+        special_token_ids=special_tokens(True, tokenizer, is_chat=group.text.source.is_chat),
         unscored_token_ids=tuple(
             {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None}
         ),
@@ -280,18 +289,18 @@ def _prepare_group(
 
 
 def _with_special_tokens(
-    evaluated: EvaluatedSAE, tokenizer: PreTrainedTokenizerBase, exclude: bool | list[int] | None
+    evaluated: EvaluatedSAE, tokenizer: PreTrainedTokenizerBase, is_chat: bool, exclude: bool | list[int] | None
 ) -> EvaluatedSAE:
     """Returns an SAE whose positions leave out special tokens.
 
     Args:
+        is_chat: whether the text holds conversations.
         exclude: which, as --exclude_special_tokens says; None for those that the SAE's training left out.
     """
     if exclude is None:
         exclude = evaluated.sae.cfg.metadata.get("exclude_special_tokens", False)
-    return replace(
-        evaluated, positions=replace(evaluated.positions, special_token_ids=special_tokens(exclude, tokenizer))
-    )
+    special_token_ids = special_tokens(exclude, tokenizer, is_chat=is_chat)
+    return replace(evaluated, positions=replace(evaluated.positions, special_token_ids=special_token_ids))
 
 
 def _hook_name(sae: SAE[Any], layer: int | None) -> str:

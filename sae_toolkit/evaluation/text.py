@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sae_lens.saes.sae import SAEMetadata
@@ -16,7 +16,9 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.loading import ModelSource, check_token_ids
 from sae_toolkit.settings.evaluation import EvaluationTextSettings
-from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
+from sae_toolkit.text.chat import by_chat_template
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, split_marks
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
 
 log = logging.getLogger(__name__)
@@ -34,12 +36,13 @@ class EvaluationText:
     held_out: HeldOutSplit | None
     context: ContextFormat
     skip_positions: int
+    chat_tokens: Literal["all", "assistant"] | None  # None if the text holds no conversations
 
     @property
     def key(self) -> tuple[Any, ...]:
         """A key that is equal for SAEs that can be evaluated on the same rows."""
         source = self.source
-        return source.name, source.config, source.split, source.column, self.held_out, self.context
+        return source.name, source.config, source.split, source.column, self.held_out, self.context, self.chat_tokens
 
 
 def open_text_of(
@@ -123,21 +126,47 @@ def with_context(
             f"--context_length {context.context_size}: leaves no next token to predict after the {skip_positions}"
             f" positions that the SAE skips; give at least {skip_positions + 2}"
         )
-    return EvaluationText(source, held_out, context, skip_positions)
+    return EvaluationText(source, held_out, context, skip_positions, _chat_tokens(source, metadata, text_settings))
+
+
+def _chat_tokens(
+    source: TextSource, metadata: SAEMetadata, text_settings: EvaluationTextSettings
+) -> Literal["all", "assistant"] | None:
+    """Returns which tokens of conversations to measure on; None for a text without any, unless a flag asks for them."""
+    if source.is_chat:
+        return text_settings.chat_tokens or metadata.chat_tokens or "all"
+    if text_settings.chat_tokens == "assistant":
+        return "assistant"  # which is refused when the text is read
+    if metadata.chat_tokens == "assistant" and text_settings.chat_tokens is None:
+        log.warning(
+            "%s: holds no conversations, and the SAE was trained only on what the assistant says in some; measuring on"
+            " all of this text",
+            source.name,
+        )
+    return None
 
 
 def collect_rows(
-    text: EvaluationText, tokenizer: PreTrainedTokenizerBase, settings: EvaluationTextSettings, model: ModelSource
-) -> tuple[np.ndarray, np.ndarray, int, int]:
+    text: EvaluationText,
+    positions: PositionFilter,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationTextSettings,
+    model: ModelSource,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, int, int]:
     """Tokenizes the text.
 
     Returns:
-        Token ids, [N, T], the number of the document that each row is from, [N], and the numbers of rows for losses and
-        for reconstruction.
+        Token ids, [N, T]; booleans [N, T], True where the assistant speaks, or None if `positions` need not know it;
+        the number of the document that each row is from, [N]; and the numbers of rows for losses and for
+        reconstruction.
 
     Raises:
-        UserError: the text cannot be read, is too short, or has tokens that the model does not have.
+        UserError: the text cannot be read, is too short, or has tokens that the model does not have; or it holds
+            conversations and the tokenizer has no chat template, or none where --chat_tokens asks for some.
     """
+    source = by_chat_template(text.source, tokenizer, text.chat_tokens, flag="--dataset", model_name=model.name)
+    if source.sample:
+        log.info("%s: %s", source.name, source.described(with_sample=True))
     usable = text.context.context_size - text.skip_positions
     n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
     n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)
@@ -145,8 +174,8 @@ def collect_rows(
     with out_of_memory_answered(
         f"--dataset {text.source.name}: reading it", "lower --num_samples or --dead_tokens, or free memory"
     ):
-        rows_NT, document_N = collect_evaluation_rows(
-            text.source,
+        marked_NT, document_N = collect_evaluation_rows(
+            source,
             tokenizer,
             text.context,
             text.held_out,
@@ -154,11 +183,12 @@ def collect_rows(
             n_more_rows=max(0, n_dead_rows - n_sae_rows),
             seed=settings.seed,
         )
+    rows_NT, assistant_NT = split_marks(marked_NT, positions)
     if len(rows_NT) < max(n_sae_rows, n_dead_rows):
         log.warning("%s: there are only %s tokens to evaluate on", text.source.name, f"{rows_NT.size:,}")
     check_token_ids(rows_NT, model, f"--dataset {text.source.name}")
     log.debug("%d contexts of %d tokens", *rows_NT.shape)
-    return rows_NT, document_N, min(n_loss_rows, len(rows_NT)), min(n_sae_rows, len(rows_NT))
+    return rows_NT, assistant_NT, document_N, min(n_loss_rows, len(rows_NT)), min(n_sae_rows, len(rows_NT))
 
 
 def _same_data(name: str, other: str | None) -> bool:

@@ -42,6 +42,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
         "dataset": prepared.text.name,
         "dataset_config": prepared.text.config,
         "dataset_split": prepared.text.split,
+        "text": prepared.text.described(),
         "fallback_from": prepared.text.fallback_from,
         "held_out": prepared.held_out and asdict(prepared.held_out),
         "context_length": prepared.context.context_size,

@@ -30,10 +30,10 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16")
 # The types of the metadata's fields.
 _METADATA_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model_name", "hook_name", "dataset_path", "dataset_config", "dataset_split"), (str,)),
-    **dict.fromkeys(("text_column", "fallback_from"), (str,)),
+    **dict.fromkeys(("text_column", "fallback_from", "chat_tokens"), (str,)),
     **dict.fromkeys(("context_size", "held_out_seed"), (int,)),
     **dict.fromkeys(("max_activation_norm", "held_out_fraction"), (int, float)),
-    **dict.fromkeys(("prepend_bos", "disable_concat_sequences"), (bool,)),
+    **dict.fromkeys(("prepend_bos", "disable_concat_sequences", "use_chat_formatting"), (bool,)),
     "sequence_separator_token": (str, int),
     "exclude_special_tokens": (bool, list, tuple),
     "seqpos_slice": (list, tuple),
@@ -130,6 +130,8 @@ def check_metadata(sae: SAE[Any], where: str) -> None:
             f"{where}: metadata.sequence_separator_token in cfg.json is {token!r:.60}, and must be bos, eos, sep or a"
             " token id"
         )
+    if (chosen := metadata.chat_tokens) not in (None, "all", "assistant"):
+        raise UserError(f"{where}: metadata.chat_tokens in cfg.json is {chosen!r:.60}, and must be all or assistant")
     if (limit := metadata.max_activation_norm) is not None and not limit > 0:
         raise UserError(f"{where}: metadata.max_activation_norm in cfg.json is {limit}, and must be above 0")
     if (fraction := metadata.held_out_fraction) is not None:

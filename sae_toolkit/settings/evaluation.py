@@ -61,7 +61,11 @@ class EvaluationTextSettings:
     first that exists of test, validation and train)
     """
     text_column: str | None = None
-    """column that holds the text or the token ids (default: found by its name and content)"""
+    """column that holds conversations, text or token ids; a.b is the field b of the column a (default: found by its
+    name and content)
+    """
+    chat_tokens: Literal["all", "assistant"] | None = None
+    """which tokens of conversations to measure on: all, or only what the assistant says (default: as in training)"""
     fallback_dataset: str | None = None
     """data set to use if --dataset cannot be opened"""
     num_samples: Positive | None = None
@@ -84,7 +88,7 @@ class EvaluationTextSettings:
     @property
     def given_positions(self) -> str | None:
         """The first flag that chose positions, with its value; None if there is none."""
-        for name in ("exclude_special_tokens", "skip_positions", "max_activation_norm_multiple"):
+        for name in ("chat_tokens", "exclude_special_tokens", "skip_positions", "max_activation_norm_multiple"):
             if (value := getattr(self, name)) is not None:
                 return f"--{name} {as_text(value)}"
         return None

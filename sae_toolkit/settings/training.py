@@ -107,9 +107,13 @@ class TextSettings:
     dataset_split: str | None = None
     """split of the data set to train on (default: train)"""
     text_column: str | None = None
-    """column that holds the text or the token ids (default: found by its name and content)"""
+    """column that holds conversations, text or token ids; a.b is the field b of the column a (default: found by its
+    name and content)
+    """
     streaming: TrueOrFalse = flag(True, is_swept=False)
     """download the data set piece by piece while it is read, not as a whole before the run"""
+    chat_tokens: Literal["all", "assistant"] = flag("all", is_later=True)
+    """which tokens of conversations to train on: all, or only what the assistant says"""
     fallback_dataset: str | None = None
     """data set to use if --dataset_path cannot be opened"""
     held_out_fraction: Fraction = 0.1

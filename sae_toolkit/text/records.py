@@ -23,7 +23,6 @@ from sae_toolkit.text.markup import text_of_html
 
 log = logging.getLogger(__name__)
 
-Document = str | Sequence[int] | np.ndarray  # text, or the token ids of one row of a tokenized data set
 Row = dict[str, Any]
 
 _LARGEST_TOKEN_ID = np.iinfo(np.uint32).max
@@ -42,6 +41,28 @@ class Bad:
     """Stands for a record that cannot be used, and says why."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation between a user and a language model.
+
+    Args:
+        messages: who says it (`system`, `user` or `assistant`) and the text of each message.
+        text: the conversation as a chat template writes it; None before a template was applied.
+        assistant_spans: for each part of `text` that the assistant said: its first character, and the one behind it.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    text: str | None = None
+    assistant_spans: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        """Returns the number of characters of the messages, without the white space around them."""
+        return sum(len(text.strip()) for _, text in self.messages)
+
+
+Document = str | Conversation | Sequence[int] | np.ndarray  # the last two: token ids of one row of a tokenized data set
 
 
 @dataclass(frozen=True)
@@ -158,9 +179,27 @@ def parse_text(row: Row) -> Row | Bad:
         return Bad(f"not UTF-8 ({one_line(error)})")
 
 
-def text_document(row: Row, column: str) -> str | Bad:
-    """Returns the text in a column of a row, or why it cannot be used."""
-    text = row.get(column)
+def value_at(row: Row, column: str) -> Any:
+    """Returns the value in a column of a row, None if there is none. `a.b` is the field b of the dictionary in a."""
+    if column in row or "." not in column:
+        return row.get(column)
+    outer, _, inner = column.partition(".")
+    return value_at(row[outer], inner) if isinstance(row.get(outer), dict) else None
+
+
+def text_document(row: Row, column: str, joined_by: str | None = None) -> str | Bad:
+    """Returns the text in a column of a row, or why it cannot be used.
+
+    Args:
+        row: the row.
+        column: the column.
+        joined_by: what stands between the strings of a list; None if the column holds no lists.
+    """
+    text = value_at(row, column)
+    if joined_by is not None and isinstance(text, list | tuple | np.ndarray):
+        if not all(isinstance(part, str) for part in text):
+            return Bad(f"its {column!r} is a list that holds other things than text")
+        text = joined_by.join(text)
     if not isinstance(text, str):
         return Bad(f"its {column!r} is {'null' if text is None else type(text).__name__}, not text")
     try:
@@ -173,7 +212,7 @@ def text_document(row: Row, column: str) -> str | Bad:
 def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
     """Returns the token ids in a column of a row ([T] int64, each from 0 to 2^32 - 1), or why they cannot be used."""
     try:
-        tokens = np.asarray(row.get(column))
+        tokens = np.asarray(value_at(row, column))
     except (ValueError, OverflowError):
         tokens = np.asarray(None)
     if tokens.ndim == 1 and not len(tokens):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from sae_toolkit.errors import UserError
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.positions import PositionFilter
-from sae_toolkit.text.records import Document
+from sae_toolkit.text.records import Conversation, Document
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.text.token_ids import TokenIds
 from sae_toolkit.text.tokenized_rows import LeftOut, contexts_of_token_ids
 
 _DOCUMENTS_AT_ONCE = 64
 _MARGIN = 1.02  # more positions than needed, because massive activations are left out later
+# In a row of uint32, this bit of a token says that the assistant said it. Token ids are far below.
+_ASSISTANT = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,19 @@ class ContextFormat:
     disable_concat_sequences: bool = False
 
 
-def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase, *, is_chat: bool) -> tuple[int, ...]:
     """Returns the token ids that SAELens's `exclude_special_tokens` leaves out.
 
     Args:
         exclude: True for every special token of the tokenizer, False for none, or the token ids.
         tokenizer: the language model's tokenizer.
+        is_chat: whether the text holds conversations. SAELens knows the tokens that stand at the start, at the end and
+            between texts. Those that a chat template writes around messages are special tokens too.
     """
-    if exclude is True:
-        return tuple(sorted(get_special_token_ids(tokenizer)))
-    return tuple(exclude or ())
+    if exclude is not True:
+        return tuple(exclude or ())
+    of_template = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special) if is_chat else ()
+    return tuple(sorted({*get_special_token_ids(tokenizer), *of_template}))
 
 
 def token_rows(
@@ -63,7 +68,7 @@ def token_rows(
     Documents follow one another with a separator between them, and the incomplete last row is dropped.
 
     Args:
-        documents: texts, or rows of token ids.
+        documents: texts, conversations that a template was applied to, or rows of token ids.
         tokenizer: the language model's tokenizer.
         context: how to pack them.
         tokenized: whether the documents are rows of token ids. Such rows are not joined: each is cut into contexts, as
@@ -71,14 +76,15 @@ def token_rows(
         left_out: counts the tokens of rows of token ids that are in no context.
 
     Yields:
-        The index of the document that the row ends in, from 0, and the row: [context_size] int64.
+        The index of the document that the row ends in, from 0, and the row: [context_size] int64. Of conversations
+        with `assistant_spans`, the tokens of the assistant are marked; `split_marks` takes the marks away.
 
     Raises:
         UserError: the documents are texts, and there is no tokenizer, or it lacks a special token of `context`.
     """
     if tokenized:
         yield from contexts_of_token_ids(
-            documents,
+            cast(Iterable[str | Sequence[int]], documents),
             context.context_size,
             bos_token_id=tokenizer.bos_token_id if context.prepend_bos else None,
             first_only=context.disable_concat_sequences,
@@ -89,7 +95,7 @@ def token_rows(
 
     def taken() -> Iterator[torch.Tensor]:
         nonlocal n_taken
-        for ids in _token_ids(documents, tokenizer):
+        for ids in _token_ids(documents, tokenizer, (bos, separator)):
             n_taken += 1
             yield ids
 
@@ -128,12 +134,55 @@ def _tokens_between(tokenizer: PreTrainedTokenizerBase, context: ContextFormat) 
     return tokenizer.bos_token_id if context.prepend_bos else None, separator
 
 
-def _token_ids(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[torch.Tensor]:
+def _token_ids(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, unmarked: tuple[int | None, ...]
+) -> Iterator[torch.Tensor]:
+    """Yields the token ids of each document, with the assistant's marked.
+
+    Args:
+        unmarked: token ids that are never marked. SAELens compares them with the first token of a document.
+    """
+    never = torch.tensor([token for token in unmarked if token is not None], dtype=torch.long)
     documents = iter(documents)
-    while texts := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-        for ids in tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
-            if ids:
-                yield torch.tensor(ids)
+    while batch := list(islice(documents, _DOCUMENTS_AT_ONCE)):
+        spans = [document.assistant_spans if isinstance(document, Conversation) else () for document in batch]
+        texts: list[Any] = [document.text if isinstance(document, Conversation) else document for document in batch]
+        encoded: Any = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=any(spans)
+        )
+        for i, ids in enumerate(encoded["input_ids"]):
+            if not ids:
+                continue
+            tokens_T = torch.tensor(ids)
+            if spans[i]:
+                said_T = torch.from_numpy(_in_spans(np.array(encoded["offset_mapping"][i]), spans[i]))
+                tokens_T += _ASSISTANT * (said_T & ~torch.isin(tokens_T, never))
+            yield tokens_T
+
+
+def _in_spans(offsets_T2: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Returns [T] booleans, True at tokens with a character in one of the spans.
+
+    Args:
+        offsets_T2: the first character of each token, and the one behind it.
+        spans: the first character of each span, and the one behind it.
+    """
+    in_span_T = np.zeros(len(offsets_T2), dtype=bool)
+    for first, end in spans:
+        in_span_T |= (offsets_T2[:, 1] > first) & (offsets_T2[:, 0] < end)
+    return in_span_T
+
+
+def split_marks(rows_NT: np.ndarray, positions: PositionFilter) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the token ids [N, T] of rows, and booleans [N, T] that are True where the assistant speaks.
+
+    Args:
+        rows_NT: rows of `token_rows`, marked where `positions` need to know where the assistant speaks.
+        positions: the positions that are kept. Unless they need it, the booleans are None.
+    """
+    if positions.chat_tokens != "assistant":
+        return rows_NT, None
+    return rows_NT & ~rows_NT.dtype.type(_ASSISTANT), (rows_NT & rows_NT.dtype.type(_ASSISTANT)) != 0
 
 
 def collect_training_rows(
@@ -160,8 +209,8 @@ def collect_training_rows(
         flag: the flag that named the data set, for messages.
 
     Returns:
-        [n_rows, context_size] uint32 token ids. If the data set is large enough, the rows have 2% more positions
-        than `training_tokens`, because massive activations are left out later.
+        [n_rows, context_size] uint32 token ids, marked as by `token_rows`. If the data set is large enough, the rows
+        have 2% more positions than `training_tokens`, because massive activations are left out later.
 
     Raises:
         UserError: the data set has fewer positions to train on than `training_tokens` / `epochs`.
@@ -173,7 +222,7 @@ def collect_training_rows(
     with Progress("tokenizing", training_tokens) as progress:
         for _, row in token_rows(documents, tokenizer, context, tokenized=source.tokenized, left_out=left_out):
             rows.append(row.astype(np.uint32))
-            kept = int(positions.keeps_tokens(row[None]).sum())
+            kept = int(positions.keeps_tokens(*split_marks(row[None], positions)).sum())
             n_positions += kept
             progress.advance(kept)
             if n_positions >= _MARGIN * training_tokens:
@@ -223,8 +272,8 @@ def collect_evaluation_rows(
         flag: the flag that named the data set, for messages.
 
     Returns:
-        [N, context_size] uint32 token ids, with N at most n_rows + n_more_rows; and [N] the index of the document
-        that each row ends in.
+        [N, context_size] uint32 token ids, marked as by `token_rows`, with N at most n_rows + n_more_rows; and [N] the
+        index of the document that each row ends in.
 
     Raises:
         UserError: there is no complete row.

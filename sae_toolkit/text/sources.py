@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import datasets
 import numpy as np
@@ -18,9 +19,11 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_TEXT, embedded_wikipedia
 from sae_toolkit.files.hub import check_repository
+from sae_toolkit.text.columns import choose_column
 from sae_toolkit.text.local_files import local_splits
 from sae_toolkit.text.records import (
     Bad,
+    Conversation,
     Document,
     Records,
     Row,
@@ -28,15 +31,12 @@ from sae_toolkit.text.records import (
     parse_json_line,
     parse_text,
     read_files,
-    text_document,
-    tokens_document,
 )
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_TOKEN_COLUMNS = ("tokens", "input_ids")
 _ROWS_LOOKED_AT, _RECORDS_LOOKED_AT = 20, 1_000
 
 
@@ -54,6 +54,9 @@ class TextSource:
         fallback_from: the data set that could not be opened, if this one takes its place.
         row_length: length of the first row in tokens, if the documents are rows of token ids.
         unit: what a record is called in messages.
+        is_chat: whether the documents are conversations.
+        joined_by: what stands between the strings of a document, if the column holds lists of strings.
+        sample: the first 60 characters of the first document.
     """
 
     name: str
@@ -65,6 +68,16 @@ class TextSource:
     fallback_from: str | None = None
     row_length: int | None = None
     unit: str = "record"
+    is_chat: bool = False
+    joined_by: str | None = None
+    sample: str = ""
+
+    def described(self, *, with_sample: bool = False) -> str:
+        """Returns a phrase that says which column is read and how, and with the sample, how its documents begin."""
+        how = ", by the chat template" if self.is_chat else ", as token ids" if self.tokenized else ""
+        if self.joined_by:
+            how = f", lists joined by {'line breaks' if self.joined_by == chr(10) else 'spaces'}"
+        return f"column {self.column}{how}" + (f", which begins {self.sample!r}" if with_sample and self.sample else "")
 
     def documents(self) -> Iterator[Document]:
         """Yields the documents in order, without empty ones. Unusable records are skipped, and a warning counts them.
@@ -110,7 +123,8 @@ class HeldOutSplit:
     """Chooses the documents that are held out of training, for evaluation.
 
     A document is held out if a hash of the seed and its content, read as a number in [0, 1), is below the fraction.
-    The choice therefore does not depend on order, sharding or streaming.
+    The choice therefore does not depend on order, sharding or streaming. Of a conversation, the content is its
+    messages, because what a template makes of them can depend on the day.
 
     Args:
         fraction: share of the documents that is held out, from 0 to 1.
@@ -122,7 +136,10 @@ class HeldOutSplit:
 
     def holds_out(self, document: Document) -> bool:
         """Returns whether a document is held out of training."""
-        content = document.encode() if isinstance(document, str) else np.asarray(document, np.int64).tobytes()
+        if isinstance(document, Conversation):
+            content = json.dumps(document.messages).encode()
+        else:
+            content = document.encode() if isinstance(document, str) else np.asarray(document, np.int64).tobytes()
         digest = hashlib.sha256(f"{self.seed}\n".encode() + content).digest()
         return int.from_bytes(digest[:8], "big") < self.fraction * 2**64
 
@@ -146,8 +163,7 @@ def open_text(
         flag: the flag that named it, for messages.
         config: the configuration. None chooses the one called `default`, or the first if there is none.
         split: the split. None chooses the first of `preferred_splits` that exists, or the data set's first.
-        column: the column. None chooses `tokens` or `input_ids` if they hold token ids, else `text`, else the
-            column with the most text.
+        column: the column; None chooses one as `choose_column` does.
         streaming: read the data as needed instead of downloading them first.
         preferred_splits: the splits to choose from, best first.
         fallback: a data set to open if this one cannot be opened. Its configuration, split and column are then chosen
@@ -186,17 +202,25 @@ def _open(
     with _errors_of_readers(what):
         records, config, split = retrying(what, lambda: _load(name, flag, config, split, streaming, preferred_splits))
     first_rows = _first_rows(what, split, records)
-    column = _choose_column(name, flag, column, first_rows)
-    values = [row.get(column) for row in first_rows]
-    tokenized = not any(isinstance(value, str) for value in values)
-    row_length = next((len(value) for value in values if value is not None and _is_tokens(value)), None)
-    as_document = tokens_document if tokenized else text_document
+    chosen = choose_column(name, flag, column, first_rows)
 
     def read() -> Iterator[Document | Bad | None]:
         for row in records:
-            yield as_document(row, column) if isinstance(row, dict) else row
+            yield chosen.document(row) if isinstance(row, dict) else row
 
-    return TextSource(name, config, split, column, tokenized, read, row_length=row_length, unit=records.unit)
+    return TextSource(
+        name,
+        config,
+        split,
+        chosen.name,
+        chosen.kind == "tokens",
+        read,
+        row_length=chosen.row_length,
+        unit=records.unit,
+        is_chat=chosen.kind == "conversations",
+        joined_by=chosen.joined_by,
+        sample=chosen.sample,
+    )
 
 
 def _first_rows(what: str, split: str, records: Records) -> list[Row]:
@@ -263,49 +287,3 @@ def _choose_split(name: str, splits: list[str], split: str | None, preferred: Se
     if split not in splits:
         raise UserError(f"--dataset_split {split}: {name} has {', '.join(splits)}")
     return split
-
-
-def _choose_column(name: str, flag: str, column: str | None, rows: list[dict[str, Any]]) -> str:
-    columns = list({column: None for row in rows for column in row})  # rows of JSON Lines may lack columns
-    first = {c: _first_value([row[c] for row in rows if row.get(c) is not None]) for c in columns}
-    if column is not None:
-        if column not in columns:
-            raise UserError(f"--text_column {column}: {name} has the columns {', '.join(columns)}")
-        if not isinstance(first[column], str) and not _is_tokens(first[column]):
-            kind = type(first[column]).__name__
-            raise UserError(
-                f"--text_column {column}: in {name} it holds {kind}, neither text nor token ids; use another"
-            )
-        return column
-    for candidate in _TOKEN_COLUMNS:
-        if candidate in columns and _is_tokens(first[candidate]):
-            return candidate
-    lengths = {
-        c: sum(len(text) for row in rows if isinstance(text := row.get(c), str))
-        for c in columns
-        if isinstance(first[c], str)
-    }
-    if not lengths:
-        raise UserError(f"{flag} {name}: no column of text or token ids among {', '.join(columns)}")
-    if "text" in lengths:
-        return "text"
-    longest = max(lengths, key=lambda c: lengths[c])
-    if len(lengths) > 1:
-        log.info(
-            "%s has no column 'text'; using the column with the most text, %r (choose with --text_column)",
-            name,
-            longest,
-        )
-    return longest
-
-
-def _first_value(values: list[Any]) -> Any:
-    """Returns the first value that can be a document, so that bad records at the start hide no column.
-
-    If no value can be a document, returns the first, or None if there is none.
-    """
-    return next((v for v in values if isinstance(v, str) or _is_tokens(v)), values[0] if values else None)
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0 and isinstance(value[0], (int, np.integer))

@@ -36,6 +36,7 @@ _OWNED = {
     "seqpos_slice": "--skip_positions",
     "resume_from_checkpoint": "--resume",
     "from_pretrained_path": "--init_from",
+    "use_chat_formatting": "--text_column with a column of conversations",
     "output_path": "--checkpoint_path and --output_name",
     "autocast_lm": "--lm_dtype",
     "logger.log_to_wandb": "--wandb_mode",

@@ -31,9 +31,17 @@ from sae_toolkit.text.sources import TextSource
 
 log = logging.getLogger(__name__)
 
-_TEXT, _TOKENS, _HELD_OUT, _LOG, _LOCK = "text.json", "tokens.npy", "held_out.npy", "run.log", ".lock"
+_TEXT, _LOG, _LOCK = "text.json", "run.log", ".lock"
 _INITIALIZED_FROM = "initialized_from.json"
-_OF_TEXT = ("name", "config", "split", "column", "tokenized", "fallback_from", "row_length")
+_OF_TEXT = (
+    *("name", "config", "split", "column", "tokenized", "fallback_from", "row_length"),
+    *("is_chat", "joined_by", "sample"),
+)
+
+# The files of arrays [n_rows, context_size]: token ids to train on and held-out ones, and for each booleans that are
+# True where the assistant speaks. A run that does not need one has no such file.
+TOKENS, ASSISTANT = "tokens.npy", "assistant.npy"
+HELD_OUT, HELD_OUT_ASSISTANT = "held_out.npy", "held_out_assistant.npy"
 
 
 class RunDirectory:
@@ -52,8 +60,7 @@ class RunDirectory:
         self,
         flags: Mapping[str, Any],
         text: TextSource,
-        rows_NT: np.ndarray,
-        held_out_NT: np.ndarray | None,
+        arrays: Mapping[str, np.ndarray],
         initialized_from: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Creates the directory, writes all that a resumed run needs besides a checkpoint, and claims it.
@@ -61,8 +68,7 @@ class RunDirectory:
         Args:
             flags: flags of the run, by name.
             text: the text that the tokens are from.
-            rows_NT: token ids to train on.
-            held_out_NT: token ids of held-out text; None if the run measures on none.
+            arrays: arrays [n_rows, context_size] by the name of their file, such as `TOKENS`.
             initialized_from: for each hook, what the SAE is that the run begins with; empty for random weights.
 
         Raises:
@@ -72,9 +78,8 @@ class RunDirectory:
             with whole_directory(self.path, run=secrets.token_hex(8)) as directory:
                 save_flags(flags, directory)
                 (directory / _TEXT).write_text(json.dumps({name: getattr(text, name) for name in _OF_TEXT}) + "\n")
-                np.save(directory / _TOKENS, rows_NT)
-                if held_out_NT is not None:
-                    np.save(directory / _HELD_OUT, held_out_NT)
+                for name, array in arrays.items():
+                    np.save(directory / name, array)
                 if initialized_from:
                     (directory / _INITIALIZED_FROM).write_text(json.dumps(initialized_from, indent=1) + "\n")
         except NotSaved as error:
@@ -144,17 +149,13 @@ class RunDirectory:
             file.write(json.dumps({"step": step} | values) + "\n")
 
     def text(self) -> TextSource:
-        """Returns the text that `create` was given. Its documents cannot be read again; `rows` has their tokens."""
+        """Returns the text that `create` was given. Its documents cannot be read again; `array` has their tokens."""
         return TextSource(**json.loads((self.path / _TEXT).read_text()), read=tuple)
 
-    def rows(self) -> np.ndarray:
-        """Returns the token ids to train on, [n_rows, context_size], memory-mapped."""
-        return np.load(self.path / _TOKENS, mmap_mode="r")
-
-    def held_out_rows(self) -> np.ndarray | None:
-        """Returns the token ids of held-out text, [n_rows, context_size]; None if the run measures on none."""
-        path = self.path / _HELD_OUT
-        return np.load(path) if path.exists() else None
+    def array(self, name: str) -> np.ndarray | None:
+        """Returns an array that `create` was given, memory-mapped; None if it was given none of this name."""
+        path = self.path / name
+        return np.load(path, mmap_mode="r") if path.exists() else None
 
     def initialized_from(self) -> dict[str, dict[str, Any]]:
         """Returns for each hook what the SAE is that the run began with; empty for random weights."""

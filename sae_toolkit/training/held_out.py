@@ -34,6 +34,7 @@ class HeldOutText:
         self.source = source
         self.tokenizer = load_tokenizer(run.model)
         self.rows_NT = run.held_out_NT
+        self.assistant_NT = run.held_out_assistant_NT
 
     def measure(self, trainer: MultiTrainer, max_norms: dict[str, float | None]) -> dict[str, dict[str, float]]:
         """Returns the evaluation's metrics of each SAE, by the name of its hook.
@@ -69,11 +70,12 @@ class HeldOutText:
             held_out=run.held_out,
             context=ContextFormat(run.cfg.context_size),
             rows_NT=self.rows_NT,
+            assistant_NT=self.assistant_NT,
             unit_N=np.arange(n_rows),
             units="sequences",
             n_loss_rows=n_rows,
             n_sae_rows=n_rows,
-            special_token_ids=special_tokens(True, self.tokenizer),
+            special_token_ids=special_tokens(True, self.tokenizer, is_chat=run.text.is_chat),
             unscored_token_ids=(),
             features=(),
             n_features=0,

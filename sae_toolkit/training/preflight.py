@@ -227,6 +227,7 @@ def _stream(
         source,
         run.rows_NT,
         run.positions,
+        run.assistant_NT,
         batch_size=batch_size,
         buffer_size=batch_size,
         mix_fraction=run.cfg.activations_mixing_fraction,
@@ -240,10 +241,10 @@ def _stream(
 
 
 def _share_of_positions(run: PreparedRun) -> float:
-    """Returns the share of tokens that are kept, among the tokens that are not special."""
-    rows_NT = run.rows_NT[:1000]
-    not_special = replace(run.positions, skip_positions=0).keeps_tokens(rows_NT).sum()
-    return float(run.positions.keeps_tokens(rows_NT).sum() / not_special)
+    """Returns the share of positions that are kept, among those that no --skip_positions would keep."""
+    first = run.rows_NT[:1000], None if run.assistant_NT is None else run.assistant_NT[:1000]
+    kept_without = replace(run.positions, skip_positions=0).keeps_tokens(*first).sum()
+    return float(run.positions.keeps_tokens(*first).sum() / kept_without)
 
 
 def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, scale: float) -> float:

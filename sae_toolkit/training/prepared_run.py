@@ -27,7 +27,7 @@ from sae_toolkit.settings.values import Interval
 from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
-from sae_toolkit.training.directory import RunDirectory
+from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT, TOKENS, RunDirectory
 from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.lowered_run import lower_peak
 
@@ -48,9 +48,11 @@ class PreparedRun:
         cache_directory: directory of the cached activations; None if they are not cached.
         text: the text that is trained on.
         rows_NT: token ids of that text.
+        assistant_NT: booleans, True where the assistant speaks, if only what it says is trained on; otherwise None.
         held_out: the split that decides which documents are kept for the evaluation.
         held_out_NT: token ids of held-out text to measure on during training, on rank 0; None on the other ranks, and
             if the run does not measure.
+        held_out_assistant_NT: as `assistant_NT`, for `held_out_NT`.
         epochs: how often the run may train on each row.
         positions: the positions that are trained on.
         max_norm_multiple: activations whose norm is more than this many times the median are left out; None leaves
@@ -77,8 +79,10 @@ class PreparedRun:
     cache_directory: Path | None
     text: TextSource
     rows_NT: np.ndarray
+    assistant_NT: np.ndarray | None
     held_out: HeldOutSplit
     held_out_NT: np.ndarray | None
+    held_out_assistant_NT: np.ndarray | None
     epochs: int
     positions: PositionFilter
     max_norm_multiple: float | None
@@ -131,8 +135,18 @@ class PreparedRun:
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
-            self.run_directory.create(self.flags, self.text, self.rows_NT, self.held_out_NT, self.initialized_from)
+            self.run_directory.create(self.flags, self.text, self._arrays(), self.initialized_from)
         self.run_directory.open_log()
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays that the directory of the run keeps, by the names of their files."""
+        arrays = {
+            TOKENS: self.rows_NT,
+            ASSISTANT: self.assistant_NT,
+            HELD_OUT: self.held_out_NT,
+            HELD_OUT_ASSISTANT: self.held_out_assistant_NT,
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def metadata(self) -> dict[str, Any]:
         """Returns the metadata of the training that the saved SAE has, besides the fields that SAELens records."""
@@ -140,6 +154,7 @@ class PreparedRun:
             "dataset_config": self.text.config,
             "dataset_split": self.text.split,
             "text_column": self.text.column,
+            **({"chat_tokens": self.positions.chat_tokens} if self.text.is_chat else {}),
             "fallback_from": self.text.fallback_from,
             "held_out_fraction": self.held_out.fraction,
             "held_out_seed": self.held_out.seed,
@@ -290,7 +305,7 @@ class PreparedRun:
             n_checkpoints += self.saving.keep + 1  # one more: an old one is deleted when the new one is complete
         plan = {"final SAE": sae, "checkpoints": n_checkpoints * checkpoint}
         if self.resume_from is None:
-            plan["tokens"] = self.rows_NT.nbytes + (0 if self.held_out_NT is None else self.held_out_NT.nbytes)
+            plan["tokens"] = sum(array.nbytes for array in self._arrays().values())
         return {item: size for item, size in plan.items() if size}
 
     def check_disk(self) -> None:
@@ -324,6 +339,7 @@ class PreparedRun:
         cfg, sae = self.cfg, self.cfg.sae
         n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
         left_out = [
+            *(["what others than the assistant say"] if self.positions.chat_tokens == "assistant" else []),
             *(["special tokens"] if self.positions.special_token_ids else []),
             *([f"the first {n} position{'s' if n > 1 else ''}"] if (n := self.positions.skip_positions) else []),
             *([f"norms above {m:g} x the median"] if (m := self.max_norm_multiple) else []),
@@ -338,7 +354,7 @@ class PreparedRun:
                 f"model   {self.model.name}, {hooks}, {dtype_to_str(self.lm_dtype)} on {self.llm_device}",
                 f"text    {self.text.name}"
                 + (f" ({self.text.config})" if self.text.config else "")
-                + f", {len(self.rows_NT):,} contexts of {cfg.context_size},"
+                + f", {self.text.described()}, {len(self.rows_NT):,} contexts of {cfg.context_size},"
                 f" {self.held_out.fraction:.0%} of documents held out",
                 f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
                 *(f"from    {each['name']}" for each in self.initialized_from.values()),

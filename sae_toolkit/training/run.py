@@ -90,6 +90,7 @@ class Training:
             activations,
             run.rows_NT,
             run.positions,
+            run.assistant_NT,
             batch_size=batch_size,
             buffer_size=cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)]),
             mix_fraction=cfg.activations_mixing_fraction,
@@ -158,7 +159,7 @@ def _record_training(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[An
     for name in (
         "dataset_path hook_name model_name model_class_name hook_head_index context_size seqpos_slice"
         " model_from_pretrained_kwargs prepend_bos exclude_special_tokens sequence_separator_token"
-        " disable_concat_sequences"
+        " disable_concat_sequences use_chat_formatting"
     ).split():
         sae.cfg.metadata[name] = getattr(cfg, name)
     for name, value in more.items():

@@ -24,18 +24,43 @@ from sae_toolkit.model.hook_width import full_hook_name, hook_width
 from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.settings.training import ModelSettings, SAESettings, TrainingSettings
+from sae_toolkit.settings.training import ModelSettings, SAESettings, TextSettings, TrainingSettings
+from sae_toolkit.text.chat import by_chat_template
 from sae_toolkit.text.positions import PositionFilter
-from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows, collect_training_rows, special_tokens
+from sae_toolkit.text.rows import (
+    ContextFormat,
+    collect_evaluation_rows,
+    collect_training_rows,
+    special_tokens,
+    split_marks,
+)
 from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
 from sae_toolkit.training.configuration import build_runner_config
-from sae_toolkit.training.directory import RunDirectory, find_resumption
+from sae_toolkit.training.directory import (
+    ASSISTANT,
+    HELD_OUT,
+    HELD_OUT_ASSISTANT,
+    TOKENS,
+    RunDirectory,
+    find_resumption,
+)
 from sae_toolkit.training.initial_sae import InitialSAE, open_initial_saes
 from sae_toolkit.training.prepared_run import PreparedRun, existing
 
 log = logging.getLogger(__name__)
 
 _HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # of the text that a run measures on each time
+
+
+@dataclass(frozen=True)
+class _ReadText:
+    """A text, and its tokens as in `PreparedRun`. On other ranks than 0 it is without what is held out."""
+
+    text: TextSource
+    rows_NT: np.ndarray
+    assistant_NT: np.ndarray | None
+    held_out_NT: np.ndarray | None = None
+    held_out_assistant_NT: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -46,15 +71,13 @@ class _FoundByRank0:
         directory: directory of the run.
         resume_from: checkpoint to resume from; None to begin at the first step.
         initialized_from: `PreparedRun.initialized_from`.
-        text: the text that is trained on, without the function that reads its documents.
-        rows_NT: token ids of that text.
+        read: the text that is trained on.
     """
 
     directory: Path
     resume_from: Path | None
     initialized_from: Mapping[str, Mapping[str, Any]]
-    text: TextSource
-    rows_NT: np.ndarray
+    read: _ReadText
 
 
 def prepare_run(settings: TrainingSettings, ranks: Ranks = ALONE) -> PreparedRun:
@@ -81,11 +104,24 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
     sent: Any = None
     if run:
         text = replace(run.text, read=tuple)  # the function that reads the documents cannot be sent
-        sent = run.directory, run.resume_from, run.initialized_from, text, run.rows_NT.shape
-    directory, resume_from, initialized_from, text, shape = ranks.broadcast(sent)
+        sent = (
+            run.directory,
+            run.resume_from,
+            run.initialized_from,
+            text,
+            run.rows_NT.shape,
+            run.assistant_NT is not None,
+        )
+    directory, resume_from, initialized_from, text, shape, has_assistant = ranks.broadcast(sent)
     rows_NT = torch.from_numpy(np.array(run.rows_NT).view(np.int32) if run else np.empty(shape, np.int32))
     ranks.broadcast_tensor(rows_NT)
-    return _FoundByRank0(directory, resume_from, initialized_from, text, rows_NT.numpy().view(np.uint32))
+    assistant_NT = None
+    if has_assistant:
+        assistant = np.empty(shape, np.uint8) if run is None else np.array(run.assistant_NT, np.uint8)
+        ranks.broadcast_tensor(torch.from_numpy(assistant))
+        assistant_NT = assistant.astype(bool)
+    read = _ReadText(text, rows_NT.numpy().view(np.uint32), assistant_NT)
+    return _FoundByRank0(directory, resume_from, initialized_from, read)
 
 
 def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 | None = None) -> PreparedRun:
@@ -100,19 +136,16 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         cfgs = _build_configurations(settings, widths, device, directory.path, ranks)
         initial_saes, initialized_from = _initial_saes(settings, cfgs, directory, resume_from, found)
         tokenizer = load_tokenizer(model)
-        positions = PositionFilter(
-            special_tokens(settings.text.exclude_special_tokens, tokenizer), settings.text.skip_positions
-        )
         what = f"--training_tokens {settings.optimization.training_tokens}: reading the text"
         with out_of_memory_answered(what, "lower it, or free memory"):
             if found:
-                text, rows_NT, held_out_NT = found.text, found.rows_NT, None
+                read = found.read
             elif directory.path.exists():
-                text, rows_NT, held_out_NT = directory.text(), directory.rows(), directory.held_out_rows()
+                read = _saved_text(directory)
             else:
-                text, rows_NT, held_out_NT = _read_text(settings, cfgs[0], model, tokenizer, positions)
+                read = _read_text(settings, cfgs[0], model, tokenizer)
         for cfg in cfgs:
-            cfg.dataset_path = text.name
+            cfg.dataset_path, cfg.use_chat_formatting = read.text.name, read.text.is_chat
     except BaseException:
         directory.release()
         raise
@@ -124,12 +157,14 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         lm_dtype=choose_lm_dtype(settings.model.lm_dtype, llm_device),
         n_devices=settings.model.n_devices,
         cache_directory=None if (cache := settings.model.cache_activations) is None else Path(cache),
-        text=text,
-        rows_NT=rows_NT,
+        text=read.text,
+        rows_NT=read.rows_NT,
+        assistant_NT=read.assistant_NT,
         held_out=_held_out_split(settings),
-        held_out_NT=held_out_NT,
+        held_out_NT=read.held_out_NT,
+        held_out_assistant_NT=read.held_out_assistant_NT,
         epochs=settings.text.epochs,
-        positions=positions,
+        positions=_positions(settings.text, read.text, tokenizer),
         max_norm_multiple=settings.text.max_activation_norm_multiple or None,
         sae=settings.sae,
         optimization=settings.optimization,
@@ -254,6 +289,14 @@ def _held_out_split(settings: TrainingSettings) -> HeldOutSplit:
     return HeldOutSplit(settings.text.held_out_fraction, settings.held_out_seed)
 
 
+def _positions(settings: TextSettings, text: TextSource, tokenizer: PreTrainedTokenizerBase) -> PositionFilter:
+    return PositionFilter(
+        special_tokens(settings.exclude_special_tokens, tokenizer, is_chat=text.is_chat),
+        settings.skip_positions,
+        chat_tokens=settings.chat_tokens if text.is_chat else None,
+    )
+
+
 def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
     if ranks.is_alone:
         log.warning("--shard_features: the only process holds all features; ./run_simple.sh NUM_GPUS starts several")
@@ -272,9 +315,8 @@ def _read_text(
     cfg: LanguageModelSAERunnerConfig[Any],
     model: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
-    positions: PositionFilter,
-) -> tuple[TextSource, np.ndarray, np.ndarray | None]:
-    """Returns the text, its token ids to train on, and held-out token ids if the run measures on any."""
+) -> _ReadText:
+    """Reads the text to train on, and held-out text if the run measures on any."""
     chosen, seed, eval_every = settings.text, settings.optimization.seed, settings.recording.eval_every
     text = open_text(
         chosen.dataset_path,
@@ -288,18 +330,30 @@ def _read_text(
     context = ContextFormat(
         cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
     )
-    held_out, held_out_NT = _held_out_split(settings), None
-    rows_NT = collect_training_rows(
+    text = by_chat_template(text, tokenizer, chosen.chat_tokens, flag="--dataset_path", model_name=model.name)
+    if text.sample:
+        log.info("%s: %s", text.name, text.described(with_sample=True))
+    held_out, positions = _held_out_split(settings), _positions(chosen, text, tokenizer)
+    marked_NT = collect_training_rows(
         text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens, epochs=chosen.epochs
     )
-    check_token_ids(rows_NT, model, f"--dataset_path {text.name}")
+    read = _ReadText(text, *split_marks(marked_NT, positions))
+    check_token_ids(read.rows_NT, model, f"--dataset_path {text.name}")
     if eval_every:
         n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)
         flag = f"--eval_every {eval_every}, --dataset_path"
-        held_out_NT, _ = collect_evaluation_rows(
-            text, tokenizer, context, held_out, n_rows=n_rows, seed=seed, flag=flag
-        )
-    return text, rows_NT, held_out_NT
+        marked_NT, _ = collect_evaluation_rows(text, tokenizer, context, held_out, n_rows=n_rows, seed=seed, flag=flag)
+        held_out_NT, held_out_assistant_NT = split_marks(marked_NT, positions)
+        read = replace(read, held_out_NT=held_out_NT, held_out_assistant_NT=held_out_assistant_NT)
+    return read
+
+
+def _saved_text(directory: RunDirectory) -> _ReadText:
+    """Returns the text that the directory of a run has kept."""
+    rows_NT = directory.array(TOKENS)
+    assert rows_NT is not None  # claiming the directory has checked its files
+    others = (directory.array(name) for name in (ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT))
+    return _ReadText(directory.text(), rows_NT, *others)
 
 
 def _model_kwargs(assignments: Sequence[str]) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def test_flags_choose_the_positions_whatever_the_record_says(evaluate, tmp_path,
         "special_token_ids": [BOS],
         "skip_positions": 2,
         "max_activation_norm": pytest.approx(limit, rel=1e-5),
+        "chat_tokens": None,
     }
     assert set(result["sources"].values()) == {"record", "flag"}
     for shown in (done.stderr, done.stdout, (path / "report.md").read_text()):

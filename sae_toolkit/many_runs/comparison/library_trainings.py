@@ -22,10 +22,8 @@ from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import finished_sae, read_metrics
 from sae_toolkit.many_runs.processes import failure_reason, script_command, start_process
-from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.progress import Progress
-from sae_toolkit.text.rows import special_tokens
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -126,6 +124,8 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
     layer = cfg.hook_name.removeprefix("blocks.").removesuffix(".hook_resid_post")
     if not layer.isdigit():
         raise RunFailed(f"trains on the outputs of layers, and not at {cfg.hook_name}")
+    if run.positions.chat_tokens == "assistant":
+        raise RunFailed("cannot train on what the assistant says alone; use --chat_tokens all")
     rows_per_batch = -(-cfg.train_batch_size_tokens // cfg.context_size)
     n_rows = shared.n_steps * rows_per_batch
     n_passes = min(run.epochs, -(-n_rows // len(run.rows_NT)))
@@ -161,11 +161,10 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
 def _sparsify_job(entry: Entry, shared: Shared, hookpoint: str, rows_file: Path, rows_per_batch: int) -> dict[str, Any]:
     """Returns what sparsify_worker.py reads from JOB.json."""
     run, cfg = shared.run, shared.run.cfg
-    special = special_tokens(shared.settings.text.exclude_special_tokens, load_tokenizer(run.model))
     training: dict[str, Any] = {
         "batch_size": rows_per_batch,
         "init_seeds": [entry.seed],
-        "exclude_tokens": list(special),
+        "exclude_tokens": list(run.positions.special_token_ids),
     }
     if entry.contender.lr is not None:
         training["lr"] = entry.contender.lr
