@@ -38,9 +38,7 @@ def main() -> int:
     # Without this, restarted ranks would try to reach the ranks that they replace: their addresses are still in the
     # shared store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # These torchrun passes on to the ranks, which then save a checkpoint.
-    passed_on = (signal.SIGINT, signal.SIGQUIT, *TERMINATIONS)
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in passed_on))
+    passed_on = ",".join(number.name for number in (signal.SIGINT, signal.SIGQUIT, *TERMINATIONS))
     with tempfile.TemporaryDirectory(prefix="torchrun-") as logs:
         return _torchrun(
             f"--nproc-per-node={n_processes}",
@@ -48,6 +46,7 @@ def main() -> int:
             f"--max-restarts={_variable('MAX_RESTARTS', 0, 0)}",
             *(["--standalone"] if n_machines == 1 else _meeting_place(n_machines)),
             f"--log-dir={logs}",
+            f"--signals-to-handle={passed_on}",  # on to the ranks, which then save a checkpoint
             "--local-ranks-filter=0",  # the other ranks of this machine log the same
             "--monitor-interval=0.5",
             f"--shutdown-timeout={_variable('SHUTDOWN_TIMEOUT', 300, 1)}",  # seconds to write a checkpoint
