@@ -63,15 +63,14 @@ class LanguageModel:
         self.hooks = [find_hook(model, self.config, name) for name in hook_names]
         self.hook = self.hooks[0]
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._embeddings = model.get_input_embeddings()  # some base models do not say which these are
         self._one_pass = Lock()  # PyTorch's hooks would also be called in another thread's pass
         self._is_resid_mid = self.hook.name.endswith(".hook_resid_mid")
 
     @property
     def device(self) -> torch.device:
         """The device that token ids are moved to."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.device
+        return next(self._embeddings.parameters()).device
 
     def compile_layers(self, mode: str | None = None) -> None:
         """Has torch.compile compile each layer, except for layers with a hook inside them. The first pass is slow.
@@ -159,6 +158,8 @@ class LanguageModel:
                 for lower in self.layers[: self.hook.layer]:
                     stack.enter_context(forward_replaced(lower, lambda hidden: hidden, extras))
                 if self.hook.module is layer and self.hook.side == "output":
+                    if state.layer_input_BTD is not None:  # in some models it has an axis more
+                        acts = acts.reshape(state.layer_input_BTD.shape)
                     stack.enter_context(forward_replaced(layer, lambda _: acts, extras))
                 else:
                     # At resid_mid the new activations enter as the layer's input and attention adds zeros. That is
