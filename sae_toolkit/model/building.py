@@ -150,7 +150,7 @@ def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def with_random_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Builds a model in float32 whose weights are all random, those of norms too, so that each shows in the activations.
+    """Builds a model in float32 whose weights are all random, those of norms too, so that each shows in activations.
 
     Two calls give the same weights.
     """
@@ -179,6 +179,8 @@ def _make_tiny(config: PreTrainedConfig, sizes: dict[str, int]) -> None:
             for name in [name for name in part if name.endswith("_factor") and name != "partial_rotary_factor"]:
                 del part[name]
             part["rope_type"] = "default"
+            if isinstance(sections := part.get("mrope_section"), list):  # together half a head
+                part["mrope_section"] = [8 - 2 * (len(sections) - 1), *[2] * (len(sections) - 1)]
 
 
 def _make_smaller(config: PreTrainedConfig, name: str, size: int) -> None:

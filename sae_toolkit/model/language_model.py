@@ -119,7 +119,11 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
-        """Returns the logits [B, T, V] of the unchanged model, and the state that `logits_from_hook` starts from."""
+        """Returns the logits [B, T, V] of the unchanged model, and the state that `logits_from_hook` starts from.
+
+        Raises:
+            UserError: the model has no logits for each token, or the hook no activations of shape [B, T, ...].
+        """
         seen: dict[str, Any] = {}
 
         def on_layer_output(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -133,6 +137,11 @@ class LanguageModel:
                 stack.enter_context(hooked(layer, "input", lambda hidden: seen.update(layer_input=hidden)))
                 stack.enter_context(layer.register_forward_hook(on_layer_output))
             logits = self.model(tokens_BT.to(self.device), use_cache=False).logits
+        if logits.shape[:2] != tokens_BT.shape:  # as of an encoder, whose decoder gets other tokens
+            raise UserError(
+                f"--model_name: {type(self.model).__name__} gives logits of {list(logits.shape)} for tokens of"
+                f" {list(tokens_BT.shape)}, and not some for each token; use a causal language model"
+            )
         acts_BTD = _checked(seen.get("acts"), self.hook.name, tokens_BT)
         return logits, HookState(acts_BTD, seen.get("layer_input"), seen.get("layer_extras"))
 
