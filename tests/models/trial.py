@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -367,8 +368,11 @@ def boot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Transfor
         return "not known to TransformerLens"
     model = copy.deepcopy(model)
     model.config.architectures = [type(model).__name__]
+    # For models of images it runs `pip install torchvision`, which replaces torch too, in this very environment.
+    no_pip = patch("subprocess.check_call", side_effect=OSError("nothing is installed while tests run"))
     try:
-        return TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer, dtype=torch.float32)
+        with no_pip:
+            return TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=tokenizer, dtype=torch.float32)
     except Exception as error:
         return f"TransformerLens does not load it: {type(error).__name__}: {one_line(error)}"
 
