@@ -123,6 +123,12 @@ def _check_on_tiny_model(
         logits, state = hooked.logits(tokens_BT)
         if not logits.isfinite().all():
             return None, ValueError("its logits are not finite")
+        earlier_change = _earlier_change(hooked, tokens_BT, logits)
+    except UserError:
+        raise
+    except Exception as error:
+        return None, error
+    try:
         again = hooked.logits_from_hook(tokens_BT, state, state.acts_BTD)
         without = hooked.logits_from_hook(tokens_BT, state, torch.zeros_like(state.acts_BTD))
         failed_sum = _failed_sum(hooked, tokens_BT)
@@ -130,12 +136,20 @@ def _check_on_tiny_model(
     except UserError:
         raise
     except Exception as error:
-        return None, error
+        raise UserError(
+            f"{where}: {name} does not run with other activations there ({one_line(error)}); use another hook"
+        ) from error
     if failed_sum is not None:
         raise UserError(
             f"{where}: in {name} {failed_sum} is not true; name the Transformers module that you mean instead"
         )
     limit = 1e-3 * logits.std()
+    if earlier_change > limit:
+        is_switched_off = getattr(tiny.config, "is_decoder", None) is False
+        raise UserError(
+            f"--model_name: in {name} each position sees the tokens after it too, so that it does not predict the next"
+            f" token; {'set is_decoder to true in its config.json' if is_switched_off else 'use another model'}"
+        )
     if (again - logits).abs().max() > limit or not zeros_are_shared:
         raise UserError(
             f"{where}: in {name} its own activations put there again give other logits, as the module runs more than"
@@ -144,6 +158,13 @@ def _check_on_tiny_model(
     if torch.equal(without, again):
         raise UserError(f"{where}: no logit of {name} depends on it; use another hook")
     return state, None
+
+
+def _earlier_change(hooked: LanguageModel, tokens_BT: torch.Tensor, logits_BTV: torch.Tensor) -> torch.Tensor:
+    """Returns how much the logits before the last token change, at most, if the last token is another one."""
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, -1] += 1
+    return (hooked.logits(changed_BT)[0] - logits_BTV)[:, :-1].abs().max()
 
 
 def _failed_sum(hooked: LanguageModel, tokens_BT: torch.Tensor) -> str | None:

@@ -48,12 +48,13 @@ def decoder_layers(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Modul
         UserError: the model has no such list.
     """
     text_config = config.get_text_config(decoder=True)
-    n_layers = getattr(text_config, "decoder_layers", None) or text_config.num_hidden_layers
+    n_layers = getattr(text_config, "decoder_layers", None) or getattr(text_config, "num_hidden_layers", None)
     for module in text_decoder(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
     raise UserError(
-        f"--model_name: {type(model).__name__} has no list of {n_layers} decoder layers to hook; use another model"
+        f"--model_name: {type(model).__name__} has no list of {n_layers or 'its'} decoder layers to hook; use another"
+        " model"
     )
 
 

@@ -63,15 +63,14 @@ class LanguageModel:
         self.hooks = [find_hook(model, self.config, name) for name in hook_names]
         self.hook = self.hooks[0]
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._embeddings = model.get_input_embeddings()  # some base models do not say which these are
         self._one_pass = Lock()  # PyTorch's hooks would also be called in another thread's pass
         self._is_resid_mid = self.hook.name.endswith(".hook_resid_mid")
 
     @property
     def device(self) -> torch.device:
         """The device that token ids are moved to."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.device
+        return next(self._embeddings.parameters()).device
 
     def compile_layers(self, mode: str | None = None) -> None:
         """Has torch.compile compile each layer, except for layers with a hook inside them. The first pass is slow.
@@ -120,7 +119,11 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, HookState]:
-        """Returns the logits [B, T, V] of the unchanged model, and the state that `logits_from_hook` starts from."""
+        """Returns the logits [B, T, V] of the unchanged model, and the state that `logits_from_hook` starts from.
+
+        Raises:
+            UserError: the model has no logits for each token, or the hook no activations of shape [B, T, ...].
+        """
         seen: dict[str, Any] = {}
 
         def on_layer_output(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -134,6 +137,11 @@ class LanguageModel:
                 stack.enter_context(hooked(layer, "input", lambda hidden: seen.update(layer_input=hidden)))
                 stack.enter_context(layer.register_forward_hook(on_layer_output))
             logits = self.model(tokens_BT.to(self.device), use_cache=False).logits
+        if logits.shape[:2] != tokens_BT.shape:  # as of an encoder, whose decoder gets other tokens
+            raise UserError(
+                f"--model_name: {type(self.model).__name__} gives logits of {list(logits.shape)} for tokens of"
+                f" {list(tokens_BT.shape)}, and not some for each token; use a causal language model"
+            )
         acts_BTD = _checked(seen.get("acts"), self.hook.name, tokens_BT)
         return logits, HookState(acts_BTD, seen.get("layer_input"), seen.get("layer_extras"))
 
@@ -159,6 +167,8 @@ class LanguageModel:
                 for lower in self.layers[: self.hook.layer]:
                     stack.enter_context(forward_replaced(lower, lambda hidden: hidden, extras))
                 if self.hook.module is layer and self.hook.side == "output":
+                    if state.layer_input_BTD is not None:  # in some models it has an axis more
+                        acts = acts.reshape(state.layer_input_BTD.shape)
                     stack.enter_context(forward_replaced(layer, lambda _: acts, extras))
                 else:
                     # At resid_mid the new activations enter as the layer's input and attention adds zeros. That is

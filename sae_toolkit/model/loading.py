@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from sae_lens.util import dtype_to_str
 from safetensors import SafetensorError
 from transformer_lens.loading_from_pretrained import get_official_model_name
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 _FILE_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, RecursionError),
-    *(ImportError, SafetensorError),
+    *(ImportError, SafetensorError, StrictDataclassError),  # the last one: values that do not fit together
 )
 
 

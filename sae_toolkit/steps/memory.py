@@ -12,6 +12,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.util import str_to_dtype
+from transformers import PreTrainedConfig
 
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.steps.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
@@ -199,8 +200,7 @@ def plan_memory(
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
     n_hidden, n_intermediate = _FORWARD_PASS["cpu" if on_cpu else "cuda"]
-    intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    width = n_hidden * config.hidden_size + n_intermediate * intermediate_size
+    width = n_hidden * config.hidden_size + n_intermediate * _intermediate_size(config)
     kept_of_row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     mixed = cfg.n_batches_in_buffer * kept_of_row
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
@@ -240,6 +240,15 @@ def _logits_bytes(
     if "hook_resid_" in cfg.hook_name:  # the predictions with zeros at the hook are the same for all rows
         return n_logits * 2 * lm_bytes, n_logits * lm_bytes + compared
     return n_logits * 3 * lm_bytes, compared
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    """Returns the width inside the language model's MLP, the largest one if its layers differ."""
+    try:
+        size = getattr(config, "intermediate_size", None)
+    except Exception:  # a configuration that has it per layer only
+        size = None
+    return (max(size) if isinstance(size, list | tuple) else size) or 4 * config.hidden_size
 
 
 def _n_parameters(cfg: LanguageModelSAERunnerConfig[Any]) -> int:

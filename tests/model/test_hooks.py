@@ -106,12 +106,26 @@ def test_the_width_is_that_of_the_activations_that_come_by(family, more, hook_na
             "blocks.2.hook_resid_mid",
             "no sum between its attention and its MLP",
         ),
+        (
+            "bert",
+            {},
+            "blocks.1.hook_resid_post",
+            "each position sees the tokens after it too.*is_decoder",
+        ),
+        ("longcat_flash", {}, "blocks.1.hook_resid_post", "has no list of 4 decoder layers"),
         ("t5", {}, "blocks.1.hook_resid_post", "--model_name: Transformers has no causal language model for T5Config"),
     ],
 )
 def test_a_place_without_activations_is_said_in_one_line_before_loading(family, more, hook_name, says):
     with pytest.raises(UserError, match=says) as refused:
         hook_width(tiny_config(family, **more), hook_name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_whose_values_do_not_fit_together_is_said_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 64, "expand": 2, "num_heads": 3}')
+    with pytest.raises(UserError, match="Inconsistent configuration") as refused:
+        find_model(str(tmp_path))
     assert "\n" not in str(refused.value)
 
 
