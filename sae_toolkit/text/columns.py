@@ -179,8 +179,12 @@ def _listed(names: list[str], rows: Sequence[Row]) -> str:
 
 
 def _kind(column: str, rows: Sequence[Row]) -> Kind | None:
-    """Returns the kind of the first value that can be a document, so that bad records at the start hide no column."""
-    return next((kind for row in rows if (kind := _kind_of(value_at(row, column))) is not None), None)
+    """Returns the kind of the first value that can be a document, so that bad records at the start hide no column.
+
+    Lists of strings count only if there is no value of another kind: beside texts they are bad records.
+    """
+    kinds = [kind for row in rows if (kind := _kind_of(value_at(row, column))) is not None]
+    return next((kind for kind in kinds if kind != "texts"), kinds[0] if kinds else None)
 
 
 def _kind_of(value: Any) -> Kind | None:

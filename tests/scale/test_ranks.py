@@ -28,6 +28,20 @@ def test_two_processes_make_the_sae_of_one(trainings, flags):
     assert_close(Launch(2, flags("two")).finished_sae(), one)
 
 
+@pytest.mark.scale
+def test_two_processes_train_on_what_the_assistant_says_as_one_does(trainings, flags, text_file, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    with chat.open("w") as file:
+        for text in text_file.read_text().split("\n\n"):
+            messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": text}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    own = ["--dataset_path", str(chat), "--chat_tokens", "assistant", "--training_tokens", "16384"]
+    status, _ = trainings.run([*flags("one"), *own])
+    assert status == 0, trainings.shown()
+    one = trainings.finished_sae()
+    assert_close(Launch(2, [*flags("two"), *own]).finished_sae(), one)
+
+
 def test_a_process_that_dies_ends_the_run_with_its_reason(flags, tmp_path):
     launch = Launch(2, flags("killed"))
     killed_at = after_a_checkpoint(launch, tmp_path / "killed", kill_rank(launch, 1))
