@@ -13,7 +13,12 @@ from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, outsi
 from sae_toolkit.diagnosis.history import TrainingHistory
 from sae_toolkit.diagnosis.probes import MASSIVE, STRONGEST
 from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE
-from sae_toolkit.training.recipe_warnings import LARGEST_WINDOW_SHARE, LEAST_TOKENS_A_FEATURE, MOST_MASSIVE_SHARE
+from sae_toolkit.training.recipe_warnings import (
+    LARGEST_WINDOW_SHARE,
+    LEAST_TOKENS_A_FEATURE,
+    MOST_MASSIVE_SHARE,
+    MOST_TURN_A_STEP,
+)
 
 _TARGET_L0 = 64
 # Flag of the sparsity weight, for the architectures that have one.
@@ -22,6 +27,8 @@ _WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu":
 # the feature by lr * sqrt(d_in). Among the runs of 488 steps with 2,304 and 4,608 features, those with lr 2e-3 ended
 # healthy. There a step moves a feature by 0.05, and the steps of the whole run add up to 20.
 _TURN_A_STEP, _TURN_IN_ALL = 0.05, 20.0
+# The effect of a training that diverged: above that of any other cause, because the others are its consequences.
+_DIVERGED = 2.0
 
 
 def _massive_activations(e: Evidence) -> Finding | None:
@@ -148,13 +155,25 @@ def _gain_of_doubling(history: TrainingHistory) -> str:
 
 
 def _high_learning_rate(e: Evidence) -> Finding | None:
-    """The learning rate is so high that the explained variance does not settle."""
+    """The learning rate is so high that the explained variance does not settle, or that it ends below 0."""
     history = e.history
-    swings = None if history is None else _swings(history)
-    if history is None or swings is None or swings < 0.05:
+    if history is None:
         return None
     lr, root = history.settings.optimization.lr, math.sqrt(e.d_in)
     lower = min(_TURN_A_STEP / root, lr / 3)
+    explained = e.metrics["explained_variance"]
+    if explained < 0 and lr * root > MOST_TURN_A_STEP:
+        return Finding(
+            "the learning rate is too high",
+            ALL_METRICS,
+            f"the explained variance is {explained:.3g}, worse than that of the mean activation; a step of lr {lr:g}"
+            f" turns a feature by {lr * root:.2g} of its length",
+            ("--lr", f"{float(f'{lower:.1g}'):g}"),
+            _DIVERGED,
+        )
+    swings = _swings(history)
+    if swings is None or swings < 0.05:
+        return None
     return Finding(
         "the learning rate is too high",
         ALL_METRICS,
