@@ -169,7 +169,9 @@ def test_a_run_says_what_it_costs(script, tiny_run):
 
 
 def test_verbose_shows_more_and_quiet_less(script, tiny_run):
-    assert "\n  language model " in script("sae_lens_train.py", *tiny_run, "--verbose").stderr
+    assert re.search(
+        r"language model [\d.]+, its forward pass ", script("sae_lens_train.py", *tiny_run, "--verbose").stderr
+    )
     assert "model   " not in script("sae_lens_train.py", *tiny_run, "--dry_run", "--quiet").stderr
 
 
