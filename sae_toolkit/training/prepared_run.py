@@ -29,6 +29,7 @@ from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.training.directory import RunDirectory
 from sae_toolkit.training.lowered_run import lower_peak
+from sae_toolkit.training.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,18 @@ class PreparedRun:
         """d_in of each SAE."""
         return [cfg.sae.d_in for cfg in self.cfgs]
 
+    @cached_property
+    def phases(self) -> Phases:
+        """The steps before fine-tuning, and those of it."""
+        return Phases.of(
+            self.optimization, self.rows_NT, self.positions, shuffled=self.cfg.activations_mixing_fraction > 0
+        )
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether the run ends with steps of --finetune_loss, for which it keeps the whole language model."""
+        return self.optimization.finetune_loss != "none"
+
     @property
     def products_in_bfloat16(self) -> bool:
         """Whether products of the SAE on a CPU are in bfloat16: if the model is, and the hardware supports it."""
@@ -126,7 +139,13 @@ class PreparedRun:
             "held_out_fraction": self.held_out.fraction,
             "held_out_seed": self.held_out.seed,
             "max_activation_norm_multiple": self.max_norm_multiple or 0.0,
+            **self._finetuning_metadata(),
         }
+
+    def _finetuning_metadata(self) -> dict[str, Any]:
+        if not self.finetunes:
+            return {}
+        return {name: getattr(self.optimization, name) for name in ("finetune_loss", "finetune_fraction")}
 
     def cache_parameters(self) -> dict[str, Any]:
         """Returns the values that the activations depend on, besides the tokens."""
@@ -180,6 +199,7 @@ class PreparedRun:
             cached=self.is_cached or not self._shares_device,
             n_saes=len(self.cfgs),
             evaluates=self.evaluates if evaluates is None else evaluates,
+            finetune_loss=self.optimization.finetune_loss,
         )
 
     @property
@@ -225,7 +245,13 @@ class PreparedRun:
         plan, free = self.plan_memory(), self._free_memory()
         if plan.peak <= free:
             return
-        lowered = lower_peak(self.cfg, lambda *other: self.plan_memory(*other).peak, free, evaluates=self.evaluates)
+        lowered = lower_peak(
+            self.cfg,
+            lambda *other: self.plan_memory(*other).peak,
+            free,
+            evaluates=self.evaluates,
+            given=("train_batch_size_tokens",) if self.finetunes else (),  # it must be a context or more
+        )
         flags = " ".join(lowered.flags) if lowered.peak <= free else ""
         message = (
             f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"

@@ -254,9 +254,9 @@ def _cpu_tensor_in_a_product() -> Iterator[None]:
 def _float_in_the_step() -> Iterator[None]:
     whole = Trainer._record_firings
 
-    def record(self: Trainer, firings_F: torch.Tensor) -> None:
+    def record(self: Trainer, firings_F: torch.Tensor, n_tokens: int) -> None:
         float(firings_F.sum())
-        whole(self, firings_F)
+        whole(self, firings_F, n_tokens)
 
     with patch.object(Trainer, "_record_firings", record):
         yield
