@@ -246,9 +246,10 @@ class ActivationStream(Iterator[torch.Tensor]):
             self._next[1].exception()
 
     def clear(self) -> None:
-        """Frees the activations that the stream holds. No batch can be taken after that."""
+        """Frees the activations that the stream holds, and does not count them as kept. No batch can be taken then."""
         self.wait()
         self._next = None
+        self.n_kept -= len(self.buffer)
         self.buffer.clear()
 
     def close(self) -> None:

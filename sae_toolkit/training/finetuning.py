@@ -86,5 +86,7 @@ class Finetuning:
             optimization.finetune_loss,
         )
         self.stream.clear()
+        if self.trainer.n_training_steps == 0:  # those that the norms were measured on are read again
+            self.stream.n_massive = 0
         max_norms = self.stream.max_activation_norms
         return prediction_loss(run, self.source, max_norms[0] if max_norms else None)
