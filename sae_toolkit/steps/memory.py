@@ -229,6 +229,7 @@ def plan_memory(
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
     more = copy.copy(cfg)
     more.train_batch_size_tokens += cfg.context_size // 2
+    most_tokens = batch + cfg.context_size  # of a fine-tuning step, with those that are left out
     logits_of_row, comparing = _logits_bytes(cfg, config.vocab_size, lm_bytes, on_cpu=on_cpu)
     return MemoryPlan(
         process=psutil.Process().memory_info().rss if on_cpu else 0,
@@ -242,8 +243,11 @@ def plan_memory(
         adam=2 * n_saes * parameters,
         step=_step_bytes(cfg) if on_cpu else _step_bytes_on_cuda(cfg, parameters),
         finetunes=finetunes,
-        finetuning_logits=(finetune_loss == "kl") * (batch + cfg.context_size) * config.vocab_size * lm_bytes,
-        finetuning_pass=finetunes * tokens * (n_layers * kept_width + 2 * config.vocab_size) * lm_bytes,
+        finetuning_logits=(finetune_loss == "kl") * most_tokens * config.vocab_size * lm_bytes,
+        finetuning_pass=finetunes
+        * min(tokens, most_tokens)
+        * (n_layers * kept_width + 2 * config.vocab_size)
+        * lm_bytes,
         finetuning_step=finetunes * (_step_bytes(more) if on_cpu else _step_bytes_on_cuda(more, parameters)),
         folding=2 * 8 * cfg.sae.d_in * cfg.sae.d_sae if whitens else 0,  # a weight and its product, in float64
         evaluation_model=whole,
