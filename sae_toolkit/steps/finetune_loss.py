@@ -96,17 +96,23 @@ class PredictionLoss:
         Args:
             rows_RT: token ids.
         """
-        self._pieces, self.n_massive, start = [], 0, 0
+        self.clear()
+        self.n_massive = start = 0
         while start < len(rows_RT):
+            piece_RT = rows_RT[start : start + self.rows_at_once]
             try:
-                self._pieces.append(self._run(rows_RT[start : start + self.rows_at_once]))
+                self._pieces.append(self._run(piece_RT))
             except (RuntimeError, MemoryError) as error:
-                self._lower_rows_at_once(error)
+                self._lower_rows_at_once(error, len(piece_RT))
             else:
-                start += len(self._pieces[-1].tokens_RT)
+                start += len(piece_RT)
                 continue
             release_memory()  # here, because the traceback in the handler keeps tensors alive
         return torch.cat([piece.state.acts_BTD[piece.kept_RT] for piece in self._pieces])
+
+    def clear(self) -> None:
+        """Frees what `read` keeps for `gradient`, above all the model's own logits."""
+        self._pieces = []
 
     def _run(self, rows_RT: np.ndarray) -> _Piece:
         rows_RT = rows_RT.astype(np.int64)
@@ -143,7 +149,7 @@ class PredictionLoss:
                 try:
                     loss, n, grad_ND = self._gradient_of(part, recons_ND[n_done : n_done + n_kept])
                 except (RuntimeError, MemoryError) as error:
-                    self._lower_rows_at_once(error)
+                    self._lower_rows_at_once(error, len(part.tokens_RT))
                 else:
                     gradients.append(grad_ND)
                     total, n_scored = total + loss, n_scored + n
@@ -174,13 +180,13 @@ class PredictionLoss:
         (grad_ND,) = torch.autograd.grad(logits_RTV, leaf_ND, grad.view_as(logits_RTV))
         return loss.item(), len(at_N), grad_ND.to(recons_ND)
 
-    def _lower_rows_at_once(self, error: BaseException) -> None:
+    def _lower_rows_at_once(self, error: BaseException, n_tried: int) -> None:
         """Halves the number of contexts in a forward pass after an error about memory. Raises any other error, and that
         of a single context.
         """
-        if self.rows_at_once == 1 or not is_out_of_memory(error):
+        if n_tried == 1 or not is_out_of_memory(error):
             raise error
-        self.rows_at_once //= 2
+        self.rows_at_once = n_tried // 2
         log.warning("out of memory: going on with %d contexts in a forward pass", self.rows_at_once)
 
 

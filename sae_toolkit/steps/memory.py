@@ -218,9 +218,8 @@ def plan_memory(
     n_hidden, n_intermediate = _FORWARD_PASS["cpu" if on_cpu else "cuda"]
     intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
     width = n_hidden * config.hidden_size + n_intermediate * intermediate_size
-    n_hidden, n_intermediate = _BACKWARD_PASS
-    kept_width = n_hidden * config.hidden_size + n_intermediate * intermediate_size
-    n_layers = config.num_hidden_layers - _layer(cfg.hook_name)
+    kept_width = _BACKWARD_PASS[0] * config.hidden_size + _BACKWARD_PASS[1] * intermediate_size
+    n_layers = config.num_hidden_layers - _layers_before(cfg.hook_name)
     kept_of_row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     mixed = cfg.n_batches_in_buffer * kept_of_row
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
@@ -259,10 +258,10 @@ def plan_memory(
     )
 
 
-def _layer(hook_name: str) -> int:
+def _layers_before(hook_name: str) -> int:
     """Returns the number of layers that come before a hook for certain."""
     found = re.search(r"\.(\d+)(\.|$)", hook_name)
-    return int(found[1]) if found else 0
+    return int(found[1]) + hook_name.endswith("hook_resid_post") if found else 0
 
 
 def _logits_bytes(

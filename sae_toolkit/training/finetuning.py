@@ -72,6 +72,7 @@ class Finetuning:
         self._loss.rows_at_once = stream.rows_at_once
         acts_ND = self._loss.read(phases.batches.batch(self.trainer.n_training_steps - phases.n_before))
         outputs = self.trainer.step([acts_ND.to(stream.device, stream.dtype)], self._loss)
+        self._loss.clear()
         stream.rows_at_once = self._loss.rows_at_once
         stream.n_kept += len(acts_ND)
         stream.n_massive += self._loss.n_massive
@@ -85,6 +86,9 @@ class Finetuning:
             run.phases.n_steps,
             optimization.finetune_loss,
         )
+        needed = run.phases.n_finetuning * optimization.train_batch_size_tokens
+        if run.phases.batches is not None and needed > (there := int(run.phases.batches.n_kept.sum())):
+            log.warning("the text for it has %s tokens for %s, and is read again from its start", there, needed)
         self.stream.clear()
         if self.trainer.n_training_steps == 0:  # those that the norms were measured on are read again
             self.stream.n_massive = 0
