@@ -79,18 +79,20 @@ class Finetuning:
         return outputs
 
     def _begin(self) -> PredictionLoss:
-        run, optimization = self.run, self.run.optimization
+        phases, optimization = self.run.phases, self.run.optimization
+        assert phases.batches is not None
         log.info(
             "the last %d of %d steps are fine-tuning: --finetune_loss %s, on whole contexts",
-            run.phases.n_finetuning,
-            run.phases.n_steps,
+            phases.n_finetuning,
+            phases.n_steps,
             optimization.finetune_loss,
         )
-        needed = run.phases.n_finetuning * optimization.train_batch_size_tokens
-        if run.phases.batches is not None and needed > (there := int(run.phases.batches.n_kept.sum())):
-            log.warning("the text for it has %s tokens for %s, and is read again from its start", there, needed)
+        needed, there = phases.n_finetuning * phases.batches.batch_size, int(phases.batches.n_kept.sum())
+        if needed > there:
+            text = f"{there:,} tokens, and {needed:,} are needed"
+            log.warning("the contexts kept for it have %s: the first are read again", text)
         self.stream.clear()
         if self.trainer.n_training_steps == 0:  # those that the norms were measured on are read again
             self.stream.n_massive = 0
         max_norms = self.stream.max_activation_norms
-        return prediction_loss(run, self.source, max_norms[0] if max_norms else None)
+        return prediction_loss(self.run, self.source, max_norms[0] if max_norms else None)
