@@ -266,9 +266,9 @@ def _float_in_the_step() -> Iterator[None]:
 def _copy_too_many() -> Iterator[None]:
     whole = Trainer.step
 
-    def step(self: Trainer, batch: torch.Tensor) -> Any:
+    def step(self: Trainer, batch: torch.Tensor, prediction_loss: Any) -> Any:
         _kept = [weight.detach().clone() for weight in self.sae.parameters()]
-        return whole(self, batch)
+        return whole(self, batch, prediction_loss)
 
     with patch.object(Trainer, "step", step):
         yield
