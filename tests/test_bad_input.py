@@ -71,6 +71,30 @@ TRAINING_MISTAKES = {
         {"max_activation_norm_multiple": 0.5},
         "argument --max_activation_norm_multiple: 0.5: must be 0 or more than 1",
     ),
+    "a share to fine-tune without a loss": (
+        {"finetune_fraction": 0.5},
+        "--finetune_fraction 0.5: nothing to do without --finetune_loss",
+    ),
+    "a share above one": (
+        {"finetune_loss": "kl", "finetune_fraction": 1.5},
+        "argument --finetune_fraction: 1.5: must be a number above 0 and at most 1",
+    ),
+    "fine-tuning on contexts above a batch": (
+        {"finetune_loss": "ce", "train_batch_size_tokens": 32},
+        "--finetune_loss ce: takes whole contexts, and --context_size 64 is more than --train_batch_size_tokens 32",
+    ),
+    "fine-tuning with a compiled step": (
+        {"finetune_loss": "kl", "set": "compile_sae=true"},
+        "--finetune_loss kl, --set compile_sae=true: fine-tuning is not compiled",
+    ),
+    "fine-tuning with several GPUs for the model": (
+        {"finetune_loss": "kl", "n_devices": 2},
+        "--finetune_loss kl, --n_devices 2: fine-tuning needs the language model on one device",
+    ),
+    "norms of more batches than there are before the fine-tuning": (
+        {"finetune_loss": "kl", "finetune_fraction": 0.5, "set": "n_batches_for_norm_estimate=2"},
+        "--set n_batches_for_norm_estimate=2: more than the 1 steps before the fine-tuning",
+    ),
     "an unknown flag": ({"learning_rate": 1}, "unrecognized arguments: --learning_rate 1 (see --help)"),
     "a run that is not there": ({"resume": "nowhere/1024"}, "--resume nowhere/1024: neither a training run"),
     "no run to resume": ({"resume": ""}, "--resume"),

@@ -42,7 +42,7 @@ _NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|-
 _PLACEHOLDERS = {"N": "2", "GPU_IDS": "0,1", "DIR": ".", "RUN": "checkpoints/demo_1a2b3c4d/k3j2h1g0"}
 
 _SMALL_RUN = (
-    "--context_size 64 --training_tokens 4096 --train_batch_size_tokens 32 --n_batches_in_buffer 16 --eval_every 0"
+    "--context_size 32 --training_tokens 4096 --train_batch_size_tokens 32 --n_batches_in_buffer 16 --eval_every 0"
     " --lr_warm_up_steps 0 --lr_decay_steps 0 --device cpu --lm_dtype float32 --set n_batches_for_norm_estimate=1"
 ).split()
 

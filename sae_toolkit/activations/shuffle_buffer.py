@@ -115,6 +115,13 @@ class ShuffleBuffer:
             self._next, self._order = 0, None
         return batch
 
+    def clear(self) -> None:
+        """Frees all activations."""
+        assert self._storage is not None
+        self._storage, self._owners = self._storage[:0].clone(), self._owners[:0]
+        self._n_here = self._next = self._end = 0
+        self._order = None
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, with the unserved activations in the order in which they will be served.
 

@@ -57,6 +57,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         device: device of the batches; None for the source's device. If it differs from the source's device, the next
             rows go through the model while the caller works on a batch.
         epochs: how many passes over the rows are expected. The start of a further one is a warning.
+        row_ids: the ids of the rows to use; None for all.
     """
 
     _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_at_once")
@@ -79,6 +80,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         widths: list[int] | None = None,
         device: str | torch.device | None = None,
         epochs: int = 1,
+        row_ids: np.ndarray | None = None,
     ) -> None:
         self.source = source
         self.device = torch.device(device or source.device)
@@ -88,6 +90,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         # The rows that run ahead: their epoch, the first of them, and their result.
         self._next: tuple[tuple[int, int], Future[tuple[int, torch.Tensor]]] | None = None
         self.rows_NT = rows_NT
+        self.row_ids = np.arange(len(rows_NT)) if row_ids is None else row_ids
         self.positions = positions
         self.assistant_NT = assistant_NT
         self.max_activation_norms: list[float] | None = None  # at each hook
@@ -111,20 +114,20 @@ class ActivationStream(Iterator[torch.Tensor]):
 
     def _row_order(self) -> np.ndarray:
         if not self.shuffled:
-            return np.arange(len(self.rows_NT))
-        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows_NT))
+            return self.row_ids
+        return np.random.default_rng((self.seed, self.epoch)).permutation(self.row_ids)
 
     @property
     def passes(self) -> float:
         """How many passes over the rows have been made, a part of one included."""
-        return self.epoch + self.next_row / len(self.rows_NT)
+        return self.epoch + self.next_row / len(self.row_ids)
 
     def _next_unfiltered(self) -> torch.Tensor:
         """Returns the activations [N, D] of this rank's share of the next rows, at the positions that the filter keeps.
 
         Massive activations are still among them.
         """
-        if self.next_row >= len(self.rows_NT):
+        if self.next_row >= len(self.row_ids):
             self.epoch, self.next_row = self.epoch + 1, 0
             self._order = self._row_order()
             expected = self.epoch < self.epochs
@@ -140,7 +143,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         else:
             n_rows, acts_ND = self._run_rows(self.next_row)
         self.next_row += n_rows
-        if self._ahead is not None and self.next_row < len(self.rows_NT):
+        if self._ahead is not None and self.next_row < len(self.row_ids):
             self._next = (self.epoch, self.next_row), self._ahead.submit(self._run_rows, self.next_row)
         return acts_ND
 
@@ -259,6 +262,13 @@ class ActivationStream(Iterator[torch.Tensor]):
         """Waits until the rows that run ahead are done. The source is then not in use until the next batch is taken."""
         if self._next is not None:
             self._next[1].exception()
+
+    def clear(self) -> None:
+        """Frees the activations that the stream holds, and does not count them as kept. No batch can be taken then."""
+        self.wait()
+        self._next = None
+        self.n_kept -= len(self.buffer)
+        self.buffer.clear()
 
     def close(self) -> None:
         """Waits until the rows that run ahead are done. The stream does not run rows ahead after that."""

@@ -145,7 +145,6 @@ class LanguageModel:
         acts_BTD = _checked(seen.get("acts"), self.hook.name, tokens_BT)
         return logits, HookState(acts_BTD, seen.get("layer_input"), seen.get("layer_extras"))
 
-    @torch.no_grad()
     def logits_from_hook(self, tokens_BT: torch.Tensor, state: HookState, acts_BTD: torch.Tensor) -> torch.Tensor:
         """Returns the logits [B, T, V] with `acts_BTD` in place of the model's own activations at the hook.
 
@@ -155,11 +154,12 @@ class LanguageModel:
         Args:
             tokens_BT: the tokens that `state` belongs to.
             state: returned by `logits`.
-            acts_BTD: the activations to put at the hook, in any floating dtype and on any device.
+            acts_BTD: the activations to put at the hook, in any floating dtype and on any device. If they require
+                gradients, the logits can be differentiated with respect to them.
         """
-        acts = acts_BTD.to(state.acts_BTD.device, self.dtype, copy=True)  # layers may write into their inputs
-        self.sequences_run["after_hook"] += len(tokens_BT)
-        with ExitStack() as stack:
+        with torch.set_grad_enabled(acts_BTD.requires_grad), ExitStack() as stack:
+            acts = acts_BTD.to(state.acts_BTD.device, self.dtype, copy=True)  # layers may write into their inputs
+            self.sequences_run["after_hook"] += len(tokens_BT)
             if self.hook.layer is None:
                 stack.enter_context(self._at_hook(acts.reshape_as))
             else:

@@ -54,6 +54,31 @@ def check_settings(settings: TrainingSettings) -> None:
     if skip_positions >= context_size:
         raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size}; lower it")
     _check_steps(settings.optimization)
+    _check_finetuning(settings)
+
+
+def _check_finetuning(settings: TrainingSettings) -> None:
+    optimization, context_size = settings.optimization, settings.text.context_size
+    loss, fraction = optimization.finetune_loss, optimization.finetune_fraction
+    if loss == "none":
+        if fraction != OptimizationSettings.finetune_fraction:
+            raise UserError(f"--finetune_fraction {fraction:g}: nothing to do without --finetune_loss; add kl or ce")
+        return
+    flag, batch_size = f"--finetune_loss {loss}", optimization.train_batch_size_tokens
+    if len(settings.model.all_hook_names) > 1:
+        raise UserError(f"{flag}: for an SAE at one hook, not at several; train one at a time")
+    if settings.sae.shard_features:
+        raise UserError(f"{flag}, --shard_features: fine-tuning needs all features in one process; leave one out")
+    if settings.model.n_devices > 1:
+        raise UserError(
+            f"{flag}, --n_devices {settings.model.n_devices}: fine-tuning needs the language model on one device; leave"
+            " one of them out"
+        )
+    if context_size > batch_size:
+        raise UserError(
+            f"{flag}: takes whole contexts, and --context_size {context_size} is more than --train_batch_size_tokens"
+            f" {batch_size}; use a batch of {context_size} or more"
+        )
 
 
 def _check_device_memory(settings: TrainingSettings) -> None:
@@ -143,6 +168,11 @@ def check_world_size(settings: TrainingSettings, size: int) -> None:
     Raises:
         UserError: they cannot be divided.
     """
+    if settings.optimization.finetune_loss != "none" and size > 1:
+        raise UserError(
+            f"--finetune_loss {settings.optimization.finetune_loss}: for a single process, not for {size}; run"
+            " sae_lens_train.py without run_simple.sh, or leave it out"
+        )
     batch, contexts = settings.optimization.train_batch_size_tokens, settings.model.store_batch_size_prompts
     if batch < _LEAST_SHARE * size and size > 1:
         raise UserError(

@@ -25,6 +25,7 @@ from sae_toolkit.settings.values import (
     PathOrNone,
     Positive,
     PositiveFloat,
+    Share,
     TrueFalseOrIds,
     TrueOrFalse,
 )
@@ -194,6 +195,12 @@ class OptimizationSettings:
     """number of steps at the end in which the learning rate falls linearly to zero"""
     dead_feature_window: Positive = 1000
     """count a feature as dead once it was not active for this many steps"""
+    finetune_loss: Literal["none", "kl", "ce"] = flag("none", is_later=True)
+    """train the last tokens of the run on the model's own predictions with the SAE in place too: kl is the KL
+    divergence from its predictions without the SAE, ce the cross-entropy of the next token
+    """
+    finetune_fraction: Share = flag(0.1, is_later=True)
+    """share of --training_tokens, at the end of the run, that --finetune_loss is for; 1 is the whole run"""
     seed: NonNegative = 42
     """random seed of the weights and the shuffling and, by default, of the held-out documents"""
     set: tuple[str, ...] = flag((), action="append", nargs=None, metavar="KEY=VALUE")

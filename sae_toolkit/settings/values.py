@@ -82,6 +82,7 @@ positive_float = _number(float, "a number above 0", lambda v: v > 0)
 non_negative_float = _number(float, "a number of 0 or more", lambda v: v >= 0)
 norm_multiple = _number(float, "0 or more than 1", lambda v: v == 0 or v > 1)
 fraction = _number(float, "a number of 0 or more and below 1", lambda v: 0 <= v < 1)
+share = _number(float, "a number above 0 and at most 1", lambda v: 0 < v <= 1)
 
 
 def boolean(text: str) -> bool:
@@ -137,6 +138,7 @@ PositiveFloat = Annotated[float, positive_float]
 NonNegativeFloat = Annotated[float, non_negative_float]
 NormMultiple = Annotated[float, norm_multiple]
 Fraction = Annotated[float, fraction]
+Share = Annotated[float, share]
 TrueOrFalse = Annotated[bool, boolean]
 TrueFalseOrIds = Annotated[bool | list[int], boolean_or_ids]
 IntervalText = Annotated[str, Interval.checked]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -50,6 +51,10 @@ _BATCHES_ON_CUDA = 6  # tensors [B, D] at these moments: the batch, scaled, cent
 
 # Tensors [tokens, hidden_size] and [tokens, intermediate_size] at the peak of a forward pass, which is in an MLP.
 _FORWARD_PASS = {"cpu": (6, 3), "cuda": (4, 3)}  # the residual stream, its copies in attention and norm; gate, up, both
+# Tensors of these two shapes that a decoder layer keeps for its backward pass, if its weights get no gradients. Counted
+# for Llama's layers; Qwen's and GPT-2's keep up to a fifth more, GPT-NeoX's half. Attention that is not fused keeps its
+# scores too, which are not counted.
+_BACKWARD_PASS = (8, 3)
 # To compare predictions on a CUDA device, the evaluation holds five tensors in float32, each of up to 512 MiB
 # (`compare_predictions` in evaluation/metrics.py): logits that are converted, two log-probabilities, the one before
 # the second of these, and probabilities.
@@ -81,6 +86,10 @@ class MemoryPlan:
     evaluates: bool  # whether there are evaluations during training
     held_out_logits: int
     comparing: int  # of predictions, beside the logits
+    finetunes: bool  # whether the run ends with steps of --finetune_loss
+    finetuning_logits: int  # the model's own, of a step
+    finetuning_pass: int  # what the layers after the hook keep for their backward pass, and the logits with the SAE
+    finetuning_step: int  # as `step`, on up to half a context more
     on_cpu: bool
 
     @property
@@ -98,8 +107,11 @@ class MemoryPlan:
         }
         if self.evaluates:  # on a finished copy of an SAE, which takes as much as its gradients
             peaks["held out"] = trained + self.gradients + max(self.folding, self.held_out_logits + self.comparing)
+        if self.finetunes:  # when the buffer is freed
+            finetuning = self.finetuning_logits + max(self.gradients, self.finetuning_pass) + self.finetuning_step
+            peaks["fine-tuning"] = trained - self.buffer + finetuning
         if self.on_cpu:  # the process keeps this memory after it was freed, in fragments
-            for name in peaks.keys() & {"stepping", "held out"}:
+            for name in peaks.keys() & {"stepping", "held out", "fine-tuning"}:
                 peaks[name] += self.norm_estimate
         return {name: self.process + peak for name, peak in peaks.items()}
 
@@ -132,6 +144,7 @@ class MemoryPlan:
             "--set n_batches_for_norm_estimate": self.norm_estimate,
             "--expansion_factor": self.sae + self.gradients + self.adam,
             "--train_batch_size_tokens": self.step,
+            "--finetune_loss": self.finetuning_logits + self.finetuning_pass,
         }
         return max(sizes, key=lambda flag: sizes[flag])
 
@@ -148,6 +161,7 @@ class MemoryPlan:
             "Adam": self.adam,
             "step": self.step,
             "held-out logits": self.evaluates and self.held_out_logits + self.comparing,
+            "fine-tuning": self.finetuning_logits + self.finetuning_pass,
         }
         return (
             f"memory  {_gib(self.peak)} GiB at the peak, {_gib(self.process + self.loading)} while the model loads\n"
@@ -170,6 +184,7 @@ def plan_memory(
     cached: bool,
     n_saes: int = 1,
     evaluates: bool = False,
+    finetune_loss: Literal["none", "kl", "ce"] = "none",
 ) -> MemoryPlan:
     """Predicts a run's memory from shapes. Nothing is loaded.
 
@@ -183,6 +198,7 @@ def plan_memory(
         cached: whether activations come from a cache or another device. The model is then not counted.
         n_saes: how many SAEs of this size are trained, one at each hook. They take their steps one after the other.
         evaluates: whether the run evaluates on held-out text during training, for which it keeps the whole model.
+        finetune_loss: the loss of the steps at its end, for which it keeps the whole model too.
     """
     config = model.config.get_text_config()
     on_cpu = torch.device(cfg.device).type == "cpu"
@@ -191,27 +207,34 @@ def plan_memory(
     d_in, batch = n_saes * cfg.sae.d_in, cfg.train_batch_size_tokens
 
     whole, up_to_hook = (n * lm_bytes for n in n_parameters)
+    finetunes = finetune_loss != "none"
+    keeps_whole = evaluates or finetunes
     loading = whole
     if on_cpu and "gguf_file" in model.location:
         # The weights are read in float32. The largest matrix is held too: twice in float32, or once in another dtype.
         loading = 4 * n_parameters[0] + (8 if lm_bytes == 4 else lm_bytes) * config.vocab_size * config.hidden_size
-    elif on_cpu and not evaluates and model.adapter is None:
+    elif on_cpu and not keeps_whole and model.adapter is None:
         # Safetensors files are memory-mapped, so only the weights in use are read. Merging an adapter changes all.
         loading = up_to_hook
     tokens = cfg.store_batch_size_prompts * cfg.context_size
     n_hidden, n_intermediate = _FORWARD_PASS["cpu" if on_cpu else "cuda"]
     width = n_hidden * config.hidden_size + n_intermediate * _intermediate_size(config)
+    kept_width = _BACKWARD_PASS[0] * config.hidden_size + _BACKWARD_PASS[1] * _intermediate_size(config)
+    n_layers = config.num_hidden_layers - _layers_before(cfg.hook_name)
     kept_of_row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     mixed = cfg.n_batches_in_buffer * kept_of_row
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
     measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
     parameters = _n_parameters(cfg) * sae_bytes
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
+    more = copy.copy(cfg)
+    more.train_batch_size_tokens += cfg.context_size // 2
+    most_tokens = batch + cfg.context_size  # of a fine-tuning step, with those that are left out
     logits_of_row, comparing = _logits_bytes(cfg, config.vocab_size, lm_bytes, on_cpu=on_cpu)
     return MemoryPlan(
         process=psutil.Process().memory_info().rss if on_cpu else 0,
-        model=whole if evaluates else 0 if cached else up_to_hook,
-        loading=0 if cached and not evaluates else loading,
+        model=whole if keeps_whole else 0 if cached else up_to_hook,
+        loading=0 if cached and not keeps_whole else loading,
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=measured * d_in * (2 * acts_bytes + max(4, sae_bytes)),
@@ -219,6 +242,13 @@ def plan_memory(
         gradients=parameters,
         adam=2 * n_saes * parameters,
         step=_step_bytes(cfg) if on_cpu else _step_bytes_on_cuda(cfg, parameters),
+        finetunes=finetunes,
+        finetuning_logits=(finetune_loss == "kl") * most_tokens * config.vocab_size * lm_bytes,
+        finetuning_pass=finetunes
+        * min(tokens, most_tokens)
+        * (n_layers * kept_width + 2 * config.vocab_size)
+        * lm_bytes,
+        finetuning_step=finetunes * (_step_bytes(more) if on_cpu else _step_bytes_on_cuda(more, parameters)),
         folding=2 * 8 * cfg.sae.d_in * cfg.sae.d_sae if whitens else 0,  # a weight and its product, in float64
         evaluation_model=whole,
         evaluates=evaluates,
@@ -227,6 +257,12 @@ def plan_memory(
         comparing=comparing,
         on_cpu=on_cpu,
     )
+
+
+def _layers_before(hook_name: str) -> int:
+    """Returns the number of layers that come before a hook for certain."""
+    found = re.search(r"\.(\d+)(\.|$)", hook_name)
+    return int(found[1]) + hook_name.endswith("hook_resid_post") if found else 0
 
 
 def _logits_bytes(

@@ -13,6 +13,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
+from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.sharded_sae import ShardedTrainer, is_shard
 from sae_toolkit.steps.trainer import Trainer
 
@@ -73,10 +74,17 @@ class MultiTrainer(MultiSAETrainer):
         """The number of steps since the last one that was applied, for the SAE that has the most."""
         return max(int(trainer.n_not_finite_in_a_row) for trainer in self.trainers.values())
 
-    def step(self, acts_of_hooks: Sequence[torch.Tensor]) -> dict[str, TrainStepOutput]:
-        """Takes one step of each SAE on the raw activations [B, D] of its hook. Call `advance` after it."""
+    def step(
+        self, acts_of_hooks: Sequence[torch.Tensor], prediction_loss: PredictionLoss | None = None
+    ) -> dict[str, TrainStepOutput]:
+        """Takes one step of each SAE on the raw activations [B, D] of its hook. Call `advance` after it.
+
+        Args:
+            acts_of_hooks: the activations at each hook.
+            prediction_loss: as for `Trainer.step`; for a single SAE.
+        """
         outputs = {
-            name: trainer.step(acts_BD)
+            name: trainer.step(acts_BD, prediction_loss)
             for (name, trainer), acts_BD in zip(self.trainers.items(), acts_of_hooks, strict=True)
         }
         self.n_training_samples = self.first.n_training_samples

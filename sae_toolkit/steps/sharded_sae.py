@@ -19,6 +19,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
 
 from sae_toolkit.distributed.ranks import Ranks
+from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
 from sae_toolkit.steps.trainer import Trainer
 
@@ -105,11 +106,12 @@ class ShardedTrainer(Trainer):
     def _tensors(self) -> dict[str, torch.Tensor]:
         return dict([*self.sae.named_parameters(), *self.sae.named_buffers()])
 
-    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+    def step(self, batch: torch.Tensor, prediction_loss: PredictionLoss | None = None) -> TrainStepOutput:
         """Takes one step on the raw activations [B_r, D] of each rank, which are B tokens together.
 
         The output is for all B tokens. Its `feature_acts` [B, F / size] are those of this rank's features.
         """
+        assert prediction_loss is None  # --finetune_loss is for a single rank
         return super().step(torch.cat(self.ranks.gather(batch.to(self.sae.device))))
 
     def _grad_norm(self) -> torch.Tensor:

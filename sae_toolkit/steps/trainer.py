@@ -18,12 +18,13 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import is_out_of_memory
+from sae_toolkit.steps.finetune_loss import PredictionLoss, backward_with
 from sae_toolkit.steps.selection import select_among
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.target_l0 import L0Control
 
 _ADJUSTED = ("l0", "l1")  # SAELens's schedules of the sparsity weights l0_coefficient and l1_coefficient
-_COUNTS = ("n_not_finite", "n_not_finite_in_a_row")
+_COUNTS = {"n_not_finite", "n_not_finite_in_a_row", "finetune_weight"}
 
 # How many steps pass between counting the dead features and using the count.
 _STEPS_BEHIND = 4
@@ -39,7 +40,8 @@ class Trainer(SAETrainer[Any, Any]):
     bfloat16 there, and on a CPU all products do.
 
     `n_not_finite` is the number of steps that were not applied, and `n_not_finite_in_a_row` is their number since the
-    last applied step. Both are on the device.
+    last applied step. `finetune_weight` is the weight of the loss beside the SAE's own in the last step that had one,
+    and otherwise 0. All three are on the device.
 
     With several ranks, each rank steps on its own part of a batch. All ranks start with the weights of rank 0, and
     gradients, firings, selections and metrics are those of the whole batch. So the SAE does not depend on the number of
@@ -82,6 +84,7 @@ class Trainer(SAETrainer[Any, Any]):
             select_among(sae, ranks, cfg.train_batch_size_samples)
         self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
+        self.finetune_weight = torch.zeros((), dtype=torch.float, device=cfg.device)
         self._counts_of_dead: deque[_Reading] = deque()
 
     @property
@@ -97,24 +100,35 @@ class Trainer(SAETrainer[Any, Any]):
         """Returns the tensors that are equal on all ranks. Their gradients, if any, are summed."""
         return [*self.sae.parameters(), *self.sae.buffers()]
 
-    def step(self, batch: torch.Tensor) -> TrainStepOutput:
+    def step(self, batch: torch.Tensor, prediction_loss: PredictionLoss | None = None) -> TrainStepOutput:
         """Takes one step on raw activations [B, D]. The caller advances `n_training_steps`, as with SAELens's trainer.
 
         If memory runs out on a single rank, the step is tried once more, after the allocator's cache is emptied.
+
+        Args:
+            batch: the activations. With a loss beside the SAE's own they may be a few more or fewer than a batch, and
+                are counted as one.
+            prediction_loss: a loss to add to the SAE's own, for a single rank. Its weight makes its gradient at the
+                reconstructions as large as that of the mean squared error.
         """
         if isinstance(self.sae, SparseTopKTrainingSAE):
             self.sae.dead_bound = self._dead_bound()
             self.sae.encodes_in_bfloat16 = self._encodes_in_bfloat16
         buffers = [buffer.clone() for buffer in self.sae.buffers()]  # such as BatchTopK's threshold
         with _fast_products(batch.device, self.products_in_bfloat16):
-            output = self._forward_and_backward(batch, buffers)
+            output = self._forward_and_backward(batch, buffers, prediction_loss)
             self._apply(output, len(batch), buffers)
+        # Whole contexts are a batch on average only, so that the steps of a run stay as many as its schedules count.
+        counted = self.ranks.is_alone and prediction_loss is None
+        self.n_training_samples += len(batch) if counted else self.cfg.train_batch_size_samples
         return output
 
-    def _forward_and_backward(self, batch: torch.Tensor, buffers: list[torch.Tensor]) -> TrainStepOutput:
+    def _forward_and_backward(
+        self, batch: torch.Tensor, buffers: list[torch.Tensor], prediction_loss: PredictionLoss | None
+    ) -> TrainStepOutput:
         """Computes the gradients. If memory runs out, tries again with an empty cache and the buffers as they were."""
         try:
-            return self._compute_gradients(batch)
+            return self._compute_gradients(batch, prediction_loss)
         except (RuntimeError, MemoryError) as error:
             # The other ranks would wait forever for one that tries again.
             if not self.ranks.is_alone or not is_out_of_memory(error):
@@ -125,13 +139,13 @@ class Trainer(SAETrainer[Any, Any]):
             buffer.copy_(before)
         if self._is_on_cuda:
             torch.cuda.empty_cache()
-        return self._compute_gradients(batch)
+        return self._compute_gradients(batch, prediction_loss)
 
     def _share(self, n_tokens: int) -> float:
         """Returns which share of the whole batch this rank's `n_tokens` are."""
         return 1 if self.ranks.is_alone else n_tokens / self.cfg.train_batch_size_samples
 
-    def _compute_gradients(self, batch: torch.Tensor) -> TrainStepOutput:
+    def _compute_gradients(self, batch: torch.Tensor, prediction_loss: PredictionLoss | None) -> TrainStepOutput:
         sae_in = self.activation_scaler(batch.to(self.sae.device))
         self.sae.train()
         with self.autocast_if_enabled:
@@ -147,6 +161,10 @@ class Trainer(SAETrainer[Any, Any]):
         if isinstance(self.sae, BatchTopKTrainingSAE):  # it was updated by this rank's smallest activation
             self.ranks.minimum(self.sae.topk_threshold)
 
+        if prediction_loss is not None:
+            output, weight = backward_with(prediction_loss, output, self.activation_scaler)
+            self.finetune_weight = torch.where(weight.isfinite(), weight, self.finetune_weight)
+            return output
         share = self._share(len(batch))  # SAELens's losses are means over tokens
         (output.loss * share if share != 1 else output.loss).backward()
         self.ranks.finish(self._sums)
@@ -176,11 +194,11 @@ class Trainer(SAETrainer[Any, Any]):
         self.optimizer.zero_grad()
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(not_finite, before, buffer))
-        self.n_training_samples += n_tokens if self.ranks.is_alone else self.cfg.train_batch_size_samples
-        self._record_firings(firings_F)
+        n_tokens_of_all = n_tokens if self.ranks.is_alone else self.cfg.train_batch_size_samples
+        self._record_firings(firings_F, n_tokens_of_all)
         if self.l0_control is not None and not self._warms_up():
             pace = self.optimizer.param_groups[0]["lr"] / self.cfg.lr
-            self.l0_control.update(firings_F.sum() / self.cfg.train_batch_size_samples, pace, not_finite)
+            self.l0_control.update(firings_F.sum() / n_tokens_of_all, pace, not_finite)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -214,7 +232,7 @@ class Trainer(SAETrainer[Any, Any]):
 
     def load_state_beside_saelens(self, state: dict[str, Any]) -> None:
         """Loads what `state_beside_saelens` returned."""
-        for name in _COUNTS:
+        for name in _COUNTS & state.keys():  # checkpoints of earlier versions have no finetune_weight
             setattr(self, name, state[name].to(self.cfg.device))
         if self.l0_control:
             self.l0_control.load_state_dict(state["l0_control"])
@@ -242,7 +260,10 @@ class Trainer(SAETrainer[Any, Any]):
 
     def set_final_sae_metadata(self) -> None:
         super().set_final_sae_metadata()
-        for name, value in self.found_weight.items():
+        found = self.found_weight
+        if weight := float(self.finetune_weight):
+            found["finetune_weight"] = weight
+        for name, value in found.items():
             self.sae.cfg.metadata[name] = value
 
     @property
@@ -301,11 +322,11 @@ class Trainer(SAETrainer[Any, Any]):
         return both[:-1], both[-1]
 
     @torch.no_grad()
-    def _record_firings(self, firings_F: torch.Tensor) -> None:
+    def _record_firings(self, firings_F: torch.Tensor, n_tokens: int) -> None:
         self.act_freq_scores += firings_F
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired.masked_fill_(firings_F > 0, 0)
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
+        self.n_frac_active_samples += n_tokens
 
     def firing_counts(self) -> torch.Tensor:
         """Returns how often each feature fired in the last `n_frac_active_samples` tokens, [F]."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
@@ -49,12 +49,14 @@ class RunOnCard:
         lm_dtype: its dtype.
         cfgs: SAELens's configuration of each SAE, for a CUDA device.
         evaluates: whether the run measures on held-out text during training.
+        finetune_loss: the loss of the steps at its end.
     """
 
     model: ModelSource
     lm_dtype: torch.dtype
     cfgs: list[LanguageModelSAERunnerConfig[Any]]
     evaluates: bool
+    finetune_loss: Literal["none", "kl", "ce"]
 
     @classmethod
     def of(cls, settings: TrainingSettings, auto_dtype: torch.dtype) -> RunOnCard:
@@ -74,7 +76,7 @@ class RunOnCard:
         ]
         chosen = settings.model.lm_dtype
         lm_dtype = auto_dtype if chosen == "auto" else getattr(torch, chosen)
-        return cls(model, lm_dtype, cfgs, settings.recording.eval_every > 0)
+        return cls(model, lm_dtype, cfgs, settings.recording.eval_every > 0, settings.optimization.finetune_loss)
 
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
@@ -93,7 +95,12 @@ class RunOnCard:
             cached=False,
             n_saes=len(self.cfgs),
             evaluates=evaluates,
+            finetune_loss=self.finetune_loss,
         )
+
+    def kept(self, given: Collection[str] = ()) -> set[str]:
+        """Returns the names of the flags that must stay as they are, besides those of `given`."""
+        return {*given, *(() if self.finetune_loss == "none" else ("train_batch_size_tokens",))}
 
 
 def _evaluation_peak(plan: MemoryPlan, rows: int) -> int:
@@ -118,7 +125,7 @@ def show_fit(settings: TrainingSettings) -> None:
     size = str(settings.run.device_memory)
     run = RunOnCard.of(settings, auto_dtype=torch.bfloat16)  # as on all CUDA devices since 2020
     cfg, capacity = run.cfgs[0], memory_bytes(size) - _CUDA_CONTEXT
-    lowered = lower_peak(cfg, lambda *other: run.plan(*other).peak, capacity, evaluates=run.evaluates)
+    lowered = lower_peak(cfg, lambda *other: run.plan(*other).peak, capacity, evaluates=run.evaluates, given=run.kept())
     saes = cfg.sae.architecture() if len(run.cfgs) == 1 else f"{len(run.cfgs)} x {cfg.sae.architecture()}"
     log.info(
         "model   %s, %s, %s on a CUDA device\n"
@@ -220,7 +227,7 @@ def choose_preset(words: Sequence[str], card_of: Callable[[str], Card] = Card.of
         plan = run.plan(cfg, evaluates)
         return max(plan.peak, _evaluation_peak(plan, 1))
 
-    lowered = lower_peak(run.cfgs[0], peak, card.free, evaluates=run.evaluates, given=given_flags(words))
+    lowered = lower_peak(run.cfgs[0], peak, card.free, evaluates=run.evaluates, given=run.kept(given_flags(words)))
     has = f"{card.name} has {_gib(card.free)} free"
     if lowered.peak > card.free:
         return Choice(

@@ -20,6 +20,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.model.hooks import is_transformer_lens_name
 from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 from sae_toolkit.steps.target_l0 import JUMPRELU
+from sae_toolkit.training.phases import number_of_steps
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,8 @@ def build_runner_config(
     Raises:
         UserError: the settings do not fit together, or `--set` names a field that cannot be set.
     """
-    sae_settings, assignments = settings.sae, settings.optimization.set
+    sae_settings, optimization = settings.sae, settings.optimization
+    assignments = optimization.set
     sae_class, sae_config_class = get_sae_training_class(sae_settings.architecture)
     fields, logger = _runner_fields(settings, hook_name, device), _logger_fields(settings, run_id)
     sae = _sae_fields(sae_settings, hook_name, d_in, device)
@@ -130,6 +132,8 @@ def build_runner_config(
     try:
         cfg = LanguageModelSAERunnerConfig(sae=sae_config_class(**sae), logger=LoggingConfig(**logger), **fields)
         _check(cfg)
+        if optimization.finetune_loss != "none":
+            _check_finetuning(cfg, optimization)
         if (target := sae_settings.target_l0) is not None and (
             getattr(cfg.sae, "jumprelu_sparsity_loss_mode", None) == "quadratic"
         ):
@@ -174,7 +178,7 @@ def _runner_fields(settings: TrainingSettings, hook_name: str, device: str) -> d
         "output_path": None,
         "verbose": False,
         "exclude_special_tokens": text.exclude_special_tokens,
-        "n_batches_for_norm_estimate": min(20, _n_whole_batches(optimization)),
+        "n_batches_for_norm_estimate": min(20, _n_measurable_batches(optimization)),
         "model_from_pretrained_kwargs": {},
         "from_pretrained_path": settings.sae.init_from,
     }
@@ -199,6 +203,12 @@ def _logger_fields(settings: TrainingSettings, run_id: str) -> dict[str, Any]:
         "wandb_id": run_id,
         "wandb_log_frequency": max(1, min(10, _n_whole_batches(settings.optimization) // _LEAST_READINGS)),
     }
+
+
+def _n_measurable_batches(optimization: OptimizationSettings) -> int:
+    """Returns how many batches the norms can be measured on: those before the fine-tuning, if there are any."""
+    n_steps, n_before = number_of_steps(optimization)
+    return _n_whole_batches(optimization) if n_before in (0, n_steps) else n_before
 
 
 def _n_whole_batches(optimization: OptimizationSettings) -> int:
@@ -332,3 +342,16 @@ def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:
         raise UserError(
             f"--set lr_scheduler_name={cfg.lr_scheduler_name}: too few steps for it; train longer"
         ) from None
+
+
+def _check_finetuning(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig], optimization: OptimizationSettings) -> None:
+    """Raises a UserError if the run cannot fine-tune with --finetune_loss."""
+    flag = f"--finetune_loss {optimization.finetune_loss}"
+    for name in ("compile_sae", "compile_llm"):
+        if getattr(cfg, name):
+            raise UserError(f"{flag}, --set {name}=true: fine-tuning is not compiled; leave one of them out")
+    if cfg.n_batches_for_norm_estimate > (n := _n_measurable_batches(optimization)):
+        raise UserError(
+            f"--set n_batches_for_norm_estimate={cfg.n_batches_for_norm_estimate}: more than the {n} steps before the"
+            " fine-tuning; lower it or --finetune_fraction"
+        )

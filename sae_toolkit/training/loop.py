@@ -85,6 +85,7 @@ class TrainingLoop:
     def __init__(self, training: Training, record: RunRecord, signals: StopSignals) -> None:
         self.run, self.cfg, self.ranks = training.run, training.cfg, training.ranks
         self.trainer, self.stream, self.checkpoints = training.trainer, training.stream, training.checkpoints
+        self.finetuning, self.total = training.finetuning, training.total
         self.max_norms = training.max_norms
         self.record = record
         self.signals = signals
@@ -111,7 +112,7 @@ class TrainingLoop:
         trainer = self.trainer
         progress = Progress(
             "training",
-            self.stream.total,
+            self.total,
             done=trainer.n_training_samples,
             device=self.cfg.device,
             speaks=self.ranks.is_main,
@@ -120,7 +121,7 @@ class TrainingLoop:
         if self.ranks.is_main:
             self.run.run_directory.keep_metrics_up_to(trainer.n_training_steps)
         with progress:
-            while trainer.n_training_samples < self.stream.total:
+            while trainer.n_training_samples < self.total:
                 self._step(progress)
             if sparsity := trainer.read_sparsity(final=True):
                 self.record.log(panels(sparsity), step=trainer.n_training_steps)
@@ -131,7 +132,11 @@ class TrainingLoop:
         if sparsity := trainer.read_sparsity():
             self.record.log(panels(sparsity), step=trainer.n_training_steps)
         before = trainer.n_training_samples
-        outputs = trainer.step(self.stream.at_each_hook(next(self.stream)))
+        if self.finetuning.is_due:
+            progress.doing = "fine-tuning"
+            outputs = self.finetuning.step()
+        else:
+            outputs = trainer.step(self.stream.at_each_hook(next(self.stream)))
         to_record = (trainer.n_training_steps + 1) % self.cfg.logger.wandb_log_frequency == 0
         show, save, signal_number = self.ranks.largest(  # each rank has its own clock and gets its own signals
             time.monotonic() - self._read_at >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, self.signals.received
@@ -270,4 +275,9 @@ def _shown(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> dict[str, s
         "L0": spread(".1f", [reading["metrics/l0"] for reading in each]),
         "explained variance": spread(".3f", [reading["metrics/explained_variance"] for reading in each]),
         "dead": spread(".1%", [reading["sparsity/dead_features"] / d_sae for reading in each]),
+        **{
+            label: spread(".4f", [reading[name] for reading in each])
+            for name, label in (("losses/kl_loss", "KL"), ("losses/ce_loss", "CE"))
+            if all(name in reading for reading in each)
+        },
     }

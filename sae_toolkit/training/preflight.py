@@ -23,7 +23,9 @@ from sae_toolkit.model.devices import out_of_memory_answered, random_states_rest
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.training import RunSettings
+from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.trainer import Trainer
+from sae_toolkit.training.finetuning import prediction_loss
 from sae_toolkit.training.initial_sae import lineage_warnings
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
@@ -32,6 +34,7 @@ from sae_toolkit.training.run import create_sae, load_model
 log = logging.getLogger(__name__)
 
 _MOST_STEPS, _MOST_SECONDS_OF_STEPS = 5, 2.0  # timed
+_FINETUNING_STEPS = 2  # of which the last is timed, as the first is slower
 
 
 def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
@@ -75,7 +78,7 @@ def check_activations(run: PreparedRun, source: LanguageModel | CachedActivation
     """
     if run.resume_from is None and run.ranks.is_main:
         measured, speed = measure(run, source)
-        log.info(speed.describe(run.cfg, run.ranks.size))
+        log.info(speed.describe(run))
         _warn_of_activations(run, measured, settings.strict)
     run.ranks.wait()
 
@@ -110,9 +113,10 @@ def dry_run(run: PreparedRun, settings: RunSettings) -> None:
     measured: Sequence[MeasuredActivations | None] = [None] * len(run.cfgs)
     if run.model.is_here():
         source = load_model(run)
-        source.keep_only_up_to_hook()
+        if not run.finetunes:
+            source.keep_only_up_to_hook()
         measured, speed = measure(run, source)
-        log.info(speed.describe(run.cfg, run.ranks.size, reads_cache=run.is_cached))
+        log.info(speed.describe(run, reads_cache=run.is_cached))
     else:
         log.info("time    not measured, the model is not downloaded yet")
     _warn_of_activations(run, measured, settings.strict)
@@ -133,24 +137,30 @@ class Speed:
     Args:
         tokens_a_second: tokens per second of the language model or the cache.
         seconds_a_step: seconds per training step, all SAEs together.
+        seconds_a_finetuning_step: seconds per step of --finetune_loss, with the passes of the language model; 0 if
+            there are none.
     """
 
     tokens_a_second: float
     seconds_a_step: float
+    seconds_a_finetuning_step: float = 0.0
 
-    def describe(self, cfg: LanguageModelSAERunnerConfig[Any], n_ranks: int, *, reads_cache: bool = False) -> str:
+    def describe(self, run: PreparedRun, *, reads_cache: bool = False) -> str:
         """Returns a line that says how long a run takes.
 
         Args:
-            cfg: configuration of the run.
-            n_ranks: number of its ranks.
+            run: the run.
             reads_cache: whether the run will read all activations from the cache, although the check computed them.
         """
-        n_steps = math.ceil(cfg.training_tokens / cfg.train_batch_size_tokens)
-        rate = math.inf if reads_cache else self.tokens_a_second * n_ranks
-        seconds = cfg.training_tokens / rate + n_steps * self.seconds_a_step
+        phases, training_tokens = run.phases, run.cfg.training_tokens
+        rate = math.inf if reads_cache else self.tokens_a_second * run.ranks.size
+        seconds = training_tokens * phases.n_before / phases.n_steps / rate + phases.n_before * self.seconds_a_step
         source = "activations read from the cache" if reads_cache else f"activations {rate:,.0f} tokens/s"
-        return f"time    about {_duration(seconds)}: {source}, {1000 * self.seconds_a_step:,.1f} ms a step"
+        finetuning = ""
+        if n := phases.n_finetuning:
+            seconds += n * self.seconds_a_finetuning_step
+            finetuning = f", then {n:,} fine-tuning steps of {self.seconds_a_finetuning_step:,.2f} s"
+        return f"time    about {_duration(seconds)}: {source}, {1000 * self.seconds_a_step:,.1f} ms a step{finetuning}"
 
 
 def _duration(seconds: float) -> str:
@@ -189,8 +199,13 @@ def measure(run: PreparedRun, source: LanguageModel | CachedActivations) -> tupl
         for each, acts in zip(run.cfgs, stream.at_each_hook(acts_ND), strict=True):
             measured, scale = _measure_norms(each, acts, source.dtype, kept_share)
             found.append(measured)
-            seconds_a_step += _time_steps(run, each, acts, scale)
-    return found, Speed(rate, seconds_a_step)
+            seconds_a_step += _time_steps(_new_trainer(run, each, scale), acts)
+        seconds_a_finetuning_step = 0.0
+        if run.finetunes:  # at a single hook
+            max_norms = stream.max_activation_norms
+            loss = prediction_loss(run, source, max_norms[0] if max_norms else None)
+            seconds_a_finetuning_step = _time_finetuning(run, _new_trainer(run, cfg, scale), loss)
+    return found, Speed(rate, seconds_a_step, seconds_a_finetuning_step)
 
 
 def _measure_norms(
@@ -237,6 +252,7 @@ def _stream(
         dtype=str_to_dtype(run.cfg.dtype),
         widths=run.widths,
         device=run.cfg.device,
+        row_ids=run.phases.stream_rows,
     )
 
 
@@ -247,29 +263,51 @@ def _share_of_positions(run: PreparedRun) -> float:
     return float(run.positions.keeps_tokens(*first).sum() / kept_without)
 
 
-def _time_steps(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], acts_ND: torch.Tensor, scale: float) -> float:
-    """Returns the seconds that a training step of one SAE takes on a rank, without communication.
+def _new_trainer(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], scale: float) -> Trainer:
+    """Returns a trainer of a rank's share of one SAE, to be thrown away.
 
     Args:
         cfg: configuration of the SAE.
-        acts_ND: activations to train on; repeated if they are fewer than a batch.
         scale: factor that the run's normalization multiplies the activations by.
     """
     share = run.share_of_rank(cfg)
     trainer_cfg = share.to_sae_trainer_config()
     trainer_cfg.logger = LoggingConfig(log_to_wandb=False)
-    batch_BD = acts_ND[torch.arange(share.train_batch_size_tokens) % len(acts_ND)]
-    seconds: list[float] = []
     trainer = Trainer(trainer_cfg, create_sae(share), iter(()))
     trainer.products_in_bfloat16 = run.products_in_bfloat16
     if cfg.sae.normalize_activations == "expected_average_only_in":
         trainer.activation_scaler.scaling_factor = scale
+    return trainer
+
+
+def _time_steps(trainer: Trainer, acts_ND: torch.Tensor) -> float:
+    """Returns the seconds that a training step of one SAE takes on a rank, without communication.
+
+    Args:
+        trainer: a trainer of the rank's share of a batch.
+        acts_ND: activations to train on; repeated if they are fewer than a batch.
+    """
+    batch_BD = acts_ND[torch.arange(trainer.cfg.train_batch_size_samples) % len(acts_ND)]
+    seconds: list[float] = []
     while len(seconds) < _MOST_STEPS and sum(seconds) < _MOST_SECONDS_OF_STEPS:
-        started = _now(cfg.device)
+        started = _now(trainer.cfg.device)
         trainer.step(batch_BD)
         trainer.n_training_steps += 1
-        seconds.append(_now(cfg.device) - started)
+        seconds.append(_now(trainer.cfg.device) - started)
     return median(seconds[1:] or seconds)  # the first step is slower
+
+
+def _time_finetuning(run: PreparedRun, trainer: Trainer, loss: PredictionLoss) -> float:
+    """Returns the seconds that a step of --finetune_loss takes, with the passes of the language model."""
+    assert run.phases.batches is not None
+    (rows_RT, keeps_RT), seconds = run.phases.batches.batch(0), 0.0
+    for _ in range(_FINETUNING_STEPS):
+        started = _now(trainer.cfg.device)
+        acts_ND = loss.read(rows_RT, keeps_RT)
+        trainer.step(acts_ND.to(trainer.cfg.device, str_to_dtype(run.cfg.dtype)), loss)
+        trainer.n_training_steps += 1
+        seconds = _now(trainer.cfg.device) - started
+    return seconds
 
 
 def _now(device: str) -> float:

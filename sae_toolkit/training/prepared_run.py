@@ -30,6 +30,7 @@ from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT, TOKENS, RunDirectory
 from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.lowered_run import lower_peak
+from sae_toolkit.training.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +115,26 @@ class PreparedRun:
     @cached_property
     def n_positions(self) -> int:
         """How many positions of the rows are trained on in one pass, before massive activations are left out."""
-        return int(self.positions.keeps_tokens(self.rows_NT).sum())
+        return int(self._keeps_NT().sum())
+
+    def _keeps_NT(self) -> np.ndarray:
+        return self.positions.keeps_tokens(self.rows_NT, self.assistant_NT)
 
     @property
     def passes(self) -> float:
         """How many passes over the rows the training tokens take, before massive activations are left out."""
         return self.cfg.training_tokens / self.n_positions
+
+    @cached_property
+    def phases(self) -> Phases:
+        """The steps before fine-tuning, and those of it."""
+        shuffled = self.cfg.activations_mixing_fraction > 0
+        return Phases.of(self.optimization, self.rows_NT, self._keeps_NT, shuffled=shuffled)
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether the run ends with steps of --finetune_loss, for which it keeps the whole language model."""
+        return self.optimization.finetune_loss != "none"
 
     @property
     def products_in_bfloat16(self) -> bool:
@@ -159,11 +174,17 @@ class PreparedRun:
             "held_out_fraction": self.held_out.fraction,
             "held_out_seed": self.held_out.seed,
             "max_activation_norm_multiple": self.max_norm_multiple or 0.0,
+            **self._finetuning_metadata(),
         }
 
     def lineage(self) -> dict[str, Any]:
         """Returns `initialized_from` for the record; empty for random weights."""
         return {"initialized_from": dict(self.initialized_from)} if self.initialized_from else {}
+
+    def _finetuning_metadata(self) -> dict[str, Any]:
+        if not self.finetunes:
+            return {}
+        return {name: getattr(self.optimization, name) for name in ("finetune_loss", "finetune_fraction")}
 
     def cache_parameters(self) -> dict[str, Any]:
         """Returns the values that the activations depend on, besides the tokens."""
@@ -216,6 +237,7 @@ class PreparedRun:
             cached=self.is_cached or not self._shares_device,
             n_saes=len(self.cfgs),
             evaluates=self.evaluates if evaluates is None else evaluates,
+            finetune_loss=self.optimization.finetune_loss,
         )
 
     @property
@@ -266,7 +288,10 @@ class PreparedRun:
             lambda *other: self.plan_memory(*other).peak,
             free,
             evaluates=self.evaluates,
-            given=("expansion_factor",) if self.initialized_from else (),
+            given=(
+                *(("expansion_factor",) if self.initialized_from else ()),
+                *(("train_batch_size_tokens",) if self.finetunes else ()),  # it must be a context or more
+            ),
         )
         flags = " ".join(lowered.flags) if lowered.peak <= free else ""
         message = (

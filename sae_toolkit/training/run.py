@@ -26,6 +26,7 @@ from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
 from sae_toolkit.training.checkpoints import RunCheckpoints
+from sae_toolkit.training.finetuning import Finetuning
 from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.prepared_run import PreparedRun
 
@@ -41,7 +42,7 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
 
     def load() -> LanguageModel:
         model = load_model(run)
-        if run.held_out_NT is None:
+        if run.held_out_NT is None and not run.finetunes:
             model.keep_only_up_to_hook()
         return model
 
@@ -68,6 +69,8 @@ def load_model(run: PreparedRun) -> LanguageModel:
 class Training:
     """The SAEs, the trainer and the stream of activations of a run, ready for the next step.
 
+    `total` is the number of tokens of the whole run.
+
     The constructor measures the norms of the first activations of a new run, or loads the checkpoint of a resumed run.
 
     Args:
@@ -85,7 +88,7 @@ class Training:
         self.cfg = cfg = run.cfg
         self.ranks = run.ranks
         batch_size = run.optimization.train_batch_size_tokens
-        n_steps = -(-run.optimization.training_tokens // batch_size)
+        self.total = run.phases.n_steps * batch_size
         self.stream = ActivationStream(
             activations,
             run.rows_NT,
@@ -95,13 +98,14 @@ class Training:
             buffer_size=cfg.n_batches_in_buffer * len(range(cfg.context_size)[slice(*cfg.seqpos_slice)]),
             mix_fraction=cfg.activations_mixing_fraction,
             rows_per_forward=cfg.store_batch_size_prompts,
-            total=n_steps * batch_size,
+            total=run.phases.n_before * batch_size,
             seed=run.optimization.seed,
             dtype=str_to_dtype(cfg.dtype),
             ranks=run.ranks,
             widths=run.widths,
             device=cfg.device,
             epochs=run.epochs,
+            row_ids=run.phases.stream_rows,
         )
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the training loop records instead
@@ -113,6 +117,7 @@ class Training:
                 if run.initialized_from and each_trainer.l0_control is not None:
                     each_trainer.l0_control.begin_with_given_weight()
             self.checkpoints = RunCheckpoints(run, self.trainer, self.stream)
+            self.finetuning = Finetuning(run, activations, self.trainer, self.stream)
             if run.resume_from is not None:
                 with tensors_only(f"--resume {run.resume_from}"):
                     load_training_checkpoint(run.resume_from, self.trainer, self.stream)

@@ -254,9 +254,9 @@ def _cpu_tensor_in_a_product() -> Iterator[None]:
 def _float_in_the_step() -> Iterator[None]:
     whole = Trainer._record_firings
 
-    def record(self: Trainer, firings_F: torch.Tensor) -> None:
+    def record(self: Trainer, firings_F: torch.Tensor, n_tokens: int) -> None:
         float(firings_F.sum())
-        whole(self, firings_F)
+        whole(self, firings_F, n_tokens)
 
     with patch.object(Trainer, "_record_firings", record):
         yield
@@ -266,9 +266,9 @@ def _float_in_the_step() -> Iterator[None]:
 def _copy_too_many() -> Iterator[None]:
     whole = Trainer.step
 
-    def step(self: Trainer, batch: torch.Tensor) -> Any:
+    def step(self: Trainer, batch: torch.Tensor, prediction_loss: Any) -> Any:
         _kept = [weight.detach().clone() for weight in self.sae.parameters()]
-        return whole(self, batch)
+        return whole(self, batch, prediction_loss)
 
     with patch.object(Trainer, "step", step):
         yield

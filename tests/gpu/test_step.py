@@ -10,8 +10,11 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput
 
+from sae_toolkit.model.loading import find_model, load_language_model
+from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.trainer import Trainer
+from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.training.run import create_sae
 
 D_IN, D_SAE, K, BATCH = 256, 1024, 4, 256
@@ -163,3 +166,22 @@ def test_a_step_that_is_not_finite_is_not_applied(device):
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.sae.state_dict().items())
     assert trainer.n_not_finite == 1
     assert np.isfinite(losses(trainer, 3)).all()
+
+
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+def test_a_step_on_the_models_own_predictions_is_the_cpus(device, small_model, kind):
+    """The SAE and the language model are on the device; rows of tokens are not."""
+    rows_RT = np.random.default_rng(0).integers(3, 200, (5, 32))
+    found = []
+    for place, sae in zip(("cpu", device), equal_saes(device, "topk", d_in=64, d_sae=512), strict=True):
+        model = load_language_model(find_model(str(small_model)), ["blocks.1.hook_resid_post"], place, torch.float32)
+        loss = PredictionLoss(model, kind, PositionFilter(skip_positions=1), rows_at_once=2)
+        cfg = configuration(place, "topk", d_in=64, d_sae=512).to_sae_trainer_config()
+        trainer = Trainer(cfg, sae, iter(()))
+        acts_ND = loss.read(rows_RT, loss.positions.keeps_tokens(rows_RT))
+        value, gradient = loss.gradient(0.9 * acts_ND)
+        output = trainer.step(acts_ND, loss)
+        assert {acts_ND.device.type, trainer.finetune_weight.device.type} == {torch.device(place).type}
+        found.append((value.cpu(), gradient.cpu(), output.losses[f"{kind}_loss"].cpu()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())

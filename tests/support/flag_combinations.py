@@ -129,6 +129,8 @@ FLAGS = {
     "lr_warm_up_steps": _integers(0, 1, 2, 3),
     "lr_decay_steps": _integers(0, 1, 2, 3),
     "dead_feature_window": _integers(1, 2, 100),
+    "finetune_loss": st.sampled_from(["none", "kl", "ce", "mse"]),
+    "finetune_fraction": _numbers(0.1, 0.5, 1),
     "seed": _integers(0, 1, 7, 2**32),
     "set": _SET,
     "output_name": st.sampled_from(["name", "a/b", "..", "x" * 300, "with space"]),
