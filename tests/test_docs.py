@@ -39,7 +39,14 @@ OTHER_PROGRAMS = {
 _NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/")
 
 # What the pages write where the reader puts a value.
-_PLACEHOLDERS = {"N": "2", "GPU_IDS": "0,1", "DIR": ".", "RUN": "checkpoints/demo_1a2b3c4d/k3j2h1g0"}
+_PLACEHOLDERS = {
+    "N": "2",
+    "GPU_IDS": "0,1",
+    "DIR": ".",
+    "RUN": "checkpoints/demo_1a2b3c4d/k3j2h1g0",
+    "MODEL": "my_model",
+    "HOOK": "blocks.1.hook_mlp_out",
+}
 
 _SMALL_RUN = (
     "--context_size 32 --training_tokens 4096 --train_batch_size_tokens 32 --n_batches_in_buffer 16 --eval_every 0"

@@ -45,6 +45,7 @@ OTHER: dict[str, tuple[str, ...]] = {
     "dataset_config": ("other",),
     "dataset_split": ("train[:90%]",),
     "text_column": ("other",),
+    "chat_tokens": ("assistant",),
     "streaming": ("false",),
     "fallback_dataset": ("OTHER_TEXT",),
     "held_out_fraction": ("0.3",),
@@ -71,6 +72,8 @@ OTHER: dict[str, tuple[str, ...]] = {
     "lr_warm_up_steps": ("1",),
     "lr_decay_steps": ("1",),
     "dead_feature_window": ("1",),
+    "finetune_loss": ("kl",),
+    "finetune_fraction": ("0.9", "--finetune_loss", "kl"),
     "seed": ("7",),
     "output_name": ("other",),
     "checkpoint_path": ("OTHER_DIRECTORY",),
@@ -89,6 +92,7 @@ OTHER: dict[str, tuple[str, ...]] = {
 # Flags that only the script reads, or that act at the end of a run: the test that shows what they do.
 SHOWN_BY = {
     "set": "training/test_every_flag.py::test_each_field_that_set_takes_is_found",
+    "epochs": "training/test_epochs.py::test_a_small_text_is_trained_on_as_often_as_asked_also_after_a_kill",
     "keep": "training/test_resume.py::test_checkpoints_are_kept_as_asked",
     "dry_run": "training/test_preflight.py::test_a_dry_run_measures_and_leaves_nothing",
     "strict": "training/test_preflight.py::test_strict_refuses_before_anything_is_loaded",
