@@ -35,8 +35,8 @@ class EvaluatedSAESettings:
     trust_remote_code: bool = False
     """run the Python code that comes with the model, which can do anything that you can do on this machine"""
     device: str = "auto"
-    """device: cpu, cuda, cuda:N, mps (the GPU of an Apple machine; not measured), or auto, which is cuda if torch finds
-    such a GPU and cpu otherwise
+    """device: cpu, cuda, cuda:N, mps (the GPU of an Apple machine; not measured), or auto: cuda if torch finds a CUDA
+    device, and cpu otherwise
     """
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the language model; auto is bfloat16 if the hardware computes in it, and float32 otherwise"""

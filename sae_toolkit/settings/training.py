@@ -59,8 +59,8 @@ class ModelSettings:
     hook_names: tuple[str, ...] | None = flag(None, is_swept=False)
     """train one SAE for each of these hooks, all from one pass of the language model"""
     device: str = flag("auto", scope=Scope.PROCESS)
-    """device of the SAE: cpu, cuda, cuda:N, mps (the GPU of an Apple machine; not measured), or auto, which is cuda if
-    torch finds such a GPU and cpu otherwise
+    """device of the SAE: cpu, cuda, cuda:N, mps (the GPU of an Apple machine; not measured), or auto: cuda if torch
+    finds a CUDA device, and cpu otherwise
     """
     llm_device: str | None = flag(None, scope=Scope.PROCESS, is_swept=True)
     """device of the language model: cpu, cuda:N or mps (default: the device of the SAE)"""

@@ -78,8 +78,6 @@ def _text_files(directory: Path) -> list[str]:
                 len(text),
             )
         return []
-    if all(kind_of(file) == ".txt" != file.suffix.lower() for file in text):
-        return []  # compressed text alone, which `datasets` reads line by line
     return [str(file) for file in text]
 
 

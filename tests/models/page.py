@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
 from datetime import date
 from importlib.metadata import version
@@ -39,7 +40,7 @@ block (`blocks.N.hook_resid_pre`, ...). The last one is the layer's own name in 
 | `A` | the activations agree with TransformerLens's (float32, 1e-5 of the largest); under `layer`, with SAELens's |
 | `-` | in place of `A`: not compared, and the column `A` names the reason |
 | `S` | SAELens opens the saved SAE (`SAE.load_from_disk`) and runs it |
-| a number | refused before the model is loaded, with this reason |
+| a number | refused in one line, with this reason |
 """
 
 
@@ -80,7 +81,7 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def failures(results: list[dict[str, Any]]) -> list[str]:
-    """Returns the tracebacks, differences and crashes among the results."""
+    """Returns the tracebacks, differences, crashes and classes that took too long among the results."""
     failed = [
         f"{result['config']}, {cell['hook_name']}, {name}: {cell[name]}"
         for result in results
@@ -89,7 +90,11 @@ def failures(results: list[dict[str, Any]]) -> list[str]:
         for name in _LETTERS
         if cell[name] not in ("yes", None)
     ]
-    crashed = [f"{r['config']}: {r['not_tried']}" for r in results if (r["not_tried"] or "").startswith("crash")]
+    crashed = [
+        f"{r['config']}: {r['not_tried']}"
+        for r in results
+        if (r["not_tried"] or "").startswith(("crash", "took more than"))
+    ]
     return failed + crashed
 
 
@@ -145,6 +150,7 @@ def _general(reason: str, result: dict[str, Any], row: dict[str, Any]) -> str:
     }
     for name, general in names.items():
         reason = reason.replace(name, general)
+    reason = re.sub(re.escape(tempfile.gettempdir()) + r"/\w+", "MODEL", reason)
     return re.sub(r"by \d\S* of the largest", "by more than 1e-4 of the largest", reason)
 
 

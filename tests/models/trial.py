@@ -71,11 +71,6 @@ class Cell:
     unknown: str | None = None  # why it was not compared with TransformerLens
     opens: str | None = None  # in SAELens
 
-    @property
-    def failures(self) -> list[str]:
-        found = {name: getattr(self, name) for name in ("trains", "evaluates", "agrees", "opens")}
-        return [f"{self.hook_name} {name}: {what}" for name, what in found.items() if what not in ("yes", None)]
-
 
 @dataclass
 class Row:

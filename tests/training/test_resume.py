@@ -78,7 +78,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(trainings, flag
 
 
 @pytest.mark.parametrize("number", TERMINATIONS)
-def test_every_termination_is_heard_and_is_the_processs_own_again_afterwards(number):
+def test_every_termination_stops_the_run_and_is_the_processs_own_again_afterwards(number):
     before = signal.getsignal(number)
     with hear_stop_signals() as signals:
         with signals.deferred():
