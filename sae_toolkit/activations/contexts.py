@@ -12,7 +12,7 @@ class ContextBatches:
     """Rows of tokens, in batches that have `batch_size` positions to train on, on average.
 
     A batch has whole rows, so it has up to half a row more or less. The first n batches together have n x `batch_size`
-    positions, to half a row. Each row is in one batch, until all rows are used up and begin again.
+    positions, to half a row. Each row is in one batch, until all rows are used up and begin again, in another order.
 
     Args:
         rows_NT: token ids.
@@ -20,6 +20,7 @@ class ContextBatches:
         row_ids: the rows to use, in the order in which they are used.
         n_kept: for each of them, the number of positions to train on.
         batch_size: the number of positions in a batch.
+        seed: seed of the order of rows that are used again; None to keep their order.
     """
 
     rows_NT: np.ndarray
@@ -27,18 +28,29 @@ class ContextBatches:
     row_ids: np.ndarray
     n_kept: np.ndarray
     batch_size: int
+    seed: int | None
 
     def batch(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids [R, T] of the n-th batch, and its part of `keeps_NT`. They depend on n only."""
-        places = np.arange(self._end_of(n * self.batch_size), self._end_of((n + 1) * self.batch_size))
-        ids = self.row_ids[places % len(self.row_ids)]
+        (first_pass, start), (last_pass, end) = (self._end_of(m * self.batch_size) for m in (n, n + 1))
+        orders = [self._order(n_passes) for n_passes in range(first_pass, last_pass + 1)]
+        orders[-1] = orders[-1][:end]
+        orders[0] = orders[0][start:]
+        ids = self.row_ids[np.concatenate(orders)]
         return self.rows_NT[ids], self.keeps_NT[ids]
 
-    def _end_of(self, n_positions: int) -> int:
-        """Returns the number of rows that have this many positions together, to half a row."""
-        ends = self.n_kept.cumsum()
-        passes, rest = divmod(n_positions, int(ends[-1]))
-        return passes * len(self.row_ids) + int(np.searchsorted(ends - self.n_kept / 2, rest))
+    def _end_of(self, n_positions: int) -> tuple[int, int]:
+        """Returns the whole passes and the further rows that have this many positions together, to half a row."""
+        n_passes, rest = divmod(n_positions, int(self.n_kept.sum()))
+        kept = self.n_kept[self._order(n_passes)]
+        return n_passes, int(np.searchsorted(kept.cumsum() - kept / 2, rest))
+
+    def _order(self, n_passes: int) -> np.ndarray:
+        """Returns the places of all rows in the order in which they are used after so many passes."""
+        places = np.arange(len(self.row_ids))
+        if n_passes == 0 or self.seed is None:
+            return places
+        return np.random.default_rng((self.seed, len(self.rows_NT), n_passes)).permutation(places)
 
 
 def split_rows(
@@ -55,7 +67,7 @@ def split_rows(
 
     Returns:
         The ids of the rows for the stream, ascending, and the batches. The batches get every row if the share is 1, and
-        otherwise the stream gets at least one row.
+        otherwise the stream gets at least one row of several.
     """
     n_kept = keeps_NT.sum(1)
     order = np.arange(len(rows_NT))
@@ -66,4 +78,4 @@ def split_rows(
         ends = n_kept[order].cumsum()
         n_first = min(int(np.searchsorted(ends, (1 - share) * ends[-1])) + 1, len(order) - 1)
     last = order[n_first:]
-    return np.sort(order[:n_first]), ContextBatches(rows_NT, keeps_NT, last, n_kept[last], batch_size)
+    return np.sort(order[:n_first]), ContextBatches(rows_NT, keeps_NT, last, n_kept[last], batch_size, seed)

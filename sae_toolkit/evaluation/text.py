@@ -101,7 +101,7 @@ def with_context(
     """
     context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
     if source.row_length and not _same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
-        context_size = source.row_length  # token ids are used as they are
+        context_size = min(context_size, source.row_length)  # no context has tokens of two rows
     context = ContextFormat(
         context_size=context_size,
         prepend_bos=metadata.prepend_bos is not False,

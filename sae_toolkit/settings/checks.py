@@ -62,7 +62,11 @@ def _check_finetuning(settings: TrainingSettings) -> None:
     loss, fraction = optimization.finetune_loss, optimization.finetune_fraction
     if loss == "none":
         if fraction != OptimizationSettings.finetune_fraction:
-            raise UserError(f"--finetune_fraction {fraction:g}: nothing to do without --finetune_loss; add kl or ce")
+            usual = OptimizationSettings.finetune_fraction
+            raise UserError(
+                f"--finetune_fraction {fraction:g}: nothing to do without --finetune_loss; add --finetune_loss kl or"
+                f" ce, or --finetune_fraction {usual:g}"
+            )
         return
     flag, batch_size = f"--finetune_loss {loss}", optimization.train_batch_size_tokens
     if len(settings.model.all_hook_names) > 1:

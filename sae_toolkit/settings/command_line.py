@@ -59,7 +59,8 @@ examples:
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
 
 models: a Hugging Face id, a directory, a .gguf file, or {EMBEDDED_MODEL}
-data:   a Hugging Face id, a file or directory (txt, jsonl, csv, parquet, saved by datasets), or {EMBEDDED_TEXT}
+data:   a Hugging Face id, {EMBEDDED_TEXT}, or a file or directory (txt, md, rst, html, jsonl, csv, tsv, parquet, saved
+        by datasets)
 """
 
 

@@ -51,14 +51,19 @@ class _Piece:
 
     def part(self, rows: slice) -> _Piece:
         state, clean_RTV = self.state, self.clean_RTV
+        start, end, _ = rows.indices(len(self.tokens_RT))
         layer_input = state.layer_input_BTD
+        if layer_input is not None:  # in some models it has an axis more, before or behind
+            axes = range(layer_input.ndim - 1)
+            axis = next(i for i in axes if layer_input.shape[i : i + 2] == self.tokens_RT.shape)
+            layer_input = layer_input.narrow(axis, start, end - start)
         return _Piece(
             self.tokens_RT[rows],
             self.kept_RT[rows],
             replace(
                 state,
                 acts_BTD=state.acts_BTD[rows],
-                layer_input_BTD=None if layer_input is None else layer_input[rows],
+                layer_input_BTD=layer_input,
             ),
             None if clean_RTV is None else clean_RTV[rows],
         )

@@ -95,7 +95,7 @@ def contexts_of_token_ids(
     """
     for i, row in enumerate(rows):
         ids_T = np.asarray(row, dtype=np.int64)
-        repeats_bos = len(ids_T) > 0 and ids_T[0] == bos_token_id
+        repeats_bos = len(ids_T) > 0 and ids_T[0] == bos_token_id and context_size > 1
         start = 0
         while start < len(ids_T) and not (first_only and start):
             prefix = [bos_token_id] if start and repeats_bos and ids_T[start] != bos_token_id else []

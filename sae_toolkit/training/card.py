@@ -50,6 +50,7 @@ class RunOnCard:
         cfgs: SAELens's configuration of each SAE, for a CUDA device.
         evaluates: whether the run measures on held-out text during training.
         finetune_loss: the loss of the steps at its end.
+        begins_trained: whether it begins with the weights of a trained SAE, which has its number of features.
     """
 
     model: ModelSource
@@ -57,6 +58,7 @@ class RunOnCard:
     cfgs: list[LanguageModelSAERunnerConfig[Any]]
     evaluates: bool
     finetune_loss: Literal["none", "kl", "ce"]
+    begins_trained: bool
 
     @classmethod
     def of(cls, settings: TrainingSettings, auto_dtype: torch.dtype) -> RunOnCard:
@@ -76,7 +78,14 @@ class RunOnCard:
         ]
         chosen = settings.model.lm_dtype
         lm_dtype = auto_dtype if chosen == "auto" else getattr(torch, chosen)
-        return cls(model, lm_dtype, cfgs, settings.recording.eval_every > 0, settings.optimization.finetune_loss)
+        return cls(
+            model,
+            lm_dtype,
+            cfgs,
+            settings.recording.eval_every > 0,
+            settings.optimization.finetune_loss,
+            settings.sae.init_from is not None,
+        )
 
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
@@ -100,7 +109,12 @@ class RunOnCard:
 
     def kept(self, given: Collection[str] = ()) -> set[str]:
         """Returns the names of the flags that must stay as they are, besides those of `given`."""
-        return {*given, *(() if self.finetune_loss == "none" else ("train_batch_size_tokens",))}
+        kept = {*given}
+        if self.finetune_loss != "none":
+            kept.add("train_batch_size_tokens")
+        if self.begins_trained:
+            kept.add("expansion_factor")
+        return kept
 
 
 def _evaluation_peak(plan: MemoryPlan, rows: int) -> int:

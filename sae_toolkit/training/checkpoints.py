@@ -91,7 +91,7 @@ class RunCheckpoints:
     def _save_final(self, trainer: MultiTrainer) -> None:
         finish_saes(trainer)
         for sae in trainer.saes.values():
-            sae.cfg.metadata["epochs"] = round(self.stream.passes, 3)
+            sae.cfg.metadata["epochs"] = round(self.run.phases.passes(self.stream.passes), 3)
         directory = self.run.run_directory
         try:
             self.final = self._with_room(lambda: save_final_checkpoint(trainer, self.run.cfgs, run=directory.key))

@@ -88,9 +88,9 @@ class Finetuning:
             optimization.finetune_loss,
         )
         needed, there = phases.n_finetuning * phases.batches.batch_size, int(phases.batches.n_kept.sum())
-        if needed > there:
+        if needed > self.run.epochs * there:
             text = f"{there:,} tokens, and {needed:,} are needed"
-            log.warning("the contexts kept for it have %s: the first are read again", text)
+            log.warning("the contexts kept for it have %s: some are read again", text)
         self.stream.clear()
         if self.trainer.n_training_steps == 0:  # those that the norms were measured on are read again
             self.stream.n_massive = 0

@@ -141,7 +141,7 @@ class TrainingLoop:
         show, save, signal_number = self.ranks.largest(  # each rank has its own clock and gets its own signals
             time.monotonic() - self._read_at >= _SECONDS_BETWEEN_READINGS, checkpoints.is_due, self.signals.received
         )
-        is_last = before + self.cfg.train_batch_size_tokens >= self.stream.total
+        is_last = before + self.cfg.train_batch_size_tokens >= self.total
         to_read = to_record or show or is_last
         if to_read:
             self._readings = trainer.read(outputs)

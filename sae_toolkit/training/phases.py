@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sae_toolkit.activations.contexts import ContextBatches, split_rows
+from sae_toolkit.errors import UserError
 from sae_toolkit.settings.training import OptimizationSettings
 
 
@@ -40,6 +41,19 @@ class Phases:
         """Number of fine-tuning steps."""
         return self.n_steps - self.n_before
 
+    def passes(self, of_stream: float) -> float:
+        """Returns how many passes over all rows the whole run makes.
+
+        Args:
+            of_stream: how many passes the stream has made over its rows.
+        """
+        if self.batches is None:
+            return of_stream
+        n_stream = 0 if self.n_before == 0 or self.stream_rows is None else len(self.stream_rows)
+        of_batches = self.n_finetuning * self.batches.batch_size / int(self.batches.n_kept.sum())
+        n_batches = len(self.batches.row_ids)
+        return (of_stream * n_stream + of_batches * n_batches) / (n_stream + n_batches)
+
     @classmethod
     def of(
         cls,
@@ -57,6 +71,9 @@ class Phases:
             keeps_NT: returns [N, T] booleans, True at the positions that are trained on. It is called if the run
                 fine-tunes.
             shuffled: whether the rows are read in random order.
+
+        Raises:
+            UserError: the contexts for fine-tuning have no position to train on.
         """
         n_steps, n_before = number_of_steps(optimization)
         if n_before == n_steps:
@@ -68,5 +85,10 @@ class Phases:
             batch_size=optimization.train_batch_size_tokens,
             seed=optimization.seed if shuffled else None,
         )
+        if not batches.n_kept.any():
+            raise UserError(
+                f"--finetune_loss {optimization.finetune_loss}: none of the {len(batches.row_ids)} contexts for it has"
+                " a position to train on; use more text"
+            )
         # If there is no phase before, the stream only measures norms, on rows that are trained on later.
         return cls(n_steps, n_before, stream_rows if len(stream_rows) else None, batches)

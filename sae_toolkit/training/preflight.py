@@ -252,6 +252,7 @@ def _stream(
         dtype=str_to_dtype(run.cfg.dtype),
         widths=run.widths,
         device=run.cfg.device,
+        epochs=run.epochs,
         row_ids=run.phases.stream_rows,
     )
 
@@ -260,7 +261,7 @@ def _share_of_positions(run: PreparedRun) -> float:
     """Returns the share of positions that are kept, among those that no --skip_positions would keep."""
     first = run.rows_NT[:1000], None if run.assistant_NT is None else run.assistant_NT[:1000]
     kept_without = replace(run.positions, skip_positions=0).keeps_tokens(*first).sum()
-    return float(run.positions.keeps_tokens(*first).sum() / kept_without)
+    return float(run.positions.keeps_tokens(*first).sum() / max(kept_without, 1))
 
 
 def _new_trainer(run: PreparedRun, cfg: LanguageModelSAERunnerConfig[Any], scale: float) -> Trainer:

@@ -78,7 +78,7 @@ def test_the_rows_are_the_games_as_they_are(othello, games):
     tokenizer = load_tokenizer(find_model(str(othello)))
     none_held_out = HeldOutSplit(0, 0)
     source = open_text(str(games), flag="--dataset_path")
-    positions = PositionFilter(special_tokens(True, tokenizer), 0)
+    positions = PositionFilter(special_tokens(True, tokenizer, is_chat=False), 0)
     rows_NT = collect_training_rows(
         source, tokenizer, ContextFormat(N_MOVES), positions, none_held_out, training_tokens=10 * N_MOVES
     )
@@ -100,11 +100,11 @@ def test_no_tokenizer_is_made_up_for_a_model_that_has_none(family, tmp_path):
 
 def test_special_tokens_are_those_of_the_configuration_that_the_vocabulary_has(tmp_path):
     AutoConfig.for_model("llama", vocab_size=100, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path)
-    assert special_tokens(True, load_tokenizer(find_model(str(tmp_path)))) == (1, 2)
+    assert special_tokens(True, load_tokenizer(find_model(str(tmp_path))), is_chat=False) == (1, 2)
     # bos and eos outside of the vocabulary are those of the family's usual tokenizer
     GenerationConfig(bos_token_id=50256, eos_token_id=[7, 8], pad_token_id=0).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(find_model(str(tmp_path)))
-    assert special_tokens(True, tokenizer) == (0, 7)
+    assert special_tokens(True, tokenizer, is_chat=False) == (0, 7)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (None, 7, 0)
 
 

@@ -73,6 +73,8 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
         raise UserError(
             f"--init_from {settings.sae.init_from}: the SAEs of other libraries begin with random weights; leave it out"
         )
+    if (loss := settings.optimization.finetune_loss) != "none":
+        raise UserError(f"--finetune_loss {loss}: the other libraries have no such steps here; leave it out")
     if settings.model.cache_activations is None:
         words += ["--cache_activations", str(directory / "activations")]
         settings = parse_training_flags(words)
