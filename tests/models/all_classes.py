@@ -19,7 +19,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # TransformerLens would ask the Hub for a processor of images
+if __name__ == "__main__":  # and not in the process of other tests
+    os.environ["HF_HUB_OFFLINE"] = "1"  # TransformerLens would ask the Hub for a processor of images
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 

@@ -237,6 +237,10 @@ def test_each_row_goes_into_the_stream_or_into_one_batch_of_contexts(seed):
     used = np.concatenate([rows for rows, _ in read])
     assert np.array_equal(used, tokens_NT[batches.row_ids[: len(used)]])
     assert (seed is None) == (batches.row_ids.min() > stream_rows.max())
+    two_passes = np.concatenate([batches.batch(n)[0] for n in range(2 * n_batches)])
+    repeated = np.tile(tokens_NT[batches.row_ids], (2, 1))[: len(two_passes)]
+    assert np.array_equal(two_passes, repeated) == (seed is None)
+    assert np.unique(two_passes, axis=0, return_counts=True)[1].max() == 2
     whole = split_rows(tokens_NT, kept, share=1, batch_size=100, seed=seed)
     assert len(whole[0]) == 0
     assert len(whole[1].row_ids) == 1000
