@@ -15,52 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
-from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_device, choose_llm_device, choose_lm_dtype, out_of_memory_answered
 from sae_toolkit.model.hook_width import full_hook_name, hook_width
-from sae_toolkit.model.loading import ModelSource, check_token_ids, find_model
+from sae_toolkit.model.loading import ModelSource, find_model
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
-from sae_toolkit.settings.training import ModelSettings, SAESettings, TextSettings, TrainingSettings
-from sae_toolkit.text.chat import by_chat_template
-from sae_toolkit.text.positions import PositionFilter
-from sae_toolkit.text.rows import (
-    ContextFormat,
-    collect_evaluation_rows,
-    collect_training_rows,
-    special_tokens,
-    split_marks,
-)
-from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
+from sae_toolkit.settings.training import ModelSettings, SAESettings, TrainingSettings
 from sae_toolkit.training.configuration import build_runner_config
-from sae_toolkit.training.directory import (
-    ASSISTANT,
-    HELD_OUT,
-    HELD_OUT_ASSISTANT,
-    TOKENS,
-    RunDirectory,
-    find_resumption,
-)
+from sae_toolkit.training.directory import RunDirectory, find_resumption
 from sae_toolkit.training.initial_sae import InitialSAE, open_initial_saes
 from sae_toolkit.training.prepared_run import PreparedRun, existing
+from sae_toolkit.training.text import RunText, held_out_split, kept_positions, read_text, saved_text
 
 log = logging.getLogger(__name__)
-
-_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # of the text that a run measures on each time
-
-
-@dataclass(frozen=True)
-class _ReadText:
-    """A text, and its tokens as in `PreparedRun`. On other ranks than 0 it is without what is held out."""
-
-    text: TextSource
-    rows_NT: np.ndarray
-    assistant_NT: np.ndarray | None
-    held_out_NT: np.ndarray | None = None
-    held_out_assistant_NT: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +47,7 @@ class _FoundByRank0:
     directory: Path
     resume_from: Path | None
     initialized_from: Mapping[str, Mapping[str, Any]]
-    read: _ReadText
+    read: RunText
 
 
 def prepare_run(settings: TrainingSettings, ranks: Ranks = ALONE) -> PreparedRun:
@@ -120,7 +90,7 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
         assistant = np.empty(shape, np.uint8) if run is None else np.array(run.assistant_NT, np.uint8)
         ranks.broadcast_tensor(torch.from_numpy(assistant))
         assistant_NT = assistant.astype(bool)
-    read = _ReadText(text, rows_NT.numpy().view(np.uint32), assistant_NT)
+    read = RunText(text, rows_NT.numpy().view(np.uint32), assistant_NT)
     return _FoundByRank0(directory, resume_from, initialized_from, read)
 
 
@@ -141,9 +111,9 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
             if found:
                 read = found.read
             elif directory.path.exists():
-                read = _saved_text(directory)
+                read = saved_text(directory)
             else:
-                read = _read_text(settings, cfgs[0], model, tokenizer)
+                read = read_text(settings, cfgs[0], model, tokenizer)
         for cfg in cfgs:
             cfg.dataset_path, cfg.use_chat_formatting = read.text.name, read.text.is_chat
     except BaseException:
@@ -160,11 +130,11 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         text=read.text,
         rows_NT=read.rows_NT,
         assistant_NT=read.assistant_NT,
-        held_out=_held_out_split(settings),
+        held_out=held_out_split(settings),
         held_out_NT=read.held_out_NT,
         held_out_assistant_NT=read.held_out_assistant_NT,
         epochs=settings.text.epochs,
-        positions=_positions(settings.text, read.text, tokenizer),
+        positions=kept_positions(settings.text, read.text, tokenizer),
         max_norm_multiple=settings.text.max_activation_norm_multiple or None,
         sae=settings.sae,
         optimization=settings.optimization,
@@ -285,18 +255,6 @@ def _choose_directory(settings: TrainingSettings) -> tuple[RunDirectory, Path | 
     return find_resumption(settings.run.resume, settings.output_directory) or (new, None)
 
 
-def _held_out_split(settings: TrainingSettings) -> HeldOutSplit:
-    return HeldOutSplit(settings.text.held_out_fraction, settings.held_out_seed)
-
-
-def _positions(settings: TextSettings, text: TextSource, tokenizer: PreTrainedTokenizerBase) -> PositionFilter:
-    return PositionFilter(
-        special_tokens(settings.exclude_special_tokens, tokenizer, is_chat=text.is_chat),
-        settings.skip_positions,
-        chat_tokens=settings.chat_tokens if text.is_chat else None,
-    )
-
-
 def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
     if ranks.is_alone:
         log.warning("--shard_features: the only process holds all features; ./run_simple.sh NUM_GPUS starts several")
@@ -308,52 +266,6 @@ def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerCo
                 f"--shard_features: {ranks.size} processes do not divide {cfg.sae.d_sae:,} features evenly; use another"
                 f" number of processes, or another --expansion_factor than {expansion_factor}"
             )
-
-
-def _read_text(
-    settings: TrainingSettings,
-    cfg: LanguageModelSAERunnerConfig[Any],
-    model: ModelSource,
-    tokenizer: PreTrainedTokenizerBase,
-) -> _ReadText:
-    """Reads the text to train on, and held-out text if the run measures on any."""
-    chosen, seed, eval_every = settings.text, settings.optimization.seed, settings.recording.eval_every
-    text = open_text(
-        chosen.dataset_path,
-        flag="--dataset_path",
-        config=chosen.dataset_config,
-        split=chosen.dataset_split,
-        column=chosen.text_column,
-        streaming=chosen.streaming,
-        fallback=chosen.fallback_dataset,
-    )
-    context = ContextFormat(
-        cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
-    )
-    text = by_chat_template(text, tokenizer, chosen.chat_tokens, flag="--dataset_path", model_name=model.name)
-    if text.sample:
-        log.info("%s: %s", text.name, text.described(with_sample=True))
-    held_out, positions = _held_out_split(settings), _positions(chosen, text, tokenizer)
-    marked_NT = collect_training_rows(
-        text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens, epochs=chosen.epochs
-    )
-    read = _ReadText(text, *split_marks(marked_NT, positions))
-    check_token_ids(read.rows_NT, model, f"--dataset_path {text.name}")
-    if eval_every:
-        n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)
-        flag = f"--eval_every {eval_every}, --dataset_path"
-        marked_NT, _ = collect_evaluation_rows(text, tokenizer, context, held_out, n_rows=n_rows, seed=seed, flag=flag)
-        held_out_NT, held_out_assistant_NT = split_marks(marked_NT, positions)
-        read = replace(read, held_out_NT=held_out_NT, held_out_assistant_NT=held_out_assistant_NT)
-    return read
-
-
-def _saved_text(directory: RunDirectory) -> _ReadText:
-    """Returns the text that the directory of a run has kept."""
-    rows_NT = directory.array(TOKENS)
-    assert rows_NT is not None  # claiming the directory has checked its files
-    others = (directory.array(name) for name in (ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT))
-    return _ReadText(directory.text(), rows_NT, *others)
 
 
 def _model_kwargs(assignments: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.training import ARCHITECTURES, TRAINING_FLAGS, SAESettings, TrainingSettings
 from sae_toolkit.text.sources import open_text
-from sae_toolkit.training import setup
+from sae_toolkit.training import setup, text
 from sae_toolkit.training.configuration import _HONOURED, _NOT_HONOURED_IN_SAE, _OWNED, build_runner_config
 from sae_toolkit.training.record import start
 from sae_toolkit.training.run import Training, create_sae, open_activations
@@ -174,7 +174,7 @@ class Bench:
         self.found: dict = {}
         self.baseline = functools.cache(self._baseline)
         self.sae = functools.cache(self._sae)
-        patch.setattr(setup, "open_text", self._open_text)
+        patch.setattr(text, "open_text", self._open_text)
         patch.setattr(torch, "compile", self._compile)
         for name in ("WandbRun", "TensorBoardRun"):
             patch.setattr(start, name, type(name, (Recorder,), {}))

@@ -1,0 +1,104 @@
+"""The text of a run: reading it at the start, or from the run's directory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from sae_lens import LanguageModelSAERunnerConfig
+from transformers import PreTrainedTokenizerBase
+
+from sae_toolkit.model.loading import ModelSource, check_token_ids
+from sae_toolkit.settings.training import TextSettings, TrainingSettings
+from sae_toolkit.text.chat import by_chat_template
+from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import (
+    ContextFormat,
+    collect_evaluation_rows,
+    collect_training_rows,
+    special_tokens,
+    split_marks,
+)
+from sae_toolkit.text.sources import HeldOutSplit, TextSource, open_text
+from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT, TOKENS, RunDirectory
+
+log = logging.getLogger(__name__)
+
+_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # of the text that a run measures on each time
+
+
+@dataclass(frozen=True)
+class RunText:
+    """A text, and its tokens as in `PreparedRun`. On other ranks than 0 it is without what is held out."""
+
+    text: TextSource
+    rows_NT: np.ndarray
+    assistant_NT: np.ndarray | None
+    held_out_NT: np.ndarray | None = None
+    held_out_assistant_NT: np.ndarray | None = None
+
+
+def held_out_split(settings: TrainingSettings) -> HeldOutSplit:
+    """Returns the split that decides which documents are held out of a training."""
+    return HeldOutSplit(settings.text.held_out_fraction, settings.held_out_seed)
+
+
+def kept_positions(settings: TextSettings, text: TextSource, tokenizer: PreTrainedTokenizerBase) -> PositionFilter:
+    """Returns the positions of a text that are trained on, massive activations included."""
+    return PositionFilter(
+        special_tokens(settings.exclude_special_tokens, tokenizer, is_chat=text.is_chat),
+        settings.skip_positions,
+        chat_tokens=settings.chat_tokens if text.is_chat else None,
+    )
+
+
+def read_text(
+    settings: TrainingSettings,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    model: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+) -> RunText:
+    """Reads the text to train on, and held-out text if the run measures on any.
+
+    Raises:
+        UserError: the text cannot be read, is too small, or has tokens that the model does not have.
+    """
+    chosen, seed, eval_every = settings.text, settings.optimization.seed, settings.recording.eval_every
+    text = open_text(
+        chosen.dataset_path,
+        flag="--dataset_path",
+        config=chosen.dataset_config,
+        split=chosen.dataset_split,
+        column=chosen.text_column,
+        streaming=chosen.streaming,
+        fallback=chosen.fallback_dataset,
+    )
+    context = ContextFormat(
+        cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
+    )
+    text = by_chat_template(text, tokenizer, chosen.chat_tokens, flag="--dataset_path", model_name=model.name)
+    if text.sample:
+        log.info("%s: %s", text.name, text.described(with_sample=True))
+    held_out, positions = held_out_split(settings), kept_positions(chosen, text, tokenizer)
+    marked_NT = collect_training_rows(
+        text, tokenizer, context, positions, held_out, training_tokens=cfg.training_tokens, epochs=chosen.epochs
+    )
+    read = RunText(text, *split_marks(marked_NT, positions))
+    check_token_ids(read.rows_NT, model, f"--dataset_path {text.name}")
+    if eval_every:
+        n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)
+        flag = f"--eval_every {eval_every}, --dataset_path"
+        marked_NT, _ = collect_evaluation_rows(text, tokenizer, context, held_out, n_rows=n_rows, seed=seed, flag=flag)
+        held_out_NT, held_out_assistant_NT = split_marks(marked_NT, positions)
+        read = replace(read, held_out_NT=held_out_NT, held_out_assistant_NT=held_out_assistant_NT)
+    return read
+
+
+def saved_text(directory: RunDirectory) -> RunText:
+    """Returns the text that the directory of a run has kept."""
+    rows_NT = directory.array(TOKENS)
+    assert rows_NT is not None  # claiming the directory has checked its files
+    others = (directory.array(name) for name in (ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT))
+    return RunText(directory.text(), rows_NT, *others)
