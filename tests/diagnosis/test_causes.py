@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.steps.target_l0 import JUMPRELU
-from support.processes import run_process
+from support.processes import run_process, train_demo
 
 pytestmark = pytest.mark.diagnosis
 
@@ -46,13 +46,7 @@ def directory(tmp_path_factory):
 
 
 def train(directory: Path, *flags: object) -> Path:
-    done = run_process(
-        *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--checkpoint_path", directory / "runs"),
-        *("--cache_activations", directory / "activations", "--wandb_mode", "disabled", "--eval_every", 0, *flags),
-        timeout=1800,
-    )
-    assert done.status == 0, done.stderr
-    return Path(done.stdout.strip())
+    return train_demo(directory, "--eval_every", 0, *flags)
 
 
 def diagnosis(sae_path: Path, *flags: object) -> list[dict]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from sae_toolkit import ROOT
 
@@ -37,3 +39,13 @@ def run_process(*command: object, timeout: float = HANGS, **environment: str) ->
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def train_demo(directory: Path, *flags: object) -> Path:
+    """Trains the demo with these flags and returns the finished SAE. Its activations are kept for the next one."""
+    done = run_process(
+        *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--checkpoint_path", directory / "runs"),
+        *("--cache_activations", directory / "activations", "--wandb_mode", "disabled", *flags),
+    )
+    assert done.status == 0, done.stderr
+    return Path(done.stdout.strip())

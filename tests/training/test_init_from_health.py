@@ -1,12 +1,11 @@
 """Fine-tuning a healthy SAE of the embedded model on the text that it was trained on leaves it healthy throughout."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from support.processes import run_process
+from support.processes import train_demo
 
 pytestmark = pytest.mark.diagnosis
 
@@ -32,16 +31,6 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("fine_tuning")
 
 
-def train(directory: Path, *flags: object) -> Path:
-    done = run_process(
-        *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--checkpoint_path", directory / "runs"),
-        *("--cache_activations", directory / "activations", "--wandb_mode", "disabled", *flags),
-        timeout=3600,
-    )
-    assert done.status == 0, done.stderr
-    return Path(done.stdout.strip())
-
-
 def readings(sae_path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (sae_path.parent / "held_out.jsonl").read_text().splitlines()]
 
@@ -49,11 +38,11 @@ def readings(sae_path: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("architecture", TRAINED)
 def test_a_healthy_sae_stays_healthy_from_the_first_reading_on(directory, architecture):
     flags = ["--architecture", architecture, *TRAINED[architecture]]
-    trained = train(directory, *flags)
+    trained = train_demo(directory, *flags)
     start = readings(trained)[-1]
     if weight := WEIGHTS.get(architecture):
         flags += [f"--{weight}", json.loads((trained / "cfg.json").read_text())["metadata"][weight]]
-    tuned = train(
+    tuned = train_demo(
         directory,
         *flags,
         "--init_from",
