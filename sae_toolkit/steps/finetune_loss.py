@@ -20,7 +20,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from sae_toolkit.errors import is_out_of_memory
-from sae_toolkit.model.devices import release_memory
+from sae_toolkit.model.devices import release_memory, with_float64
 from sae_toolkit.model.language_model import HookState, LanguageModel
 from sae_toolkit.text.positions import PositionFilter
 
@@ -60,11 +60,7 @@ class _Piece:
         return _Piece(
             self.tokens_RT[rows],
             self.kept_RT[rows],
-            replace(
-                state,
-                acts_BTD=state.acts_BTD[rows],
-                layer_input_BTD=layer_input,
-            ),
+            replace(state, acts_BTD=state.acts_BTD[rows], layer_input_BTD=layer_input),
             None if clean_RTV is None else clean_RTV[rows],
         )
 
@@ -237,12 +233,12 @@ def kl_divergence(clean_MV: Tensor, logits_MV: Tensor, at_N: Tensor) -> tuple[Te
         logits_MV: the other logits.
         at_N: the positions to sum over. The gradient is 0 at the others.
     """
-    total, grad_MV = logits_MV.new_zeros((), dtype=torch.double), torch.zeros_like(logits_MV)
+    total, grad_MV = with_float64(logits_MV.new_zeros(())).double(), torch.zeros_like(logits_MV)
     for at_C in _chunks(at_N, logits_MV):
         log_p_CV = clean_MV[at_C].log_softmax(-1, dtype=torch.float32)
         log_q_CV = logits_MV[at_C].log_softmax(-1, dtype=torch.float32)
         p_CV = log_p_CV.exp()
-        total += torch.linalg.vecdot(p_CV, log_p_CV.sub_(log_q_CV)).double().sum()
+        total += with_float64(torch.linalg.vecdot(p_CV, log_p_CV.sub_(log_q_CV))).double().sum()
         grad_MV[at_C] = log_q_CV.exp_().sub_(p_CV).to(grad_MV.dtype)
     return total, grad_MV
 
@@ -255,11 +251,11 @@ def cross_entropy(tokens_M: Tensor, logits_MV: Tensor, at_N: Tensor) -> tuple[Te
         logits_MV: logits.
         at_N: the positions to sum over, which must have a next token. The gradient is 0 at the others.
     """
-    total, grad_MV = logits_MV.new_zeros((), dtype=torch.double), torch.zeros_like(logits_MV)
+    total, grad_MV = with_float64(logits_MV.new_zeros(())).double(), torch.zeros_like(logits_MV)
     for at_C in _chunks(at_N, logits_MV):
         next_C1 = tokens_M[at_C + 1, None]
         log_q_CV = logits_MV[at_C].log_softmax(-1, dtype=torch.float32)
-        total -= log_q_CV.gather(1, next_C1).double().sum()
+        total -= with_float64(log_q_CV.gather(1, next_C1)).double().sum()
         q_CV = log_q_CV.exp_()
         q_CV.scatter_add_(1, next_C1, -torch.ones_like(next_C1, dtype=q_CV.dtype))
         grad_MV[at_C] = q_CV.to(grad_MV.dtype)

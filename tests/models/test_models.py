@@ -1,6 +1,6 @@
 """Every class of language model that Transformers builds: each hook works and agrees, or is refused in one line.
 
-The whole matrix takes half an hour (`./run_tests.sh --models`) and writes docs/models.md.
+The whole matrix takes ten minutes (`./run_tests.sh --models`) and writes docs/models.md.
 """
 
 import json
