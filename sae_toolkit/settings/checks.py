@@ -8,7 +8,7 @@ from pathlib import Path
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.training import ModelSettings, OptimizationSettings, SAESettings, TrainingSettings
 
-_SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
+SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
 _LONGEST_NAME = 255  # bytes, on Linux and macOS
 
@@ -38,7 +38,7 @@ def check_paths(settings: TrainingSettings) -> None:
 
 
 def check_settings(settings: TrainingSettings) -> None:
-    """Checks that the settings of a run fit together.
+    """Checks that the settings of a run fit together. Steps that a recipe will choose are left to `check_steps`.
 
     Raises:
         UserError: they do not.
@@ -53,12 +53,13 @@ def check_settings(settings: TrainingSettings) -> None:
     skip_positions, context_size = settings.text.skip_positions, settings.text.context_size
     if skip_positions >= context_size:
         raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size}; lower it")
-    _check_steps(settings.optimization)
     _check_finetuning(settings)
+    if not settings.chosen:
+        check_steps(settings)
 
 
 def _check_finetuning(settings: TrainingSettings) -> None:
-    optimization, context_size = settings.optimization, settings.text.context_size
+    optimization = settings.optimization
     loss, fraction = optimization.finetune_loss, optimization.finetune_fraction
     if loss == "none":
         if fraction != OptimizationSettings.finetune_fraction:
@@ -68,7 +69,7 @@ def _check_finetuning(settings: TrainingSettings) -> None:
                 f" ce, or --finetune_fraction {usual:g}"
             )
         return
-    flag, batch_size = f"--finetune_loss {loss}", optimization.train_batch_size_tokens
+    flag = f"--finetune_loss {loss}"
     if len(settings.model.all_hook_names) > 1:
         raise UserError(f"{flag}: for an SAE at one hook, not at several; train one at a time")
     if settings.sae.shard_features:
@@ -77,11 +78,6 @@ def _check_finetuning(settings: TrainingSettings) -> None:
         raise UserError(
             f"{flag}, --n_devices {settings.model.n_devices}: fine-tuning needs the language model on one device; leave"
             " one of them out"
-        )
-    if context_size > batch_size:
-        raise UserError(
-            f"{flag}: takes whole contexts, and --context_size {context_size} is more than --train_batch_size_tokens"
-            f" {batch_size}; use a batch of {context_size} or more"
         )
 
 
@@ -121,17 +117,17 @@ def _check_sae(sae: SAESettings) -> None:
         )
     if sae.target_l0 is None:
         return
-    if sae.architecture not in _SPARSITY_WEIGHTS:
+    if sae.architecture not in SPARSITY_WEIGHTS:
         instead = "; --k is its L0, so set that" if "topk" in sae.architecture else "; leave it out"
         raise UserError(f"--target_l0 {sae.target_l0:g}: {sae.architecture} has no sparsity weight{instead}")
-    weight = _SPARSITY_WEIGHTS[sae.architecture]
+    weight = SPARSITY_WEIGHTS[sae.architecture]
     if getattr(sae, weight) == 0:
         raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start above 0, such as with 1")
 
 
 def flags_without_effect(sae: SAESettings) -> list[str]:
     """Returns a line for each flag that differs from its default and that the architecture has no use for."""
-    used = {_SPARSITY_WEIGHTS.get(sae.architecture), "k" if "topk" in sae.architecture else None}
+    used = {SPARSITY_WEIGHTS.get(sae.architecture), "k" if "topk" in sae.architecture else None}
     return [
         f"--{name} {getattr(sae, name):g}: without effect, since --architecture {sae.architecture} has no {name}"
         for name in ("k", "l1_coefficient", "l0_coefficient")
@@ -150,7 +146,13 @@ def _check_held_out(settings: TrainingSettings) -> None:
         )
 
 
-def _check_steps(optimization: OptimizationSettings) -> None:
+def check_steps(settings: TrainingSettings) -> None:
+    """Checks that batches and schedules fit the tokens of a run.
+
+    Raises:
+        UserError: they do not.
+    """
+    optimization, context_size = settings.optimization, settings.text.context_size
     tokens, batch = optimization.training_tokens, optimization.train_batch_size_tokens
     if tokens < batch:
         raise UserError(f"--training_tokens {tokens}: less than one batch, --train_batch_size_tokens {batch}; raise it")
@@ -160,6 +162,11 @@ def _check_steps(optimization: OptimizationSettings) -> None:
         raise UserError(
             f"--lr_warm_up_steps {warm_up} and --lr_decay_steps {decay}: together more than the {n_steps} steps of the"
             " run; lower them"
+        )
+    if optimization.finetune_loss != "none" and context_size > batch:
+        raise UserError(
+            f"--finetune_loss {optimization.finetune_loss}: takes whole contexts, and --context_size {context_size} is"
+            f" more than --train_batch_size_tokens {batch}; use a batch of {context_size} or more"
         )
 
 

@@ -16,7 +16,7 @@ from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings import fields
 from sae_toolkit.settings.checks import check_paths, check_settings
 from sae_toolkit.settings.fields import Scope
-from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
+from sae_toolkit.settings.training import RECIPE_FLAGS, TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.console import Parser
 
 _EPILOG = f"""\
@@ -79,15 +79,16 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
     except (ValueError, RecursionError) as error:  # a flag file with wrong quotes or bytes, or one that includes itself
         files = " ".join(word for word in words if word.startswith("@"))
         raise UserError(f"{files}: cannot be read as flags: {one_line(error)}") from None
-    settings = TrainingSettings.from_flags(values | {"preset": _presets(words)})
+    given = given_flags(argv)
+    settings = TrainingSettings.from_flags(values | {"preset": _presets(words)} | _open_to_recipe(values, given))
     check_paths(settings)
     resume, like = settings.run.resume, settings.run.like
     if like is not None and resume not in (None, "auto"):
         raise UserError(f"--like {like}, --resume {resume}: a resumed run has its own flags; leave one of them out")
     if like is not None:
-        settings = _settings_like(Path(like), given_flags(argv))
+        settings = _settings_like(Path(like), given)
     elif resume not in (None, "auto"):
-        settings = _settings_of_run(Path(resume), given_flags(argv))
+        settings = _settings_of_run(Path(resume), given)
     check_settings(settings)
     return settings
 
@@ -108,14 +109,34 @@ def default_flags() -> dict[str, Any]:
 
 
 def training_words(flags: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
-    """Returns the words of a command line that sets the flags to these values. Flags at their defaults are left out."""
-    return fields.as_words(TrainingSettings, flags, leave_out=leave_out)
+    """Returns the words of a command line that sets the flags to these values.
+
+    Flags at their defaults are left out, and those that the recipe chose.
+    """
+    chosen = flags.get("chosen", ())
+    return fields.as_words(
+        TrainingSettings,
+        {**flags, "set": _not_chosen(flags["set"], chosen)} if "set" in flags else flags,
+        leave_out={*leave_out, *chosen},
+        keep=RECIPE_FLAGS if flags.get("recipe") == "auto" else (),
+    )
 
 
 def flags_with(*scopes: Scope) -> set[str]:
     """Returns the names of the flags that have one of these scopes. `preset`, not a flag, has `Scope.COMMAND`."""
     names = {name for name, each in TRAINING_FLAGS.items() if each.scope in scopes}
     return names | ({"preset"} if Scope.COMMAND in scopes else set())
+
+
+def _open_to_recipe(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Returns which flags the recipe chooses, as `TrainingSettings.chosen`, if it is --recipe auto.
+
+    Args:
+        values: the values of all flags.
+        given: the names of the flags that a person gave.
+    """
+    is_auto = values["recipe"] == "auto"
+    return {"chosen": [name for name in RECIPE_FLAGS if name not in given] if is_auto else []}
 
 
 def run_directory_of(path: Path) -> Path:
@@ -146,6 +167,11 @@ def _saved_flags(flag: str, path: Path) -> dict[str, Any]:
     return saved
 
 
+def _not_chosen(assignments: Sequence[str], chosen: Collection[str]) -> list[str]:
+    """Returns the assignments of --set without those that the recipe chose."""
+    return [each for each in assignments if each.partition("=")[0] not in chosen]
+
+
 def _settings_of_run(resume: Path, given: dict[str, Any]) -> TrainingSettings:
     saved = _saved_flags("resume", resume)
     may_change = flags_with(Scope.PROCESS, Scope.COMMAND)
@@ -158,12 +184,20 @@ def _settings_of_run(resume: Path, given: dict[str, Any]) -> TrainingSettings:
 def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
     """Returns the settings of another run, changed by the given flags.
 
-    The other run's flags of `Scope.COMMAND` are not taken; these have their defaults.
+    The other run's flags of `Scope.COMMAND` are not taken; these have their defaults. What the recipe chose for the
+    other run is chosen anew.
     """
     saved, defaults = _saved_flags("like", like), default_flags()
     of_command = {name: defaults[name] for name in flags_with(Scope.COMMAND) - {"preset"}}
-    assignments = [*saved["set"], *given.get("set", [])]
-    return TrainingSettings.from_flags(saved | of_command | given | {"set": assignments})
+    was_chosen = saved["chosen"]
+    before = saved | {name: defaults[name] for name in was_chosen if name in defaults} | of_command
+    values = before | given | {"set": [*_not_chosen(saved["set"], was_chosen), *given.get("set", [])]}
+    kept = {
+        name
+        for name in RECIPE_FLAGS
+        if name not in was_chosen and (saved["recipe"] == "auto" or saved[name] != defaults[name])
+    }
+    return TrainingSettings.from_flags(values | _open_to_recipe(values, kept | given.keys()))
 
 
 def given_flags(argv: Sequence[str] | None) -> dict[str, Any]:

@@ -204,12 +204,21 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def as_words(settings: type, values: Mapping[str, Any], *, leave_out: Collection[str] = ()) -> list[str]:
-    """Returns the words of a command line that sets the flags to these values. Flags at their defaults are left out."""
+def as_words(
+    settings: type, values: Mapping[str, Any], *, leave_out: Collection[str] = (), keep: Collection[str] = ()
+) -> list[str]:
+    """Returns the words of a command line that sets the flags to these values.
+
+    Args:
+        leave_out: names of flags that are left out. Flags at their defaults are left out too.
+        keep: names of flags that are not left out at their defaults, unless the default is None.
+    """
     return [
         word
         for name, each in flags_of(settings).items()
-        if name not in leave_out and _as_json(values.get(name, each.default)) != _as_json(each.default)
+        if name not in leave_out
+        if _as_json(values.get(name, each.default)) != _as_json(each.default)
+        or (name in keep and values.get(name) is not None)
         for word in _words(each, values[name])
     ]
 

@@ -181,6 +181,10 @@ class SAESettings:
 class OptimizationSettings:
     """Optimization."""
 
+    recipe: Literal["seed", "auto"] = flag("seed", is_later=True)
+    """where the values come from that no flag gives: seed for the defaults, which are those of the document; auto for
+    values that follow from --training_tokens, the number of features and k (docs/recipes.md)
+    """
     training_tokens: Positive = 500_000
     """number of tokens whose activations the SAE is trained on"""
     train_batch_size_tokens: Positive = 1024
@@ -265,6 +269,7 @@ class TrainingSettings:
 
     Args:
         preset: the names of the flag files on the command line, for the record.
+        chosen: with `--recipe auto`, the names of the flags that nobody gave. The recipe chooses their values.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -274,15 +279,16 @@ class TrainingSettings:
     run: RunSettings = field(default_factory=RunSettings)
     recording: RecordingSettings = field(default_factory=RecordingSettings)
     preset: str | None = None
+    chosen: tuple[str, ...] = ()
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> TrainingSettings:
         """Builds the settings from flags by name, as `as_flags` returns them. Missing flags have their defaults."""
-        return fields.from_flags(cls, flags, preset=flags.get("preset"))
+        return fields.from_flags(cls, flags, preset=flags.get("preset"), chosen=tuple(flags.get("chosen", ())))
 
     def as_flags(self) -> dict[str, Any]:
-        """Returns the flags and the preset by name, as training_flags.json keeps them."""
-        return fields.as_flags(self) | {"preset": self.preset}
+        """Returns the flags, the preset and what the recipe chose by name, as training_flags.json keeps them."""
+        return fields.as_flags(self) | {"preset": self.preset, "chosen": list(self.chosen)}
 
     @property
     def held_out_seed(self) -> int:
@@ -307,6 +313,21 @@ class TrainingSettings:
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:8]
 
 
+# The flags that --recipe auto chooses where nobody gives them.
+RECIPE_FLAGS = (
+    "architecture",
+    "expansion_factor",
+    "k",
+    "target_l0",
+    "l1_coefficient",
+    "l0_coefficient",
+    "normalize_activations",
+    "train_batch_size_tokens",
+    "lr",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "dead_feature_window",
+)
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 TRAINING_FLAGS = fields.flags_of(TrainingSettings)
 """The flags of sae_lens_train.py, by name."""

@@ -31,6 +31,7 @@ from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.lowered_run import LoweredRun, lower_peak
+from sae_toolkit.training.recipe import with_recipe
 from sae_toolkit.training.setup import find_model_at_hooks
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class RunOnCard:
             UserError: the settings do not fit together, or the model's configuration cannot be read.
         """
         model, widths = find_model_at_hooks(settings)
+        settings = with_recipe(settings, max(widths.values())).settings
         cfgs = [
             build_runner_config(settings, name, d_in=d_in, device="cuda", run_id="planned")
             for name, d_in in widths.items()

@@ -68,6 +68,7 @@ class PreparedRun:
         saving: settings of the checkpoints.
         recording: settings of the record.
         flags: flags of the run by name, for the record.
+        recipe: for each flag that the recipe chose, its value and why.
         ranks: the ranks that train the SAE.
     """
 
@@ -96,6 +97,7 @@ class PreparedRun:
     saving: RunSettings
     recording: RecordingSettings
     flags: Mapping[str, Any]
+    recipe: tuple[str, ...] = ()
     ranks: Ranks = ALONE
 
     @property
@@ -385,6 +387,7 @@ class PreparedRun:
                 *(f"from    {each['name']}" for each in self.initialized_from.values()),
                 f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
                 f" lr {cfg.lr:g}" + self._processes(),
+                *(f"{'recipe  ' if not i else ' ' * 8}{line}" for i, line in enumerate(self.recipe)),
                 f"without {', '.join(left_out) or 'leaving anything out'}",
                 f"into    {self.directory}",
                 f"tokens  {cfg.training_tokens:,} needed, {self.n_positions:,} there{passes};"

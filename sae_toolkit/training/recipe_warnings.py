@@ -31,9 +31,6 @@ _DECAYING_SHARE = 1 / 5
 
 # Runs: with a window of 20 of 488 steps (4%) 0.4% ended dead, with one of 200 steps (41%) 37%.
 LARGEST_WINDOW_SHARE = 1 / 8
-# In a shorter window a feature that fires at a hundredth of the mean rate would not fire at all with a probability of
-# more than 5% (the rule of three: Hanley & Lippman-Hand 1983).
-_FIRINGS_TO_BE_SEEN, _RARER_THAN_MEAN = 3, 100
 
 # The cut-off is the smallest projection of an activation on a feature at which the sparsity loss lets the feature be
 # active. Its unit is the standard deviation of the projections on random directions, |x| / sqrt(d_in). Runs: at 0.4 (L1
@@ -188,13 +185,6 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
             f"--dead_feature_window {window}: long for {n_steps} steps; dead features have little time to be revived"
             f" (200 of 488 steps left 37% dead, 20 steps 0.2%); use about {sensible}"
         )
-    if revives and (k := getattr(cfg.sae, "k", None)):
-        needed = math.ceil(_FIRINGS_TO_BE_SEEN * _RARER_THAN_MEAN * cfg.sae.d_sae / k / cfg.train_batch_size_tokens)
-        if window < needed <= most:
-            return (
-                f"--dead_feature_window {window}: only {window * cfg.train_batch_size_tokens} tokens, after which"
-                f" a feature that fires a hundredth as often as the mean is counted as dead; use {needed} or more"
-            )
     return None
 
 

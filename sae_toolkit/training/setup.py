@@ -28,6 +28,7 @@ from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.directory import RunDirectory, find_resumption
 from sae_toolkit.training.initial_sae import InitialSAE, open_initial_saes
 from sae_toolkit.training.prepared_run import PreparedRun, existing
+from sae_toolkit.training.recipe import with_recipe
 from sae_toolkit.training.text import RunText, held_out_split, kept_positions, read_text, saved_text
 
 log = logging.getLogger(__name__)
@@ -95,9 +96,11 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
 
 
 def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 | None = None) -> PreparedRun:
+    model, widths = find_model_at_hooks(settings)
+    recipe = with_recipe(settings, max(widths.values()), ranks.size)
+    settings = recipe.settings
     check_world_size(settings, ranks.size)
     device, llm_device = _choose_devices(settings.model, ranks)
-    model, widths = find_model_at_hooks(settings)
     if found:
         directory, resume_from = RunDirectory(found.directory), found.resume_from
     else:
@@ -145,6 +148,7 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
         saving=settings.run,
         recording=settings.recording,
         flags=settings.as_flags(),
+        recipe=recipe.reasons,
         ranks=ranks,
     )
 

@@ -43,13 +43,28 @@ def test_the_words_of_a_command_line_give_the_settings_back():
     assert training_words(default_flags()) == []
 
 
+DEMO = (
+    "--model_name embedded:smollm2-135m --layer 12 --dataset_path embedded:wikipedia --held_out_fraction 0.2"
+    " --context_size 256 --output_name demo --architecture batchtopk --k 64 --expansion_factor 4"
+    " --normalize_activations expected_average_only_in --training_tokens 500000 --train_batch_size_tokens 1024 --lr 2e-3"
+    " --lr_warm_up_steps 20 --lr_decay_steps 98 --dead_feature_window 20 --eval_every 100000"
+).split()
+LLAMA = (
+    "--model_name meta-llama/Meta-Llama-3-8B --layer 12 --dataset_path HuggingFaceFW/fineweb-edu"
+    " --dataset_config sample-10BT --held_out_fraction 0.02 --context_size 2048 --output_name llama3_8b_layer12"
+    " --architecture batchtopk --k 64 --expansion_factor 8 --normalize_activations expected_average_only_in"
+    " --training_tokens 50000000 --train_batch_size_tokens 4096 --lr 4e-4 --lr_warm_up_steps 500 --lr_decay_steps 2440"
+    " --dead_feature_window 250 --n_checkpoints 4 --eval_every 10000000"
+).split()
+
+
 def test_a_run_finds_the_directories_of_runs_from_before_the_settings_had_types():
-    """The hashes were taken at bff7b8f, by `configuration_hash`."""
-    demo = parse_training_flags([f"@{ROOT}/presets/demo.args"])
+    """The hashes were taken at bff7b8f, by `configuration_hash`, with the presets of then."""
+    demo = parse_training_flags(DEMO)
     assert demo.output_directory.name == "demo_21ccab4a"
-    cached = parse_training_flags([f"@{ROOT}/presets/demo.args", "--cache_activations", "anywhere"])
+    cached = parse_training_flags([*DEMO, "--cache_activations", "anywhere"])
     assert cached.output_directory.name == "demo_ada4c870"
-    other = parse_training_flags([f"@{ROOT}/presets/llama3-8b.args", "--layers", "4", "8", "--set", "adam_beta1=0"])
+    other = parse_training_flags([*LLAMA, "--layers", "4", "8", "--set", "adam_beta1=0"])
     assert other.output_directory.name == "llama3_8b_layer12_df5a9680"
 
 

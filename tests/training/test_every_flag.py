@@ -65,6 +65,7 @@ OTHER: dict[str, tuple[str, ...]] = {
     "shard_features": ("", "--architecture", "standard"),
     "dtype": ("float64",),
     "init_from": ("OTHER_SAE",),
+    "recipe": ("auto",),
     "training_tokens": ("3072",),
     "train_batch_size_tokens": ("512",),
     "n_batches_in_buffer": ("64",),

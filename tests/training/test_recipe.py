@@ -1,0 +1,161 @@
+"""--recipe auto: which flags it chooses, and by what rules."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.settings.command_line import parse_training_flags, save_flags, training_words
+from sae_toolkit.settings.training import RECIPE_FLAGS, TrainingSettings
+from sae_toolkit.training.recipe import learning_rate, with_recipe
+
+D_IN = 576
+
+
+def chosen(*words: Any, d_in: int = D_IN, n_ranks: int = 1) -> TrainingSettings:
+    return with_recipe(parse_training_flags(list(map(str, words))), d_in, n_ranks).settings
+
+
+def test_the_default_is_the_recipe_of_the_document() -> None:
+    assert chosen() == TrainingSettings()
+
+
+def test_a_given_flag_is_kept_and_the_others_follow_from_it() -> None:
+    given = ("--lr", "1e-4", "--k", "100", "--expansion_factor", "32", "--normalize_activations", "none")
+    settings, others = chosen("--recipe", "auto", *given), chosen("--recipe", "auto")
+    few = ("--recipe", "auto", "--training_tokens", 100_000, "--expansion_factor")
+
+    assert (settings.optimization.lr, settings.sae.k, settings.sae.expansion_factor) == (1e-4, 100, 32)
+    assert settings.sae.normalize_activations == "none"
+    assert settings.optimization.train_batch_size_tokens == others.optimization.train_batch_size_tokens
+    windows = [chosen(*few, factor).optimization.dead_feature_window for factor in (8, 16)]
+    assert windows[1] == pytest.approx(2 * windows[0], abs=1)  # twice as many features fire half as often
+
+
+def test_a_field_that_is_set_is_kept() -> None:
+    settings = chosen("--recipe", "auto", "--set", "sae.decoder_init_norm=0.7")
+
+    assert settings.optimization.set == ("sae.decoder_init_norm=0.7",)
+
+
+@pytest.mark.parametrize(
+    ("words", "architecture"),
+    [
+        ((), "batchtopk"),
+        (("--l1_coefficient", 5), "standard"),
+        (("--l0_coefficient", 1), "jumprelu"),
+        (("--target_l0", 50), "jumprelu"),
+        (("--matryoshka_widths", 512, 2304), "matryoshka_batchtopk"),
+        (("--device", "mps"), "topk"),
+    ],
+)
+def test_the_architecture_has_the_flags_that_are_given(words: tuple[Any, ...], architecture: str) -> None:
+    assert chosen("--recipe", "auto", *words).sae.architecture == architecture
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
+def test_an_sae_without_k_gets_the_same_l0(architecture: str) -> None:
+    settings = chosen("--recipe", "auto", "--architecture", architecture)
+
+    assert settings.sae.target_l0 == chosen("--recipe", "auto").sae.k == 64
+
+
+def test_a_given_sparsity_weight_is_not_adjusted() -> None:
+    assert chosen("--recipe", "auto", "--architecture", "gated", "--l1_coefficient", 3).sae.target_l0 is None
+
+
+def test_more_tokens_give_larger_batches_longer_runs_and_lower_rates() -> None:
+    runs = [
+        chosen("--recipe", "auto", "--expansion_factor", 8, "--training_tokens", tokens).optimization
+        for tokens in (50_000, 500_000, 5_000_000, 50_000_000)
+    ]
+
+    batches = [run.train_batch_size_tokens for run in runs]
+    assert batches == sorted(batches) and batches[-1] == 4096
+    steps = [run.training_tokens // run.train_batch_size_tokens for run in runs]
+    assert steps[0] >= 600 and steps[-1] > 10_000
+    rates = [run.lr for run in runs]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_rate_of_a_long_run_is_the_published_one() -> None:
+    published = 2e-4 * math.sqrt(2**14 / 32_768)  # of Gao et al. 2024
+
+    assert learning_rate(n_steps=10**6, d_sae=32_768) == pytest.approx(published)
+    assert learning_rate(n_steps=12_207, d_sae=32_768) == pytest.approx(
+        published, rel=0.25
+    )  # 50 M tokens of Llama-3-8B
+
+
+def test_schedules_fit_into_runs_of_any_length() -> None:
+    for tokens in (64, 65, 200, 1000, 3_000, 10**4, 10**9):
+        run = chosen("--recipe", "auto", "--training_tokens", tokens).optimization
+
+        steps = tokens // run.train_batch_size_tokens
+        assert run.lr_warm_up_steps + run.lr_decay_steps <= steps
+        assert 1 <= run.dead_feature_window <= max(steps, 1)
+
+
+def test_ranks_divide_the_batch_and_contexts_of_a_fine_tuning_fit_into_it() -> None:
+    assert chosen("--recipe", "auto", n_ranks=3).optimization.train_batch_size_tokens % 3 == 0
+    tuned = chosen("--recipe", "auto", "--finetune_loss", "kl", "--context_size", 2048).optimization
+    assert tuned.train_batch_size_tokens >= 2048
+
+
+def test_a_value_that_does_not_fit_a_given_one_is_refused() -> None:
+    with pytest.raises(UserError, match="--lr_warm_up_steps 5000 and --lr_decay_steps"):
+        chosen("--recipe", "auto", "--lr_warm_up_steps", 5000)
+
+
+def saved_run(directory: Path, *words: Any) -> TrainingSettings:
+    settings = chosen(*words)
+    save_flags(settings.as_flags(), directory)
+    return settings
+
+
+def test_a_resumed_run_keeps_what_was_chosen(tmp_path: Path) -> None:
+    settings = saved_run(tmp_path, "--recipe", "auto", "--k", 32)
+    flags = json.loads((tmp_path / "training_flags.json").read_text())
+    flags["lr"] = 0.125  # as if an earlier version had had another rule
+    save_flags(flags, tmp_path)
+
+    resumed = chosen("--resume", tmp_path)
+
+    assert resumed.optimization.lr == 0.125
+    assert resumed.sae == settings.sae
+
+
+def test_like_chooses_anew_what_was_chosen_and_keeps_what_was_given(tmp_path: Path) -> None:
+    given = ("--recipe", "auto", "--k", 32, "--lr_warm_up_steps", 0)
+    saved_run(tmp_path, *given)
+
+    assert chosen("--like", tmp_path).as_flags() == chosen(*given, "--like", tmp_path).as_flags()
+    longer, expected = (chosen(*words, "--training_tokens", 5_000_000) for words in (("--like", tmp_path), given))
+    assert (longer.sae, longer.optimization) == (expected.sae, expected.optimization)
+
+
+def test_like_with_the_recipe_keeps_what_a_run_without_it_had(tmp_path: Path) -> None:
+    saved_run(tmp_path, "--k", 32, "--lr", "3e-4", "--architecture", "topk")
+
+    settings = chosen("--like", tmp_path, "--recipe", "auto")
+
+    assert (settings.sae.k, settings.optimization.lr, settings.sae.architecture) == (32, 3e-4, "topk")
+    assert settings.sae.normalize_activations == "expected_average_only_in"
+
+
+def test_the_words_of_a_run_leave_out_what_was_chosen_and_give_the_same_run() -> None:
+    settings = chosen("--recipe", "auto", "--lr_warm_up_steps", 0, "--k", 100)
+
+    words = training_words(settings.as_flags())
+
+    assert sorted(words) == sorted(["--recipe", "auto", "--lr_warm_up_steps", "0", "--k", "100"])
+    assert chosen(*words) == settings
+
+
+def test_each_flag_of_the_recipe_is_one_of_the_training() -> None:
+    assert set(RECIPE_FLAGS) <= TrainingSettings().as_flags().keys()
