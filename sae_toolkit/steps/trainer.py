@@ -93,6 +93,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.finetune_weight = torch.zeros((), dtype=torch.float, device=cfg.device)
         self._counts_of_dead: deque[_Reading] = deque()
         self.calibration: Calibration | None = None
+        self._latest: tuple[Calibration | None] | None = None  # what `calibrate` found since the last step
         self.sample: ActivationSample | None = None
         if has_calibration(sae, target_l0):
             self.sample = ActivationSample(cfg.device, self._sample_ranks())
@@ -132,6 +133,7 @@ class Trainer(SAETrainer[Any, Any]):
         with _fast_products(batch.device, self.products_in_bfloat16):
             output = self._forward_and_backward(batch, buffers, prediction_loss)
             self._apply(output, len(batch), buffers)
+        self._latest = None
         if self.sample is not None:
             self.sample.add(batch, self.n_training_steps)
         # Whole contexts are a batch on average only, so that the steps of a run stay as many as its schedules count.
@@ -226,6 +228,7 @@ class Trainer(SAETrainer[Any, Any]):
     def after_loading(self) -> None:
         """Prepares the trainer for the state that was loaded into it."""
         self._counts_of_dead.clear()
+        self._latest = None
         self._fuse_optimizer()
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:
@@ -251,15 +254,18 @@ class Trainer(SAETrainer[Any, Any]):
         """Returns what gives the SAE as it is now the L0 that was asked for; None if nothing does. Collective."""
         if self.sample is None:
             return None
-        return calibrate(
-            self.sae,
-            self.activation_scaler,
-            self.sample,
-            self.sae.cfg.k if self.l0_control is None else self.l0_control.target,
-            self.n_training_steps,
-            at_once=self.cfg.train_batch_size_samples,
-            ranks=self.ranks,
-        )
+        if self._latest is None:
+            found = calibrate(
+                self.sae,
+                self.activation_scaler,
+                self.sample,
+                self.sae.cfg.k if self.l0_control is None else self.l0_control.target,
+                self.n_training_steps,
+                at_once=self.cfg.train_batch_size_samples,
+                ranks=self.ranks,
+            )
+            self._latest = (found,)
+        return self._latest[0]
 
     def state_beside_saelens(self) -> dict[str, Any]:
         """Returns the part of the state that SAELens's `save_trainer_state` does not save."""

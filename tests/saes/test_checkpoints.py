@@ -92,7 +92,7 @@ def test_a_copy_finished_during_training_is_what_saelens_would_save(tmp_path, ar
     trainer = stepped_trainer(architecture, normalization)
     before, cfg_before = deepcopy(trainer.sae.state_dict()), trainer.sae.cfg.to_dict()
     random_state = torch.get_rng_state()
-    copied = finished_copy(trainer)
+    copied = finished_copy(trainer, None)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert trainer.sae.cfg.to_dict() == cfg_before
     for name, tensor in trainer.sae.state_dict().items():

@@ -67,7 +67,9 @@ def train(name, acts_ND, ranks):
         return None
     state = {name: tensor.detach() for name, tensor in trainer.sae.state_dict().items()}
     counts = {"since": trainer.n_forward_passes_since_fired, "scores": trainer.act_freq_scores}
-    return {"readings": readings, "sae": state, "counts": counts, "n": trainer.n_training_samples}
+    calibration = trainer.calibration and {"l0": trainer.calibration.l0, **trainer.calibration.tensors}
+    n = trainer.n_training_samples
+    return {"readings": readings, "sae": state, "counts": counts, "n": n, "calibration": calibration}
 
 
 def main():

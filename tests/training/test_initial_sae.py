@@ -83,7 +83,7 @@ def save_trained(cfg: LanguageModelSAERunnerConfig, directory: Path, *, finished
     trainer = begin(cfg)
     train(trainer, 20)
     if finished:
-        finish_saes(trainer)
+        finish_saes(trainer.whole(finished=True))
         trainer.first.sae.save_inference_model(directory)
     else:
         trainer.first.save_checkpoint(directory.name, base_path=directory.parent)
@@ -92,7 +92,7 @@ def save_trained(cfg: LanguageModelSAERunnerConfig, directory: Path, *, finished
 
 def assert_begins_as(trainer: MultiTrainer, path: Path, tolerance: float = 1e-5) -> None:
     """What the run would save before its first step reconstructs raw activations as the SAE that it began with."""
-    source, began = load(path), finished_copy(trainer.first)
+    source, began = load(path), finished_copy(trainer.first, None)
     with torch.no_grad():
         theirs, ours = source(ACTS), began(ACTS)
         assert torch.equal(source.encode(ACTS) != 0, began.encode(ACTS) != 0)
