@@ -230,7 +230,8 @@ def _find_cut(
                 return -math.inf, len(values_N), int(n_before)
         else:
             least_N = values_N[largest(values_N, n_active + 1)].topk(2, largest=False).values
-            if share >= 1 or not floor > least_N[0]:
+            found_all = (floor <= least_N[0]) | least_N[0].isnan()
+            if share >= 1 or found_all:
                 cut = least_N.double().mean().item()
                 return cut, int((values_N > cut).sum()), int(n_before)
         share *= 2
