@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
 from sae_toolkit.saes.weights import read_saelens
+from sae_toolkit.steps.calibration import Calibration, saelens_threshold
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.trainer import Trainer
 
@@ -54,7 +55,7 @@ def save_training_checkpoint(
     If there are several SAEs, the checkpoint has a directory for each, which has the name of the SAE's hook.
 
     Args:
-        trainer: the trainer, with whole SAEs.
+        trainer: what `MultiTrainer.whole` returned. The saved SAEs are calibrated, its own are not.
         stream_state: the state of the trainer's stream.
         cfgs: the configuration of each SAE.
         run: key of the run, for the manifest.
@@ -73,7 +74,8 @@ def save_training_checkpoint(
         raise NotSaved(f"it takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free")
     with whole_directory(target, run=run, milestone=milestone) as directory:
         for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
-            with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place:
+            calibrated = each.calibration.applied(each.sae) if each.calibration else nullcontext()
+            with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place, calibrated:
                 each.save_checkpoint(place.name, base_path=place.parent)
                 (place / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
         state = {
@@ -137,18 +139,22 @@ def _restore_random_states(states: dict[str, Any], device: str) -> None:
 
 
 def _training_checkpoint_bytes(trainer: MultiTrainer, stream_state: dict[str, Any]) -> int:
-    """Returns the bytes of the weights, Adam's two moments, the features' counters and the buffer's activations."""
+    """Returns the bytes of the weights, Adam's two moments, the features' counters, and the activations."""
     saes = trainer.saes.values()
+    samples = sum(each.sample.nbytes for each in trainer.trainers.values() if each.sample is not None)
     weights = sum(tensor.nbytes for sae in saes for tensor in sae.state_dict().values())
     counters = 5 * 4 * sum(sae.cfg.d_sae for sae in saes)
-    return 3 * weights + counters + stream_state["buffer"]["acts"].nbytes + len(saes) * 2**17
+    return 3 * weights + counters + samples + stream_state["buffer"]["acts"].nbytes + len(saes) * 2**17
 
 
 def finish_saes(trainer: MultiTrainer) -> None:
-    """Folds the normalization into the weights, in place, so that the SAEs take and return raw activations."""
+    """Calibrates the SAEs and folds the normalization into the weights, in place. They then take raw activations.
+
+    Args:
+        trainer: what `MultiTrainer.whole` returned.
+    """
     for each in trainer.trainers.values():
-        _correct_threshold_bias(each.sae, each.n_training_steps)
-        _fold_normalization(each.sae, each.activation_scaler)
+        _finish(each.sae, each.activation_scaler, each.calibration, each.n_training_steps)
         each.set_final_sae_metadata()
 
 
@@ -175,18 +181,18 @@ def save_final_checkpoint(
     return final
 
 
-def _correct_threshold_bias(sae: TrainingSAE[Any], n_steps: int) -> None:
-    """Corrects the bias towards zero of SAELens's BatchTopK threshold, a running mean that starts at 0.
+def _finish(sae: TrainingSAE[Any], scaler: ActivationScaler, calibration: Calibration | None, n_steps: int) -> None:
+    """Calibrates a training SAE and folds its normalization, in place.
 
-    After n steps such a mean is too low by the factor 1 - (1 - rate)^n, as Adam's moments are (Kingma & Ba 2015,
-    section 3): by 29% after 122 steps at the default rate, by 0.7% after 488. A fine-tuning that began with the
-    threshold of another SAE, as its metadata says, has no such bias.
+    Without a calibration the bias of SAELens's threshold is corrected, unless the SAE was saved with a calibration.
     """
-    began = sae.cfg.metadata.initialized_from
-    if isinstance(began, dict) and began.get("topk_threshold"):
-        return
-    if isinstance(sae, BatchTopKTrainingSAE) and n_steps > 0:
-        sae.topk_threshold /= 1 - (1 - sae.cfg.topk_threshold_lr) ** n_steps
+    if calibration is not None:
+        scale = scaler.scaling_factor
+        divides = isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.rescale_acts_by_decoder_norm
+        calibration.apply(sae, fold=scale if divides and scale is not None else 1.0)
+    elif isinstance(sae, BatchTopKTrainingSAE) and sae.cfg.metadata.calibrated_l0 is None:
+        sae.topk_threshold.fill_(saelens_threshold(sae, n_steps))
+    _fold_normalization(sae, scaler)
 
 
 def _fold_normalization(sae: SAE[Any], scaler: ActivationScaler) -> None:
@@ -247,17 +253,18 @@ def _inference_form(path: Path, device: str) -> SAE[Any]:
     n_steps = 0
     if trainer_state.is_file():
         n_steps = torch.load(trainer_state, map_location="cpu", weights_only=True)["n_training_steps"]
-    return _converted(training_sae, _load_scaler(path), n_steps)
+    return _converted(training_sae, _load_scaler(path), None, n_steps)
 
 
-def _converted(training_sae: TrainingSAE[Any], scaler: ActivationScaler, n_steps: int) -> SAE[Any]:
+def _converted(
+    training_sae: TrainingSAE[Any], scaler: ActivationScaler, calibration: Calibration | None, n_steps: int
+) -> SAE[Any]:
     """Returns the inference form of a training SAE. It takes the weights of the given SAE, and changes them in place.
 
     So it needs no memory, except for the folding of a whitening.
     """
     device, cfg = training_sae.device, training_sae.cfg
-    _correct_threshold_bias(training_sae, n_steps)
-    _fold_normalization(training_sae, scaler)
+    _finish(training_sae, scaler, calibration, n_steps)
     inference_cfg = cfg.get_inference_sae_cfg_dict()
     if isinstance(training_sae, TopKTrainingSAE) and cfg.rescale_acts_by_decoder_norm:
         # SAELens folds the norms into new tensors when it converts the weights. Here the same is done in place.
@@ -278,10 +285,14 @@ def _with_weights(sae: SAE[Any], state: dict[str, torch.Tensor], device: torch.d
 
 
 @torch.no_grad()
-def finished_copy(trainer: Trainer) -> SAE[Any]:
+def finished_copy(trainer: Trainer, calibration: Calibration | None) -> SAE[Any]:
     """Returns a copy of the SAE, on the same device, as the run would save it if it ended now.
 
     No more memory is needed than the copy takes, except for the folding of a whitening.
+
+    Args:
+        trainer: trainer of a whole SAE.
+        calibration: what its `calibrate` returned.
     """
     sae_class, _ = get_sae_training_class(trainer.sae.cfg.architecture())
     cfg = deepcopy(trainer.sae.cfg)
@@ -290,7 +301,7 @@ def finished_copy(trainer: Trainer) -> SAE[Any]:
         name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trainer.sae.state_dict().items()
     }
     copied = _with_weights(sae_class(cfg), state, trainer.sae.device)
-    return _converted(copied, copy(trainer.activation_scaler), trainer.n_training_steps)
+    return _converted(copied, copy(trainer.activation_scaler), calibration, trainer.n_training_steps)
 
 
 def load_log_sparsity(path: Path) -> torch.Tensor | None:

@@ -12,10 +12,12 @@ import psutil
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from transformers import PreTrainedConfig
 
 from sae_toolkit.model.loading import ModelSource
+from sae_toolkit.steps.activation_sample import CAPACITY, DTYPE
 from sae_toolkit.steps.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
 
 # How much a step of SAELens's own classes adds to the peak, forward and backward, in tensors of shape [B, F]. The
@@ -76,6 +78,7 @@ class MemoryPlan:
     forward_pass: int
     buffer: int
     norm_estimate: int  # held until the first step
+    sample: int  # of activations, for the calibration of L0
     sae: int
     gradients: int
     adam: int
@@ -96,7 +99,7 @@ class MemoryPlan:
     def peaks(self) -> dict[str, int]:
         """The most that the run holds in each of its parts."""
         held = self.model + self.sae + self.buffer
-        trained = held + self.adam
+        trained = held + self.adam + self.sample
         peaks = {
             "loading": self.loading,
             # On a CUDA device the forward passes are over, and their memory is free, when the activations are copied.
@@ -156,6 +159,7 @@ class MemoryPlan:
             "its forward pass": self.forward_pass,
             "buffer": self.buffer,
             "norm estimate": self.norm_estimate,
+            "sample": self.sample,
             "SAE": self.sae,
             "gradients": self.gradients,
             "Adam": self.adam,
@@ -185,6 +189,7 @@ def plan_memory(
     n_saes: int = 1,
     evaluates: bool = False,
     finetune_loss: Literal["none", "kl", "ce"] = "none",
+    has_target_l0: bool = False,
 ) -> MemoryPlan:
     """Predicts a run's memory from shapes. Nothing is loaded.
 
@@ -199,6 +204,7 @@ def plan_memory(
         n_saes: how many SAEs of this size are trained, one at each hook. They take their steps one after the other.
         evaluates: whether the run evaluates on held-out text during training, for which it keeps the whole model.
         finetune_loss: the loss of the steps at its end, for which it keeps the whole model too.
+        has_target_l0: whether the sparsity weight is adjusted for a certain L0.
     """
     config = model.config.get_text_config()
     on_cpu = torch.device(cfg.device).type == "cpu"
@@ -226,6 +232,7 @@ def plan_memory(
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
     measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
     parameters = _n_parameters(cfg) * sae_bytes
+    calibrates = has_target_l0 or isinstance(cfg.sae, BatchTopKTrainingSAEConfig)
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
     more = copy.copy(cfg)
     more.train_batch_size_tokens += cfg.context_size // 2
@@ -238,6 +245,7 @@ def plan_memory(
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=measured * d_in * (2 * acts_bytes + max(4, sae_bytes)),
+        sample=calibrates * CAPACITY * d_in * DTYPE.itemsize,
         sae=n_saes * parameters,
         gradients=parameters,
         adam=2 * n_saes * parameters,

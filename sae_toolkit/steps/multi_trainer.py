@@ -13,6 +13,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
+from sae_toolkit.steps.calibration import Calibration
 from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.sharded_sae import ShardedTrainer, is_shard
 from sae_toolkit.steps.trainer import Trainer
@@ -44,7 +45,9 @@ class MultiTrainer(MultiSAETrainer):
         }
 
     def whole(self, *, finished: bool = False) -> MultiTrainer | None:
-        """Returns a trainer of whole SAEs, to be saved; None on ranks other than 0 if the SAEs are sharded.
+        """Returns a trainer of whole SAEs with their calibrations, to be saved. Collective.
+
+        It returns None on ranks other than 0 if the SAEs are sharded.
 
         Args:
             finished: whether Adam's moments may be left out.
@@ -54,6 +57,10 @@ class MultiTrainer(MultiSAETrainer):
         whole.trainers = {name: trainer for name, trainer in found.items() if trainer is not None}
         whole.saes = {name: trainer.sae for name, trainer in whole.trainers.items()}
         return whole if whole.trainers else None
+
+    def calibrate(self) -> dict[str, Calibration | None]:
+        """Returns the calibration of each SAE as it is now, by the name of its hook. Collective."""
+        return {name: trainer.calibrate() for name, trainer in self.trainers.items()}
 
     @property
     def is_single(self) -> bool:

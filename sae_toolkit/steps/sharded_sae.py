@@ -18,7 +18,7 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_toolkit.distributed.ranks import Ranks
+from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.sparse_topk import SPARSE_CLASSES, SparseTopKTrainingSAE
 from sae_toolkit.steps.trainer import Trainer
@@ -103,6 +103,9 @@ class ShardedTrainer(Trainer):
     def _replicated_tensors(self) -> list[torch.Tensor]:
         return [tensor for name, tensor in self._tensors().items() if name in _WITHOUT_FEATURE_AXIS]
 
+    def _sample_ranks(self) -> Ranks:
+        return ALONE  # each rank steps on the whole batch
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         return dict([*self.sae.named_parameters(), *self.sae.named_buffers()])
 
@@ -155,6 +158,7 @@ class ShardedTrainer(Trainer):
 
     def whole(self, *, finished: bool) -> Trainer | None:
         """Returns a trainer of the whole SAE on the CPU of rank 0; None on the others."""
+        calibration = self.calibrate()
         tensors = {name: _gather(name, tensor, self.ranks) for name, tensor in self._tensors().items()}
         counters = {name: _gather(name, getattr(self, name), self.ranks) for name in _COUNTERS}
         moments = {
@@ -166,6 +170,7 @@ class ShardedTrainer(Trainer):
             return None
         whole = self._new_whole(tensors)
         _set_state(whole, _state(self), moments, counters)
+        whole.calibration = calibration
         return whole
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:

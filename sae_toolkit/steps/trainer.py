@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import is_out_of_memory
+from sae_toolkit.steps.activation_sample import ActivationSample
+from sae_toolkit.steps.calibration import Calibration, calibrate, has_calibration
 from sae_toolkit.steps.finetune_loss import PredictionLoss, backward_with
 from sae_toolkit.steps.selection import select_among
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
@@ -46,6 +49,9 @@ class Trainer(SAETrainer[Any, Any]):
     With several ranks, each rank steps on its own part of a batch. All ranks start with the weights of rank 0, and
     gradients, firings, selections and metrics are those of the whole batch. So the SAE does not depend on the number of
     ranks, except for the rounding of sums.
+
+    `sample` holds activations that the SAE was trained on; None if it has no L0 to calibrate (`calibration.py`).
+    `calibration` is that of the SAE at its last step, in a trainer that `whole` returned.
 
     Args:
         cfg: SAELens's configuration.
@@ -86,6 +92,15 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self.finetune_weight = torch.zeros((), dtype=torch.float, device=cfg.device)
         self._counts_of_dead: deque[_Reading] = deque()
+        self.calibration: Calibration | None = None
+        self._latest: tuple[Calibration | None] | None = None  # what `calibrate` found since the last step
+        self.sample: ActivationSample | None = None
+        if has_calibration(sae, target_l0):
+            self.sample = ActivationSample(cfg.device, self._sample_ranks())
+
+    def _sample_ranks(self) -> Ranks:
+        """Returns the ranks that hold different parts of a batch."""
+        return self.ranks
 
     @property
     def _is_on_cuda(self) -> bool:
@@ -118,6 +133,9 @@ class Trainer(SAETrainer[Any, Any]):
         with _fast_products(batch.device, self.products_in_bfloat16):
             output = self._forward_and_backward(batch, buffers, prediction_loss)
             self._apply(output, len(batch), buffers)
+        self._latest = None
+        if self.sample is not None:
+            self.sample.add(batch, self.n_training_steps)
         # Whole contexts are a batch on average only, so that the steps of a run stay as many as its schedules count.
         counted = self.ranks.is_alone and prediction_loss is None
         self.n_training_samples += len(batch) if counted else self.cfg.train_batch_size_samples
@@ -210,6 +228,7 @@ class Trainer(SAETrainer[Any, Any]):
     def after_loading(self) -> None:
         """Prepares the trainer for the state that was loaded into it."""
         self._counts_of_dead.clear()
+        self._latest = None
         self._fuse_optimizer()
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:
@@ -218,17 +237,47 @@ class Trainer(SAETrainer[Any, Any]):
         self.sae.load_weights_from_checkpoint(checkpoint_path)
 
     def whole(self, *, finished: bool) -> Trainer | None:
-        """Returns a trainer of the whole SAE, to be saved; None on ranks other than 0 if the SAE is sharded.
+        """Returns a trainer of the whole SAE with its calibration, to be saved. Collective.
+
+        It returns None on ranks other than 0 if the SAE is sharded.
 
         Args:
             finished: whether Adam's moments may be left out.
         """
-        return self
+        whole = copy(self)
+        whole.calibration = self.calibrate()
+        if self.sample is not None and not finished:
+            whole.sample = self.sample.of_all_ranks()
+        return whole
+
+    def calibrate(self) -> Calibration | None:
+        """Returns what gives the SAE as it is now the L0 that was asked for; None if nothing does. Collective."""
+        if self.sample is None:
+            return None
+        if self._latest is None:
+            found = calibrate(
+                self.sae,
+                self.activation_scaler,
+                self.sample,
+                self.sae.cfg.k if self.l0_control is None else self.l0_control.target,
+                self.n_training_steps,
+                at_once=self.cfg.train_batch_size_samples,
+                ranks=self.ranks,
+            )
+            self._latest = (found,)
+        return self._latest[0]
 
     def state_beside_saelens(self) -> dict[str, Any]:
         """Returns the part of the state that SAELens's `save_trainer_state` does not save."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _COUNTS}
-        return state | ({"l0_control": self.l0_control.state_dict()} if self.l0_control else {})
+        if self.l0_control:
+            state["l0_control"] = self.l0_control.state_dict()
+        if self.sample is not None:
+            state["sample"] = self.sample.state_dict()
+        if self.calibration is not None:  # SAELens's files hold the calibrated tensors
+            tensors = self.sae.state_dict()
+            state["not_calibrated"] = {name: tensors[name].cpu().clone() for name in self.calibration.tensors}
+        return state
 
     def load_state_beside_saelens(self, state: dict[str, Any]) -> None:
         """Loads what `state_beside_saelens` returned."""
@@ -236,6 +285,11 @@ class Trainer(SAETrainer[Any, Any]):
             setattr(self, name, state[name].to(self.cfg.device))
         if self.l0_control:
             self.l0_control.load_state_dict(state["l0_control"])
+        if self.sample is not None and "sample" in state:  # checkpoints of earlier versions have none
+            self.sample.load_state_dict(state["sample"])
+        tensors = self.sae.state_dict()
+        for name, tensor in state.get("not_calibrated", {}).items():
+            tensors[name].copy_(tensor)
 
     def _warms_up(self) -> bool:
         """Returns whether SAELens is still raising the sparsity weight to its final value."""

@@ -60,6 +60,7 @@ class RunOnCard:
     evaluates: bool
     finetune_loss: Literal["none", "kl", "ce"]
     begins_trained: bool
+    has_target_l0: bool
 
     @classmethod
     def of(cls, settings: TrainingSettings, auto_dtype: torch.dtype) -> RunOnCard:
@@ -87,6 +88,7 @@ class RunOnCard:
             settings.recording.eval_every > 0,
             settings.optimization.finetune_loss,
             settings.sae.init_from is not None,
+            settings.sae.target_l0 is not None,
         )
 
     @cached_property
@@ -107,6 +109,7 @@ class RunOnCard:
             n_saes=len(self.cfgs),
             evaluates=evaluates,
             finetune_loss=self.finetune_loss,
+            has_target_l0=self.has_target_l0,
         )
 
     def kept(self, given: Collection[str] = ()) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.saes.formats import SAEFile
+from sae_toolkit.steps.calibration import Calibration
 from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.text.rows import ContextFormat, special_tokens
@@ -36,11 +38,17 @@ class HeldOutText:
         self.rows_NT = run.held_out_NT
         self.assistant_NT = run.held_out_assistant_NT
 
-    def measure(self, trainer: MultiTrainer, max_norms: dict[str, float | None]) -> dict[str, dict[str, float]]:
+    def measure(
+        self,
+        trainer: MultiTrainer,
+        calibrations: Mapping[str, Calibration | None],
+        max_norms: Mapping[str, float | None],
+    ) -> dict[str, dict[str, float]]:
         """Returns the evaluation's metrics of each SAE, by the name of its hook.
 
         Args:
             trainer: trainer of the SAEs.
+            calibrations: what its `calibrate` returned.
             max_norms: by hook, the norm above which activations are left out; None leaves none out.
         """
         model = self.source.model if isinstance(self.source, CachedActivations) else self.source
@@ -49,7 +57,7 @@ class HeldOutText:
             for name, each in trainer.trainers.items():
                 evaluated = EvaluatedSAE(
                     SAEFile(name, self.run.directory, "SAELens", "in training"),
-                    finished_copy(each),
+                    finished_copy(each, calibrations[name]),
                     replace(self.run.positions, max_activation_norm=max_norms[name]),
                 )
                 prepared, at_hook = self._prepare(name, evaluated), LanguageModel(model.model, name)

@@ -188,11 +188,12 @@ class TrainingLoop:
 
     def _measure_held_out(self) -> None:
         """Measures on rank 0, while the other ranks wait."""
+        calibrations = self.trainer.calibrate()
         if self._held_out is not None:
             self.stream.wait()
             measured = None
             try:
-                measured = self._held_out.measure(self.trainer, self.max_norms)
+                measured = self._held_out.measure(self.trainer, calibrations, self.max_norms)
             except UserError as error:  # it would end an evaluation, but must not end a training
                 log.warning("not measured on held-out text: %s", error)
             except Exception as error:

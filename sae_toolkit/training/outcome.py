@@ -9,8 +9,8 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_toolkit.activations.cache import CachedActivations
+from sae_toolkit.steps.calibration import FURTHEST
 from sae_toolkit.steps.multi_trainer import MultiTrainer
-from sae_toolkit.steps.target_l0 import NEAR_TARGET
 from sae_toolkit.training.recipe_warnings import too_high_learning_rate
 from sae_toolkit.training.run import Training
 
@@ -69,18 +69,32 @@ def _log_what_was_left_out(training: Training) -> None:
 
 
 def _log_l0(trainers: MultiTrainer) -> None:
-    """Logs the L0 at the end of a run with --target_l0, and warns if it is far from the target."""
+    """Logs the L0 that the finished SAEs have, and warns if it is far from --target_l0."""
+    calibrations = trainers.calibrate()
     for name, trainer in trainers.trainers.items():
-        if (control := trainer.l0_control) is None:
-            continue
-        ((weight, value),) = trainer.found_weight.items()
-        log.log(
-            logging.INFO if control.is_near else logging.WARNING,
-            "--target_l0 %g: %sthe running L0 ended at %.1f, and --%s at %.3g%s",
-            control.target,
-            "" if trainers.is_single else f"{name}: ",
-            control.l0,
-            weight,
-            value,
-            "" if control.is_near else f"; not within {NEAR_TARGET:.0%}: train longer, or raise --lr",
-        )
+        where = "" if trainers.is_single else f"at {name}: "
+        calibration, control = calibrations[name], trainer.l0_control
+        if control is not None:
+            ((weight, value),) = trainer.found_weight.items()
+            missed = calibration is None and not control.is_near
+            log.log(
+                logging.WARNING if missed else logging.INFO,
+                "%s--target_l0 %g: the running L0 ended at %.1f, and --%s at %.3g%s",
+                where,
+                control.target,
+                control.l0,
+                weight,
+                value,
+                f"; not within {FURTHEST:.0%}, so the SAE is left as it is: train longer, or raise --lr"
+                if missed
+                else "",
+            )
+        if calibration is not None:
+            log.info(
+                "%sL0 of the finished SAE on %s tokens of the training text: %.1f; before its %s: %.1f",
+                where,
+                f"{calibration.n_tokens:,}",
+                calibration.l0,
+                f"{next(iter(calibration.tensors))} was calibrated",
+                calibration.l0_before,
+            )

@@ -240,6 +240,7 @@ class PreparedRun:
             n_saes=len(self.cfgs),
             evaluates=self.evaluates if evaluates is None else evaluates,
             finetune_loss=self.optimization.finetune_loss,
+            has_target_l0=self.sae.target_l0 is not None,
         )
 
     @property
@@ -326,7 +327,7 @@ class PreparedRun:
         """Returns an upper bound of the bytes that the run takes on disk, by item."""
         memory = self.plan_memory()
         sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
-        checkpoint = sae + adam + self.ranks.size * memory.buffer
+        checkpoint = sae + adam + self.ranks.size * memory.buffer + memory.sample
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
         if Interval.parse(self.saving.checkpoint_every) != Interval():
             n_checkpoints += self.saving.keep + 1  # one more: an old one is deleted when the new one is complete

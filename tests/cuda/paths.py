@@ -180,14 +180,15 @@ class Walk:
         self.passes = (source.sequences_run["up_to_hook"] - rows_before) // run.cfg.store_batch_size_prompts
         self.recorder.integer = 1
         with self.part("finished copy"):
-            sae = finished_copy(training.trainer.first)
+            calibrations = training.trainer.calibrate()
+            sae = finished_copy(training.trainer.first, calibrations[run.cfg.hook_name])
         del sae
         held_out = HeldOutText(run, source)
         with self.part("held out"):
-            held_out.measure(training.trainer, training.max_norms)
+            held_out.measure(training.trainer, calibrations, training.max_norms)
         evaluated = EvaluatedSAE(
             SAEFile("trained", run.directory, "SAELens", "finished"),
-            finished_copy(training.trainer.first),
+            finished_copy(training.trainer.first, calibrations[run.cfg.hook_name]),
             replace(run.positions, max_activation_norm=training.max_norms[run.cfg.hook_name]),
         )
         del training

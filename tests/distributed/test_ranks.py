@@ -50,6 +50,9 @@ def test_two_ranks_on_the_halves_of_each_batch_are_one_on_the_whole(results, nam
         torch.testing.assert_close(two["sae"][key], tensor, rtol=1e-5, atol=1e-8, msg=key)
     for key, count in one["counts"].items():
         assert torch.equal(two["counts"][key], count), key
+    assert ("batchtopk" in name) == (one["calibration"] is not None)
+    if one["calibration"]:
+        assert two["calibration"] == pytest.approx(one["calibration"], rel=1e-5)
     for ours, theirs in zip(two["readings"], one["readings"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 

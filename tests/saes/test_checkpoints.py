@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from safetensors.torch import load_file, save_file
@@ -92,7 +92,7 @@ def test_a_copy_finished_during_training_is_what_saelens_would_save(tmp_path, ar
     trainer = stepped_trainer(architecture, normalization)
     before, cfg_before = deepcopy(trainer.sae.state_dict()), trainer.sae.cfg.to_dict()
     random_state = torch.get_rng_state()
-    copied = finished_copy(trainer)
+    copied = finished_copy(trainer, None)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert trainer.sae.cfg.to_dict() == cfg_before
     for name, tensor in trainer.sae.state_dict().items():
@@ -157,13 +157,29 @@ def test_the_saved_sae_takes_raw_activations_in_and_gives_raw_ones_out(script, t
     torch.testing.assert_close(raw["W_dec"], scaled["W_dec"] / scale)
 
 
-def test_the_threshold_of_a_short_batchtopk_run_is_not_pulled_to_zero(script, tiny_run):
+def test_a_checkpoint_on_the_way_has_k_active_features_for_saelens_and_for_us(script, tiny_run, tmp_path):
     """After two steps SAELens's running mean holds 2% of the threshold, and nearly all features would fire."""
-    done = script("sae_lens_train.py", *tiny_run, "--architecture", "batchtopk", "--k", 8, "--n_checkpoints", 1)
+    flags = ("--architecture", "batchtopk", "--k", 8, "--normalize_activations", "expected_average_only_in")
+    done = script("sae_lens_train.py", *tiny_run, *flags, "--n_checkpoints", 1)
     final = Path(done.stdout.strip())
-    running = load_file(final.parent / "2048" / "sae_weights.safetensors")["topk_threshold"].item()
-    saved = load_file(final / "sae_weights.safetensors")["threshold"]
-    assert saved[0].item() == pytest.approx(running / (1 - 0.99**2), rel=1e-5)
+    checkpoint = final.parent / "2048"
+    (state,) = torch.load(checkpoint / "resume.pt", weights_only=True)["trainers"].values()
+    acts_ND = state["sample"]["acts"].float()
+    assert len(acts_ND) == 2048
+    scale = json.loads((checkpoint / "activation_scaler.json").read_text())["scaling_factor"]
+    trained = TrainingSAE.load_from_disk(checkpoint, device="cpu")
+    running = state["not_calibrated"]["topk_threshold"].item()  # as SAELens's training has it
+    assert running < 0.03 * trained.topk_threshold.item()
+    metadata = trained.cfg.metadata
+    assert metadata.saelens_topk_threshold == pytest.approx(running / (1 - 0.99**2))
+    assert (metadata.calibrated_l0, metadata.calibrated_on_tokens) == (pytest.approx(8, rel=0.01), 2048)
+    trained.save_inference_model(tmp_path)
+    for sae, normalized_ND in (
+        (SAE.load_from_disk(tmp_path, device="cpu"), scale * acts_ND),
+        (load_sae(checkpoint, "cpu"), acts_ND),
+        (load_sae(final, "cpu"), acts_ND),
+    ):
+        assert (sae.encode(normalized_ND) > 0).sum(-1).double().mean().item() == pytest.approx(8, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])

@@ -6,6 +6,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
+from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.text.sources import open_text
@@ -21,6 +22,12 @@ def acts_ND(language_model, tokenizer):
     acts = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)]).float()
     acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]
     return acts * (acts.shape[1] ** 0.5 / acts.norm(dim=-1).mean())
+
+
+def unexplained(sae, acts_ND):
+    """Share of the variance that the SAE does not explain."""
+    with torch.no_grad():
+        return ((acts_ND - sae(acts_ND)).square().sum() / (acts_ND - acts_ND.mean(0)).square().sum()).item()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,14 @@ def test_the_running_l0_comes_to_within_a_tenth_of_the_target(acts_ND, architect
         last = [*last[-19:], float((output.feature_acts != 0).sum(-1).double().mean())]
     assert sum(last) / len(last) == pytest.approx(target, rel=0.1)
     assert trainer.l0_control.is_near
+
+    # The finished SAE has the target, and explains as much.
+    calibration = trainer.calibrate()
+    assert calibration.l0 == pytest.approx(target, rel=1e-4)
+    finished, not_calibrated = (finished_copy(trainer, each) for each in (calibration, None))
+    l0 = (finished.encode(acts_ND) > 0).sum(-1).double().mean().item()
+    assert l0 == pytest.approx(target, rel=0.02)
+    assert unexplained(finished, acts_ND) <= unexplained(not_calibrated, acts_ND) + 0.003
     ((name, weight),) = trainer.found_weight.items()
     reading = trainer.build_train_step_log_dict(output, trainer.n_training_samples)
     assert reading[f"details/{name}"] == pytest.approx(weight, rel=0.2)  # the current weight is near the found one

@@ -62,12 +62,18 @@ def train(name, acts_ND, ranks):
         if step % 10 == 0:
             readings.append(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
         trainer.n_training_steps += 1
-    trainer = trainer.whole(finished=True)
+    trainer = trainer.whole(finished=False)
     if trainer is None:
         return None
     state = {name: tensor.detach() for name, tensor in trainer.sae.state_dict().items()}
     counts = {"since": trainer.n_forward_passes_since_fired, "scores": trainer.act_freq_scores}
-    return {"readings": readings, "sae": state, "counts": counts, "n": trainer.n_training_samples}
+    calibration = None
+    if trainer.calibration is not None:
+        (threshold,) = trainer.calibration.tensors.values()
+        sample_ND = trainer.sample.acts_ND.double()
+        calibration = [float(threshold), trainer.calibration.l0, len(sample_ND), float(sample_ND.square().sum())]
+    n = trainer.n_training_samples
+    return {"readings": readings, "sae": state, "counts": counts, "n": n, "calibration": calibration}
 
 
 def main():

@@ -83,7 +83,7 @@ def save_trained(cfg: LanguageModelSAERunnerConfig, directory: Path, *, finished
     trainer = begin(cfg)
     train(trainer, 20)
     if finished:
-        finish_saes(trainer)
+        finish_saes(trainer.whole(finished=True))
         trainer.first.sae.save_inference_model(directory)
     else:
         trainer.first.save_checkpoint(directory.name, base_path=directory.parent)
@@ -92,7 +92,7 @@ def save_trained(cfg: LanguageModelSAERunnerConfig, directory: Path, *, finished
 
 def assert_begins_as(trainer: MultiTrainer, path: Path, tolerance: float = 1e-5) -> None:
     """What the run would save before its first step reconstructs raw activations as the SAE that it began with."""
-    source, began = load(path), finished_copy(trainer.first)
+    source, began = load(path), finished_copy(trainer.first, None)
     with torch.no_grad():
         theirs, ours = source(ACTS), began(ACTS)
         assert torch.equal(source.encode(ACTS) != 0, began.encode(ACTS) != 0)
@@ -175,7 +175,7 @@ def test_an_sae_that_does_not_center_its_input_begins_as_it_computes(tmp_path):
 
 
 def threshold(trainer: MultiTrainer) -> float:
-    return finished_copy(trainer.first).threshold.mean().item()
+    return finished_copy(trainer.first, None).threshold.mean().item()
 
 
 def test_a_batchtopk_sae_keeps_its_threshold_and_its_l0_from_the_first_step(tmp_path):
@@ -203,7 +203,7 @@ def test_a_batchtopk_sae_that_goes_on_with_another_k_has_the_threshold_of_that_k
     trainer = begin(cfg, path)
     assert trainer.first.sae.cfg.k == K // 2
     train(trainer, 1)
-    l0 = (finished_copy(trainer.first).encode(ACTS) != 0).sum(-1).double().mean().item()
+    l0 = (finished_copy(trainer.first, None).encode(ACTS) != 0).sum(-1).double().mean().item()
     assert l0 == pytest.approx(K // 2, rel=0.02)
     assert (load(path).encode(ACTS) != 0).sum(-1).double().mean().item() > 0.9 * K
 
