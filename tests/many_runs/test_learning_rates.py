@@ -137,3 +137,4 @@ def test_contenders_are_ranked_at_each_l0_with_differences_paired_by_seed():
 def test_one_seed_and_one_contender_have_no_interval_and_no_difference():
     (place,) = rank([outcome(OWN, None, 0.9, 40), outcome(LISTED, 1e-3, None, 0)])
     assert (place.loss_recovered.half_width, place.difference) == (None, None)
+    assert ranking_note([outcome(LISTED, 1e-3, None, 0)]) == "Nothing was measured."

@@ -120,7 +120,10 @@ def ranking_note(outcomes: Sequence[Outcome]) -> str:
         if n_seeds > 1
         else "One seed: without intervals."
     )
-    off = [f"{each.contender.name} at {each.l0}" for each in rank(outcomes) if not each.is_at_target]
+    places = rank(outcomes)
+    if not places:
+        return "Nothing was measured."
+    off = [f"{each.contender.name} at {each.l0}" for each in places if not each.is_at_target]
     return f"{of_seeds} " + (
         f"The L0 is more than 3% off the target, so that these are not compared at equal L0: {'; '.join(off)}."
         if off

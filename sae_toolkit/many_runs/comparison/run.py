@@ -53,7 +53,7 @@ def choose_learning_rates(
     entries = [entry for each in tried.values() for entry in each]
     if not entries:
         return []
-    usable = shared.run.cfg.context_size - shared.settings.text.skip_positions
+    usable = shared.run.cfg.context_size - shared.run.positions.skip_positions
     flags = ["--held_out_part", "validation", "--num_samples", str(num_samples or math.ceil(LOSS_TOKENS / usable))]
     log.info("%d SAEs to choose %d learning rates by, on validation text", len(entries), len(tried))
     failed = _train_all(entries, shared)
