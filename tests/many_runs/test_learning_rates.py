@@ -90,6 +90,7 @@ def outcome(contender, lr, recovered, l0, *, seed=42, target=40):
         ([(0.90, 40), (0.95, 40), (None, 40)], 2e-3, None),  # the highest was tried, and failed
         ([(0.90, 41), (0.99, 80), (0.89, 40)], 1e-3, "lowest"),  # twice the L0 is no better learning rate
         ([(0.90, 60), (0.99, 80), (0.89, 50)], 2e-3, None),
+        ([(0.90, 40), (0.95, 20), (0.93, 40)], 2e-3, None),  # fewer features that recover more are no reason against it
     ],
 )
 def test_the_rate_that_recovers_most_of_the_loss_at_the_target_l0_is_chosen(measured, chosen, border):

@@ -14,8 +14,8 @@ DEMO_LR, DEMO_STEPS = 3e-4, 500_000_000 // 2048
 """The learning rate of dictionary_learning_demo, and the number of steps that its settings are made for."""
 
 _MOST_RATES = 7
-# A rate wins by a higher L0 as well as by better features, so a rate whose L0 is further off is chosen only if all are.
-_L0_TOLERANCE = 0.1
+# More of the loss is recovered with a higher L0 too, so a rate that leads to one is chosen only if all rates do.
+_HIGHEST_L0 = 1.1  # times the target
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Choice:
     def chosen(self) -> Outcome | None:
         """The outcome that recovers most of the loss on validation text; None if all trainings failed.
 
-        It is one of those whose L0 is within 10% of the target, if there are any.
+        It is one of those whose L0 is at most 10% above the target, if there are any.
         """
         measured = [each for each in self.tried if each.evaluation and _metrics(each)["loss_recovered"] is not None]
-        near = [each for each in measured if abs(_metrics(each)["l0"] / self.l0 - 1) <= _L0_TOLERANCE]
-        return max(near or measured, key=lambda each: _metrics(each)["loss_recovered"], default=None)
+        not_above = [each for each in measured if _metrics(each)["l0"] <= _HIGHEST_L0 * self.l0]
+        return max(not_above or measured, key=lambda each: _metrics(each)["loss_recovered"], default=None)
 
     @property
     def border(self) -> str | None:

@@ -47,9 +47,9 @@ def _of_choices(outcomes: Sequence[Outcome], choices: Sequence[Choice]) -> str:
     return (
         'Where the table says "lr chosen", several learning rates were tried with seed'
         f" {', '.join(map(str, seeds))}, and the one that recovers most of the loss on validation text was chosen for"
-        " each target L0, among those whose L0 was within 10% of the target if there were any. The held-out documents"
-        " are divided by their hash into two halves without a document in common: learning rates are chosen on one half"
-        f" ({validation} tokens for the losses), and everything else is measured on the other ({test})."
+        " each target L0, among those whose L0 was at most 10% above the target if there were any. The held-out"
+        " documents are divided by their hash into two halves without a document in common: learning rates are chosen"
+        f" on one half ({validation} tokens for the losses), and everything else is measured on the other ({test})."
     )
 
 
