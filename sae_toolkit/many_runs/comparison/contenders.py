@@ -93,7 +93,7 @@ class Entry:
             found = json.loads(path.read_text())
         except (OSError, ValueError):
             return None
-        return found if (found["held_out"] or {}).get("part") == part else None
+        return found if (found.get("held_out") or {}).get("part") == part else None
 
     def keep_validation(self) -> None:
         """Moves the results on validation text away from the SAE, where those on the table's text go."""
