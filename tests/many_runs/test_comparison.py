@@ -110,6 +110,8 @@ def test_a_comparison_ends_in_a_table_with_the_checkpoint_of_each_row(compared):
         assert relative in (directory / "comparison.md").read_text()
         assert relative in (directory / "comparison.html").read_text()
     assert "sparsify topk" in done.stdout
+    rates = {o["trained"]["lr"] for o in outcomes if o["contender"]["library"] == "saelens"}
+    assert rates == {1e-3}  # of the flag file
     exact = [o["metrics"]["l0"] for o in outcomes if o["contender"]["library"] == "sparsify"]
     assert exact == [8, 8]
     for file in ("comparison.md", "comparison.html"):

@@ -136,7 +136,7 @@ def _check_halves(run: PreparedRun) -> None:
             raise UserError(
                 f"--held_out_fraction {run.held_out.fraction:g}: too small to choose learning rates on one half of the"
                 f" held-out documents and to measure on the other: the {part} half has {len(rows)} contexts of"
-                f" {cfg.context_size} tokens, and needs {_LEAST_CONTEXTS}; raise it, use more text, or choose none"
+                f" {cfg.context_size} tokens, and needs {_LEAST_CONTEXTS}; raise it, use more text, or try one rate"
             )
 
 
