@@ -10,6 +10,11 @@
     # only some kinds of SAE; a number after @ replaces the library's own learning rate
     python compare_sae_libraries.py @presets/demo.args --libraries saelens:batchtopk dictionary_learning:batchtopk@2e-3
 
+    # the best learning rate of each kind, for each L0: chosen with one seed on held-out text that the table leaves out.
+    # dictionary_learning's BatchTopK among three, sparsify's TopK among four; two trainings at a time
+    python compare_sae_libraries.py @presets/demo.args --l0 20 80 --seeds 3 --parallel 2 --learning_rates 4 \\
+        --libraries saelens:batchtopk dictionary_learning:batchtopk@3e-4,1e-3,2e-3 sparsify
+
     # list the SAEs, and train none
     python compare_sae_libraries.py @presets/demo.args --quick --dry_run
 
@@ -22,18 +27,21 @@ settings of the training (--lr, ...) apply to SAELens alone. Each library trains
     dictionary_learning  Its trainers, with the settings of dictionary_learning_demo. The schedules are scaled to the
                          run. The library has its own environment, which the first comparison creates.
 
-The same command continues a comparison that was stopped. It prints a table, and writes comparison.json, comparison.md
-and comparison.html to the comparison's directory, next to the SAEs.
+The same command continues a comparison that was stopped. It prints a table and the order of the SAEs at each L0, and
+writes comparison.json, comparison.md and comparison.html to the comparison's directory, next to the SAEs.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs.comparison.contenders import make_entries, parse_contenders
+from sae_toolkit.many_runs.comparison.contenders import parse_contenders
+from sae_toolkit.many_runs.comparison.learning_rates import check_learning_rates, list_saes, with_learning_rates
 from sae_toolkit.many_runs.directories import claimed
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.comparison import parse_comparison_flags
@@ -56,31 +64,43 @@ def main() -> int:
             "--resume, --shard_features: not for a comparison, which resumes without a flag; leave them out"
         )
     if settings.run.quick and "--training_tokens" not in words:
-        decay = training.optimization.lr_decay_steps * _QUICK_TOKENS // training.optimization.training_tokens
-        words = [*words, "--training_tokens", str(_QUICK_TOKENS), "--lr_decay_steps", str(decay)]
-    contenders = parse_contenders(settings.contenders.libraries)
+        words = [*words, "--training_tokens", str(_QUICK_TOKENS)]
+        if decay := training.optimization.lr_decay_steps:
+            decay = decay * _QUICK_TOKENS // training.optimization.training_tokens
+            words += ["--lr_decay_steps", str(decay)]
+    n_cores, parallel = len(os.sched_getaffinity(0)), settings.run.parallel
+    if parallel > n_cores:
+        raise UserError(f"--parallel {parallel}: there are {n_cores} cores here; give at most {n_cores}")
+    contenders, n_rates = parse_contenders(settings.contenders.libraries), settings.contenders.learning_rates
+    check_learning_rates(contenders, n_rates)
     directory = (settings.run.comparison_dir or Path("comparisons") / training.run.output_name).absolute()
     l0s = sorted(set(settings.contenders.l0 or (_QUICK_L0S if settings.run.quick else _L0S)))
     first_seed = training.optimization.seed
-    entries = make_entries(contenders, l0s, range(first_seed, first_seed + settings.contenders.seeds), directory)
+    seeds = range(first_seed, first_seed + settings.contenders.seeds)
     if settings.run.dry_run:
-        for number, entry in enumerate(entries, 1):
-            print(f"{number}: {entry.name}")
+        for number, name in enumerate(list_saes(contenders, l0s, seeds, n_rates), 1):
+            print(f"{number}: {name}")
         return 0
 
     # Imported here because torch and SAELens take seconds to import, and --help and a mistyped flag do not need them.
     from rich.console import Console
 
+    from sae_toolkit.many_runs.comparison.notes import describe
     from sae_toolkit.many_runs.comparison.report import render_comparison, summary_table, write_comparison
-    from sae_toolkit.many_runs.comparison.run import describe, train_and_evaluate
+    from sae_toolkit.many_runs.comparison.run import choose_learning_rates, train_and_evaluate
     from sae_toolkit.many_runs.comparison.shared_activations import share
     from sae_toolkit.training.record.start import record_runs
 
     with claimed(directory, "--comparison_dir"):
-        shared = share(words, directory, highest_l0=l0s[-1])
-        evaluation_flags = ["--num_samples", str(settings.run.num_samples)] if settings.run.num_samples else []
-        outcomes = train_and_evaluate(entries, shared, evaluation_flags)
-        page = write_comparison(outcomes, directory, describe(shared))
+        chooses = n_rates is not None or any(contender.rates for contender in contenders)
+        shared = share(words, directory, highest_l0=l0s[-1], halves=chooses)
+        if parallel > 1:
+            shared = replace(shared, at_a_time=parallel, threads=n_cores // parallel)
+        contenders = with_learning_rates(contenders, n_rates, d_sae=shared.run.cfg.sae.d_sae, n_steps=shared.n_steps)
+        num_samples = settings.run.num_samples
+        choices = choose_learning_rates(contenders, l0s, first_seed, shared, num_samples)
+        outcomes = train_and_evaluate(contenders, l0s, seeds, choices, shared, num_samples)
+        page = write_comparison(outcomes, choices, directory, describe(shared, outcomes, choices))
         saes = {
             outcome.entry.name: Path(outcome.trained["sae"])
             for outcome in outcomes
@@ -88,9 +108,9 @@ def main() -> int:
         }
         record_runs("comparison", directory, training.recording, training.as_flags(), saes, summary_table(outcomes))
     log.info("written to %s", page)
-    Console(width=None if sys.stdout.isatty() else 200).print(render_comparison(outcomes))
+    Console(width=None if sys.stdout.isatty() else 200).print(render_comparison(outcomes, choices))
     if not any(outcome.evaluation for outcome in outcomes):
-        raise UserError(f"--libraries: no SAE of {len(entries)} was evaluated; {page.with_suffix('.md')} says why")
+        raise UserError(f"--libraries: no SAE of {len(outcomes)} was evaluated; {page.with_suffix('.md')} says why")
     return 0
 
 

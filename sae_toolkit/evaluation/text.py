@@ -51,13 +51,14 @@ def open_text_of(
     """Opens the text to evaluate an SAE on.
 
     If it is the data set that the SAE was trained on, it is read as in training, and only its held-out documents are
-    used. If it is another data set, its test split is used.
+    used, or the half of them that --held_out_part names. If it is another data set, its test split is used.
 
     Returns:
         The text, and the split by which documents are held out; None if all documents are used.
 
     Raises:
-        UserError: no text is named, it cannot be opened, or nothing of it was held out of the SAE's training.
+        UserError: no text is named, it cannot be opened, nothing of it was held out of the SAE's training, or it is
+            not the text of the training and a half of its held-out documents is asked for.
     """
     name = text_settings.dataset or metadata.dataset_path
     if not name:
@@ -76,15 +77,25 @@ def open_text_of(
         source = replace(source, fallback_from=metadata.fallback_from)
     if is_own and metadata.dataset_split is None:
         log.warning("the SAE's cfg.json does not say which documents it trained on: it may have trained on these")
-        return source, None
+        return _all_of(source, text_settings)
     trained_on = (metadata.dataset_config, metadata.dataset_split)
     if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
-        return source, None
+        return _all_of(source, text_settings)
     if not metadata.held_out_fraction:
         raise UserError(
             f"--dataset {name}: no documents of it were held out of the SAE's training; name another data set"
         )
-    return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed)
+    return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed, text_settings.held_out_part)
+
+
+def _all_of(source: TextSource, text_settings: EvaluationTextSettings) -> tuple[TextSource, None]:
+    """Returns a text of which no documents are known to be held out."""
+    if (part := text_settings.held_out_part) is not None:
+        raise UserError(
+            f"--held_out_part {part}: it is not known which documents of {source.name} were held out of the SAE's"
+            " training; leave it out"
+        )
+    return source, None
 
 
 def with_context(

@@ -97,7 +97,10 @@ def first_position_note(summary: Mapping[str, Any]) -> str:
 
 def documents(summary: Mapping[str, Any]) -> str:
     """Returns a phrase that says which documents of the data set were used."""
-    return "documents held out of training" if summary["held_out"] else f"split {summary['dataset_split']}"
+    if not (held_out := summary["held_out"]):
+        return f"split {summary['dataset_split']}"
+    half = f"{part} half of the " if (part := held_out.get("part")) else ""
+    return f"{half}documents held out of training"
 
 
 def shape(summary: Mapping[str, Any]) -> str:

@@ -14,9 +14,15 @@ from sae_toolkit.settings.values import Positive
 class ContenderSettings:
     """SAEs that are compared."""
 
-    libraries: tuple[str, ...] = flag(("saelens", "sparsify", "dictionary_learning"), metavar="LIBRARY[:KIND][@LR]")
+    libraries: tuple[str, ...] = flag(("saelens", "sparsify", "dictionary_learning"), metavar="LIBRARY[:KIND][@LR,...]")
     """libraries to compare. A library trains each kind of SAE that it has, or only KIND, with its own learning rate, or
-    with LR
+    with LR; of several rates, joined by commas, the best is chosen for each L0
+    """
+    learning_rates: Positive | None = flag(None, metavar="N")
+    """choose the learning rate of sparsify and dictionary_learning, where none follows @, for each L0 among N: the
+    library's own, and others at half powers of ten around it. The first seed is trained with all of them, and the one
+    that recovers most of the loss on validation text is chosen: a half of the held-out documents, which nothing else is
+    measured on (default: the library's own)
     """
     l0: tuple[Positive, ...] | None = None
     """train with each of these numbers of active features per token (default: 20 40 80 160; with --quick 64)"""
@@ -32,6 +38,8 @@ class ComparisonRunSettings:
     """train with one L0 and on 250,000 tokens, unless --l0 or --training_tokens is given"""
     comparison_dir: Path | None = None
     """directory of the comparison (default: comparisons/OUTPUT_NAME)"""
+    parallel: Positive = flag(1, metavar="N")
+    """number of trainings at a time, each with its share of the cores"""
     num_samples: Positive | None = None
     """number of sequences to evaluate each SAE on (default: that of evaluate_sae_real_activations.py)"""
     dry_run: bool = False

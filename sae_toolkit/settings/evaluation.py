@@ -64,6 +64,10 @@ class EvaluationTextSettings:
     """column that holds conversations, text or token ids; a.b is the field b of the column a (default: found by its
     name and content)
     """
+    held_out_part: Literal["validation", "test"] | None = None
+    """measure on one of two disjoint halves of the documents that were held out of the SAE's training: choose between
+    SAEs by one half, and report what the other says (default: all of these documents)
+    """
     chat_tokens: Literal["all", "assistant"] | None = None
     """which tokens of conversations to measure on: all, or only what the assistant says (default: as in training)"""
     fallback_dataset: str | None = None

@@ -286,7 +286,8 @@ def collect_evaluation_rows(
     rows = token_rows(documents, tokenizer, context, tokenized=source.tokenized, left_out=left_out)
     found = list(islice(rows, n_candidates))
     if not found:
-        which = "its held-out documents hold" if held_out else "it holds"
+        half = f"the {held_out.part} half of " if held_out and held_out.part else ""
+        which = f"{half}its held-out documents hold{'s' * bool(half)}" if held_out else "it holds"
         because = f" ({said})" if (said := left_out.describe()) else ""
         raise UserError(
             f"{flag} {source.name}: {which} no context of {context.context_size} tokens{because}; use more text"

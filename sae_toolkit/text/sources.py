@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import datasets
 import numpy as np
@@ -126,22 +126,29 @@ class HeldOutSplit:
     The choice therefore does not depend on order, sharding or streaming. Of a conversation, the content is its
     messages, because what a template makes of them can depend on the day.
 
+    The two halves of the held-out documents are those with a number below half of the fraction (`validation`) and the
+    others (`test`). The same document never is in both.
+
     Args:
         fraction: share of the documents that is held out, from 0 to 1.
         seed: seed of the choice.
+        part: one of the two halves; None for all held-out documents.
     """
 
     fraction: float
     seed: int
+    part: Literal["validation", "test"] | None = None
 
     def holds_out(self, document: Document) -> bool:
-        """Returns whether a document is held out of training."""
+        """Returns whether a document is held out of training, and in the `part` if there is one."""
         if isinstance(document, Conversation):
             content = json.dumps(document.messages).encode()
         else:
             content = document.encode() if isinstance(document, str) else np.asarray(document, np.int64).tobytes()
         digest = hashlib.sha256(f"{self.seed}\n".encode() + content).digest()
-        return int.from_bytes(digest[:8], "big") < self.fraction * 2**64
+        number, middle = int.from_bytes(digest[:8], "big"), self.fraction / 2
+        lowest = middle if self.part == "test" else 0
+        return lowest * 2**64 <= number < (middle if self.part == "validation" else self.fraction) * 2**64
 
 
 def open_text(

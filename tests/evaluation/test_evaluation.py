@@ -265,6 +265,22 @@ def test_an_sae_that_says_nothing_is_measured_as_another_one(evaluate, tmp_path)
         assert ours[name] == theirs[name], name
 
 
+def test_half_of_the_held_out_documents_is_measured_on(evaluate, script, tiny_model, tmp_path, rows):
+    trained_on = {"dataset_path": str(rows[0]), "dataset_split": "train", "held_out_fraction": 0.9, "held_out_seed": 0}
+    path = save_sae(tmp_path / "sae", **trained_on)
+    found = {}
+    for part in ("validation", "test"):
+        done = evaluate("--sae_path", path, "--held_out_part", part, "--no_diagnosis")
+        assert f"{part} half of the documents held out of training" in done.stdout
+        found[part] = result_of(path)
+        assert found[part]["held_out"]["part"] == part
+    assert found["validation"]["metrics"]["ce_clean"] != found["test"]["metrics"]["ce_clean"]  # other text
+    words = ("--sae_path", save_sae(tmp_path / "silent"), "--model_name", tiny_model, "--dataset", rows[0])
+    done = script("evaluate_sae_real_activations.py", *words, "--held_out_part", "test", "--device", "cpu")
+    assert done.status == 2
+    assert f"--held_out_part test: it is not known which documents of {rows[0]} were held out" in done.error_lines[0]
+
+
 def test_saes_of_different_hooks_in_one_call_are_evaluated_apart_and_that_is_said(evaluate, tmp_path):
     paths = [save_sae(tmp_path / f"sae{i}", hook=f"blocks.{i}.hook_resid_post") for i in (1, 2)]
     done = evaluate("--sae_path", *paths)

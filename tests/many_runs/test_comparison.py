@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sae_lens import SAE
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.comparison.contenders import Contender, parse_contenders
 from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty
+from sae_toolkit.many_runs.comparison.learning_rates import own_rate
 from sae_toolkit.many_runs.page import pareto_front
 from support.processes import run_process
 
@@ -72,7 +74,7 @@ def tiny_args(tiny_model, text_file, tmp_path_factory):
 
 def of_comparison(tiny_args, directory, *flags):
     """Returns the words after the script's name."""
-    return f"@{tiny_args}", "--comparison_dir", directory, "--num_samples", 12, "--l0", 4, 8, *flags
+    return f"@{tiny_args}", "--comparison_dir", directory, "--num_samples", 12, "--l0", 8, *flags
 
 
 def compare(tiny_args, directory, *flags):
@@ -80,10 +82,14 @@ def compare(tiny_args, directory, *flags):
     return run_process(sys.executable, "compare_sae_libraries.py", *words, timeout=600)
 
 
+COMPARED = ("--libraries", "saelens:jumprelu", "sparsify", "--learning_rates", 2, "--seeds", 2, "--parallel", 2)
+
+
 @pytest.fixture(scope="module")
 def compared(tiny_args, tmp_path_factory):
+    """A comparison of two seeds, for which one of two learning rates of sparsify was chosen."""
     directory = tmp_path_factory.mktemp("compared") / "comparison"
-    done = compare(tiny_args, directory, "--libraries", "saelens:jumprelu", "sparsify")
+    done = compare(tiny_args, directory, *COMPARED)
     assert done.status == 0, done.stderr
     return directory, done
 
@@ -91,8 +97,8 @@ def compared(tiny_args, tmp_path_factory):
 def test_a_comparison_ends_in_a_table_with_the_checkpoint_of_each_row(compared):
     directory, done = compared
     outcomes = json.loads((directory / "comparison.json").read_text())
-    assert [(o["contender"]["library"], o["l0"]) for o in outcomes] == [
-        *((library, l0) for l0 in (4, 8) for library in ("saelens", "sparsify")),
+    assert [(o["contender"]["library"], o["seed"]) for o in outcomes] == [
+        *((library, seed) for seed in (42, 43) for library in ("saelens", "sparsify")),
     ]
     for outcome in outcomes:
         assert outcome["failed"] is None
@@ -104,8 +110,35 @@ def test_a_comparison_ends_in_a_table_with_the_checkpoint_of_each_row(compared):
         assert relative in (directory / "comparison.md").read_text()
         assert relative in (directory / "comparison.html").read_text()
     assert "sparsify topk" in done.stdout
+    rates = {o["trained"]["lr"] for o in outcomes if o["contender"]["library"] == "saelens"}
+    assert rates == {1e-3}  # of the flag file
     exact = [o["metrics"]["l0"] for o in outcomes if o["contender"]["library"] == "sparsify"]
-    assert exact == [4, 8]
+    assert exact == [8, 8]
+    for file in ("comparison.md", "comparison.html"):
+        assert "Trainings ran 2 at a time" in (directory / file).read_text()
+
+
+def test_a_learning_rate_is_chosen_on_text_that_the_table_leaves_out(compared):
+    directory, done = compared
+    first, second = (
+        outcome
+        for outcome in json.loads((directory / "comparison.json").read_text())
+        if outcome["contender"]["library"] == "sparsify"
+    )
+    own, higher = tried = first["learning_rates"]
+    assert own["lr"] == pytest.approx(own_rate("sparsify", 256))  # as sparsify's Trainer says it is
+    assert higher["lr"] == pytest.approx(own["lr"] * 10**0.5, rel=0.05)  # rounded
+    (chosen,) = (rate for rate in tried if rate["chosen"])
+    assert chosen == max(tried, key=lambda rate: rate["validation_metrics"]["loss_recovered"])
+    assert first["trained"]["lr"] == second["trained"]["lr"] == chosen["lr"]
+    # The training that was chosen is that of the first seed.
+    assert len(list((directory / "saes").glob("sparsify-*"))) == 3
+    (of_choice,) = {rate["validation_metrics"]["ce_clean"] for rate in tried}
+    assert of_choice != first["metrics"]["ce_clean"]
+    border = "highest" if chosen is higher else "lowest"
+    for text in ((directory / "comparison.md").read_text(), (directory / "comparison.html").read_text(), done.stdout):
+        assert f"{chosen['lr']:.3g}, the {border} tried" in text
+        assert "First at each L0" in text
 
 
 def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
@@ -115,6 +148,7 @@ def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
     for name in ("dataset", "held_out", "context_length", "positions", "tokens"):
         assert all(result[name] == results[0][name] for result in results), name
     assert results[0]["held_out"]["fraction"] > 0
+    assert results[0]["held_out"]["part"] == "test"
     assert len({result["metrics"]["ce_clean"] for result in results}) == 1
     sae = SAE.load_from_disk(Path(outcomes[0]["trained"]["sae"]))
     assert sae.cfg.metadata.held_out_seed == results[0]["held_out"]["seed"]
@@ -123,26 +157,30 @@ def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
 def test_the_same_command_goes_on_with_what_is_missing(compared, tiny_args):
     directory, _ = compared
     before = json.loads((directory / "comparison.json").read_text())
-    done = compare(tiny_args, directory, "--libraries", "saelens:jumprelu", "sparsify")
+    done = compare(tiny_args, directory, *COMPARED)
     assert done.status == 0, done.stderr
-    assert done.stderr.count("from before") == 4
+    assert done.stderr.count("from before") == 2 + 4  # those to choose from, and those of the table
+    assert "evaluating" not in done.stderr
     assert json.loads((directory / "comparison.json").read_text()) == before
 
 
 def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, tmp_path):
-    """The other libraries are trained even if one is not installed."""
+    """The other libraries have their rows even if one is not installed."""
+    directory = tmp_path / "comparison"
+    shutil.copytree(compared[0], directory)
+    words = of_comparison(tiny_args, directory, "--libraries", "saelens:jumprelu", "sparsify@1e-4,2e-4", "sparsify@5")
     done = run_process(
-        *(sys.executable, "compare_sae_libraries.py", f"@{tiny_args}", "--comparison_dir", tmp_path / "comparison"),
-        *("--num_samples", 12, "--l0", 4, "--libraries", "saelens:batchtopk", "sparsify"),
+        *(sys.executable, "compare_sae_libraries.py", *words),
         timeout=600,
         PYTHONPATH=str(hidden_sparsify(tmp_path)),
     )
     assert done.status == 0, done.stderr
-    said = "sparsify topk: not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt"
-    assert said in (tmp_path / "comparison" / "comparison.md").read_text()
-    trained, missing = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    said = "not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt"
+    for name in ("sparsify topk, lr 0.0001", "sparsify topk, lr 0.0002", "sparsify topk, lr 5"):
+        assert f"{name}: {said}" in (directory / "comparison.md").read_text()
+    trained, *missing = json.loads((directory / "comparison.json").read_text())
     assert trained["metrics"]["l0"] > 0
-    assert missing["metrics"] is None
+    assert [each["metrics"] for each in missing] == [None, None]
 
 
 def hidden_sparsify(tmp_path: Path) -> Path:
@@ -166,6 +204,8 @@ def hidden_sparsify(tmp_path: Path) -> Path:
         (["--layer", "2"], "--layer 2: the comparison in"),
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["--l0", "0"], "--l0"),
+        (["--learning_rates", "3", "--libraries", "saelens"], "--learning_rates 3: no SAE here takes them"),
+        (["--parallel", "4096"], "--parallel 4096: there are "),
     ],
 )
 def test_bad_input_is_one_line(compared, tiny_args, script, flags, says):
@@ -188,6 +228,15 @@ def test_a_cache_of_another_model_is_refused_in_one_line(compared, tiny_args, sc
     assert not (tmp_path / "other" / "settings.json").exists()
 
 
+def test_held_out_text_that_is_too_small_for_two_halves_is_refused(tiny_args, script, tmp_path):
+    flags = ("--held_out_fraction", 0.005, "--libraries", "sparsify@1e-3,2e-3")
+    done = script("compare_sae_libraries.py", *of_comparison(tiny_args, tmp_path / "other", *flags))
+    assert done.status == 2
+    (error,) = done.error_lines
+    assert error.startswith("error: --held_out_fraction 0.005: too small to choose learning rates on one half")
+    assert not (tmp_path / "other" / "saes").exists()
+
+
 def test_weights_to_begin_with_are_refused_since_other_libraries_begin_at_random(tiny_args, script, tmp_path):
     done = script("compare_sae_libraries.py", *of_comparison(tiny_args, tmp_path / "other", "--init_from", "an_sae"))
     assert done.status == 2
@@ -198,7 +247,8 @@ def test_weights_to_begin_with_are_refused_since_other_libraries_begin_at_random
 @pytest.mark.parity
 def test_dictionary_learning_trains_here_by_its_own_code(tiny_args, tmp_path):
     directory = tmp_path / "comparison"
-    done = compare(tiny_args, directory, "--libraries", "dictionary_learning", "dictionary_learning:p_anneal@1e-3")
+    libraries = ("dictionary_learning", "dictionary_learning:p_anneal@1e-3")
+    done = compare(tiny_args, directory, "--l0", 4, 8, "--libraries", *libraries)
     assert done.status == 0, done.stderr
     outcomes = json.loads((directory / "comparison.json").read_text())
     assert len(outcomes) == 14

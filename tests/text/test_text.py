@@ -148,6 +148,18 @@ def test_the_split_survives_reordering_and_is_of_the_asked_size(wikipedia):
     assert not any(HeldOutSplit(0.0, seed=3).holds_out(d) for d in documents)
 
 
+def test_the_held_out_documents_fall_into_two_disjoint_halves():
+    documents = [f"Text number {i}" for i in range(20_000)]
+    chosen = {
+        part: {d for d in documents if HeldOutSplit(0.2, seed=3, part=part).holds_out(d)}
+        for part in (None, "validation", "test")
+    }
+    assert chosen["validation"] | chosen["test"] == chosen[None]
+    assert not chosen["validation"] & chosen["test"]
+    for part in ("validation", "test"):
+        assert abs(len(chosen[part]) / len(documents) - 0.1) < 5 * (0.1 * 0.9 / len(documents)) ** 0.5
+
+
 def test_no_held_out_text_is_trained_on(wikipedia, tokenizer):
     """Every row of either side is found word for word in a document of that side, and in none of the other."""
     source = open_text(EMBEDDED_TEXT, flag="--dataset_path")

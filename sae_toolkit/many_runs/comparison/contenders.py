@@ -1,4 +1,4 @@
-"""The SAEs that a comparison trains, by library, kind, L0 and seed, and the outcome of each."""
+"""The SAEs that a comparison trains, by library, kind, L0, learning rate and seed, and the outcome of each."""
 
 from __future__ import annotations
 
@@ -30,16 +30,23 @@ class Contender:
     Args:
         library: a key of `TITLES`.
         architecture: the kind. One name stands for the same kind in all libraries.
-        lr: the learning rate; None for the library's own choice.
+        lr: the learning rate; None for the library's own, and if one of `rates` is chosen.
+        rates: the learning rates to choose from for each target L0, in ascending order, with None for the library's
+            own. Empty if there is nothing to choose.
     """
 
     library: str
     architecture: str
     lr: float | None = None
+    rates: tuple[float | None, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{TITLES[self.library]} {self.architecture}" + ("" if self.lr is None else f", lr {self.lr:g}")
+        return self.name_at(self.lr) + (", lr chosen" if self.rates else "")
+
+    def name_at(self, lr: float | None) -> str:
+        """Returns the name of the SAEs of this kind that are trained with one learning rate."""
+        return f"{TITLES[self.library]} {self.architecture}" + ("" if lr is None else f", lr {lr:g}")
 
 
 @dataclass(frozen=True)
@@ -49,31 +56,54 @@ class Entry:
     Args:
         contender: its library and kind.
         l0: its target L0.
+        lr: its learning rate; None for the library's own.
         seed: the seed of its weights and of the order of its text.
-        directory: where its files go.
+        directory: where its files go. Entries with the same directory are the same SAE.
     """
 
     contender: Contender
     l0: int
+    lr: float | None
     seed: int
     directory: Path
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name}, L0 {self.l0}, seed {self.seed}"
+        return f"{self.contender.name_at(self.lr)}, L0 {self.l0}, seed {self.seed}"
+
+    @property
+    def _validation_file(self) -> Path:
+        return self.directory / "validation.json"
 
     def trained(self) -> dict[str, Any] | None:
         """Returns the result of its training, as `train_saelens` describes it; None where it is not trained yet."""
         result = read_result(self.directory)
         return result if result and Path(result["sae"]).is_dir() else None
 
-    def evaluation(self) -> dict[str, Any] | None:
-        """Returns the content of its evaluation.json; None where it is not evaluated yet."""
-        trained = self.trained()
+    def evaluation(self, part: str | None) -> dict[str, Any] | None:
+        """Returns the content of its evaluation.json; None where it is not evaluated on this text yet.
+
+        Args:
+            part: the half of the held-out documents that the SAE is measured on, as in `HeldOutSplit`.
+        """
+        if (trained := self.trained()) is None:
+            return None
+        path = self._validation_file if part == "validation" else Path(trained["sae"]) / "evaluation.json"
         try:
-            return json.loads((Path(trained["sae"]) / "evaluation.json").read_text()) if trained else None
+            found = json.loads(path.read_text())
         except (OSError, ValueError):
             return None
+        return found if (found.get("held_out") or {}).get("part") == part else None
+
+    def keep_validation(self) -> None:
+        """Moves the results on validation text away from the SAE, where those on the table's text go."""
+        if (trained := self.trained()) is None:
+            return
+        sae = Path(trained["sae"])
+        if (results := sae / "evaluation.json").is_file():
+            results.replace(self._validation_file)
+            for report in ("report.html", "report.md"):
+                (sae / report).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -92,16 +122,25 @@ class Outcome:
     evaluation: Mapping[str, Any] | None
     failed: str | None
 
+    @property
+    def lr(self) -> float | None:
+        """The learning rate; None if it is the library's own and was not recorded."""
+        recorded = None if self.trained is None else self.trained["lr"]
+        return self.entry.lr if recorded is None else recorded
+
 
 def parse_contenders(texts: Sequence[str]) -> list[Contender]:
     """Returns the contenders of words such as `saelens`, `sparsify:topk` or `saelens:gated@2e-3`, without duplicates.
 
+    Several learning rates, as in `saelens:gated@1e-3,2e-3`, are those to choose from.
+
     Raises:
-        UserError: a library does not exist or has no such kind, or the learning rate is not a number above 0.
+        UserError: a library does not exist or has no such kind; a learning rate is not a number above 0, or is given
+            twice; or a kind has two lists of learning rates.
     """
     found: dict[Contender, None] = {}
     for text in texts:
-        what, at, rate = text.partition("@")
+        what, at, listed = text.partition("@")
         library, colon, kind = what.partition(":")
         if library not in _KINDS:
             raise UserError(f"--libraries {text}: no such library{_closest(library, TITLES)}")
@@ -110,15 +149,32 @@ def parse_contenders(texts: Sequence[str]) -> list[Contender]:
             raise UserError(
                 f"--libraries {text}: {TITLES[library]} trains {', '.join(kinds)} here{_closest(kind, kinds)}"
             )
-        lr = None
-        if at:
-            try:
-                lr = positive_float(rate)
-            except argparse.ArgumentTypeError:
-                raise UserError(f"--libraries {text}: after @ comes a learning rate, such as @2e-3") from None
+        rates = _parse_rates(text, listed) if at else ()
+        lr, rates = (rates[0], ()) if len(rates) == 1 else (None, rates)
         chosen = [kind] if colon else [each for each in kinds if each != _ONLY_BY_NAME]
-        found |= dict.fromkeys(Contender(library, each, lr) for each in chosen)
+        for contender in (Contender(library, each, lr, rates) for each in chosen):
+            if rates and any(other.rates and other.name == contender.name for other in found if other != contender):
+                raise UserError(
+                    f"--libraries {text}: {contender.name_at(None)} has another list of learning rates too; join them"
+                )
+            found[contender] = None
     return list(found)
+
+
+def _parse_rates(text: str, listed: str) -> tuple[float, ...]:
+    """Returns the learning rates of a list such as `1e-3,2e-3`, in ascending order."""
+    try:
+        rates = sorted(positive_float(each) for each in listed.split(","))
+    except argparse.ArgumentTypeError:
+        raise UserError(
+            f"--libraries {text}: after @ comes a learning rate, such as @2e-3, or several to choose from, such as"
+            " @1e-3,2e-3"
+        ) from None
+    names = [f"{rate:g}" for rate in rates]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--libraries {text}: the learning rate {name} is there twice; give it once")
+    return tuple(rates)
 
 
 def _closest(name: str, names: Iterable[str]) -> str:
@@ -126,18 +182,12 @@ def _closest(name: str, names: Iterable[str]) -> str:
     return f"; the closest is {near[0]}" if near else f"; there are {', '.join(names)}"
 
 
-def make_entries(
-    contenders: Sequence[Contender], l0s: Sequence[int], seeds: Sequence[int], directory: Path
-) -> list[Entry]:
-    """Returns an entry for each seed, L0 and contender. The contender varies fastest, and the seed slowest."""
-    return [
-        Entry(contender, l0, seed, directory / "saes" / _directory_name(contender, l0, seed))
-        for seed in seeds
-        for l0 in l0s
-        for contender in contenders
-    ]
+def make_entry(contender: Contender, l0: int, lr: float | None, seed: int, directory: Path) -> Entry:
+    """Returns the entry of one SAE.
 
-
-def _directory_name(contender: Contender, l0: int, seed: int) -> str:
-    rate = "" if contender.lr is None else f"-lr{contender.lr:g}"
-    return f"{contender.library}-{contender.architecture}{rate}-l0_{l0}-seed{seed}"
+    Args:
+        directory: the directory of the comparison.
+    """
+    rate = "" if lr is None else f"-lr{lr:g}"
+    name = f"{contender.library}-{contender.architecture}{rate}-l0_{l0}-seed{seed}"
+    return Entry(contender, l0, lr, seed, directory / "saes" / name)

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from sae_toolkit.files.own_environments import OwnEnvironment
 from sae_toolkit.many_runs.comparison.contenders import Entry
+from sae_toolkit.many_runs.comparison.learning_rates import DEMO_LR, DEMO_STEPS
 from sae_toolkit.many_runs.comparison.library_trainings import run_training
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import read_result
@@ -31,8 +32,7 @@ DICTIONARY_LEARNING = OwnEnvironment(
 # The settings of dictionary_learning_demo, which are for 500 M tokens in batches of 2,048. In a shorter run, each
 # schedule takes the same share of the steps. The running mean of the threshold spans at least 20 steps, because it
 # would be noisy over fewer.
-_DEMO_STEPS = 500_000_000 // 2048
-DEMO_LR, _WARM_UP, _SPARSITY_WARM_UP, _THRESHOLD_START, _ANNEAL_START = 3e-4, 1000, 5000, 1000, 10_000
+_WARM_UP, _SPARSITY_WARM_UP, _THRESHOLD_START, _ANNEAL_START = 1000, 5000, 1000, 10_000
 _DECAY_START, _NORM_BATCHES, _MIN_MEMORY = 0.8, 100, 20
 # The first penalty of a search: the middle of those that dictionary_learning_demo tries.
 _FIRST_PENALTIES = {"standard": 0.03, "gated": 0.024, "p_anneal": 0.01}
@@ -90,6 +90,7 @@ def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None)
         [python, Path(__file__).with_name("dictionary_learning_worker.py"), job_file],
         n_tokens=shared.n_steps * shared.run.cfg.train_batch_size_tokens,
         n_done=lambda: n_done,
+        environment=shared.environment,
         feed=feed,
     )
     trained = json.loads((directory / "trained.json").read_text())
@@ -142,7 +143,7 @@ def _job(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -
     cfg, n_steps, name = shared.run.cfg, shared.n_steps, entry.contender.architecture
 
     def scaled(steps: int) -> int:
-        return max(1, round(steps * n_steps / _DEMO_STEPS))
+        return max(1, round(steps * n_steps / DEMO_STEPS))
 
     arguments: dict[str, Any] = {
         "activation_dim": cfg.sae.d_in,
@@ -151,7 +152,7 @@ def _job(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -
         "submodule_name": cfg.hook_name,
         "seed": entry.seed,
         "device": cfg.device,
-        "lr": entry.contender.lr or DEMO_LR,
+        "lr": entry.lr or DEMO_LR,
         "warmup_steps": scaled(_WARM_UP),
         "decay_start": max(scaled(_WARM_UP) + 1, int(_DECAY_START * n_steps)),
     }

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,6 @@ from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import finished_sae, read_metrics
 from sae_toolkit.many_runs.processes import failure_reason, script_command, start_process
-from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.terminal.progress import Progress
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -34,8 +33,8 @@ def run_training(
     *,
     n_tokens: int,
     n_done: Callable[[], int],
+    environment: Mapping[str, str],
     feed: Callable[[IO[bytes]], None] | None = None,
-    **environment: str,
 ) -> tuple[float, int]:
     """Runs a training as a process to its end, and shows its progress.
 
@@ -44,8 +43,8 @@ def run_training(
         command: the program and its arguments.
         n_tokens: the number of tokens that it trains on.
         n_done: returns the number of tokens that it has trained on so far.
-        feed: writes the standard input of the process, on a thread of its own.
         environment: variables to add to this process's environment.
+        feed: writes the standard input of the process, on a thread of its own.
 
     Returns:
         The seconds that the process ran, its start included, and the peak of its resident memory in bytes.
@@ -85,7 +84,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
     """Trains with sae_lens_train.py, which continues an earlier attempt if there is one.
 
     Returns:
-        `sae`, its directory; `seconds` and `peak_bytes` of the process; `lr`, None for the library's own choice.
+        `sae`, its directory; `seconds` and `peak_bytes` of the process; `lr`, the learning rate.
     """
     kind = entry.contender.architecture
     words = [*shared.words, "--architecture", "matryoshka_batchtopk" if kind == "matryoshka" else kind]
@@ -93,8 +92,10 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
     words += ["--checkpoint_path", str(entry.directory), "--seed", str(entry.seed)]
     words += ["--held_out_seed", str(shared.run.metadata()["held_out_seed"])]
     words += ["--target_l0" if kind in ("standard", "gated", "jumprelu") else "--k", str(entry.l0)]
-    if entry.contender.lr is not None:
-        words += ["--lr", str(entry.contender.lr)]
+    words += ["--expansion_factor", str(shared.run.cfg.sae.d_sae // shared.run.cfg.sae.d_in)]
+    words += ["--train_batch_size_tokens", str(shared.run.cfg.train_batch_size_tokens)]
+    if entry.lr is not None:
+        words += ["--lr", str(entry.lr)]
 
     def n_done() -> int:
         metrics = read_metrics(entry.directory)
@@ -105,7 +106,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
         [*script_command("sae_lens_train.py"), *words],
         n_tokens=shared.n_steps * shared.run.cfg.train_batch_size_tokens,
         n_done=n_done,
-        WANDB_RUN_GROUP=shared.directory.name,
+        environment=shared.environment | {"WANDB_RUN_GROUP": shared.directory.name},
     )
     sae = finished_sae(entry.directory)
     if sae is None:
@@ -113,7 +114,12 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
     if shared.run.cfg.device != "cpu":
         gibibytes = (metrics["details/memory_gib"] for metrics in read_metrics(entry.directory))
         peak = int(2**30 * max(gibibytes, default=0.0))
-    return {"sae": str(sae), "seconds": seconds, "peak_bytes": peak, "lr": parse_training_flags(words).optimization.lr}
+    return {"sae": str(sae), "seconds": seconds, "peak_bytes": peak, "lr": saelens_settings(sae)["lr"]}
+
+
+def saelens_settings(sae: Path) -> dict[str, Any]:
+    """Returns SAELens's configuration of the training that left a finished SAE, with all values that it chose."""
+    return json.loads((sae / "runner_cfg.json").read_text())
 
 
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
@@ -146,15 +152,15 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
         [sys.executable, "-m", "sae_toolkit.many_runs.comparison.sparsify_worker", job_file],
         n_tokens=n_rows * cfg.context_size,
         n_done=n_done,
-        PYTHONPATH=str(ROOT),
+        environment=shared.environment | {"PYTHONPATH": str(ROOT)},
     )
     rows_file.unlink()
-    peak_on_gpu = json.loads((entry.directory / "trained.json").read_text())["peak_bytes"]
+    trained = json.loads((entry.directory / "trained.json").read_text())
     return {
         "sae": str(entry.directory / "sae" / job["hookpoint"]),
         "seconds": seconds,
-        "peak_bytes": peak_on_gpu or peak,
-        "lr": entry.contender.lr,
+        "peak_bytes": trained["peak_bytes"] or peak,
+        "lr": trained["lr"],
     }
 
 
@@ -166,8 +172,8 @@ def _sparsify_job(entry: Entry, shared: Shared, hookpoint: str, rows_file: Path,
         "init_seeds": [entry.seed],
         "exclude_tokens": list(run.positions.special_token_ids),
     }
-    if entry.contender.lr is not None:
-        training["lr"] = entry.contender.lr
+    if entry.lr is not None:
+        training["lr"] = entry.lr
     return {
         "model_name": run.model.name,
         "model_kwargs": run.model.model_kwargs,

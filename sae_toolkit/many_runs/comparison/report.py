@@ -1,4 +1,4 @@
-"""The report of a comparison: a table, a plot over L0, and the checkpoint of each SAE."""
+"""The report of a comparison: tables, a plot over L0, and the checkpoint of each SAE."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from rich.text import Text
 
 from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.many_runs.comparison.contenders import Contender, Outcome
+from sae_toolkit.many_runs.comparison.learning_rates import Choice
+from sae_toolkit.many_runs.comparison.ranking import ranking_note, ranking_table
 from sae_toolkit.many_runs.page import (
     LEGEND,
     Table,
@@ -37,7 +39,7 @@ _COLORS = {
 }
 _COLUMNS = [
     *(standard.title for standard in STANDARDS),
-    *("Explained variance", "Healthy", "Seconds", "Peak memory, GiB", "Parameters"),
+    *("Explained variance", "Healthy", "Learning rate", "Seconds", "Peak memory, GiB", "Parameters"),
 ]
 
 
@@ -72,7 +74,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> Table:
     for (contender, l0), group in _by_contender(outcomes).items():
         evaluations = _evaluations(group)
         if not evaluations:
-            rows.append([contender.name, str(l0), *[""] * 5, "failed, see below", "", "", ""])
+            rows.append([contender.name, str(l0), *[""] * 5, "failed, see below", *[""] * 4])
             continue
         cells = []
         for standard in STANDARDS:
@@ -88,12 +90,35 @@ def summary_table(outcomes: Sequence[Outcome]) -> Table:
                 *cells,
                 _mean_and_spread(evaluations, "explained_variance"),
                 " to ".join(sorted({count_healthy(evaluation["health"]) for evaluation in evaluations})),
+                " to ".join(dict.fromkeys(_rate(outcome) for outcome in group if outcome.evaluation)),
                 f"{statistics.mean(each['seconds'] for each in trained):.0f}",
                 f"{statistics.mean(peaks):.2f}" if peaks else "not measured",
                 f"{max(evaluation['sae']['parameters'] for evaluation in evaluations):,}",
             ]
         )
     return ["SAE", "Target L0", *_COLUMNS], rows
+
+
+def _rate(outcome: Outcome) -> str:
+    return "the library's own" if outcome.lr is None else f"{outcome.lr:.3g}"
+
+
+def _choice_table(choices: Sequence[Choice]) -> Table:
+    """Returns a row for each choice of a learning rate: those that were tried, and what they led to on other text."""
+    rows = []
+    for choice in choices:
+        tried = []
+        for outcome in choice.tried:
+            measured = "failed"
+            if outcome.evaluation:
+                metrics = outcome.evaluation["metrics"]
+                recovered, l0 = (format_value(name, metrics[name]) for name in ("loss_recovered", "l0"))
+                measured = f"{recovered} at L0 {l0}"
+            tried.append(f"{_rate(outcome)}: {measured}")
+        chosen = _rate(choice.chosen) if choice.chosen else "none"
+        border = f", the {choice.border} tried" if choice.border else ""
+        rows.append([choice.contender.name_at(None), str(choice.l0), f"{chosen}{border}", "; ".join(tried)])
+    return ["SAE", "Target L0", "Chosen", "Tried: loss recovered on validation text"], rows
 
 
 def _checkpoint_table(outcomes: Sequence[Outcome], directory: Path) -> Table:
@@ -118,30 +143,59 @@ def _checkpoint_table(outcomes: Sequence[Outcome], directory: Path) -> Table:
     return columns, rows
 
 
-def _failures(outcomes: Sequence[Outcome]) -> list[str]:
+def _failures(outcomes: Sequence[Outcome], choices: Sequence[Choice]) -> list[str]:
     """Returns the reasons why SAEs could not be trained or evaluated, each with its contender, without duplicates."""
-    return list(dict.fromkeys(f"{o.entry.contender.name}: {o.failed}" for o in outcomes if o.failed))
+    tried = [outcome for choice in choices for outcome in choice.tried]
+    failed = [outcome for outcome in (*outcomes, *tried) if outcome.failed]
+    return list(dict.fromkeys(f"{o.entry.contender.name_at(o.entry.lr)}: {o.failed}" for o in failed))
 
 
-def render_comparison(outcomes: Sequence[Outcome]) -> RenderableType:
-    """Returns the table for the terminal, followed by the failures."""
-    failures = (Text(line, "yellow") for line in _failures(outcomes))
-    return Group(terminal_table(summary_table(outcomes), names_first=True), Text(LEGEND), *failures)
+def render_comparison(outcomes: Sequence[Outcome], choices: Sequence[Choice]) -> RenderableType:
+    """Returns the tables for the terminal, followed by the failures."""
+    tables = [("", summary_table(outcomes)), *_tables(outcomes, choices)]
+    parts: list[RenderableType] = []
+    for heading, table in tables:
+        parts += [Text(f"\n{heading}", "bold")] * bool(heading) + [terminal_table(table, names_first=True)]
+        parts += [] if heading else [Text(LEGEND)]
+    return Group(*parts, Text(ranking_note(outcomes)), *(Text(line, "yellow") for line in _failures(outcomes, choices)))
 
 
-def write_comparison(outcomes: Sequence[Outcome], directory: Path, notes: Sequence[str]) -> Path:
+def _tables(outcomes: Sequence[Outcome], choices: Sequence[Choice]) -> list[tuple[str, Table]]:
+    """Returns the tables beside the summary, with their headings: the choices of learning rates, and the ranking."""
+    of_choices = [("Learning rates that were tried", _choice_table(choices))] if choices else []
+    return [*of_choices, ("First at each L0", ranking_table(outcomes))]
+
+
+def write_comparison(
+    outcomes: Sequence[Outcome], choices: Sequence[Choice], directory: Path, notes: Sequence[str]
+) -> Path:
     """Writes comparison.json, comparison.md and comparison.html, and returns the path of the last.
 
     Args:
         outcomes: the outcomes of all SAEs.
+        choices: the choices of learning rates.
         directory: the directory of the comparison.
         notes: paragraphs that say how the SAEs were trained and measured.
     """
+    tried = {
+        (choice.contender, choice.l0): [
+            {
+                "lr": outcome.lr,
+                "seed": outcome.entry.seed,
+                "validation_metrics": outcome.evaluation and outcome.evaluation["metrics"],
+                "failed": outcome.failed,
+                "chosen": outcome is choice.chosen,
+            }
+            for outcome in choice.tried
+        ]
+        for choice in choices
+    }
     content = [
         {
             "contender": asdict(outcome.entry.contender),
             "l0": outcome.entry.l0,
             "seed": outcome.entry.seed,
+            "learning_rates": tried.get((outcome.entry.contender, outcome.entry.l0)),
             "trained": outcome.trained,
             "metrics": outcome.evaluation and outcome.evaluation["metrics"],
             "health": outcome.evaluation and outcome.evaluation["health"],
@@ -151,15 +205,17 @@ def write_comparison(outcomes: Sequence[Outcome], directory: Path, notes: Sequen
     ]
     (directory / "comparison.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     title = f"Comparison {directory.name}"
-    summary, checkpoints = summary_table(outcomes), _checkpoint_table(outcomes, directory)
-    failures = _failures(outcomes)
+    summary = summary_table(outcomes)
+    tables = [*_tables(outcomes, choices), ("Checkpoints", _checkpoint_table(outcomes, directory))]
+    failures = _failures(outcomes, choices)
     parts = [f"# {title}", *notes, "\n".join(markdown_table(*summary)), f"{LEGEND}.", *failures]
-    parts += ["## Checkpoints", "\n".join(markdown_table(*checkpoints))]
+    parts += [part for heading, table in tables for part in (f"## {heading}", "\n".join(markdown_table(*table)))]
+    parts.insert(parts.index("## Checkpoints"), ranking_note(outcomes))
     (directory / "comparison.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page = directory / "comparison.html"
     lead = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    tables = [("", summary), ("Checkpoints", checkpoints)]
-    html = runs_page(title, lead, _figure(outcomes), tables, failures, names_first=True)
+    notes_below = [f"First at each L0: {ranking_note(outcomes)}", *failures]
+    html = runs_page(title, lead, _figure(outcomes), [("", summary), *tables], notes_below, names_first=True)
     page.write_text(html, encoding="utf-8")
     return page
 
@@ -188,7 +244,7 @@ def _trace(contender: Contender, line: Sequence[tuple[float, float, float, int]]
     Args:
         line: mean L0, mean of loss recovered, its standard deviation and the target L0, for each target.
     """
-    color, has_own_lr = _COLORS[contender.architecture], contender.lr is not None
+    color, has_own_lr = _COLORS[contender.architecture], bool(contender.lr or contender.rates)
     return go.Scatter(
         x=[l0 for l0, *_ in line],
         y=[recovered for _, recovered, *_ in line],

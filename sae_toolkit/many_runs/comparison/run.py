@@ -1,15 +1,20 @@
-"""Trains the SAEs of a comparison one after the other, and evaluates them together."""
+"""Trains the SAEs of a comparison, chooses their learning rates, and evaluates them together."""
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs.comparison.contenders import Entry, Outcome
-from sae_toolkit.many_runs.comparison.dictionary_learning_training import DEMO_LR, train_dictionary_learning
+from sae_toolkit.evaluation.text import LOSS_TOKENS
+from sae_toolkit.many_runs.comparison.contenders import Contender, Entry, Outcome, make_entry
+from sae_toolkit.many_runs.comparison.dictionary_learning_training import train_dictionary_learning
+from sae_toolkit.many_runs.comparison.learning_rates import Choice
 from sae_toolkit.many_runs.comparison.library_trainings import train_saelens, train_sparsify
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import write_result
@@ -27,73 +32,135 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)  # the evaluation's line of progress
 
 
-def describe(shared: Shared) -> list[str]:
-    """Returns paragraphs that say how the SAEs of a comparison were trained and measured."""
-    cfg, ours = shared.run.cfg, shared.settings.optimization
-    memory = "resident memory, for SAELens with the mapped file of activations" if cfg.device == "cpu" else "GPU memory"
-    return [
-        f"{shared.run.model.name}, {cfg.hook_name}; {cfg.training_tokens:,} tokens of {shared.run.text.name} in"
-        f" {shared.n_steps:,} steps of {cfg.train_batch_size_tokens:,}; {cfg.sae.d_sae:,} features on"
-        f" {cfg.sae.d_in:,} dimensions. All SAEs are measured on the same held-out documents and at the same"
-        " positions; none was trained on these documents.",
-        f"SAELens: sae_lens_train.py with lr {ours.lr:g} where the table names no other, {ours.lr_warm_up_steps} steps"
-        f" of warm-up, {ours.lr_decay_steps} of decay, a dead-feature window of {ours.dead_feature_window} and"
-        f" activations normalized by {shared.settings.sae.normalize_activations}. Where k does not set the L0,"
-        " --target_l0 finds it.",
-        "sparsify: its own Trainer and defaults (signum, its own learning rate) on the same rows of tokens. It runs the"
-        " language model itself, and its seconds include that. It trains at all positions except special tokens,"
-        " since it cannot leave massive activations out.",
-        "dictionary_learning: its own trainers on the same batches, with the settings of dictionary_learning_demo (lr"
-        f" {DEMO_LR:g} where the table names no other). Warm-ups take the same share of the steps as there. Where k"
-        " does not set the L0, whole trainings search the penalty, and the one with the nearest L0 counts.",
-        "Seconds are those of the training process, its start included. The time to compute the activations counts for"
-        f" sparsify alone. Peak memory is {memory}.",
-    ]
+def choose_learning_rates(
+    contenders: Sequence[Contender], l0s: Sequence[int], seed: int, shared: Shared, num_samples: int | None
+) -> list[Choice]:
+    """Trains each contender that has several learning rates with all of them, and measures them on validation text.
+
+    Args:
+        contenders: from `with_learning_rates`. Those without several learning rates are left out.
+        l0s: the target L0s.
+        seed: the seed of these trainings. `train_and_evaluate` takes over the chosen ones.
+        shared: what the SAEs are trained and measured on.
+        num_samples: the number of sequences to evaluate on; None for those of the evaluation's losses.
+    """
+    tried = {
+        (contender, l0): [make_entry(contender, l0, lr, seed, shared.directory) for lr in contender.rates]
+        for l0 in l0s
+        for contender in contenders
+        if contender.rates
+    }
+    entries = [entry for each in tried.values() for entry in each]
+    if not entries:
+        return []
+    usable = shared.run.cfg.context_size - shared.run.positions.skip_positions
+    flags = ["--held_out_part", "validation", "--num_samples", str(num_samples or math.ceil(LOSS_TOKENS / usable))]
+    log.info("%d SAEs to choose %d learning rates by, on validation text", len(entries), len(tried))
+    failed = _train_all(entries, shared)
+    failed |= _evaluate_all(entries, shared, flags, "validation")
+    choices = []
+    for (contender, l0), of_choice in tried.items():
+        choice = Choice(contender, l0, tuple(_outcome(entry, "validation", failed) for entry in of_choice))
+        choices.append(choice)
+        if choice.chosen is None:
+            log.warning("%s, L0 %d: no learning rate could be chosen", contender.name_at(None), l0)
+            continue
+        log.info("%s, L0 %d: lr %g is chosen", contender.name_at(None), l0, choice.chosen.lr)
+        if choice.border:
+            log.warning(
+                "%s, L0 %d: %g is the %s learning rate that was tried; a %s one may be better",
+                *(contender.name_at(None), l0, choice.chosen.lr, choice.border, choice.border.replace("est", "er")),
+            )
+    return choices
 
 
-def train_and_evaluate(entries: Sequence[Entry], shared: Shared, evaluation_flags: Sequence[str]) -> list[Outcome]:
+def train_and_evaluate(
+    contenders: Sequence[Contender],
+    l0s: Sequence[int],
+    seeds: Sequence[int],
+    choices: Sequence[Choice],
+    shared: Shared,
+    num_samples: int | None,
+) -> list[Outcome]:
     """Trains and evaluates the SAEs of a comparison, except those that an earlier call has trained or evaluated.
 
     Args:
-        entries: from `make_entries`.
+        contenders: from `with_learning_rates`.
+        l0s: the target L0s.
+        seeds: the seeds.
+        choices: from `choose_learning_rates`. If there are any, all SAEs are measured on the text that none was chosen
+            by: the test half of the held-out documents.
         shared: what the SAEs are trained and measured on.
-        evaluation_flags: further flags of evaluate_sae_real_activations.py.
+        num_samples: the number of sequences to evaluate on; None for that of the evaluation.
 
     Returns:
-        The outcome of each SAE. A failure does not stop the others.
+        The outcome of each SAE: the contender varies fastest, and the seed slowest. A failure does not stop the others.
     """
-    failed: dict[Entry, str] = {}
-    for number, entry in enumerate(entries, 1):
+    chosen = {(choice.contender, choice.l0): choice for choice in choices}
+    part, flags = ("test", ["--held_out_part", "test"]) if choices else (None, [])
+    if num_samples is not None:
+        flags += ["--num_samples", str(num_samples)]
+    entries, failed = [], {}
+    for seed in seeds:
+        for l0 in l0s:
+            for contender in contenders:
+                choice = chosen.get((contender, l0))
+                best = choice and choice.chosen
+                entry = make_entry(contender, l0, best.entry.lr if best else contender.lr, seed, shared.directory)
+                entries.append(entry)
+                if choice and not best:
+                    failed[entry.directory] = next(each.failed for each in choice.tried if each.failed) or ""
+    to_train = [entry for entry in entries if entry.directory not in failed]
+    failed |= _train_all(to_train, shared)
+    failed |= _evaluate_all(to_train, shared, flags, part)
+    return [_outcome(entry, part, failed) for entry in entries]
+
+
+def _outcome(entry: Entry, part: str | None, failed: Mapping[Path, str]) -> Outcome:
+    return Outcome(entry, entry.trained(), entry.evaluation(part), failed.get(entry.directory))
+
+
+def _train_all(entries: Sequence[Entry], shared: Shared) -> dict[Path, str]:
+    """Trains SAEs that are not trained yet. Returns, by directory, why some could not be trained."""
+    distinct = list({entry.directory: entry for entry in entries}.values())
+
+    def train(numbered: tuple[int, Entry]) -> tuple[Path, str] | None:
+        number, entry = numbered
         before = entry.trained()
-        log.info("SAE %d of %d: %s%s", number, len(entries), entry.name, ", from before" if before else "")
+        log.info("SAE %d of %d: %s%s", number, len(distinct), entry.name, ", from before" if before else "")
         if before:
-            continue
+            return None
         entry.directory.mkdir(parents=True, exist_ok=True)
         try:
-            write_result(entry.directory, _TRAININGS[entry.contender.library](entry, shared))
+            result = _TRAININGS[entry.contender.library](entry, shared)
         except UserError as error:
-            failed[entry] = str(error)
             log.warning("%s: %s", entry.name, error)
-    failed |= _evaluate_all(entries, shared, evaluation_flags)
-    return [Outcome(entry, entry.trained(), entry.evaluation(), failed.get(entry)) for entry in entries]
+            return entry.directory, str(error)
+        write_result(entry.directory, result | {"at_a_time": shared.at_a_time})
+        return None
+
+    # Its threads are daemons: they do not keep this process from ending when it is stopped, which ends the trainings.
+    with ThreadPool(shared.at_a_time) as pool:
+        return dict(failure for failure in pool.imap(train, enumerate(distinct, 1)) if failure)
 
 
-def _evaluate_all(entries: Sequence[Entry], shared: Shared, flags: Sequence[str]) -> dict[Entry, str]:
-    """Evaluates the trained SAEs in one pass of the model. Returns why some could not be evaluated."""
-    missing = [entry for entry in entries if entry.trained() and not entry.evaluation()]
-    if not missing or _evaluate(missing, shared, flags) is None:
+def _evaluate_all(entries: Sequence[Entry], shared: Shared, flags: Sequence[str], part: str | None) -> dict[Path, str]:
+    """Evaluates trained SAEs in one pass of the model. Returns, by directory, why some could not be evaluated."""
+    distinct = {entry.directory: entry for entry in entries}.values()
+    missing = [entry for entry in distinct if entry.trained() and not entry.evaluation(part)]
+    if not missing or _evaluate(missing, shared, flags, part) is None:
         return {}
     failed = {}
     for entry in missing:  # one SAE that cannot be evaluated stops the evaluation of all, so try each alone
-        if not entry.evaluation() and (why := _evaluate([entry], shared, flags)):
-            failed[entry] = why
+        if not entry.evaluation(part) and (why := _evaluate([entry], shared, flags, part)):
+            failed[entry.directory] = why
     return failed
 
 
-def _evaluate(entries: Sequence[Entry], shared: Shared, flags: Sequence[str]) -> str | None:
+def _evaluate(entries: Sequence[Entry], shared: Shared, flags: Sequence[str], part: str | None) -> str | None:
     """Evaluates trained SAEs in one process. Returns the reason if it failed, and otherwise None."""
     paths = [trained["sae"] for entry in entries if (trained := entry.trained())]
-    log.info("evaluating %d SAEs", len(paths))
+    log.info("evaluating %d SAEs%s", len(paths), f" on the {part} half of the held-out documents" if part else "")
     output = shared.directory / "evaluation.log"
     command = [*script_command("evaluate_sae_real_activations.py"), "--sae_path", *paths, "--like", shared.reference]
     command += ["--no_diagnosis", "--n_features", "0", "--device", shared.run.cfg.device, *flags]
@@ -107,4 +174,7 @@ def _evaluate(entries: Sequence[Entry], shared: Shared, flags: Sequence[str]) ->
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     if process.returncode != 0:
         return failure_reason(output).removeprefix("error: ")
-    return None if all(entry.evaluation() for entry in entries) else "was not evaluated"
+    if part == "validation":
+        for entry in entries:
+            entry.keep_validation()
+    return None if all(entry.evaluation(part) for entry in entries) else "was not evaluated"

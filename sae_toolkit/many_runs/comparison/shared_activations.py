@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ import numpy as np
 import torch
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.progress import Progress
+from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 
 _SETTINGS_FILENAME = "settings.json"
+_LEAST_CONTEXTS = 10  # of each half, where learning rates are chosen on one half of the held-out documents
+_preparing = threading.Lock()
 # Flags that older comparisons do not record.
 _DEFAULTS_OF_LATER = {name: each.default for name, each in TRAINING_FLAGS.items() if each.is_later}
 
@@ -34,6 +40,8 @@ class Shared:
         run: the same settings, prepared. The run itself is never started.
         directory: the directory of the comparison.
         reference: an untrained SAE, whose metadata names the text and the positions that all SAEs are measured on.
+        at_a_time: how many trainings run at a time.
+        threads: threads of each training; None if the libraries choose.
     """
 
     words: list[str]
@@ -41,6 +49,13 @@ class Shared:
     run: PreparedRun
     directory: Path
     reference: Path
+    at_a_time: int = 1
+    threads: int | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that give each training its share of the cores."""
+        return {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
 
     @property
     def n_steps(self) -> int:
@@ -49,21 +64,29 @@ class Shared:
     def training(self, seed: int) -> Training:
         """Returns a training of sae_lens_train.py at its first step, to take batches from its stream."""
         words = [*self.words, "--seed", str(seed), "--held_out_seed", str(self.run.metadata()["held_out_seed"])]
-        run = prepare_run(parse_training_flags(words))
-        return Training(run, open_activations(run))
+        with _preparing:  # trainings that run at a time call it from threads
+            run = _prepared(tuple(words))
+            return Training(run, open_activations(run))
 
 
-def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
+@lru_cache(maxsize=1)
+def _prepared(words: tuple[str, ...]) -> PreparedRun:
+    """Returns a run that is ready, and reads its text once for all trainings of the same seed."""
+    return prepare_run(parse_training_flags(words))
+
+
+def share(words: Sequence[str], directory: Path, highest_l0: int, *, halves: bool = False) -> Shared:
     """Prepares the data that all SAEs share, and computes the activations that the cache does not hold.
 
     Args:
         words: the command line of sae_lens_train.py.
         directory: the directory of the comparison.
         highest_l0: the highest target L0.
+        halves: whether each half of the held-out documents is needed.
 
     Raises:
         UserError: the comparison in the directory has other flags, the SAEs have fewer features than `highest_l0`,
-            training would refuse the flags, or the cache holds other activations.
+            training would refuse the flags, the cache holds other activations, or a half is too small.
     """
     in_common = _flags_in_common(words)
     _check_same_flags(directory, in_common)
@@ -83,6 +106,8 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
         raise UserError(
             f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features (--expansion_factor); give a lower one"
         )
+    if halves:
+        _check_halves(run)
     activations = open_activations(run)
     rows = torch.from_numpy(run.rows_NT.astype(np.int64))
     with Progress("activations", len(rows), unit="contexts", device=run.cfg.device) as progress:
@@ -94,6 +119,25 @@ def share(words: Sequence[str], directory: Path, highest_l0: int) -> Shared:
     sae.save_inference_model(reference)
     (directory / _SETTINGS_FILENAME).write_text(json.dumps(in_common, indent=1) + "\n")
     return Shared(words, settings, run, directory, reference)
+
+
+def _check_halves(run: PreparedRun) -> None:
+    """Raises a UserError if a half of the held-out documents is too small to measure on."""
+    cfg, tokenizer = run.cfg, load_tokenizer(run.model)
+    context = ContextFormat(
+        cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
+    )
+    for part in ("validation", "test"):
+        half = replace(run.held_out, part=part)
+        rows, _ = collect_evaluation_rows(
+            run.text, tokenizer, context, half, n_rows=_LEAST_CONTEXTS, seed=0, flag="--dataset_path"
+        )
+        if len(rows) < _LEAST_CONTEXTS:
+            raise UserError(
+                f"--held_out_fraction {run.held_out.fraction:g}: too small to choose learning rates on one half of the"
+                f" held-out documents and to measure on the other: the {part} half has {len(rows)} contexts of"
+                f" {cfg.context_size} tokens, and needs {_LEAST_CONTEXTS}; raise it, use more text, or try one rate"
+            )
 
 
 def _flags_in_common(words: Sequence[str]) -> dict[str, Any]:

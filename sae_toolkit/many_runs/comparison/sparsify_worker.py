@@ -8,8 +8,9 @@ JOB.json holds:
     hook_name, hookpoint   where the SAE is trained, by this project's name and by sparsify's
     rows                   a .npy file of token ids [N, T] in the order of training
     sae, training          arguments of sparsify's SaeConfig and TrainConfig
-    directory              where the SAE goes, as sae/HOOKPOINT. The other files there are trained.json, with
-                           `peak_bytes` of GPU memory (null on a CPU), and `steps`, the number of steps so far
+    directory              where the SAE goes, as sae/HOOKPOINT. The other files there are trained.json, with the
+                           learning rate `lr` and `peak_bytes` of GPU memory (null on a CPU), and `steps`, the number
+                           of steps so far
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ def main(job: dict[str, Any]) -> None:
         **job["training"],
     )
     # Like sparsify's own command, this leaves out the head, because the Trainer does not use the logits.
-    Trainer(config, dataset, model.model.base_model).fit()
+    trainer = Trainer(config, dataset, model.model.base_model)
+    lr = trainer.optimizers[0].param_groups[0]["lr"]
+    trainer.fit()
     peak = torch.cuda.max_memory_allocated() if torch.device(job["device"]).type == "cuda" else None
-    (directory / "trained.json").write_text(json.dumps({"peak_bytes": peak}))
+    (directory / "trained.json").write_text(json.dumps({"lr": lr, "peak_bytes": peak}))
 
 
 if __name__ == "__main__":
