@@ -87,9 +87,7 @@ def test_the_rate_of_a_long_run_is_the_published_one() -> None:
     published = 2e-4 * math.sqrt(2**14 / 32_768)  # of Gao et al. 2024
 
     assert learning_rate(n_steps=10**6, d_sae=32_768) == pytest.approx(published)
-    assert learning_rate(n_steps=12_207, d_sae=32_768) == pytest.approx(
-        published, rel=0.25
-    )  # 50 M tokens of Llama-3-8B
+    assert published < learning_rate(n_steps=12_207, d_sae=32_768) < 2.5 * published  # 50 M tokens of Llama-3-8B
 
 
 def test_schedules_fit_into_runs_of_any_length() -> None:
