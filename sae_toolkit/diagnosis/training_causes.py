@@ -15,7 +15,6 @@ from sae_toolkit.diagnosis.probes import MASSIVE, STRONGEST
 from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE
 from sae_toolkit.training.recipe_warnings import (
     LARGEST_WINDOW_SHARE,
-    LEAST_TOKENS_A_FEATURE,
     MOST_MASSIVE_SHARE,
     MOST_TURN_A_STEP,
 )
@@ -27,6 +26,9 @@ _WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu":
 # the feature by lr * sqrt(d_in). Among the runs of 488 steps with 2,304 and 4,608 features, those with lr 2e-3 ended
 # healthy. There a step moves a feature by 0.05, and the steps of the whole run add up to 20.
 _TURN_A_STEP, _TURN_IN_ALL = 0.05, 20.0
+# With fewer tokens for each feature more tokens help an unhealthy SAE. Runs without --recipe auto: with 108 tokens 0.0% of
+# the features ended dead.
+_PLENTY_OF_TOKENS = 100
 # The effect of a training that diverged: above that of any other cause, because the others are its consequences.
 _DIVERGED = 2.0
 
@@ -287,20 +289,20 @@ def _too_few_tokens(e: Evidence) -> Finding | None:
         return None  # it was trained on more tokens than those of its last run
     tokens = history.settings.optimization.training_tokens
     gain, each = history.gain_of_doubling(), tokens / e.d_sae
-    if not (each < LEAST_TOKENS_A_FEATURE or (gain is not None and gain > 0.3)):
+    if not (each < _PLENTY_OF_TOKENS or (gain is not None and gain > 0.3)):
         return None
-    fewer = max(tokens // (2 * LEAST_TOKENS_A_FEATURE * e.d_in), 1)
+    fewer = max(tokens // (2 * _PLENTY_OF_TOKENS * e.d_in), 1)
     if fewer < history.settings.sae.expansion_factor:
         flags: tuple[str, ...] = ("--expansion_factor", str(fewer))
     else:
-        more = max(2 * LEAST_TOKENS_A_FEATURE * e.d_sae, 2 * tokens)
+        more = max(2 * _PLENTY_OF_TOKENS * e.d_sae, 2 * tokens)
         flags = ("--training_tokens", str(more))
     return Finding(
         "too few tokens for so many features",
         ALL_METRICS,
         f"{each:.3g} tokens a feature{_gain_of_doubling(history)}",
         flags,
-        min(max(gain or 0.0, 1 - each / LEAST_TOKENS_A_FEATURE), 1.0),
+        min(max(gain or 0.0, 1 - each / _PLENTY_OF_TOKENS), 1.0),
     )
 
 

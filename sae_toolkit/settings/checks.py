@@ -108,6 +108,17 @@ def _check_sae(sae: SAESettings) -> None:
             "--normalize_activations expected_average_only_out: SAELens has no such mode; use"
             " expected_average_only_in, with which the saved SAE takes and returns activations that are not scaled"
         )
+    if sae.b_dec_init_method == "mean":
+        if sae.init_from is not None:
+            raise UserError(
+                f"--b_dec_init_method mean: for random weights, and --init_from {sae.init_from} gives others; leave one of"
+                " them out"
+            )
+        if sae.normalize_activations in ("layer_norm", "constant_norm_rescale"):
+            raise UserError(
+                f"--b_dec_init_method mean, --normalize_activations {sae.normalize_activations}: each activation is scaled"
+                " by itself, and the bias is not measured there; use expected_average_only_in"
+            )
     if sae.shard_features and (
         sae.architecture not in ("topk", "batchtopk") or sae.dtype not in ("float32", "float64")
     ):

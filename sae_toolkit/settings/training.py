@@ -167,6 +167,10 @@ class SAESettings:
     """how the activations are scaled before the SAE gets them; the scale of expected_average_only_in is folded into the
     saved weights
     """
+    b_dec_init_method: Literal["zeros", "mean"] = flag("zeros", is_later=True)
+    """the decoder's bias at the first step: zeros, or the mean of the first activations, with which fewer features are
+    dead in a wide SAE
+    """
     shard_features: bool = flag(False, scope=Scope.PROCESS)
     """divide the features among the processes of run_simple.sh, if one GPU cannot hold all of them (topk, batchtopk)"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -322,6 +326,7 @@ RECIPE_FLAGS = (
     "l1_coefficient",
     "l0_coefficient",
     "normalize_activations",
+    "b_dec_init_method",
     "train_batch_size_tokens",
     "lr",
     "lr_warm_up_steps",

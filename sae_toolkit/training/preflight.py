@@ -60,6 +60,8 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
         for hook_name, lineage in run.initialized_from.items():
             warnings += lineage_warnings(lineage, run.model.name, hook_name)
         _warn(warnings, settings.strict)
+        if warnings and run.optimization.recipe == "seed" and not begins_trained:
+            log.warning("--recipe auto chooses what no flag gives, by the tokens, the width and k (docs/recipes.md)")
 
 
 def check_activations(run: PreparedRun, source: LanguageModel | CachedActivations, settings: RunSettings) -> None:

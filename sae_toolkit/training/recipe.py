@@ -42,6 +42,8 @@ _FIRINGS_IN_WINDOW, _WINDOW_SHARE = 40, 0.02
 # more dead features and decoders that are more alike.
 _DECODER_INIT_NORM = 0.5
 _INIT_NORM_KEY = "sae.decoder_init_norm"
+# The scalings with which the mean of the activations can be measured.
+_CENTERED = ("none", "expected_average_only_in", "covariance_whitening")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
         tokens = choice.optimization.training_tokens
         choice.choose("expansion_factor", expansion_factor(tokens, d_in), f"{tokens:,} tokens suffice for it")
         if "topk" in choice.sae.architecture:
+            if choice.sae.normalize_activations in _CENTERED:
+                choice.choose(
+                    "b_dec_init_method", "mean", "from zeros, the mean of the activations decides what is active"
+                )
             choice.assign(_INIT_NORM_KEY, _DECODER_INIT_NORM, "features grow more evenly than with SAELens's 0.1")
 
 

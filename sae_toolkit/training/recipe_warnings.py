@@ -14,15 +14,19 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS
+from sae_toolkit.training.recipe import learning_rate
 
-# With 3.8 tokens for each feature 88.8% of the features ended dead in the document that this project reproduces. Runs:
-# with 108 tokens 0.0%, with 217 tokens 0.2%.
-LEAST_TOKENS_A_FEATURE = 100
+# The fewest tokens for each feature with which a run of the recipe was tried, and it became healthy (docs/recipes.md).
+# With 3.8 tokens 88.8% of the features ended dead in the document that this project reproduces.
+LEAST_TOKENS_A_FEATURE = 5
 
 # Adam changes a weight by about lr in a step. A feature is a vector of length 1 with d_in weights, so a run can move it
 # by lr x steps x sqrt(d_in). Runs: at 4.1 (lr 4e-4) 22% ended dead, at 10.3 (lr 1e-3) 0.4%.
 LEAST_TURN = 7.0
-# Arithmetic: a step that moves a feature this far undoes what earlier steps learnt. In the demo it is 0.05.
+# Runs of the TopK kinds of up to 2,000 steps (docs/recipes.md): with less than this share of the recipe's learning rate
+# 22 to 46% of the features ended dead, with more at most 3%.
+LEAST_OF_RECIPE, _FITTED_STEPS = 0.64, 2000
+# Arithmetic: a step that moves a feature this far undoes what earlier steps learnt. In the demo it is 0.03.
 MOST_TURN_A_STEP = 0.5
 
 # The last fifth of the steps, linearly to zero: Anthropic, Circuits Updates, April 2024, and both presets that we
@@ -123,8 +127,8 @@ def _too_few_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
         return None
     fewer = tokens // (LEAST_TOKENS_A_FEATURE * cfg.sae.d_in)
     return (
-        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and with few tokens most features end dead"
-        f" (88.8% at 3.8, 0.2% at 217); use {LEAST_TOKENS_A_FEATURE * d_sae} or more"
+        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and fewer than {LEAST_TOKENS_A_FEATURE} were"
+        f" never seen to suffice; use {LEAST_TOKENS_A_FEATURE * d_sae} or more"
         + (f", or lower --expansion_factor to {fewer}" if fewer else "")
     )
 
@@ -149,6 +153,13 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begi
             " of the features ended dead; "
             + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
         )
+    elif hasattr(cfg.sae, "k") and n_steps <= _FITTED_STEPS and not begins_trained:
+        fitted = learning_rate(n_steps, cfg.sae.d_sae)
+        if cfg.lr < LEAST_OF_RECIPE * fitted:
+            found.append(
+                f"--lr {cfg.lr:g}: {cfg.lr / fitted:.0%} of what {n_steps} steps and {cfg.sae.d_sae:,} features want, and"
+                f" with less than {LEAST_OF_RECIPE:.0%} features end dead; raise it to {fitted:.2g}"
+            )
     if too_high := too_high_learning_rate(cfg):
         found.append(too_high)
     if cfg.lr_scheduler_name == "constant" and cfg.lr_decay_steps == 0:

@@ -123,7 +123,8 @@ class Training:
                     load_training_checkpoint(run.resume_from, self.trainer, self.stream)
                 log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
             else:
-                _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple)
+                centers = run.sae.b_dec_init_method == "mean"
+                _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple, centers=centers)
                 for each in self.trainer.trainers.values() if run.initialized_from else ():
                     unfold_normalization(each.sae, each.activation_scaler)
         none = [None] * len(run.cfgs)
@@ -195,10 +196,15 @@ def _calibrate(
     trainer: MultiTrainer,
     stream: ActivationStream,
     max_norm_multiple: float | None,
+    *,
+    centers: bool,
 ) -> None:
-    """Sets the norm limits and the normalization from the first batches of the stream, which the run also trains on."""
+    """Measures the first batches of the stream, which the run also trains on.
+
+    They give the norm limits, the normalization and, if `centers`, the decoder's bias: their mean, once normalized.
+    """
     mode = cfg.sae.normalize_activations
-    estimated = mode in ("expected_average_only_in", "covariance_whitening")
+    estimated = centers or mode in ("expected_average_only_in", "covariance_whitening")
     if max_norm_multiple is None and not estimated:
         stream.calibrate(1, None)  # only to record the median norm
         return
@@ -212,3 +218,7 @@ def _calibrate(
             gathered = stream.ranks.gather(acts.contiguous())
             batches = [piece for part in gathered for piece in part.split(cfg.train_batch_size_tokens)]
             each.activation_scaler.estimate_whitening(each.sae.cfg.d_in, iter(batches), len(batches))
+        if centers:
+            sums_D = stream.ranks.sum(each.activation_scaler(acts).sum(dim=0, dtype=torch.float32))
+            n = sum(n for (n,) in stream.ranks.counts(len(acts)))
+            each.sae.b_dec.data.copy_(sums_D / n)

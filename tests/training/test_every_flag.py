@@ -62,6 +62,7 @@ OTHER: dict[str, tuple[str, ...]] = {
     "k": ("5",),
     "matryoshka_widths": ("16 128", "--architecture", "matryoshka_batchtopk"),
     "normalize_activations": ("none",),
+    "b_dec_init_method": ("mean",),
     "shard_features": ("", "--architecture", "standard"),
     "dtype": ("float64",),
     "init_from": ("OTHER_SAE",),

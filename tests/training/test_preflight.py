@@ -17,6 +17,7 @@ from sae_toolkit.terminal.stop_signals import hear_stop_signals
 from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.loop import fit
 from sae_toolkit.training.outcome import unhealthy_end
+from sae_toolkit.training.recipe import with_recipe
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.run import Training, open_activations
@@ -30,7 +31,7 @@ FILTERED = MeasuredActivations(median_norm=math.sqrt(576), massive_share=0.0, ke
 
 def warnings(*words, d_in=576, measured=FILTERED, passes=1.0):
     """The flags that are warned of, with the lines."""
-    settings = parse_training_flags([str(word) for word in words])
+    settings = with_recipe(parse_training_flags([str(word) for word in words]), d_in).settings
     cfg = build_runner_config(settings, HOOK, d_in=d_in, device="cpu", run_id="run")
     lines = recipe_warnings(cfg, settings.text.held_out_fraction, passes) + activation_warnings(
         cfg,
@@ -47,7 +48,7 @@ def preset(name):
     return f"@{ROOT}/presets/{name}.args"
 
 
-@pytest.mark.parametrize(("name", "d_in"), [("demo", 576), ("llama3-8b", 4096)])
+@pytest.mark.parametrize(("name", "d_in"), [("demo", 576), ("seed-shape", 576), ("llama3-8b", 4096)])
 @pytest.mark.parametrize("measured", [FILTERED, None])
 def test_the_presets_that_we_recommend_draw_no_warning(name, d_in, measured):
     assert warnings(preset(name), d_in=d_in, measured=measured) == {}
@@ -79,15 +80,15 @@ def test_the_seeds_recipe_on_the_embedded_model_draws_what_its_evaluation_found(
 @pytest.mark.parametrize(
     ("words", "flag", "says"),
     [
-        (("--expansion_factor", 16, "--dead_feature_window", 50), "training_tokens", "54 tokens a feature"),
+        (("--expansion_factor", 256), "training_tokens", "3.4 tokens a feature"),
         (("--k", 300), "k", "20 to 200"),
         (("--k", 8), "k", "20 to 200"),
-        (("--lr", 4e-4), "lr", "raise it to about 0.001"),
+        (("--lr", 1e-4), "lr", "raise it to about 0.0005"),
+        (("--lr", 7e-4), "lr", "raise it to 0.0014"),
         (("--lr", 0.1), "lr", "one step can turn a feature by 2.4 times its length"),
-        (("--lr_decay_steps", 0), "lr_decay_steps", "(97)"),
-        (("--dead_feature_window", 488), "dead_feature_window", "longer than the run's 488 steps"),
-        (("--dead_feature_window", 200), "dead_feature_window", "use about 19"),
-        (("--dead_feature_window", 2), "dead_feature_window", "use 11 or more"),
+        (("--lr_decay_steps", 0), "lr_decay_steps", "(195)"),
+        (("--dead_feature_window", 976), "dead_feature_window", "longer than the run's 976 steps"),
+        (("--dead_feature_window", 200), "dead_feature_window", "use about 39"),
         (("--held_out_fraction", 0, "--eval_every", 0), "held_out_fraction", "no text will be left"),
     ],
 )
@@ -106,7 +107,7 @@ def test_a_text_that_is_read_several_times_is_warned_of():
 
 def test_an_sae_that_ends_worse_than_the_mean_is_said_with_what_to_lower():
     def said(lr, explained_variance):
-        settings = parse_training_flags([preset("demo"), "--lr", str(lr)])
+        settings = with_recipe(parse_training_flags([preset("demo"), "--lr", str(lr)]), 576).settings
         cfg = build_runner_config(settings, HOOK, d_in=576, device="cpu", run_id="run")
         return unhealthy_end(cfg, explained_variance, loss=4e15)
 

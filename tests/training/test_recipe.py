@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.command_line import parse_training_flags, save_flags, training_words
 from sae_toolkit.settings.training import RECIPE_FLAGS, TrainingSettings
 from sae_toolkit.training.recipe import learning_rate, with_recipe
+from sae_toolkit.training.run import Training, open_activations
+from sae_toolkit.training.setup import prepare_run
 
 D_IN = 576
 
@@ -157,3 +160,22 @@ def test_the_words_of_a_run_leave_out_what_was_chosen_and_give_the_same_run() ->
 
 def test_each_flag_of_the_recipe_is_one_of_the_training() -> None:
     assert set(RECIPE_FLAGS) <= TrainingSettings().as_flags().keys()
+
+
+@pytest.mark.parametrize("mode", ["none", "expected_average_only_in"])
+def test_the_bias_begins_at_the_mean_of_the_activations(tiny_run: list[Any], mode: str) -> None:
+    words = [*tiny_run, "--b_dec_init_method", "mean", "--normalize_activations", mode]
+    run = prepare_run(parse_training_flags(list(map(str, words))))
+    training = Training(run, open_activations(run))
+
+    trainer = training.trainer.first
+    measured_ND = training.stream.state_dict()["buffer"]["acts"]  # none of them is used yet
+    expected_D = measured_ND.double().mean(dim=0) * (trainer.activation_scaler.scaling_factor or 1)
+    assert expected_D.norm() > 0.1 * measured_ND.norm(dim=-1).mean()
+    torch.testing.assert_close(trainer.sae.b_dec.double(), expected_D, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [("--init_from", "an SAE"), ("--normalize_activations", "layer_norm")])
+def test_a_bias_that_cannot_be_measured_is_refused(other: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="--b_dec_init_method mean"):
+        parse_training_flags(["--b_dec_init_method", "mean", *other])
