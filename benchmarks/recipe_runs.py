@@ -5,9 +5,9 @@
     python benchmarks/recipe_runs.py train runs/recipe steps width hooks     # these parts; again: what is missing
     python benchmarks/recipe_runs.py show runs/recipe steps                  # a table
 
-A run is given as flags of sae_lens_train.py, beginning with `@presets/demo.args` and the settings of before the recipe
-or, in the parts `rule` and `bound`, with those that the recipe chooses. Its activations are read from disk, and Ray Tune
-trains one SAE on each core. Loss recovered is not measured here, since it needs the language model.
+A run is given as flags of sae_lens_train.py, beginning with `@presets/demo.args`. Some parts have the settings of
+before the recipe, others those that the recipe chooses. Activations are read from disk, and Ray Tune trains one SAE on
+each core. Loss recovered is not measured here, since it needs the language model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from ray import tune
 from sae_lens import LoggingConfig
 
 from sae_toolkit.evaluation.decoder_cosines import measure_cosines
+from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
 from sae_toolkit.training.configuration import build_runner_config
@@ -42,17 +44,15 @@ from sae_toolkit.training.setup import prepare_run
 
 HOOK = "blocks.12.hook_resid_post"
 FITTED_ON = (
-    HOOK,
-    "blocks.2.hook_resid_post",
-    "blocks.20.hook_resid_post",
-    "blocks.12.hook_mlp_out",
-    "blocks.12.hook_attn_out",
+    *(HOOK, "blocks.2.hook_resid_post", "blocks.20.hook_resid_post"),
+    *("blocks.12.hook_mlp_out", "blocks.12.hook_attn_out"),
 )
 NOT_FITTED_ON = (
     *("blocks.6.hook_resid_post", "blocks.16.hook_resid_post", "blocks.28.hook_resid_post"),
     *("blocks.6.hook_attn_out", "blocks.18.hook_mlp_out"),
 )
 TOKENS, HELD_OUT_ROWS = 535_000, 205
+ATTENTION = {"hook": "blocks.6.hook_attn_out", "tokens": 150_000, "batch": 128, "window": 23}
 MEASURED = ("explained_variance", "l0", "dead", "absorption", "seconds")
 
 
@@ -105,12 +105,20 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "hooks": spread(hook=list(FITTED_ON[1:]), lr=[1.4e-3, 2.4e-3]),
     "k": [*spread(k=[16, 128], lr=[1.4e-3, 2.4e-3]), *spread(k=16, batch=[128, 256], window=22)],
     "norm": [
-        *spread(
-            hook="blocks.6.hook_attn_out", tokens=150_000, batch=128, lr=1.3e-3, window=23, init_norm=[0.3, 0.6, 1.0]
-        ),
-        *spread(hook="blocks.6.hook_attn_out", tokens=150_000, batch=128, lr=0.9e-3, window=23, init_norm=[0.3, 0.6]),
+        *spread(**ATTENTION, lr=1.3e-3, init_norm=[0.3, 0.6, 1.0]),
+        *spread(**ATTENTION, lr=0.9e-3, init_norm=[0.3, 0.6]),
         *spread(batch=128, lr=1.5e-3, window=16, init_norm=[0.3, 0.6, 1.0]),
         *spread(hook="blocks.12.hook_attn_out", batch=128, lr=1.5e-3, window=16, init_norm=[0.3, 1.0]),
+    ],
+    # The decoder's bias from the mean of the activations, as the recipe has it.
+    "mean": [
+        *spread(b_dec="mean", batch=128, lr=[1e-3, 1.8e-3], window=16, init_norm=[0.1, 0.3]),
+        *spread(b_dec="mean", batch=128, lr=1.5e-3, window=16, init_norm=0.6),
+        *spread(b_dec="mean", factor=16, batch=128, lr=[0.6e-3, 1e-3], window=45, init_norm=[0.1, 0.3]),
+        *spread(b_dec="mean", factor=16, batch=128, lr=1.1e-3, window=[22, 45], init_norm=0.6),
+        *spread(b_dec="mean", **ATTENTION, lr=1.3e-3, init_norm=[0.3, 0.6]),
+        *spread(b_dec="mean", tokens=500_000, batch=512, lr=1.4e-3, window=20, init_norm=[0.3, 0.6]),
+        *spread(b_dec="mean", tokens=500_000, factor=32, batch=1024, lr=0.8e-3, window=11),
     ],
     "long": [*spread(tokens=500_000, batch=512, lr=1.4e-3), *spread(tokens=500_000, batch=1024, lr=2e-3)],
     # Settings that the rule was not fitted on: other hooks, budgets and seeds.
@@ -138,6 +146,7 @@ def flags_of(run: dict[str, Any]) -> list[str]:
         decay = round(run.get("decay", 0.2) * n_steps)
         words += ["--lr_warm_up_steps", str(max(1, round(0.04 * n_steps))), "--lr_decay_steps", str(decay)]
         words += ["--dead_feature_window", str(window), "--set", f"sae.decoder_init_norm={run['init_norm']}"]
+        words += ["--b_dec_init_method", run.get("b_dec", "zeros")]
     if "aux" in run:
         words += ["--set", f"sae.aux_loss_coefficient={run['aux']}"]
     return words
@@ -151,15 +160,8 @@ def collect(directory: Path) -> None:
     run = prepare_run(settings)
     model = load_model(run)
     model.keep_only_up_to_hook()
-    held_out_NT, _ = collect_evaluation_rows(
-        run.text,
-        run.tokenizer(),
-        ContextFormat(run.cfg.context_size),
-        run.held_out,
-        n_rows=HELD_OUT_ROWS,
-        seed=run.cfg.seed,
-        flag="held out",
-    )
+    context, wanted = ContextFormat(run.cfg.context_size), {"n_rows": HELD_OUT_ROWS, "seed": 0, "flag": "held out"}
+    held_out_NT, _ = collect_evaluation_rows(run.text, load_tokenizer(run.model), context, run.held_out, **wanted)
     shuffled = np.random.default_rng(0).permutation(run.rows_NT)
     limits_H = None
     for part, rows_NT in (("training", shuffled), ("held_out", held_out_NT)):
@@ -204,7 +206,7 @@ def train(run: dict[str, Any], directory: Path) -> dict[str, Any]:
     trainer.products_in_bfloat16 = True
     first_ND = pool_ND[order[: 20 * 1024]].float()
     trainer.activation_scaler.scaling_factor = math.sqrt(d_in) / first_ND.norm(dim=-1).mean().item()
-    _begin(sae, run, first_ND * trainer.activation_scaler.scaling_factor, generator)
+    _begin(sae, run, settings, first_ND * trainer.activation_scaler.scaling_factor, generator)
     started = time.perf_counter()
     for batch_rows in order[: n_steps * batch].split(batch):
         trainer.step(pool_ND[batch_rows].float())
@@ -216,10 +218,12 @@ def train(run: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _begin(sae: Any, run: dict[str, Any], acts_ND: torch.Tensor, generator: torch.Generator) -> None:
+def _begin(
+    sae: Any, run: dict[str, Any], settings: TrainingSettings, acts_ND: torch.Tensor, generator: torch.Generator
+) -> None:
     """Sets the weights at the first step from scaled activations, where the run asks for it."""
     mean_D = acts_ND.mean(dim=0)
-    if run.get("b_dec") == "mean":
+    if settings.sae.b_dec_init_method == "mean":
         sae.b_dec.copy_(mean_D)
     share = {"data": 1.0, "a third data": 0.3, "half data": 0.5}.get(run.get("decoder", ""))
     if share is not None:

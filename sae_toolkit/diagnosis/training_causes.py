@@ -26,8 +26,8 @@ _WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu":
 # the feature by lr * sqrt(d_in). Among the runs of 488 steps with 2,304 and 4,608 features, those with lr 2e-3 ended
 # healthy. There a step moves a feature by 0.05, and the steps of the whole run add up to 20.
 _TURN_A_STEP, _TURN_IN_ALL = 0.05, 20.0
-# With fewer tokens for each feature more tokens help an unhealthy SAE. Runs without --recipe auto: with 108 tokens 0.0% of
-# the features ended dead.
+# With fewer tokens for each feature, more tokens help an unhealthy SAE. Runs without --recipe auto: with 108 tokens no
+# feature ended dead.
 _PLENTY_OF_TOKENS = 100
 # The effect of a training that diverged: above that of any other cause, because the others are its consequences.
 _DIVERGED = 2.0

@@ -111,13 +111,13 @@ def _check_sae(sae: SAESettings) -> None:
     if sae.b_dec_init_method == "mean":
         if sae.init_from is not None:
             raise UserError(
-                f"--b_dec_init_method mean: for random weights, and --init_from {sae.init_from} gives others; leave one of"
-                " them out"
+                f"--b_dec_init_method mean: for random weights, and --init_from {sae.init_from} gives others; leave one"
+                " of them out"
             )
         if sae.normalize_activations in ("layer_norm", "constant_norm_rescale"):
             raise UserError(
-                f"--b_dec_init_method mean, --normalize_activations {sae.normalize_activations}: each activation is scaled"
-                " by itself, and the bias is not measured there; use expected_average_only_in"
+                f"--b_dec_init_method mean, --normalize_activations {sae.normalize_activations}: each activation is"
+                " scaled by itself, and no mean is measured there; use expected_average_only_in"
             )
     if sae.shard_features and (
         sae.architecture not in ("topk", "batchtopk") or sae.dtype not in ("float32", "float64")

@@ -138,9 +138,7 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
         choice.choose("expansion_factor", expansion_factor(tokens, d_in), f"{tokens:,} tokens suffice for it")
         if "topk" in choice.sae.architecture:
             if choice.sae.normalize_activations in _CENTERED:
-                choice.choose(
-                    "b_dec_init_method", "mean", "from zeros, the mean of the activations decides what is active"
-                )
+                choice.choose("b_dec_init_method", "mean", "the features begin with what differs between activations")
             choice.assign(_INIT_NORM_KEY, _DECODER_INIT_NORM, "features grow more evenly than with SAELens's 0.1")
 
 

@@ -127,8 +127,8 @@ def _too_few_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
         return None
     fewer = tokens // (LEAST_TOKENS_A_FEATURE * cfg.sae.d_in)
     return (
-        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and fewer than {LEAST_TOKENS_A_FEATURE} were"
-        f" never seen to suffice; use {LEAST_TOKENS_A_FEATURE * d_sae} or more"
+        f"--training_tokens {tokens}: {tokens / d_sae:.2g} tokens a feature, and fewer than {LEAST_TOKENS_A_FEATURE}"
+        f" were never seen to suffice; use {LEAST_TOKENS_A_FEATURE * d_sae} or more"
         + (f", or lower --expansion_factor to {fewer}" if fewer else "")
     )
 
@@ -157,8 +157,8 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begi
         fitted = learning_rate(n_steps, cfg.sae.d_sae)
         if cfg.lr < LEAST_OF_RECIPE * fitted:
             found.append(
-                f"--lr {cfg.lr:g}: {cfg.lr / fitted:.0%} of what {n_steps} steps and {cfg.sae.d_sae:,} features want, and"
-                f" with less than {LEAST_OF_RECIPE:.0%} features end dead; raise it to {fitted:.2g}"
+                f"--lr {cfg.lr:g}: {cfg.lr / fitted:.0%} of what {n_steps} steps and {cfg.sae.d_sae:,} features want,"
+                f" and with less than {LEAST_OF_RECIPE:.0%} features end dead; raise it to {fitted:.2g}"
             )
     if too_high := too_high_learning_rate(cfg):
         found.append(too_high)

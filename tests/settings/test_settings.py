@@ -46,8 +46,8 @@ def test_the_words_of_a_command_line_give_the_settings_back():
 DEMO = (
     "--model_name embedded:smollm2-135m --layer 12 --dataset_path embedded:wikipedia --held_out_fraction 0.2"
     " --context_size 256 --output_name demo --architecture batchtopk --k 64 --expansion_factor 4"
-    " --normalize_activations expected_average_only_in --training_tokens 500000 --train_batch_size_tokens 1024 --lr 2e-3"
-    " --lr_warm_up_steps 20 --lr_decay_steps 98 --dead_feature_window 20 --eval_every 100000"
+    " --normalize_activations expected_average_only_in --training_tokens 500000 --train_batch_size_tokens 1024"
+    " --lr 2e-3 --lr_warm_up_steps 20 --lr_decay_steps 98 --dead_feature_window 20 --eval_every 100000"
 ).split()
 LLAMA = (
     "--model_name meta-llama/Meta-Llama-3-8B --layer 12 --dataset_path HuggingFaceFW/fineweb-edu"
