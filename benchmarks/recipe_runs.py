@@ -238,7 +238,7 @@ def _begin(
 @torch.no_grad()
 def measure(trainer: Trainer, held_out_ND: torch.Tensor) -> dict[str, float]:
     """Returns the evaluation's metrics, but for loss recovered, of the SAE as the run would save it."""
-    sae = finished_copy(trainer)
+    sae = finished_copy(trainer, trainer.calibrate())
     mean_D = held_out_ND.float().mean(dim=0)
     firings_F = torch.zeros(sae.cfg.d_sae)
     squared_error = variance = 0.0

@@ -306,7 +306,10 @@ def test_a_revision_that_is_not_in_the_cache_is_refused_without_a_network():
             ["./run_simple.sh", "2", "cpu", "@presets/demo.args", "--shard_features", "--architecture", "gated"],
             "--shard_features: for --architecture topk and batchtopk in float32 or float64, not gated",
         ),
-        (["./run_simple.sh", "3", "cpu", "@presets/demo.args"], "--train_batch_size_tokens 1024: 3 processes do not"),
+        (
+            ["./run_simple.sh", "3", "cpu", "@presets/demo.args", "--train_batch_size_tokens", "1024"],
+            "--train_batch_size_tokens 1024: 3 processes do not",
+        ),
         (["./run_simple.sh", "16", "cpu", "@presets/demo.args"], "--store_batch_size_prompts 8: less than the 16"),
         (["./run_simple.sh", "2", "cpu", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["./run_simple.sh", "1", "99", "--layer", "12"], f"torch sees {torch.cuda.device_count()} GPUs"),

@@ -25,7 +25,7 @@ _SMALLEST_BATCH, _LARGEST_BATCH = 64, 4096
 
 # The fitted learning rate: at 390 steps of an SAE of 2,304 features, and how it falls with both.
 _LR, _LR_STEPS, _LR_FEATURES = 2.1e-3, 390, 2304
-_LR_BY_STEPS, _LR_BY_FEATURES = -0.45, -0.15
+_LR_BY_STEPS, _LR_BY_FEATURES = -0.45, -0.2
 # It does not fall below the published one, for long runs: 2e-4 at 2^14 features, with 1 / sqrt(d_sae) (Gao et al. 2024,
 # arXiv 2406.04093, as sparsify and dictionary_learning have it).
 _PUBLISHED_LR, _PUBLISHED_FEATURES = 2e-4, 2**14
@@ -38,9 +38,9 @@ _WARMING_SHARE, _DECAYING_SHARE = 0.04, 0.2
 # of the steps. A loss for dead features from the first steps on spreads the features before some of them grow.
 _FIRINGS_IN_WINDOW, _WINDOW_SHARE = 40, 0.02
 
-# SAELens's default of 0.1 lets features that are active first grow and take what others could have been: they leave
-# more dead features and decoders that are more alike.
-_DECODER_INIT_NORM = 0.5
+# With SAELens's default of 0.1 the features that are active first grow, and take what others could have been. That
+# leaves more dead features, and decoder vectors that are more alike, the more the wider an SAE is. The norm is for 4x.
+_DECODER_INIT_NORM, _INIT_NORM_FACTOR, _INIT_NORM_BY_FACTOR = 0.5, 4, 0.25
 _INIT_NORM_KEY = "sae.decoder_init_norm"
 # The scalings with which the mean of the activations can be measured.
 _CENTERED = ("none", "expected_average_only_in", "covariance_whitening")
@@ -139,7 +139,8 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
         if "topk" in choice.sae.architecture:
             if choice.sae.normalize_activations in _CENTERED:
                 choice.choose("b_dec_init_method", "mean", "the features begin with what differs between activations")
-            choice.assign(_INIT_NORM_KEY, _DECODER_INIT_NORM, "features grow more evenly than with SAELens's 0.1")
+            norm = decoder_init_norm(choice.sae.expansion_factor)
+            choice.assign(_INIT_NORM_KEY, norm, "features grow more evenly than with SAELens's 0.1")
 
 
 def _architecture(choice: _Choice) -> tuple[str, str]:
@@ -162,6 +163,11 @@ def expansion_factor(tokens: int, d_in: int) -> int:
     """Returns how many features for each dimension the tokens suffice for: 2, 4 or 8."""
     affordable = tokens / (_TOKENS_A_FEATURE * d_in)
     return int(min(max(2 ** math.floor(math.log2(max(affordable, 1))), _NARROWEST), _WIDEST))
+
+
+def decoder_init_norm(factor: int) -> float:
+    """Returns the norm of the decoder vectors at the first step, for a number of features for each dimension."""
+    return _rounded(_DECODER_INIT_NORM * (factor / _INIT_NORM_FACTOR) ** _INIT_NORM_BY_FACTOR)
 
 
 def _choose_steps(choice: _Choice, d_sae: int, n_ranks: int) -> None:

@@ -63,7 +63,7 @@ def test_the_seeds_recipe_draws_what_its_own_analysis_found():
         "max_activation_norm_multiple",
     }
     assert "3.8 tokens a feature" in found["training_tokens"]
-    assert "--expansion_factor to 1" in found["training_tokens"]
+    assert "--expansion_factor to 24" in found["training_tokens"]
     assert "--normalize_activations expected_average_only_in" in found["l1_coefficient"]
 
 

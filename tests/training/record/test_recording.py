@@ -16,7 +16,7 @@ PANELS = re.findall(r"`((?:learning|sparsity|alive|speed|held_out)/\w+)`", (ROOT
 OF_FINETUNING = {"learning/kl_loss", "learning/finetune_weight"}
 TRAIN = [
     *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--training_tokens", 14 * 1024, "--lr_decay_steps", 4),
-    *("--lr_warm_up_steps", 4, "--eval_every", 6_000),
+    *("--train_batch_size_tokens", 1024, "--lr_warm_up_steps", 4, "--eval_every", 6_000),
 ]
 
 
