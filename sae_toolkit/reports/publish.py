@@ -238,7 +238,10 @@ def training_recipe(sae_path: Path) -> str | None:
         flags = dict(json.loads((directory / FLAGS_FILENAME).read_text())) if directory else None
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return None if flags is None else shlex.join(training_words(flags, leave_out=_NOT_RECIPE))
+    if flags is None:
+        return None
+    as_given = {"recipe": "seed", "chosen": []}  # what was chosen is written out: a later recipe may differ
+    return shlex.join(training_words(flags | as_given, leave_out=_NOT_RECIPE))
 
 
 def _is_hub_id(name: str) -> bool:
