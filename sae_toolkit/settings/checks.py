@@ -38,7 +38,7 @@ def check_paths(settings: TrainingSettings) -> None:
 
 
 def check_settings(settings: TrainingSettings) -> None:
-    """Checks that the settings of a run fit together. Steps that a recipe will choose are left to `check_steps`.
+    """Checks that the settings of a run fit together. What a recipe may choose is left to `check_chosen`.
 
     Raises:
         UserError: they do not.
@@ -48,14 +48,13 @@ def check_settings(settings: TrainingSettings) -> None:
         raise UserError(f"--output_name {name!r}: must be a plain name; --checkpoint_path is for the path")
     _check_device_memory(settings)
     _check_hooks(settings.model)
-    _check_sae(settings.sae)
     _check_held_out(settings)
     skip_positions, context_size = settings.text.skip_positions, settings.text.context_size
     if skip_positions >= context_size:
         raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size}; lower it")
     _check_finetuning(settings)
     if not settings.chosen:
-        check_steps(settings)
+        check_chosen(settings)
 
 
 def _check_finetuning(settings: TrainingSettings) -> None:
@@ -157,12 +156,13 @@ def _check_held_out(settings: TrainingSettings) -> None:
         )
 
 
-def check_steps(settings: TrainingSettings) -> None:
-    """Checks that batches and schedules fit the tokens of a run.
+def check_chosen(settings: TrainingSettings) -> None:
+    """Checks that the flags that a recipe can choose fit together, and fit the others.
 
     Raises:
         UserError: they do not.
     """
+    _check_sae(settings.sae)
     optimization, context_size = settings.optimization, settings.text.context_size
     tokens, batch = optimization.training_tokens, optimization.train_batch_size_tokens
     if tokens < batch:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sae_toolkit.settings.checks import SPARSITY_WEIGHTS, check_steps
+from sae_toolkit.settings.checks import SPARSITY_WEIGHTS, check_chosen
 from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 
 # The middle of the healthy range, 40 to 120, on a logarithmic scale.
@@ -76,7 +76,7 @@ def with_recipe(settings: TrainingSettings, d_in: int, n_ranks: int = 1) -> Reci
     choice = _Choice(settings)
     _choose_sae(choice, d_in)
     _choose_steps(choice, choice.sae.expansion_factor * d_in, n_ranks)
-    check_steps(choice.settings)
+    check_chosen(choice.settings)
     return Recipe(choice.settings, tuple(choice.reasons))
 
 
