@@ -125,7 +125,6 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "rule": [
         *rule(tokens=100_000, factor=[4, 8], hook=list(NOT_FITTED_ON), seed=[1, 2]),
         *rule(tokens=300_000, factor=[4, 16], hook=["blocks.6.hook_attn_out", "blocks.16.hook_resid_post"], seed=3),
-        *rule(tokens=1_000_000, factor=8, hook="blocks.6.hook_resid_post", seed=4),
     ],
     # How few tokens suffice.
     "bound": [*rule(tokens=[6_000, 12_000, 25_000, 50_000], factor=4), *rule(tokens=50_000, factor=[8, 16, 32])],
@@ -183,8 +182,8 @@ def collect(directory: Path) -> None:
 
 
 def activations(directory: Path, part: str, hook: str, d_in: int) -> torch.Tensor:
-    values = np.memmap(directory / f"{part}_{hook}.bin", np.uint16, "r").reshape(-1, d_in)
-    return torch.from_numpy(np.asarray(values)).view(torch.bfloat16)
+    values = np.memmap(directory / f"{part}_{hook}.bin", np.uint16, "c").reshape(-1, d_in)
+    return torch.from_numpy(values).view(torch.bfloat16)
 
 
 def train(run: dict[str, Any], directory: Path) -> dict[str, Any]:
