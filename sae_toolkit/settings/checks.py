@@ -48,6 +48,8 @@ def check_settings(settings: TrainingSettings) -> None:
         raise UserError(f"--output_name {name!r}: must be a plain name; --checkpoint_path is for the path")
     _check_device_memory(settings)
     _check_hooks(settings.model)
+    if "architecture" not in settings.chosen:
+        _check_sae(settings.sae)
     _check_held_out(settings)
     skip_positions, context_size = settings.text.skip_positions, settings.text.context_size
     if skip_positions >= context_size:

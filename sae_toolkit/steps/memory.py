@@ -45,6 +45,10 @@ _DENSE_STEP_ON_CUDA: dict[str, tuple[tuple[float, float], ...]] = {
     "abstopk": ((3, 5), (1, 8)),
     "batchtopk": ((3, 6), (1, 9)),
     "jumprelu": ((2, 3), (1, 5.25)),
+    "jumprelu_to_input": (
+        (3, 4.75),
+        (1, 6.75),
+    ),  # with --target_l0: the gradient of the sparsity loss goes to the encoder
     "gated": ((5, 5), (2, 8)),
     "matryoshka_batchtopk": ((3, 8), (1, 10)),
 }
@@ -326,7 +330,8 @@ def _step_bytes_on_cuda(cfg: LanguageModelSAERunnerConfig[Any], gradients: int) 
     if issubclass(_class_of_step(cfg), SparseTopKTrainingSAE):
         moments = _sparse_step_on_cuda(weight_FD, acts_BF)
     else:
-        counts = _DENSE_STEP_ON_CUDA.get(cfg.sae.architecture(), _OTHER_DENSE_STEP_ON_CUDA)
+        to_input = "_to_input" if getattr(cfg.sae, "jumprelu_ste_to_input", False) else ""
+        counts = _DENSE_STEP_ON_CUDA.get(cfg.sae.architecture() + to_input, _OTHER_DENSE_STEP_ON_CUDA)
         moments = [n_weights * weight_FD + n_acts * acts_BF for n_weights, n_acts in counts]
     return int(max(0, max(moments) - gradients)) + _BATCHES_ON_CUDA * batch * d_in * n_bytes
 

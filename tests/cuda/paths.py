@@ -117,6 +117,8 @@ def prepared(directory: Path, architecture: str, d_sae: int) -> PreparedRun:
         "device": "cuda",
         "wandb_mode": "disabled",
         "training_tokens": 600_000,  # a few buffers; memory does not depend on it
+        "train_batch_size_tokens": 4096,  # as for the preset's 50 M tokens
+        "dead_feature_window": 250,
         "lr_warm_up_steps": 10,
         "lr_decay_steps": 10,
         "eval_every": 300_000,

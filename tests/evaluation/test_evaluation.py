@@ -271,7 +271,7 @@ def test_half_of_the_held_out_documents_is_measured_on(evaluate, script, tiny_mo
     found = {}
     for part in ("validation", "test"):
         done = evaluate("--sae_path", path, "--held_out_part", part, "--no_diagnosis")
-        assert f"{part} half of the documents held out of training" in done.stdout
+        assert f"{part} half of the documents held out of training" in " ".join(done.stdout.split())
         found[part] = result_of(path)
         assert found[part]["held_out"]["part"] == part
     assert found["validation"]["metrics"]["ce_clean"] != found["test"]["metrics"]["ce_clean"]  # other text

@@ -64,15 +64,19 @@ def kill_rank(launch: Launch, rank: int) -> Callable[[], None]:
     return lambda: os.kill(launch.ranks()[rank], signal.SIGKILL)
 
 
-def largest_difference(one: Path, other: Path) -> float:
-    """Between the weights of two finished SAEs, relative to the largest weight of each tensor."""
+def largest_difference(one: Path, other: Path, but: str | None = None) -> float:
+    """Between the weights of two finished SAEs, relative to the largest weight of each tensor, `but` one."""
     ours, theirs = (load_file(sae / "sae_weights.safetensors") for sae in (one, other))
     assert ours.keys() == theirs.keys()
-    return max(float((ours[key] - theirs[key]).abs().max() / theirs[key].abs().max()) for key in ours)
+    return max(float((ours[key] - theirs[key]).abs().max() / theirs[key].abs().max()) for key in ours if key != but)
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Equal to the rounding of the sums in a float32 language model, in an SAE of float64."""
-    assert largest_difference(one, other) < 1e-5, largest_difference(one, other)
+    """Equal to the rounding of the sums in a float32 language model, in an SAE of float64.
+
+    BatchTopK's threshold is set on a sample, and the ranks draw another than one process does.
+    """
+    assert largest_difference(one, other, but="threshold") < 1e-5, largest_difference(one, other, but="threshold")
+    assert largest_difference(one, other) < 5e-3, largest_difference(one, other)
     ours, theirs = (load_file(sae / "sparsity.safetensors")["sparsity"] for sae in (one, other))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
