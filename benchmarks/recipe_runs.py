@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The runs behind --recipe auto (docs/recipes.md): SAEs over budgets, widths, k, hooks and settings.
 
-    python benchmarks/recipe_runs.py collect runs/recipe                     # once: the activations; 6 minutes, 7 GB
+    python benchmarks/recipe_runs.py collect runs/recipe                     # once: the activations; 4 minutes, 7 GB
     python benchmarks/recipe_runs.py train runs/recipe steps width hooks     # these parts; again: what is missing
     python benchmarks/recipe_runs.py show runs/recipe steps                  # a table
 
@@ -57,7 +57,7 @@ MEASURED = ("explained_variance", "l0", "dead", "absorption", "seconds")
 
 
 def over(**values: Any) -> list[dict[str, Any]]:
-    """Returns the combinations of values; a list has several."""
+    """Returns the combinations of values; a list has several. What is not among them is chosen by the recipe."""
     lists = [each if isinstance(each, list) else [each] for each in values.values()]
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*lists)]
 
@@ -71,11 +71,6 @@ def before(**values: Any) -> list[dict[str, Any]]:
 def spread(**values: Any) -> list[dict[str, Any]]:
     """Returns runs whose features grow more evenly, with windows in steps."""
     return before(**{"init_norm": 0.3, "window": 8} | values)
-
-
-def rule(**values: Any) -> list[dict[str, Any]]:
-    """Returns runs for which the recipe chooses."""
-    return over(**values)
 
 
 PARTS: dict[str, list[dict[str, Any]]] = {
@@ -123,12 +118,12 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "long": [*spread(tokens=500_000, batch=512, lr=1.4e-3), *spread(tokens=500_000, batch=1024, lr=2e-3)],
     # Settings that the rule was not fitted on: other hooks, budgets and seeds.
     "rule": [
-        *rule(tokens=100_000, factor=[4, 8], hook=list(NOT_FITTED_ON), seed=[1, 2]),
-        *rule(tokens=300_000, factor=[4, 16], hook=["blocks.6.hook_attn_out", "blocks.16.hook_resid_post"], seed=3),
+        *over(tokens=100_000, factor=[4, 8], hook=list(NOT_FITTED_ON), seed=[1, 2]),
+        *over(tokens=300_000, factor=[4, 16], hook=["blocks.6.hook_attn_out", "blocks.16.hook_resid_post"], seed=3),
     ],
     # How few tokens suffice.
-    "bound": [*rule(tokens=[6_000, 12_000, 25_000, 50_000], factor=4), *rule(tokens=50_000, factor=[8, 16, 32])],
-    "kinds": rule(tokens=100_000, factor=4, architecture=["topk", "matryoshka_batchtopk"]),
+    "bound": [*over(tokens=[6_000, 12_000, 25_000, 50_000], factor=4), *over(tokens=50_000, factor=[8, 16, 32])],
+    "kinds": over(tokens=100_000, factor=4, architecture=["topk", "matryoshka_batchtopk"]),
 }
 
 

@@ -13,7 +13,7 @@ SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "ju
 _LONGEST_NAME = 255  # bytes, on Linux and macOS
 
 # A rank must have at least this many tokens of a batch on average. With 32, a rank has no token of one batch in 10^13.
-_LEAST_SHARE = 32
+LEAST_SHARE = 32
 
 
 def check_paths(settings: TrainingSettings) -> None:
@@ -198,10 +198,10 @@ def check_world_size(settings: TrainingSettings, size: int) -> None:
             " sae_lens_train.py without run_simple.sh, or leave it out"
         )
     batch, contexts = settings.optimization.train_batch_size_tokens, settings.model.store_batch_size_prompts
-    if batch < _LEAST_SHARE * size and size > 1:
+    if batch < LEAST_SHARE * size and size > 1:
         raise UserError(
-            f"--train_batch_size_tokens {batch}: less than {_LEAST_SHARE} for each of {size} processes; use"
-            f" {_LEAST_SHARE * size} or more"
+            f"--train_batch_size_tokens {batch}: less than {LEAST_SHARE} for each of {size} processes; use"
+            f" {LEAST_SHARE * size} or more"
         )
     if batch % size:
         raise UserError(

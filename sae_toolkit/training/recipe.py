@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sae_toolkit.settings.checks import SPARSITY_WEIGHTS, check_chosen
+from sae_toolkit.settings.checks import LEAST_SHARE, SPARSITY_WEIGHTS, check_chosen
 from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 
 # The middle of the healthy range, 40 to 120, on a logarithmic scale.
@@ -201,7 +201,7 @@ def batch_size(tokens: int, least: int = 1, n_ranks: int = 1) -> int:
         n_ranks: the number of ranks, which divide a batch.
     """
     size = 2 ** math.floor(math.log2(max(tokens / _STEPS, 1)))
-    size = min(max(size, _SMALLEST_BATCH, least), _LARGEST_BATCH if least <= _LARGEST_BATCH else least)
+    size = max(min(size, _LARGEST_BATCH), _SMALLEST_BATCH, LEAST_SHARE * n_ranks, least)
     return -(-size // n_ranks) * n_ranks
 
 

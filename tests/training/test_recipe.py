@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.many_runs.sweep.trials import make_trials
+from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.command_line import parse_training_flags, save_flags, training_words
 from sae_toolkit.settings.training import RECIPE_FLAGS, TrainingSettings
 from sae_toolkit.training.recipe import learning_rate, with_recipe
@@ -104,6 +106,8 @@ def test_schedules_fit_into_runs_of_any_length() -> None:
 
 def test_ranks_divide_the_batch_and_contexts_of_a_fine_tuning_fit_into_it() -> None:
     assert chosen("--recipe", "auto", n_ranks=3).optimization.train_batch_size_tokens % 3 == 0
+    few = chosen("--recipe", "auto", "--training_tokens", 20_000, n_ranks=8)  # which need 32 tokens each
+    check_world_size(few, 8)
     tuned = chosen("--recipe", "auto", "--finetune_loss", "kl", "--context_size", 2048).optimization
     assert tuned.train_batch_size_tokens >= 2048
 
@@ -156,6 +160,15 @@ def test_the_words_of_a_run_leave_out_what_was_chosen_and_give_the_same_run() ->
 
     assert sorted(words) == sorted(["--recipe", "auto", "--lr_warm_up_steps", "0", "--k", "100"])
     assert chosen(*words) == settings
+
+
+def test_a_trial_with_a_given_default_is_not_the_one_for_which_it_is_chosen(tmp_path: Path) -> None:
+    """Its directory says what it was trained with, and a later sweep takes the SAE that it finds there."""
+    base = ["--recipe", "auto"]
+    (by_recipe,) = make_trials(base, tmp_path, grids=["k=64"])
+    (given,) = make_trials(base, tmp_path, grids=["k=64", f"lr={TrainingSettings().optimization.lr}"])
+
+    assert by_recipe.directory != given.directory
 
 
 def test_each_flag_of_the_recipe_is_one_of_the_training() -> None:

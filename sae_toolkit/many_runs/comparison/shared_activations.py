@@ -142,10 +142,12 @@ def _check_halves(run: PreparedRun) -> None:
 
 def _flags_in_common(words: Sequence[str]) -> dict[str, Any]:
     """Returns the flags that must be the same for all SAEs of a comparison, by name."""
+    flags = parse_training_flags(words).as_flags()
     return {
-        name: value
-        for name, value in parse_training_flags(words).as_flags().items()
-        if name not in ("verbose", "quiet", "seed", "device", "preset") and not name.startswith(("wandb", "logger"))
+        name: "chosen by the recipe" if name in flags["chosen"] else value
+        for name, value in flags.items()
+        if name not in ("verbose", "quiet", "seed", "device", "preset", "chosen")
+        and not name.startswith(("wandb", "logger"))
     }
 
 

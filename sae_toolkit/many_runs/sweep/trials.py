@@ -146,9 +146,12 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
 
 
 def _swept(settings: TrainingSettings) -> dict[str, Any]:
-    """Returns the values of the flags that a sweep may vary. They identify a trial, and so name its directory."""
+    """Returns the values of the flags that a sweep may vary. They identify a trial, and so name its directory.
+
+    A flag that the recipe chooses has no value yet.
+    """
     return {
-        name: value
+        name: None if name in settings.chosen else value
         for name, value in settings.as_flags().items()
         if (each := TRAINING_FLAGS.get(name)) and each.may_be_swept
         if not (each.is_later and value == each.default)
