@@ -14,6 +14,7 @@ import torch
 from sae_toolkit.activations.shuffle_buffer import ShuffleBuffer, on_device
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError, is_out_of_memory
+from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.positions import PositionFilter
 
 log = logging.getLogger(__name__)
@@ -156,26 +157,63 @@ class ActivationStream(Iterator[torch.Tensor]):
         picked = self._order[first : first + self.rows_per_forward]
         mine = np.array_split(picked, self.ranks.size)[self.ranks.rank]
         if len(mine) == 0:  # a pass can end with fewer rows than there are ranks
-            return len(picked), self._run(self._order[:1])[:0]
-        pieces: list[torch.Tensor] = []
-        while len(mine):
+            return len(picked), self._run(self.rows_NT, self.assistant_NT, self._order[:1])[:0]
+        pieces = self._pieces(self.rows_NT, self.assistant_NT, mine)
+        if self.ranks.is_alone:
+            return next(pieces)
+        return len(picked), torch.cat([acts_ND for _, acts_ND in pieces])
+
+    def _pieces(
+        self, rows_NT: np.ndarray, assistant_NT: np.ndarray | None, picked: np.ndarray
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Runs the picked rows, as many at a time as the memory suffices for.
+
+        Yields:
+            How many rows were run, and the activations [N, D] at the positions that are kept.
+        """
+        while len(picked):
             try:
-                pieces.append(self._run(mine[: self.rows_at_once]))
+                piece = self._run(rows_NT, assistant_NT, picked[: self.rows_at_once])
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._lower_rows_at_once(len(mine))
+                self._lower_rows_at_once(len(picked))
                 continue
-            if self.ranks.is_alone:
-                return min(len(mine), self.rows_at_once), pieces[0]
-            mine = mine[self.rows_at_once :]
-        return len(picked), torch.cat(pieces)
+            yield min(len(picked), self.rows_at_once), piece
+            picked = picked[self.rows_at_once :]
 
-    def _run(self, picked: np.ndarray) -> torch.Tensor:
-        """Returns the activations [N, D] of the given rows at the positions that are kept."""
-        tokens_BT = self.rows_NT[picked].astype(np.int64)
+    def of_other_rows(
+        self, rows_NT: np.ndarray, assistant_NT: np.ndarray | None, dtype: torch.dtype, *, shares: bool
+    ) -> torch.Tensor:
+        """Returns the activations of rows that the stream does not have, without those that it would leave out.
+
+        The stream itself stays as it is.
+
+        Args:
+            rows_NT: token ids, the same on all ranks.
+            assistant_NT: as that of the stream.
+            dtype: dtype of the activations.
+            shares: whether each rank runs its share of the rows. Otherwise each runs all.
+
+        Returns:
+            [N, D] on the CPU, of the rows that this rank has run.
+        """
+        self.wait()
+        mine = np.arange(len(rows_NT))
+        if shares:
+            mine = np.array_split(mine, self.ranks.size)[self.ranks.rank]
+        pieces = [self._run(rows_NT, assistant_NT, np.arange(1))[:0].to("cpu", dtype)] if len(mine) == 0 else []
+        with Progress("held-out text", len(mine), unit="contexts", speaks=self.ranks.is_main) as progress:
+            for n_rows, acts_ND in self._pieces(rows_NT, assistant_NT, mine):
+                pieces.append(self._without_massive(acts_ND).to("cpu", dtype))
+                progress.advance(n_rows)
+        return torch.cat(pieces)
+
+    def _run(self, rows_NT: np.ndarray, assistant_NT: np.ndarray | None, picked: np.ndarray) -> torch.Tensor:
+        """Returns the activations [N, D] of the picked rows at the positions that are kept."""
+        tokens_BT = rows_NT[picked].astype(np.int64)
         acts_BTD = self.source.activations(torch.from_numpy(tokens_BT))
-        assistant_BT = None if self.assistant_NT is None else self.assistant_NT[picked]
+        assistant_BT = None if assistant_NT is None else assistant_NT[picked]
         kept = torch.from_numpy(self.positions.keeps_tokens(tokens_BT, assistant_BT).ravel().nonzero()[0])
         return acts_BTD.flatten(0, 1)[on_device(kept, acts_BTD.device)].to(
             self.device, non_blocking=self.device.type == "cuda"
@@ -198,9 +236,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         added = []
         for acts_ND in chunks:
             n_all = len(acts_ND)
-            if self.max_activation_norms is not None:
-                norms_HN = self._norms(acts_ND)
-                acts_ND = acts_ND[(norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None]).all(dim=0)]
+            acts_ND = self._without_massive(acts_ND)
             counts = self.ranks.counts(len(acts_ND), n_all - len(acts_ND))
             self.n_kept += sum(kept for kept, _ in counts)
             self.n_massive += sum(massive for _, massive in counts)
@@ -208,6 +244,13 @@ class ActivationStream(Iterator[torch.Tensor]):
             added.append(acts_ND)
         self.buffer.serve_if_full()
         return added[0] if len(added) == 1 else torch.cat(added)
+
+    def _without_massive(self, acts_ND: torch.Tensor) -> torch.Tensor:
+        """Returns the activations whose norms are not above the limits, if there are limits."""
+        if self.max_activation_norms is None:
+            return acts_ND
+        norms_HN = self._norms(acts_ND)
+        return acts_ND[(norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None]).all(dim=0)]
 
     def at_each_hook(self, acts_ND: torch.Tensor) -> Sequence[torch.Tensor]:
         """Splits activations [N, D] into those of each hook."""

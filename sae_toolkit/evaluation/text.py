@@ -157,6 +157,11 @@ def _chat_tokens(
     return None
 
 
+def rows_of_evaluation(usable: int) -> int:
+    """Returns how many rows an SAE is evaluated on where nobody says, if so many positions of each are usable."""
+    return math.ceil(1.05 * TOKENS / usable)
+
+
 def collect_rows(
     text: EvaluationText,
     positions: PositionFilter,
@@ -180,7 +185,7 @@ def collect_rows(
         log.info("%s: %s", source.name, source.described(with_sample=True))
     usable = text.context.context_size - text.skip_positions
     n_loss_rows = settings.num_samples or math.ceil(LOSS_TOKENS / usable)
-    n_sae_rows = settings.num_samples or math.ceil(1.05 * TOKENS / usable)
+    n_sae_rows = settings.num_samples or rows_of_evaluation(usable)
     n_dead_rows = math.ceil(settings.dead_tokens / usable) if settings.dead_tokens else n_sae_rows
     with out_of_memory_answered(
         f"--dataset {text.source.name}: reading it", "lower --num_samples or --dead_tokens, or free memory"

@@ -1,4 +1,4 @@
-"""Sets the L0 of an SAE to what was asked for, on a sample of the activations that it was trained on.
+"""Sets the L0 of an SAE to what was asked for, on a sample of activations.
 
 A feature is active on a token if its score is above a cut, which is the same for all features:
 
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from sae_lens import TrainingSAE
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
-from sae_lens.saes.gated_sae import GatedTrainingSAE
-from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
-from sae_lens.saes.standard_sae import StandardTrainingSAE
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
+from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+from sae_lens.saes.standard_sae import StandardTrainingSAEConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class Calibration:
         l0: mean number of active features of a token with them, over the sample.
         l0_before: the same without them, for BatchTopK with SAELens's threshold.
         n_tokens: how many tokens the sample has.
+        text: the text of the sample, `held-out` or `training`.
         saelens_topk_threshold: BatchTopK's threshold as SAELens's running mean has it, without the mean's bias; None
             for other architectures.
     """
@@ -55,17 +57,19 @@ class Calibration:
     l0: float
     l0_before: float
     n_tokens: int
+    text: str
     saelens_topk_threshold: float | None = None
 
-    def metadata(self, fold: float = 1.0) -> dict[str, float]:
+    def metadata(self, fold: float = 1.0) -> dict[str, float | str]:
         """Returns what cfg.json records of it.
 
         Args:
             fold: what the folding of the normalization divides a threshold by.
         """
-        record: dict[str, float] = {
+        record: dict[str, float | str] = {
             "calibrated_l0": self.l0,
             "calibrated_on_tokens": self.n_tokens,
+            "calibrated_on_text": self.text,
             "l0_before_calibration": self.l0_before,
         }
         if self.saelens_topk_threshold is not None:
@@ -96,10 +100,10 @@ class Calibration:
                 delattr(sae.cfg.metadata, name)
 
 
-def has_calibration(sae: TrainingSAE[Any], target_l0: float | None) -> bool:
-    """Returns whether an SAE is trained for a certain L0, and has a setting that moves it."""
-    kinds = (StandardTrainingSAE, GatedTrainingSAE, JumpReLUTrainingSAE)
-    return isinstance(sae, BatchTopKTrainingSAE) or (target_l0 is not None and isinstance(sae, kinds))
+def has_calibration(cfg: TrainingSAEConfig, target_l0: float | None) -> bool:
+    """Returns whether SAEs of a configuration are trained for a certain L0, and have a setting that moves it."""
+    kinds = (StandardTrainingSAEConfig, GatedTrainingSAEConfig, JumpReLUTrainingSAEConfig)
+    return isinstance(cfg, BatchTopKTrainingSAEConfig) or (target_l0 is not None and isinstance(cfg, kinds))
 
 
 def saelens_threshold(sae: BatchTopKTrainingSAE, n_steps: int) -> float:
@@ -124,6 +128,7 @@ def calibrate(
     n_steps: int,
     *,
     at_once: int,
+    n_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Calibration | None:
     """Returns the calibration of an SAE as it is now. Collective.
@@ -137,16 +142,19 @@ def calibrate(
         target: the wanted L0, above 0.
         n_steps: how many steps the SAE was trained for.
         at_once: the most tokens that are encoded at a time.
+        n_tokens: how many tokens of held-out text to calibrate on; None for all.
         ranks: the ranks that hold the parts of the sample, or of the features.
 
     Returns:
         The calibration. None if there is no sample yet. None too if the architecture does not select features and its
         L0 is not within `FURTHEST` of the target, because such a large change would harm the SAE.
     """
-    if not len(sample):
+    if sample.is_empty:
         return None
-    acts_ND = sample.acts_ND[sample.acts_ND.isfinite().all(dim=-1)]
+    acts_ND = sample.first(n_tokens)
+    acts_ND = acts_ND[acts_ND.isfinite().all(dim=-1)]
     n_tokens = int(sample.ranks.sum(torch.tensor(len(acts_ND))))
+    text = "held-out" if sample.is_held_out else "training"
     threshold = saelens_threshold(sae, n_steps) if isinstance(sae, BatchTopKTrainingSAE) else None
     cut_before = threshold if threshold is not None else float(isinstance(sae, JumpReLUTrainingSAE))
     rows = max(1, min(at_once, _MOST_AT_ONCE // sae.cfg.d_sae))
@@ -163,7 +171,7 @@ def calibrate(
     tensors = _moved(sae, cut)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         return None
-    return Calibration(tensors, l0, l0_before, n_tokens, threshold)
+    return Calibration(tensors, l0, l0_before, n_tokens, text, threshold)
 
 
 def _scores(sae: TrainingSAE[Any], acts_BD: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import psutil
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
 from sae_lens.util import str_to_dtype
 from transformers import PreTrainedConfig
 
 from sae_toolkit.model.loading import ModelSource
-from sae_toolkit.steps.activation_sample import CAPACITY, DTYPE
+from sae_toolkit.steps.activation_sample import CAPACITY, DTYPE, held_out_tokens
+from sae_toolkit.steps.calibration import has_calibration
 from sae_toolkit.steps.sparse_topk import SparseBatchTopKTrainingSAE, SparseTopKTrainingSAE, sparse_class
 
 # How much a step of SAELens's own classes adds to the peak, forward and backward, in tensors of shape [B, F]. The
@@ -236,7 +236,8 @@ def plan_memory(
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
     measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
     parameters = _n_parameters(cfg) * sae_bytes
-    calibrates = has_target_l0 or isinstance(cfg.sae, BatchTopKTrainingSAEConfig)
+    calibrates = has_calibration(cfg.sae, 1.0 if has_target_l0 else None)
+    sample = max(CAPACITY, held_out_tokens(cfg.training_tokens)) if on_cpu else CAPACITY
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
     more = copy.copy(cfg)
     more.train_batch_size_tokens += cfg.context_size // 2
@@ -249,7 +250,7 @@ def plan_memory(
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=measured * d_in * (2 * acts_bytes + max(4, sae_bytes)),
-        sample=calibrates * CAPACITY * d_in * DTYPE.itemsize,
+        sample=calibrates * sample * d_in * DTYPE.itemsize,
         sae=n_saes * parameters,
         gradients=parameters,
         adam=2 * n_saes * parameters,

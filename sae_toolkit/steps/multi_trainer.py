@@ -58,9 +58,13 @@ class MultiTrainer(MultiSAETrainer):
         whole.saes = {name: trainer.sae for name, trainer in whole.trainers.items()}
         return whole if whole.trainers else None
 
-    def calibrate(self) -> dict[str, Calibration | None]:
-        """Returns the calibration of each SAE as it is now, by the name of its hook. Collective."""
-        return {name: trainer.calibrate() for name, trainer in self.trainers.items()}
+    def calibrate(self, n_tokens: int | None = None) -> dict[str, Calibration | None]:
+        """Returns the calibration of each SAE as it is now, by the name of its hook. Collective.
+
+        Args:
+            n_tokens: how many tokens of held-out text to calibrate on; None for all.
+        """
+        return {name: trainer.calibrate(n_tokens) for name, trainer in self.trainers.items()}
 
     @property
     def is_single(self) -> bool:

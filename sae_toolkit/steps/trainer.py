@@ -50,7 +50,7 @@ class Trainer(SAETrainer[Any, Any]):
     gradients, firings, selections and metrics are those of the whole batch. So the SAE does not depend on the number of
     ranks, except for the rounding of sums.
 
-    `sample` holds activations that the SAE was trained on; None if it has no L0 to calibrate (`calibration.py`).
+    `sample` holds activations to calibrate its L0 on; None if it has none to calibrate (`calibration.py`).
     `calibration` is that of the SAE at its last step, in a trainer that `whole` returned.
 
     Args:
@@ -93,9 +93,10 @@ class Trainer(SAETrainer[Any, Any]):
         self.finetune_weight = torch.zeros((), dtype=torch.float, device=cfg.device)
         self._counts_of_dead: deque[_Reading] = deque()
         self.calibration: Calibration | None = None
-        self._latest: tuple[Calibration | None] | None = None  # what `calibrate` found since the last step
+        # On how many tokens `calibrate` was called last since the last step, and what it found.
+        self._latest: tuple[int | None, Calibration | None] | None = None
         self.sample: ActivationSample | None = None
-        if has_calibration(sae, target_l0):
+        if has_calibration(sae.cfg, target_l0):
             self.sample = ActivationSample(cfg.device, self._sample_ranks())
 
     def _sample_ranks(self) -> Ranks:
@@ -250,11 +251,15 @@ class Trainer(SAETrainer[Any, Any]):
             whole.sample = self.sample.of_all_ranks()
         return whole
 
-    def calibrate(self) -> Calibration | None:
-        """Returns what gives the SAE as it is now the L0 that was asked for; None if nothing does. Collective."""
+    def calibrate(self, n_tokens: int | None = None) -> Calibration | None:
+        """Returns what gives the SAE as it is now the L0 that was asked for; None if nothing does. Collective.
+
+        Args:
+            n_tokens: how many tokens of held-out text to calibrate on; None for all.
+        """
         if self.sample is None:
             return None
-        if self._latest is None:
+        if self._latest is None or self._latest[0] != n_tokens:
             found = calibrate(
                 self.sae,
                 self.activation_scaler,
@@ -262,10 +267,11 @@ class Trainer(SAETrainer[Any, Any]):
                 self.sae.cfg.k if self.l0_control is None else self.l0_control.target,
                 self.n_training_steps,
                 at_once=self.cfg.train_batch_size_samples,
+                n_tokens=n_tokens,
                 ranks=self.ranks,
             )
-            self._latest = (found,)
-        return self._latest[0]
+            self._latest = n_tokens, found
+        return self._latest[1]
 
     def state_beside_saelens(self) -> dict[str, Any]:
         """Returns the part of the state that SAELens's `save_trainer_state` does not save."""

@@ -255,6 +255,7 @@ def collect_evaluation_rows(
     n_more_rows: int = 0,
     seed: int,
     flag: str = "--dataset",
+    required: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes documents that the SAE was not trained on, and draws rows from them.
 
@@ -270,13 +271,14 @@ def collect_evaluation_rows(
         n_more_rows: how many rows to add after those, at most. The first `n_rows` rows do not depend on it.
         seed: seed of the draw.
         flag: the flag that named the data set, for messages.
+        required: whether it is an error if there is no complete row.
 
     Returns:
         [N, context_size] uint32 token ids, marked as by `token_rows`, with N at most n_rows + n_more_rows; and [N] the
         index of the document that each row ends in.
 
     Raises:
-        UserError: there is no complete row.
+        UserError: there is no complete row, and one is required.
     """
     documents = (d for d in source.documents() if held_out is None or held_out.holds_out(d))
     in_order = source.tokenized and (source.row_length or 0) <= context.context_size
@@ -285,6 +287,8 @@ def collect_evaluation_rows(
     left_out = LeftOut(context.context_size)
     rows = token_rows(documents, tokenizer, context, tokenized=source.tokenized, left_out=left_out)
     found = list(islice(rows, n_candidates))
+    if not found and not required:
+        return np.empty((0, context.context_size), np.uint32), np.empty(0, np.int64)
     if not found:
         half = f"the {held_out.part} half of " if held_out and held_out.part else ""
         which = f"{half}its held-out documents hold{'s' * bool(half)}" if held_out else "it holds"

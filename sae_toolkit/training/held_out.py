@@ -20,6 +20,7 @@ from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.text.rows import ContextFormat, special_tokens
 from sae_toolkit.training.prepared_run import PreparedRun
+from sae_toolkit.training.text import rows_of_reading
 
 
 class HeldOutText:
@@ -35,8 +36,9 @@ class HeldOutText:
         self.run = run
         self.source = source
         self.tokenizer = load_tokenizer(run.model)
-        self.rows_NT = run.held_out_NT
-        self.assistant_NT = run.held_out_assistant_NT
+        n_rows, assistant_NT = rows_of_reading(run.cfg.context_size), run.held_out_assistant_NT
+        self.rows_NT = run.held_out_NT[:n_rows]
+        self.assistant_NT = None if assistant_NT is None else assistant_NT[:n_rows]
 
     def measure(
         self,

@@ -24,6 +24,7 @@ from sae_toolkit.training.outcome import log_outcome
 from sae_toolkit.training.record.panels import of_held_out, panels
 from sae_toolkit.training.record.run_record import RunRecord
 from sae_toolkit.training.run import Training
+from sae_toolkit.training.text import rows_of_reading
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,8 @@ class TrainingLoop:
 
     def _measure_held_out(self) -> None:
         """Measures on rank 0, while the other ranks wait."""
-        calibrations = self.trainer.calibrate()
+        n_tokens = self.cfg.context_size * rows_of_reading(self.cfg.context_size)
+        calibrations = self.trainer.calibrate(n_tokens)  # on the text of the reading, so that its L0 is what is asked
         if self._held_out is not None:
             self.stream.wait()
             measured = None

@@ -91,9 +91,10 @@ def _log_l0(trainers: MultiTrainer) -> None:
             )
         if calibration is not None:
             log.info(
-                "%sL0 of the finished SAE on %s tokens of the training text: %.1f; before its %s: %.1f",
+                "%sL0 of the finished SAE on %s tokens of the %s text: %.1f; before its %s: %.1f",
                 where,
                 f"{calibration.n_tokens:,}",
+                calibration.text,
                 calibration.l0,
                 f"{next(iter(calibration.tensors))} was calibrated",
                 calibration.l0_before,

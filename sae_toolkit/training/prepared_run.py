@@ -51,8 +51,8 @@ class PreparedRun:
         rows_NT: token ids of that text.
         assistant_NT: booleans, True where the assistant speaks, if only what it says is trained on; otherwise None.
         held_out: the split that decides which documents are kept for the evaluation.
-        held_out_NT: token ids of held-out text to measure on during training, on rank 0; None on the other ranks, and
-            if the run does not measure.
+        held_out_NT: token ids of held-out text, to measure on during training and to calibrate L0 on; None if the run
+            does neither, or if a run that only calibrates has no such text.
         held_out_assistant_NT: as `assistant_NT`, for `held_out_NT`.
         epochs: how often the run may train on each row.
         positions: the positions that are trained on.
@@ -220,7 +220,7 @@ class PreparedRun:
     @property
     def evaluates(self) -> bool:
         """Whether the run measures on held-out text during training, on this rank."""
-        return self.held_out_NT is not None
+        return self.recording.eval_every > 0 and self.ranks.is_main
 
     def plan_memory(
         self, cfg: LanguageModelSAERunnerConfig[Any] | None = None, evaluates: bool | None = None

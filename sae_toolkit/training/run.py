@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
@@ -22,6 +23,8 @@ from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
 from sae_toolkit.saes.training_form import load_weights, unfold_normalization
+from sae_toolkit.steps import activation_sample
+from sae_toolkit.steps.activation_sample import LEAST_HELD_OUT
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
@@ -31,6 +34,8 @@ from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.prepared_run import PreparedRun
 
 log = logging.getLogger(__name__)
+
+_ROWS_OF_RANK = 4  # of held-out text, at least
 
 
 def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
@@ -42,14 +47,15 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
 
     def load() -> LanguageModel:
         model = load_model(run)
-        if run.held_out_NT is None and not run.finetunes:
+        if not run.evaluates and not run.finetunes:
             model.keep_only_up_to_hook()
         return model
 
     if run.cache_directory is None:
         with run.ranks.one_first():
             return load()
-    cache = ActivationCache(run.cache_directory, run.cache_parameters(), run.rows_NT, sum(run.widths))
+    rows_NT = run.rows_NT if run.held_out_NT is None else np.concatenate((run.rows_NT, run.held_out_NT))
+    cache = ActivationCache(run.cache_directory, run.cache_parameters(), rows_NT, sum(run.widths))
     return CachedActivations(cache, load, run.cfg.device)
 
 
@@ -127,6 +133,7 @@ class Training:
                 _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple, centers=centers)
                 for each in self.trainer.trainers.values() if run.initialized_from else ():
                     unfold_normalization(each.sae, each.activation_scaler)
+            self._hold_out_samples()
         none = [None] * len(run.cfgs)
         self.max_norms = dict(zip(run.hook_names, self.stream.max_activation_norms or none, strict=True))
         for each, median_norm in zip(run.cfgs, self.stream.median_norms or none, strict=True):
@@ -136,6 +143,22 @@ class Training:
         if cfg.compile_sae:
             for sae in self.saes.values():
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
+
+    def _hold_out_samples(self) -> None:
+        """Runs held-out text for the calibration of L0, if there is enough; otherwise that is on what is trained on."""
+        run, samples = self.run, [each.sample for each in self.trainer.trainers.values()]
+        if run.held_out_NT is None or not any(sample is not None for sample in samples):
+            return
+        if run.held_out_NT.size < LEAST_HELD_OUT:
+            return
+        # A shard needs all activations. Where rows are few, each rank runs all of them too: none must be without any.
+        shares = not run.is_sharded and len(run.held_out_NT) >= _ROWS_OF_RANK * self.ranks.size
+        acts_ND = self.stream.of_other_rows(
+            run.held_out_NT, run.held_out_assistant_NT, activation_sample.DTYPE, shares=shares
+        )
+        for sample, acts in zip(samples, self.stream.at_each_hook(acts_ND), strict=True):
+            assert sample is not None  # the SAEs differ in their hooks only
+            sample.hold(acts)
 
     def _create_sae(self, cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:
         """Returns the SAE that this rank trains. If features are sharded, rank 0 makes all of them on its CPU first."""

@@ -82,8 +82,9 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
             text,
             run.rows_NT.shape,
             run.assistant_NT is not None,
+            [None if rows is None else np.array(rows) for rows in (run.held_out_NT, run.held_out_assistant_NT)],
         )
-    directory, resume_from, initialized_from, text, shape, has_assistant = ranks.broadcast(sent)
+    directory, resume_from, initialized_from, text, shape, has_assistant, held_out = ranks.broadcast(sent)
     rows_NT = torch.from_numpy(np.array(run.rows_NT).view(np.int32) if run else np.empty(shape, np.int32))
     ranks.broadcast_tensor(rows_NT)
     assistant_NT = None
@@ -91,7 +92,7 @@ def _broadcast(run: PreparedRun | None, ranks: Ranks) -> _FoundByRank0:
         assistant = np.empty(shape, np.uint8) if run is None else np.array(run.assistant_NT, np.uint8)
         ranks.broadcast_tensor(torch.from_numpy(assistant))
         assistant_NT = assistant.astype(bool)
-    read = RunText(text, rows_NT.numpy().view(np.uint32), assistant_NT)
+    read = RunText(text, rows_NT.numpy().view(np.uint32), assistant_NT, *held_out)
     return _FoundByRank0(directory, resume_from, initialized_from, read)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +11,12 @@ import numpy as np
 from sae_lens import LanguageModelSAERunnerConfig
 from transformers import PreTrainedTokenizerBase
 
+from sae_toolkit.evaluation.text import rows_of_evaluation
 from sae_toolkit.model.loading import ModelSource, check_token_ids
+from sae_toolkit.settings.evaluation import EvaluationTextSettings
 from sae_toolkit.settings.training import TextSettings, TrainingSettings
+from sae_toolkit.steps.activation_sample import held_out_tokens
+from sae_toolkit.steps.calibration import has_calibration
 from sae_toolkit.text.chat import by_chat_template
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import (
@@ -26,12 +31,12 @@ from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTA
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT_TOKENS, _LEAST_HELD_OUT_ROWS = 4096, 4  # of the text that a run measures on each time
+_TOKENS_OF_READING, _LEAST_ROWS_OF_READING = 4096, 4
 
 
 @dataclass(frozen=True)
 class RunText:
-    """A text, and its tokens as in `PreparedRun`. On other ranks than 0 it is without what is held out."""
+    """A text, and its tokens as in `PreparedRun`."""
 
     text: TextSource
     rows_NT: np.ndarray
@@ -60,12 +65,12 @@ def read_text(
     model: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RunText:
-    """Reads the text to train on, and held-out text if the run measures on any.
+    """Reads the text to train on, and held-out text if the run measures or calibrates on any.
 
     Raises:
         UserError: the text cannot be read, is too small, or has tokens that the model does not have.
     """
-    chosen, seed, eval_every = settings.text, settings.optimization.seed, settings.recording.eval_every
+    chosen = settings.text
     text = open_text(
         chosen.dataset_path,
         flag="--dataset_path",
@@ -87,13 +92,38 @@ def read_text(
     )
     read = RunText(text, *split_marks(marked_NT, positions))
     check_token_ids(read.rows_NT, model, f"--dataset_path {text.name}")
-    if eval_every:
-        n_rows = max(_HELD_OUT_TOKENS // cfg.context_size, _LEAST_HELD_OUT_ROWS)
-        flag = f"--eval_every {eval_every}, --dataset_path"
-        marked_NT, _ = collect_evaluation_rows(text, tokenizer, context, held_out, n_rows=n_rows, seed=seed, flag=flag)
-        held_out_NT, held_out_assistant_NT = split_marks(marked_NT, positions)
-        read = replace(read, held_out_NT=held_out_NT, held_out_assistant_NT=held_out_assistant_NT)
+    usable = cfg.context_size - positions.skip_positions
+    if n_rows := _held_out_rows(settings, cfg, usable):
+        # The rows that the evaluation measures on where nobody chooses others, so that L0 is k there. Which they are
+        # does not depend on the seed of the run.
+        eval_every = settings.recording.eval_every
+        marked_NT, _ = collect_evaluation_rows(
+            text,
+            tokenizer,
+            context,
+            held_out,
+            n_rows=max(n_rows, rows_of_evaluation(usable)),
+            seed=EvaluationTextSettings.seed,
+            flag=f"--eval_every {eval_every}, --dataset_path",
+            required=eval_every > 0,
+        )
+        if len(marked_NT):
+            held_out_NT, held_out_assistant_NT = split_marks(marked_NT[:n_rows], positions)
+            read = replace(read, held_out_NT=held_out_NT, held_out_assistant_NT=held_out_assistant_NT)
     return read
+
+
+def rows_of_reading(context_size: int) -> int:
+    """Returns how many rows of held-out text are measured on each time during a training."""
+    return max(_TOKENS_OF_READING // context_size, _LEAST_ROWS_OF_READING)
+
+
+def _held_out_rows(settings: TrainingSettings, cfg: LanguageModelSAERunnerConfig[Any], usable: int) -> int:
+    """Returns how many rows of held-out text a run needs, for its readings and for the calibration of its L0."""
+    n_rows = rows_of_reading(cfg.context_size) if settings.recording.eval_every else 0
+    if settings.text.held_out_fraction and has_calibration(cfg.sae, settings.sae.target_l0):
+        n_rows = max(n_rows, math.ceil(held_out_tokens(cfg.training_tokens) / usable))
+    return n_rows
 
 
 def saved_text(directory: RunDirectory) -> RunText:
