@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from sae_lens import SAE, ActivationsStore, run_evals
@@ -110,6 +111,27 @@ def test_saelens_own_evaluation_agrees(finished, language_model, tokenizer):
         },
         rel=1e-3,
         abs=5e-4,  # the loss recovered is a small difference of losses after so few steps
+    )
+
+
+@torch.no_grad()
+def test_the_l0_on_held_out_text_is_k(finished, language_model, tokenizer):
+    """By SAELens's SAE, on the rows that the run kept for it: half as many tokens as it was trained on."""
+    sae_path, trained, _ = finished
+    sae = SAE.load_from_disk(sae_path, device="cpu")
+    metadata = sae.cfg.metadata
+    rows_NT = torch.from_numpy(np.load(sae_path.parent / "held_out.npy").astype(np.int64))
+    kept_NT = ~torch.isin(rows_NT, torch.tensor(tokenizer.all_special_ids))
+    kept_NT[:, 0] = False  # --skip_positions 1
+    acts_ND = torch.cat([language_model.activations(rows) for rows in rows_NT.split(8)])[kept_NT]
+    acts_ND = acts_ND[acts_ND.norm(dim=-1) <= metadata.max_activation_norm]
+    assert len(acts_ND) == pytest.approx(metadata.calibrated_on_tokens, abs=2)  # the run's model is in bfloat16
+    assert metadata.calibrated_on_text == "held-out"
+    assert len(acts_ND) > 12 * 1000
+    l0 = (sae.encode(acts_ND) > 0).sum(dim=-1).double().mean().item()
+    assert l0 == pytest.approx(64, rel=0.005)
+    assert f"L0 of the finished SAE on {metadata.calibrated_on_tokens:,} tokens of the held-out text: 64.0" in (
+        trained.stderr
     )
 
 

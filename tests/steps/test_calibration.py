@@ -118,6 +118,26 @@ def test_a_sample_goes_on_from_its_state(monkeypatch):
     assert torch.equal(whole.acts_ND, resumed.acts_ND)
 
 
+def test_held_out_activations_take_the_place_of_those_that_were_trained_on(acts_ND):
+    """They stay whatever is trained on, and are no part of a checkpoint. A reading calibrates on the first of them."""
+    trainer = new_trainer("batchtopk", acts_ND.shape[1])
+    trained_ND, held_out_ND = acts_ND.split([2 * BATCH, len(acts_ND) - 2 * BATCH])
+    trainer.step(trained_ND[:BATCH])
+    trainer.n_training_steps += 1
+    before = trainer.calibrate()
+    trainer.sample.hold(held_out_ND)
+    trainer.step(trained_ND[BATCH:])
+    trainer.n_training_steps += 1
+    held_out_ND = held_out_ND.bfloat16().float()
+    for n in (None, 300):
+        calibration = trainer.calibrate(n)
+        assert (before.text, calibration.text) == ("training", "held-out")
+        assert calibration.n_tokens == (n or len(held_out_ND))
+        l0, _ = measured(finished_copy(trainer, calibration), held_out_ND[:n])
+        assert l0 == pytest.approx(K, rel=1e-3)
+    assert trainer.sample.state_dict()["acts"] is None
+
+
 def test_the_cut_is_right_if_one_chunk_holds_nearly_all_active_features():
     """So that the first guess of how many scores of a chunk matter is far too low there."""
     generator = torch.Generator().manual_seed(0)
