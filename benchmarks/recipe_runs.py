@@ -129,7 +129,7 @@ PARTS: dict[str, list[dict[str, Any]]] = {
 
 def flags_of(run: dict[str, Any]) -> list[str]:
     """Returns the command line of a run, without the flags that say where files go."""
-    words = ["@" + str(ROOT / "presets" / "demo.args")]
+    words = ["@" + str(ROOT / "presets" / "demo.args"), "--hook_name", run.get("hook", HOOK)]
     n_steps = run["tokens"] // run["batch"] if "batch" in run else 0
     named = {"tokens": "training_tokens", "factor": "expansion_factor", "batch": "train_batch_size_tokens"}
     for name in ("tokens", "factor", "batch", "lr", "k", "seed", "architecture"):

@@ -6,6 +6,7 @@ The rules were fitted to runs on the embedded model. docs/recipes.md has these r
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +24,15 @@ _WIDEST, _NARROWEST = 8, 2
 _STEPS = 600
 _SMALLEST_BATCH, _LARGEST_BATCH = 64, 4096
 
-# The fitted learning rate: at 390 steps of an SAE of 2,304 features, and how it falls with both.
-_LR, _LR_STEPS, _LR_FEATURES = 2.1e-3, 390, 2304
-_LR_BY_STEPS, _LR_BY_FEATURES = -0.45, -0.2
+# The fitted learning rate of BatchTopK: at 781 steps of 128 tokens, 2,304 features and k 64, and the exponents of each.
+_LR, _LR_BATCH, _LR_STEPS, _LR_FEATURES, _LR_K = 1.5e-3, 128, 781, 2304, 64
+_LR_BY_BATCH, _LR_BY_STEPS, _LR_BY_FEATURES, _LR_BY_K = 0.4, -0.2, -0.55, 0.4
+# Beyond the largest batch and the most steps of the fit, and outside its k, it does not rise further.
+_FITTED_BATCH, _FITTED_STEPS, _FITTED_K = 1024, 2000, (16, 160)
+_LR_BY_MORE_STEPS = -0.45
+# Well below this rate features end dead: at 390 steps of 2,304 features, and how it falls with both.
+_LEAST_LR, _LEAST_LR_STEPS = 2.1e-3, 390
+_LEAST_LR_BY_STEPS, _LEAST_LR_BY_FEATURES = -0.45, -0.2
 # It does not fall below the published one, for long runs: 2e-4 at 2^14 features, with 1 / sqrt(d_sae) (Gao et al. 2024,
 # arXiv 2406.04093, as sparsify and dictionary_learning have it).
 _PUBLISHED_LR, _PUBLISHED_FEATURES = 2e-4, 2**14
@@ -42,6 +49,10 @@ _FIRINGS_IN_WINDOW, _WINDOW_SHARE = 40, 0.02
 # leaves more dead features, and decoder vectors that are more alike, the more the wider an SAE is. The norm is for 4x.
 _DECODER_INIT_NORM, _INIT_NORM_FACTOR, _INIT_NORM_BY_FACTOR = 0.5, 4, 0.25
 _INIT_NORM_KEY = "sae.decoder_init_norm"
+# In the outputs of attention features become alike far more easily. There the norm is larger by this factor, and the
+# rate is not raised. Hooks that are not these are treated so too.
+_FITTED_HOOKS = re.compile(r"\.hook_resid_(pre|mid|post)$|\.hook_mlp_out$|\.(layers|h|blocks)\.\d+$")
+_OTHER_HOOKS_NORM = 1.6
 # The scalings with which the mean of the activations can be measured.
 _CENTERED = ("none", "expected_average_only_in", "covariance_whitening")
 
@@ -99,6 +110,15 @@ class _Choice:
     def optimization(self) -> OptimizationSettings:
         return self.settings.optimization
 
+    @property
+    def has_fitted_hooks(self) -> bool:
+        return all(_FITTED_HOOKS.search("." + name) for name in self.settings.model.all_hook_names)
+
+    @property
+    def k(self) -> float:
+        """The wanted L0."""
+        return self.sae.k if "topk" in self.sae.architecture else self.sae.target_l0 or _L0
+
     def is_given(self, name: str) -> bool:
         return name not in self.settings.chosen
 
@@ -139,7 +159,7 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
         if "topk" in choice.sae.architecture:
             if choice.sae.normalize_activations in _CENTERED:
                 choice.choose("b_dec_init_method", "mean", "the features begin with what differs between activations")
-            norm = decoder_init_norm(choice.sae.expansion_factor)
+            norm = decoder_init_norm(choice.sae.expansion_factor, fitted_hooks=choice.has_fitted_hooks)
             choice.assign(_INIT_NORM_KEY, norm, "features grow more evenly than with SAELens's 0.1")
 
 
@@ -165,9 +185,15 @@ def expansion_factor(tokens: int, d_in: int) -> int:
     return int(min(max(2 ** math.floor(math.log2(max(affordable, 1))), _NARROWEST), _WIDEST))
 
 
-def decoder_init_norm(factor: int) -> float:
-    """Returns the norm of the decoder vectors at the first step, for a number of features for each dimension."""
-    return _rounded(_DECODER_INIT_NORM * (factor / _INIT_NORM_FACTOR) ** _INIT_NORM_BY_FACTOR)
+def decoder_init_norm(factor: int, *, fitted_hooks: bool) -> float:
+    """Returns the norm of the decoder vectors at the first step.
+
+    Args:
+        factor: the number of features for each dimension.
+        fitted_hooks: whether all hooks are residual streams and outputs of MLPs.
+    """
+    norm = _DECODER_INIT_NORM * (factor / _INIT_NORM_FACTOR) ** _INIT_NORM_BY_FACTOR
+    return _rounded(norm if fitted_hooks else norm * _OTHER_HOOKS_NORM)
 
 
 def _choose_steps(choice: _Choice, d_sae: int, n_ranks: int) -> None:
@@ -176,17 +202,19 @@ def _choose_steps(choice: _Choice, d_sae: int, n_ranks: int) -> None:
     choice.choose("train_batch_size_tokens", batch_size(tokens, least, n_ranks), f"for {_STEPS} steps or more")
     batch = choice.optimization.train_batch_size_tokens
     n_steps = max(tokens // batch, 1)
-    rate, why = learning_rate(n_steps, d_sae), f"for {n_steps:,} steps and {d_sae:,} features"
+    rate, why = least_learning_rate(n_steps, d_sae), f"for {n_steps:,} steps and {d_sae:,} features"
     if choice.sae.init_from is not None:
         rate, why = rate * _FINE_TUNING, f"a tenth of that of random weights, {why}"
+    elif "topk" in choice.sae.architecture and choice.has_fitted_hooks:
+        rate = learning_rate(n_steps, d_sae, batch, choice.k)
+        why = f"for {n_steps:,} steps of {batch:,} tokens, {d_sae:,} features and k {choice.k:g}"
     choice.choose("lr", _rounded(rate), why)
     n_warm_up = min(max(round(_WARMING_SHARE * n_steps), 1), n_steps // 2)
     choice.choose("lr_warm_up_steps", n_warm_up, f"{_WARMING_SHARE:.0%} of the steps")
     n_decay = round(_DECAYING_SHARE * n_steps)
     choice.choose("lr_decay_steps", n_decay, f"{_DECAYING_SHARE:.0%} of the steps")
-    k = choice.sae.k if "topk" in choice.sae.architecture else choice.sae.target_l0 or _L0
-    window = dead_feature_window(n_steps, batch, d_sae, k)
-    firings = window * batch * k / d_sae
+    window = dead_feature_window(n_steps, batch, d_sae, choice.k)
+    firings = window * batch * choice.k / d_sae
     choice.choose("dead_feature_window", window, f"a feature of the mean firing rate fires {firings:.0f} times in it")
 
 
@@ -205,10 +233,28 @@ def batch_size(tokens: int, least: int = 1, n_ranks: int = 1) -> int:
     return -(-size // n_ranks) * n_ranks
 
 
-def learning_rate(n_steps: int, d_sae: int) -> float:
-    """Returns the learning rate of Adam for activations that are scaled to a mean norm of sqrt(d_in)."""
-    fitted = _LR * (n_steps / _LR_STEPS) ** _LR_BY_STEPS * (d_sae / _LR_FEATURES) ** _LR_BY_FEATURES
-    return max(fitted, _PUBLISHED_LR * math.sqrt(_PUBLISHED_FEATURES / d_sae))
+def learning_rate(n_steps: int, d_sae: int, batch: int, k: float) -> float:
+    """Returns the learning rate of Adam with which BatchTopK explains most, as far as its features stay apart.
+
+    It is for activations of residual streams and MLPs, scaled to a mean norm of sqrt(d_in), and not below
+    `least_learning_rate`.
+    """
+    rate = _LR * (min(batch, _FITTED_BATCH) / _LR_BATCH) ** _LR_BY_BATCH
+    rate *= (min(n_steps, _FITTED_STEPS) / _LR_STEPS) ** _LR_BY_STEPS
+    rate *= max(n_steps / _FITTED_STEPS, 1) ** _LR_BY_MORE_STEPS
+    rate *= max(d_sae / _LR_FEATURES, 1) ** _LR_BY_FEATURES
+    rate *= (min(max(k, _FITTED_K[0]), _FITTED_K[1]) / _LR_K) ** _LR_BY_K
+    return max(rate, least_learning_rate(n_steps, d_sae))
+
+
+def least_learning_rate(n_steps: int, d_sae: int) -> float:
+    """Returns the learning rate of Adam with which few features end dead, for activations scaled as above.
+
+    It is not below the published rate for long runs.
+    """
+    by_steps = (n_steps / _LEAST_LR_STEPS) ** _LEAST_LR_BY_STEPS
+    least = _LEAST_LR * by_steps * (d_sae / _LR_FEATURES) ** _LEAST_LR_BY_FEATURES
+    return max(least, _PUBLISHED_LR * math.sqrt(_PUBLISHED_FEATURES / d_sae))
 
 
 def dead_feature_window(n_steps: int, batch: int, d_sae: int, k: float) -> int:

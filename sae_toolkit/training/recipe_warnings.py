@@ -14,7 +14,7 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS
-from sae_toolkit.training.recipe import learning_rate
+from sae_toolkit.training.recipe import least_learning_rate
 
 # Runs of the recipe became healthy with 5 tokens for each feature, at several widths, and with 2.7 at one
 # (docs/recipes.md). With 3.8 tokens 88.8% of the features ended dead in the document that this project reproduces.
@@ -154,7 +154,7 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begi
             + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
         )
     elif hasattr(cfg.sae, "k") and n_steps <= _FITTED_STEPS and not begins_trained:
-        fitted = learning_rate(n_steps, cfg.sae.d_sae)
+        fitted = least_learning_rate(n_steps, cfg.sae.d_sae)
         if cfg.lr < LEAST_OF_RECIPE * fitted:
             found.append(
                 f"--lr {cfg.lr:g}: {cfg.lr / fitted:.0%} of what {n_steps} steps and {cfg.sae.d_sae:,} features want,"

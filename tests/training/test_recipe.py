@@ -15,7 +15,7 @@ from sae_toolkit.many_runs.sweep.trials import make_trials
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.command_line import parse_training_flags, save_flags, training_words
 from sae_toolkit.settings.training import RECIPE_FLAGS, TrainingSettings
-from sae_toolkit.training.recipe import learning_rate, with_recipe
+from sae_toolkit.training.recipe import learning_rate, least_learning_rate, with_recipe
 from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 
@@ -74,7 +74,7 @@ def test_a_given_sparsity_weight_is_not_adjusted() -> None:
     assert chosen("--recipe", "auto", "--architecture", "gated", "--l1_coefficient", 3).sae.target_l0 is None
 
 
-def test_more_tokens_give_larger_batches_longer_runs_and_lower_rates() -> None:
+def test_more_tokens_give_larger_batches_and_longer_runs() -> None:
     runs = [
         chosen("--recipe", "auto", "--expansion_factor", 8, "--training_tokens", tokens).optimization
         for tokens in (50_000, 500_000, 5_000_000, 50_000_000)
@@ -84,15 +84,44 @@ def test_more_tokens_give_larger_batches_longer_runs_and_lower_rates() -> None:
     assert batches == sorted(batches) and batches[-1] == 4096
     steps = [run.training_tokens // run.train_batch_size_tokens for run in runs]
     assert steps[0] >= 600 and steps[-1] > 10_000
-    rates = [run.lr for run in runs]
-    assert rates == sorted(rates, reverse=True)
 
 
 def test_the_rate_of_a_long_run_is_the_published_one() -> None:
     published = 2e-4 * math.sqrt(2**14 / 32_768)  # of Gao et al. 2024
 
-    assert learning_rate(n_steps=10**6, d_sae=32_768) == pytest.approx(published)
-    assert published < learning_rate(n_steps=12_207, d_sae=32_768) < 2.5 * published  # 50 M tokens of Llama-3-8B
+    assert learning_rate(n_steps=10**6, d_sae=32_768, batch=4096, k=64) == pytest.approx(published)
+    # 50 M tokens of Llama-3-8B
+    assert published < learning_rate(n_steps=12_207, d_sae=32_768, batch=4096, k=64) < 2.5 * published
+
+
+def test_the_rate_grows_with_the_batch_and_k_and_falls_with_steps_and_width() -> None:
+    demo = {"n_steps": 976, "d_sae": 2304, "batch": 512, "k": 64}
+    rates = [
+        learning_rate(**demo | more)
+        for more in ({"batch": 128}, {"k": 20}, {"d_sae": 4608}, {"n_steps": 1952}, {}, {"k": 160}, {"batch": 1024})
+    ]
+    assert all(rate < rates[4] for rate in rates[:4])
+    assert all(rate > rates[4] for rate in rates[5:])
+    assert learning_rate(**demo | {"d_sae": 10**6}) == least_learning_rate(976, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_fitted"),
+    [
+        (("--layer", 5), True),
+        (("--hook_name", "model.layers.5"), True),
+        (("--hook_name", "transformer.h.5"), True),
+        (("--hook_name", "blocks.5.hook_mlp_out"), True),
+        (("--hook_name", "blocks.5.hook_attn_out"), False),
+        (("--hook_name", "blocks.5.attn.hook_z"), False),
+        (("--hook_names", "blocks.5.hook_resid_pre", "blocks.5.hook_attn_out"), False),
+        (("--layer", 5, "--architecture", "jumprelu"), False),
+    ],
+)
+def test_the_rate_is_raised_only_where_it_was_fitted(words: tuple[Any, ...], is_fitted: bool) -> None:
+    """BatchTopK's features become alike in the outputs of attention, and the other kinds have another loss."""
+    rate = chosen("--recipe", "auto", "--expansion_factor", 4, *words).optimization.lr
+    assert (rate > 2e-3) == is_fitted
 
 
 def test_schedules_fit_into_runs_of_any_length() -> None:
