@@ -73,6 +73,12 @@ def spread(**values: Any) -> list[dict[str, Any]]:
     return before(**{"init_norm": 0.3, "window": 8} | values)
 
 
+def grown(**values: Any) -> list[dict[str, Any]]:
+    """Returns runs that begin as the recipe's, at the mean of the activations, with rates of their own."""
+    common = {"tokens": 500_000, "batch": 512, "k": 64, "window": 20, "init_norm": 0.5, "b_dec": "mean"}
+    return spread(**common | values)
+
+
 PARTS: dict[str, list[dict[str, Any]]] = {
     # Batch and learning rate of 100,000 tokens.
     "steps": before(batch=[128, 256, 512], lr=[1e-3, 2e-3, 4e-3]),
@@ -116,20 +122,55 @@ PARTS: dict[str, list[dict[str, Any]]] = {
         *spread(b_dec="mean", tokens=500_000, factor=32, batch=1024, lr=0.8e-3, window=11),
     ],
     "long": [*spread(tokens=500_000, batch=512, lr=1.4e-3), *spread(tokens=500_000, batch=1024, lr=2e-3)],
+    # The learning rate by k, batch, steps and width, and at other hooks.
+    "rate": [
+        *grown(k=20, lr=2e-3),
+        *grown(k=40, lr=[2e-3, 2.8e-3]),
+        *grown(lr=[1.4e-3, 2e-3, 2.8e-3, 4e-3]),
+        *grown(k=80, lr=[2.8e-3, 4e-3]),
+        *grown(k=80, lr=[1.4e-3, 2.8e-3], init_norm=0.1),
+        *grown(k=160, lr=[2.8e-3, 4e-3, 5.6e-3]),
+        *grown(tokens=50_000, batch=64, window=22, lr=[1.1e-3, 1.6e-3]),
+        *grown(tokens=100_000, batch=128, window=16, lr=[1e-3, 1.5e-3, 2.1e-3, 3e-3]),
+        *grown(tokens=200_000, batch=256, window=16, lr=[1.8e-3, 2.5e-3]),
+        *grown(batch=256, window=40, lr=2e-3),
+        *grown(batch=1024, window=10, lr=[2.8e-3, 4e-3]),
+        *grown(tokens=1_000_000, batch=1024, lr=[2.4e-3, 3.4e-3]),
+        *grown(factor=8, init_norm=0.59, lr=[1.2e-3, 2.2e-3]),
+        *grown(factor=16, init_norm=0.71, window=23, lr=[1.6e-3, 2.4e-3]),
+        *grown(factor=16, init_norm=0.71, tokens=100_000, batch=128, window=45, lr=1.1e-3),
+        *grown(factor=32, init_norm=0.84, batch=1024, window=11, lr=1.9e-3),
+    ],
+    "rate at hooks": [
+        *grown(hook=["blocks.12.hook_mlp_out", "blocks.28.hook_resid_post"], lr=2.5e-3),
+        *grown(hook=[f"blocks.{layer}.hook_resid_post" for layer in (2, 6, 20)], lr=2.5e-3, seed=5),
+        *grown(hook="blocks.18.hook_mlp_out", lr=2.5e-3, seed=5),
+        *grown(hook=ATTENTION["hook"], lr=2.5e-3, init_norm=[0.5, 0.8]),
+        *grown(hook="blocks.12.hook_attn_out", lr=2.5e-3),
+        *grown(hook=ATTENTION["hook"], tokens=300_000, batch=256, window=23, lr=1.8e-3, init_norm=[0.5, 0.8]),
+        *grown(hook=[ATTENTION["hook"], "blocks.12.hook_attn_out"], lr=[1e-3, 1.4e-3], seed=5),
+        *grown(hook=ATTENTION["hook"], lr=1e-3, init_norm=0.8, seed=5),
+        *grown(hook=ATTENTION["hook"], lr=1.4e-3, init_norm=1.0, seed=5),
+    ],
     # Settings that the rule was not fitted on: other hooks, budgets and seeds.
     "rule": [
         *over(tokens=100_000, factor=[4, 8], hook=list(NOT_FITTED_ON), seed=[1, 2]),
         *over(tokens=300_000, factor=[4, 16], hook=["blocks.6.hook_attn_out", "blocks.16.hook_resid_post"], seed=3),
+        *over(tokens=500_000, factor=4, hook=["blocks.6.hook_attn_out", "blocks.16.hook_resid_post"], seed=3),
+        *over(tokens=1_000_000, factor=8, hook="blocks.6.hook_resid_post", seed=4),
+        *over(tokens=2_000_000, factor=4, hook="blocks.16.hook_resid_post", seed=4),
     ],
     # How few tokens suffice.
     "bound": [*over(tokens=[6_000, 12_000, 25_000, 50_000], factor=4), *over(tokens=50_000, factor=[8, 16, 32])],
-    "kinds": over(tokens=100_000, factor=4, architecture=["topk", "matryoshka_batchtopk"]),
+    "kinds": over(tokens=[100_000, 500_000], factor=4, architecture=["topk", "matryoshka_batchtopk"]),
 }
 
 
 def flags_of(run: dict[str, Any]) -> list[str]:
     """Returns the command line of a run, without the flags that say where files go."""
-    words = ["@" + str(ROOT / "presets" / "demo.args"), "--hook_name", run.get("hook", HOOK)]
+    words = ["@" + str(ROOT / "presets" / "demo.args")]
+    if "hook" in run:
+        words += ["--hook_name", run["hook"]]
     n_steps = run["tokens"] // run["batch"] if "batch" in run else 0
     named = {"tokens": "training_tokens", "factor": "expansion_factor", "batch": "train_batch_size_tokens"}
     for name in ("tokens", "factor", "batch", "lr", "k", "seed", "architecture"):
@@ -232,6 +273,8 @@ def _begin(
 @torch.no_grad()
 def measure(trainer: Trainer, held_out_ND: torch.Tensor) -> dict[str, float]:
     """Returns the evaluation's metrics, but for loss recovered, of the SAE as the run would save it."""
+    if trainer.sample is not None:
+        trainer.sample.hold(held_out_ND)
     sae = finished_copy(trainer, trainer.calibrate())
     mean_D = held_out_ND.float().mean(dim=0)
     firings_F = torch.zeros(sae.cfg.d_sae)
