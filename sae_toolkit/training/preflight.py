@@ -156,7 +156,9 @@ class Speed:
         """
         phases, training_tokens = run.phases, run.cfg.training_tokens
         rate = math.inf if reads_cache else self.tokens_a_second * run.ranks.size
-        seconds = training_tokens * phases.n_before / phases.n_steps / rate + phases.n_before * self.seconds_a_step
+        n_tokens = training_tokens * phases.n_before / phases.n_steps
+        n_tokens += 0 if run.held_out_NT is None else run.held_out_NT.size  # for the calibration of L0
+        seconds = n_tokens / rate + phases.n_before * self.seconds_a_step
         source = "activations read from the cache" if reads_cache else f"activations {rate:,.0f} tokens/s"
         finetuning = ""
         if n := phases.n_finetuning:
