@@ -27,8 +27,9 @@ _SMALLEST_BATCH, _LARGEST_BATCH = 64, 4096
 # The fitted learning rate of BatchTopK: at 781 steps of 128 tokens, 2,304 features and k 64, and the exponents of each.
 _LR, _LR_BATCH, _LR_STEPS, _LR_FEATURES, _LR_K = 1.5e-3, 128, 781, 2304, 64
 _LR_BY_BATCH, _LR_BY_STEPS, _LR_BY_FEATURES, _LR_BY_K = 0.4, -0.2, -0.55, 0.4
-# Beyond the largest batch and the most steps of the fit, and outside its k, it does not rise further.
-_FITTED_BATCH, _FITTED_STEPS, _FITTED_K = 1024, 2000, (16, 160)
+# It does not rise with larger batches, because with more tokens the same rate makes more features alike, nor beyond the
+# k of the fit. Beyond the most steps of the fit it falls faster.
+_LARGEST_FITTED_BATCH, _FITTED_STEPS, _FITTED_K = 512, 2000, (16, 160)
 _LR_BY_MORE_STEPS = -0.45
 # Well below this rate features end dead: at 390 steps of 2,304 features, and how it falls with both.
 _LEAST_LR, _LEAST_LR_STEPS = 2.1e-3, 390
@@ -239,7 +240,7 @@ def learning_rate(n_steps: int, d_sae: int, batch: int, k: float) -> float:
     It is for activations of residual streams and MLPs, scaled to a mean norm of sqrt(d_in), and not below
     `least_learning_rate`.
     """
-    rate = _LR * (min(batch, _FITTED_BATCH) / _LR_BATCH) ** _LR_BY_BATCH
+    rate = _LR * (min(batch, _LARGEST_FITTED_BATCH) / _LR_BATCH) ** _LR_BY_BATCH
     rate *= (min(n_steps, _FITTED_STEPS) / _LR_STEPS) ** _LR_BY_STEPS
     rate *= max(n_steps / _FITTED_STEPS, 1) ** _LR_BY_MORE_STEPS
     rate *= max(d_sae / _LR_FEATURES, 1) ** _LR_BY_FEATURES

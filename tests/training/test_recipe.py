@@ -98,10 +98,11 @@ def test_the_rate_grows_with_the_batch_and_k_and_falls_with_steps_and_width() ->
     demo = {"n_steps": 976, "d_sae": 2304, "batch": 512, "k": 64}
     rates = [
         learning_rate(**demo | more)
-        for more in ({"batch": 128}, {"k": 20}, {"d_sae": 4608}, {"n_steps": 1952}, {}, {"k": 160}, {"batch": 1024})
+        for more in ({"batch": 128}, {"k": 20}, {"d_sae": 4608}, {"n_steps": 1952}, {}, {"k": 160}, {"n_steps": 488})
     ]
     assert all(rate < rates[4] for rate in rates[:4])
     assert all(rate > rates[4] for rate in rates[5:])
+    assert learning_rate(**demo | {"batch": 4096}) == rates[4]
     assert learning_rate(**demo | {"d_sae": 10**6}) == least_learning_rate(976, 10**6)
 
 
