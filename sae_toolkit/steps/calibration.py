@@ -34,7 +34,7 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.steps.activation_sample import ActivationSample
 from sae_toolkit.steps.selection import largest
 
-FURTHEST = 0.25  # from --target_l0, as a share of it: an SAE whose L0 is further away is left as it is
+FURTHEST = 0.5  # from --target_l0, as a share of it: an SAE whose L0 is further away is left as it is
 _MOST_AT_ONCE = 2**26  # scores
 _SMALLEST = 1e-8  # of norms and thresholds that are divided by
 

@@ -24,6 +24,7 @@ from sae_toolkit.model.hook_width import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.settings.training import OptimizationSettings, RecordingSettings, RunSettings, SAESettings
 from sae_toolkit.settings.values import Interval
+from sae_toolkit.steps.activation_sample import LEAST_HELD_OUT
 from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
@@ -218,6 +219,11 @@ class PreparedRun:
         return share
 
     @property
+    def calibrates_on_held_out(self) -> bool:
+        """Whether there is enough held-out text to calibrate L0 on, if the SAEs have one to calibrate."""
+        return self.held_out_NT is not None and self.held_out_NT.size >= LEAST_HELD_OUT
+
+    @property
     def evaluates(self) -> bool:
         """Whether the run measures on held-out text during training, on this rank."""
         return self.recording.eval_every > 0 and self.ranks.is_main
@@ -327,7 +333,8 @@ class PreparedRun:
         """Returns an upper bound of the bytes that the run takes on disk, by item."""
         memory = self.plan_memory()
         sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
-        checkpoint = sae + adam + self.ranks.size * memory.buffer + memory.sample
+        sample = 0 if self.calibrates_on_held_out else memory.sample
+        checkpoint = sae + adam + self.ranks.size * memory.buffer + sample
         n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
         if Interval.parse(self.saving.checkpoint_every) != Interval():
             n_checkpoints += self.saving.keep + 1  # one more: an old one is deleted when the new one is complete

@@ -24,7 +24,6 @@ from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
 from sae_toolkit.saes.training_form import load_weights, unfold_normalization
 from sae_toolkit.steps import activation_sample
-from sae_toolkit.steps.activation_sample import LEAST_HELD_OUT
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
@@ -147,10 +146,9 @@ class Training:
     def _hold_out_samples(self) -> None:
         """Runs held-out text for the calibration of L0, if there is enough; otherwise that is on what is trained on."""
         run, samples = self.run, [each.sample for each in self.trainer.trainers.values()]
-        if run.held_out_NT is None or not any(sample is not None for sample in samples):
+        if not run.calibrates_on_held_out or not any(sample is not None for sample in samples):
             return
-        if run.held_out_NT.size < LEAST_HELD_OUT:
-            return
+        assert run.held_out_NT is not None
         # A shard needs all activations. Where rows are few, each rank runs all of them too: none must be without any.
         shares = not run.is_sharded and len(run.held_out_NT) >= _ROWS_OF_RANK * self.ranks.size
         acts_ND = self.stream.of_other_rows(
