@@ -35,6 +35,7 @@ from sae_toolkit.training.prepared_run import PreparedRun
 log = logging.getLogger(__name__)
 
 _ROWS_OF_RANK = 4  # of held-out text, at least
+_LEAST_KEPT = 1024  # of the activations of held-out text
 
 
 def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
@@ -154,6 +155,8 @@ class Training:
         acts_ND = self.stream.of_other_rows(
             run.held_out_NT, run.held_out_assistant_NT, activation_sample.DTYPE, shares=shares
         )
+        if sum(n for (n,) in self.ranks.counts(len(acts_ND))) < _LEAST_KEPT:  # if the assistant hardly speaks there
+            return
         for sample, acts in zip(samples, self.stream.at_each_hook(acts_ND), strict=True):
             assert sample is not None  # the SAEs differ in their hooks only
             sample.hold(acts)
