@@ -193,16 +193,20 @@ class ActivationStream(Iterator[torch.Tensor]):
             rows_NT: token ids, the same on all ranks.
             assistant_NT: as that of the stream.
             dtype: dtype of the activations.
-            shares: whether each rank runs its share of the rows. Otherwise each runs all.
+            shares: whether each rank runs its share of the rows, of which there are as many as ranks or more. Otherwise
+                each runs all.
 
         Returns:
             [N, D] on the CPU, of the rows that this rank has run.
+
+        Raises:
+            UserError: the memory does not suffice for one row.
         """
         self.wait()
         mine = np.arange(len(rows_NT))
         if shares:
             mine = np.array_split(mine, self.ranks.size)[self.ranks.rank]
-        pieces = [self._run(rows_NT, assistant_NT, np.arange(1))[:0].to("cpu", dtype)] if len(mine) == 0 else []
+        pieces = []
         with Progress("held-out text", len(mine), unit="contexts", speaks=self.ranks.is_main) as progress:
             for n_rows, acts_ND in self._pieces(rows_NT, assistant_NT, mine):
                 pieces.append(self._without_massive(acts_ND).to("cpu", dtype))

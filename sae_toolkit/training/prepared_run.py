@@ -219,6 +219,11 @@ class PreparedRun:
         return share
 
     @property
+    def all_rows_NT(self) -> np.ndarray:
+        """The rows of token ids whose activations the run needs: those that are trained on, and held-out text."""
+        return self.rows_NT if self.held_out_NT is None else np.concatenate((self.rows_NT, self.held_out_NT))
+
+    @property
     def calibrates_on_held_out(self) -> bool:
         """Whether there is enough held-out text to calibrate L0 on, if the SAEs have one to calibrate."""
         return self.held_out_NT is not None and self.held_out_NT.size >= LEAST_HELD_OUT

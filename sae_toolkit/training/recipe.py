@@ -238,7 +238,13 @@ def learning_rate(n_steps: int, d_sae: int, batch: int, k: float) -> float:
     """Returns the learning rate of Adam with which BatchTopK explains most, as far as its features stay apart.
 
     It is for activations of residual streams and MLPs, scaled to a mean norm of sqrt(d_in), and not below
-    `least_learning_rate`.
+    `least_learning_rate`. docs/recipes.md has the runs that it was fitted to.
+
+    Args:
+        n_steps: steps of the run.
+        d_sae: number of features.
+        batch: tokens of a step.
+        k: active features of a token.
     """
     rate = _LR * (min(batch, _LARGEST_FITTED_BATCH) / _LR_BATCH) ** _LR_BY_BATCH
     rate *= (min(n_steps, _FITTED_STEPS) / _LR_STEPS) ** _LR_BY_STEPS

@@ -8,7 +8,6 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
@@ -54,8 +53,7 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
     if run.cache_directory is None:
         with run.ranks.one_first():
             return load()
-    rows_NT = run.rows_NT if run.held_out_NT is None else np.concatenate((run.rows_NT, run.held_out_NT))
-    cache = ActivationCache(run.cache_directory, run.cache_parameters(), rows_NT, sum(run.widths))
+    cache = ActivationCache(run.cache_directory, run.cache_parameters(), run.all_rows_NT, sum(run.widths))
     return CachedActivations(cache, load, run.cfg.device)
 
 

@@ -109,8 +109,7 @@ def share(words: Sequence[str], directory: Path, highest_l0: int, *, halves: boo
     if halves:
         _check_halves(run)
     activations = open_activations(run)
-    rows_NT = run.rows_NT if run.held_out_NT is None else np.concatenate((run.rows_NT, run.held_out_NT))
-    rows = torch.from_numpy(rows_NT.astype(np.int64))
+    rows = torch.from_numpy(run.all_rows_NT.astype(np.int64))
     with Progress("activations", len(rows), unit="contexts", device=run.cfg.device) as progress:
         for batch_BT in rows.split(settings.model.store_batch_size_prompts):
             activations.activations(batch_BT)
