@@ -45,6 +45,7 @@ def main() -> int:
     from rich.console import Console
     from sae_lens.util import dtype_to_str
 
+    from sae_toolkit.evaluation.further import prepare_further_evaluations
     from sae_toolkit.evaluation.massive_activations import measure_norm_limits
     from sae_toolkit.evaluation.run import evaluate_saes
     from sae_toolkit.evaluation.saebench.run import check_evals, parse_evals, run_saebench
@@ -61,6 +62,7 @@ def main() -> int:
     groups = prepare_evaluations(settings.saes, settings.text, settings.measurements)
     outputs = choose_outputs(settings.results.output_json, groups)
     check_evals(evals, groups)
+    further = prepare_further_evaluations(settings, groups)
     lm_dtype = choose_lm_dtype(settings.saes.lm_dtype, groups[0].device)
     models = LanguageModels(groups[0].device, lm_dtype)
     results: list[Result] = []
@@ -71,11 +73,16 @@ def main() -> int:
         for result in of_group:
             if not settings.measurements.no_diagnosis and result.is_unhealthy:
                 result.diagnose(model, settings.saes.batch_size)
+        for each in further:
+            of_each = each.measure(group, model, settings.saes.batch_size)
+            for result, measured in zip(of_group, of_each, strict=True):
+                result.add(each.name, measured)
         results += of_group
     del models, model  # sae-bench loads the model itself
     for result in results:
         if evals:
-            result.add_saebench(
+            result.add(
+                "saebench",
                 run_saebench(
                     evals,
                     sae=result.evaluated.sae,
@@ -85,7 +92,7 @@ def main() -> int:
                     batch_size=settings.saes.batch_size,
                     device=result.group.device,
                     dtype=dtype_to_str(lm_dtype),
-                )
+                ),
             )
         result.record()
     write_over_layers(results)

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from sae_toolkit.evaluation.feature_browser import Feature
 from sae_toolkit.evaluation.health import STANDARDS, Standard
 from sae_toolkit.reports.figures import make_figures
+from sae_toolkit.reports.further import further_tables
 from sae_toolkit.reports.tables import (
     MARKS,
     beside_rows,
@@ -68,6 +69,7 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
         measured_on=_measured_on(summary),
         beside=beside_rows(summary),
         saebench=list(_saebench(summary)),
+        further=further_tables(summary),
         figures=figures,
         n_features=len(features),
         data=_rounded(data),
@@ -95,6 +97,18 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
                 line
                 for title, rows in _saebench(summary)
                 for line in (f"## {title}", "", *markdown_table(("Metric", "Value"), rows), "")
+            ),
+            *(
+                line
+                for shown in further_tables(summary)
+                for line in (
+                    f"## {shown.title}",
+                    "",
+                    *markdown_table(shown.columns, shown.rows),
+                    "",
+                    in_markdown(shown.how_to_read),
+                    "",
+                )
             ),
         ]
     )

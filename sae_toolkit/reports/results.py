@@ -23,6 +23,7 @@ from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEva
 from sae_toolkit.files.names import FLAGS_FILENAME, METRICS_FILENAME
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.reports.further import further_tables
 from sae_toolkit.reports.page import render_html, render_markdown
 from sae_toolkit.reports.summary import summarize, without_nan
 from sae_toolkit.reports.tables import diagnosis_table, feature_table, health_table
@@ -186,9 +187,14 @@ class Result:
         self.summary["diagnosis"] = without_nan(as_records(diagnose(evidence), evidence))
         self.write()
 
-    def add_saebench(self, results: Mapping[str, Any]) -> None:
-        """Adds sae-bench's own results to the summary, and writes the results again."""
-        self.summary["saebench"] = without_nan(results)
+    def add(self, name: str, results: Mapping[str, Any]) -> None:
+        """Adds the results of a further evaluation to the summary, and writes all results again.
+
+        Args:
+            name: key of the results in evaluation.json.
+            results: values that JSON stores.
+        """
+        self.summary[name] = without_nan(results)
         self.write()
 
     def record(self) -> None:
@@ -212,6 +218,8 @@ class Result:
         record.log_table(f"{prefix}/features", *feature_table(self.evaluation.features))
         if self.summary.get("diagnosis"):
             record.log_table(f"{prefix}/diagnosis", *diagnosis_table(self.summary))
+        for shown in further_tables(self.summary):
+            record.log_table(f"{prefix}/{shown.title}", list(shown.columns), [list(row) for row in shown.rows])
         record.finish()
 
 

@@ -1,0 +1,37 @@
+"""Evaluations beyond the four health metrics. Each is off unless its flag is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.settings.evaluation import EvaluationSettings
+
+
+@dataclass(frozen=True)
+class FurtherEvaluation:
+    """A further evaluation that is checked and ready to start.
+
+    Args:
+        name: its key in evaluation.json.
+        measure: takes SAEs at one hook, their language model and the number of rows in one forward pass. Returns the
+            results of each SAE, of values that JSON stores.
+    """
+
+    name: str
+    measure: Callable[[PreparedEvaluation, LanguageModel, int], Sequence[Mapping[str, Any]]]
+
+
+def prepare_further_evaluations(
+    settings: EvaluationSettings, groups: Sequence[PreparedEvaluation]
+) -> list[FurtherEvaluation]:
+    """Returns the further evaluations that flags ask for, after checking that they can run on the SAEs.
+
+    Raises:
+        UserError: one of them cannot run.
+    """
+    further: list[FurtherEvaluation] = []
+    return further
