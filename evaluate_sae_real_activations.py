@@ -14,6 +14,9 @@
     python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0
     python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
 
+    # how many features of an SAE are found again by other seeds
+    python evaluate_sae_real_activations.py --stability "runs/seed_*/*/final_*"
+
     # an SAE whose library does not record the text of its training, on the held-out text of another SAE
     python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
 
@@ -76,7 +79,7 @@ def main() -> int:
         for each in further:
             of_each = each.measure(group, model, settings.saes.batch_size)
             for result, measured in zip(of_group, of_each, strict=True):
-                result.add(each.name, measured)
+                result.add(each.name, measured.results, measured.of_features)
         results += of_group
     del models, model  # sae-bench loads the model itself
     for result in results:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.evaluation.shown import Measured
+from sae_toolkit.evaluation.stability.prepare import prepare_stability
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.evaluation import EvaluationSettings
 
@@ -18,11 +19,11 @@ class FurtherEvaluation:
     Args:
         name: its key in evaluation.json.
         measure: takes SAEs at one hook, their language model and the number of rows in one forward pass. Returns the
-            results of each SAE, of values that JSON stores.
+            results of each SAE.
     """
 
     name: str
-    measure: Callable[[PreparedEvaluation, LanguageModel, int], Sequence[Mapping[str, Any]]]
+    measure: Callable[[PreparedEvaluation, LanguageModel, int], Sequence[Measured]]
 
 
 def prepare_further_evaluations(
@@ -33,5 +34,7 @@ def prepare_further_evaluations(
     Raises:
         UserError: one of them cannot run.
     """
-    further: list[FurtherEvaluation] = []
+    further = []
+    if settings.measurements.stability:
+        further.append(FurtherEvaluation("stability", prepare_stability(settings, groups).measure))
     return further

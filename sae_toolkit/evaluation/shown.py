@@ -1,8 +1,25 @@
-"""What a further evaluation shows of its results in the terminal and the reports."""
+"""What a further evaluation returns, and what it shows of that in the terminal and the reports."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of a further evaluation for one SAE.
+
+    Args:
+        results: values that JSON stores.
+        of_features: a number for each feature [F], by the title of its column in the feature browser.
+    """
+
+    results: Mapping[str, Any]
+    of_features: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
@@ -41,7 +42,12 @@ _TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoesc
 _TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
 
 
-def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: Sequence[Feature]) -> str:
+def render_html(
+    summary: Mapping[str, Any],
+    plots: Mapping[str, Any],
+    features: Sequence[Feature],
+    of_features: Mapping[str, torch.Tensor] | None = None,
+) -> str:
     """Returns the report as one HTML page, to be saved as UTF-8.
 
     The numbers are in HTML tables. A script in the page draws the plots and the feature browser from data in the page.
@@ -52,11 +58,16 @@ def render_html(summary: Mapping[str, Any], plots: Mapping[str, Any], features: 
             `never_fired` is a number of features. Optional: `checkpoints`, with the `tokens` and `metrics` of each
             checkpoint of a run, and `layers`, with the `layer` and `metrics` of SAEs at several layers.
         features: features for the feature browser.
+        of_features: numbers for each feature of the SAE [F], by the title that the browser shows them under.
     """
     figures = make_figures(summary, plots)
     data = {
         "figures": [json.loads(figure.to_json()) for _, _, figure in figures],
-        "features": [asdict(feature) for feature in features],
+        "features": [
+            asdict(feature)
+            | {"measured": {title: values_F[feature.index].item() for title, values_F in (of_features or {}).items()}}
+            for feature in features
+        ],
     }
     health = summary["health"]
     return _TEMPLATES.get_template("page.html").render(

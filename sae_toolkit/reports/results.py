@@ -8,10 +8,12 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sae_toolkit.diagnosis.diagnose import as_records, diagnose
 from sae_toolkit.diagnosis.evidence import METADATA, Evidence
@@ -118,6 +120,7 @@ class Result:
         output_json: path of evaluation.json.
         summary: content of evaluation.json.
         summaries_of_group: the summaries of all SAEs of the group.
+        of_features: numbers for each feature [F], which further evaluations measured, by their titles.
     """
 
     group: PreparedEvaluation
@@ -126,6 +129,7 @@ class Result:
     output_json: Path
     summary: dict[str, Any]
     summaries_of_group: Sequence[Mapping[str, Any]]
+    of_features: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def write(self, of_layers: Sequence[Mapping[str, Any]] = ()) -> None:
         """Writes evaluation.json and the reports.
@@ -148,7 +152,7 @@ class Result:
         texts = {
             self.output_json: json.dumps(self.summary, indent=2, allow_nan=False) + "\n",
             markdown: render_markdown(self.summary),
-            html: render_html(self.summary, plots, self.evaluation.features),
+            html: render_html(self.summary, plots, self.evaluation.features, self.of_features),
         }
         for path, text in texts.items():
             _write_whole(path, text)
@@ -187,14 +191,16 @@ class Result:
         self.summary["diagnosis"] = without_nan(as_records(diagnose(evidence), evidence))
         self.write()
 
-    def add(self, name: str, results: Mapping[str, Any]) -> None:
+    def add(self, name: str, results: Mapping[str, Any], of_features: Mapping[str, torch.Tensor] | None = None) -> None:
         """Adds the results of a further evaluation to the summary, and writes all results again.
 
         Args:
             name: key of the results in evaluation.json.
             results: values that JSON stores.
+            of_features: numbers for each feature [F], for the feature browser, by their titles.
         """
         self.summary[name] = without_nan(results)
+        self.of_features.update(of_features or {})
         self.write()
 
     def record(self) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sae_toolkit.evaluation.feature_browser import Context, Feature
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
-from sae_toolkit.reports.further import further_tables, render_further
+from sae_toolkit.reports.further import render_further
 from sae_toolkit.text.positions import PositionFilter
 
 MARKS = {"healthy": "✔", "borderline": "~", "unhealthy": "✘", "unsettled": "?"}
@@ -200,7 +200,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     if note := first_position_note(summary):
         parts.append(Text(note))
     parts += [Text(), beside]
-    return Group(*parts, *_diagnosis(summary), *map(render_further, further_tables(summary)))
+    return Group(*parts, *_diagnosis(summary), *render_further([summary]))
 
 
 def _diagnosis(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -279,13 +279,7 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
     notes = [
         Text(f"{summary['sae']['name']}: {note}") for summary in summaries if (note := first_position_note(summary))
     ]
-    further = [
-        part
-        for summary in summaries
-        for shown in further_tables(summary)
-        for part in (Text(f"\n{summary['sae']['name']}", "bold"), render_further(shown))
-    ]
-    return Group(Text("\n".join(headings)), table, Text(marks), *notes, *first_causes, *further)
+    return Group(Text("\n".join(headings)), table, Text(marks), *notes, *first_causes, *render_further(summaries))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from sae_toolkit.settings.values import NonNegative, NormMultiple, Positive, Tru
 class EvaluatedSAESettings:
     """SAEs and their language model."""
 
-    sae_path: tuple[str, ...] = flag(metavar="SAE")
+    sae_path: tuple[str, ...] = flag((), metavar="SAE")
     """SAEs to evaluate: directories of SAEs or runs, patterns such as 'runs/*', SAELens's release:sae_id, or Hugging
     Face ids, with :hookpoint if the repository holds several SAEs
     """
@@ -111,6 +111,10 @@ class MeasurementSettings:
     """
     saebench: str | None = flag(None, metavar="EVALS")
     """also run these evaluations of sae-bench, in an environment of its own: core,absorption,..."""
+    stability: tuple[str, ...] = flag((), metavar="SAE")
+    """also look for the features in these SAEs of the same hook, such as those of other seeds: how many are found
+    again, and whether they fire together. Without --sae_path, these SAEs are evaluated and compared with each other
+    """
     features: tuple[int, ...] = ()
     """indices of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
@@ -154,6 +158,10 @@ def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) 
     """
     parser = build_parser(EvaluationSettings, description=description)
     settings = from_flags(EvaluationSettings, vars(parser.parse_args(argv)))
+    if not settings.saes.sae_path:
+        if not settings.measurements.stability:
+            raise UserError("--sae_path: names no SAE; name the directory of an SAE or of a run")
+        settings = replace(settings, saes=replace(settings.saes, sae_path=settings.measurements.stability))
     saes, text = settings.saes, settings.text
     if saes.hook_name is not None and saes.layer is not None:
         raise UserError(

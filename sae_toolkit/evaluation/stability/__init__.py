@@ -1,0 +1,1 @@
+"""Stability: whether other SAEs of the same hook have the same features."""
