@@ -4,6 +4,7 @@
     python sae_lens_train.py @presets/demo.args            # a small model; minutes, no GPU, no account
     python sae_lens_train.py @presets/llama3-8b.args       # Llama-3-8B, layer 12, on one GPU
     python sae_lens_train.py @presets/demo.args --dry_run  # shows what would run
+    python sae_lens_train.py @presets/demo.args --seeds 3  # three SAEs, and how many features they share
     ./run_simple.sh 4 "0,1,2,3" @presets/llama3-8b.args    # on four GPUs
 
 Progress goes to standard error. The only line on standard output is the directory of the finished SAE.
@@ -36,6 +37,7 @@ def train(signals: StopSignals) -> int:
 
         # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
         from sae_toolkit.distributed.ranks import join_ranks
+        from sae_toolkit.reports.seeds import show_seeds
         from sae_toolkit.training.card import show_fit
         from sae_toolkit.training.loop import fit
         from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
@@ -62,6 +64,8 @@ def train(signals: StopSignals) -> int:
                     final = fit(training, record, signals)
                 finally:
                     record.finish()
+                if ranks.is_main:
+                    show_seeds(training, final)
     except Stopped as stopped:
         what_now = training.checkpoints.how_to_go_on() if training else "nothing was trained yet"
         log.warning("%s; %s", stopped, what_now)

@@ -55,6 +55,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         dtype: dtype of the batches.
         ranks: the ranks that share the rows.
         widths: the width of each hook; None where there is one hook.
+        saes_per_hook: how many SAEs are trained at each hook.
         device: device of the batches; None for the source's device. If it differs from the source's device, the next
             rows go through the model while the caller works on a batch.
         epochs: how many passes over the rows are expected. The start of a further one is a warning.
@@ -79,6 +80,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         dtype: torch.dtype,
         ranks: Ranks = ALONE,
         widths: list[int] | None = None,
+        saes_per_hook: int = 1,
         device: str | torch.device | None = None,
         epochs: int = 1,
         row_ids: np.ndarray | None = None,
@@ -103,6 +105,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.seed = seed
         self.ranks = ranks
         self.widths = widths
+        self.saes_per_hook = saes_per_hook
         self.shuffled = mix_fraction > 0
         self.epochs = epochs
         generator = torch.Generator().manual_seed(seed)
@@ -257,8 +260,9 @@ class ActivationStream(Iterator[torch.Tensor]):
         return acts_ND[(norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None]).all(dim=0)]
 
     def at_each_hook(self, acts_ND: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Splits activations [N, D] into those of each hook."""
-        return [acts_ND] if self.widths is None else acts_ND.split(self.widths, dim=-1)
+        """Splits activations [N, D] into those of each hook, and returns them for each SAE that is trained there."""
+        at_hooks = [acts_ND] if self.widths is None else acts_ND.split(self.widths, dim=-1)
+        return [acts for acts in at_hooks for _ in range(self.saes_per_hook)]
 
     def _norms(self, acts_ND: torch.Tensor) -> torch.Tensor:
         """Returns the L2 norms [H, N] at each of H hooks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,11 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
         settings = TrainingSettings.from_flags(json.loads((directory / FLAGS_FILENAME).read_text()))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # such as JSON that is not an object
         return None
-    optimization = settings.optimization
+    optimization, seed = settings.optimization, sae.cfg.metadata.get("seed")
+    if isinstance(seed, int):  # one of several seeds of the run
+        settings, name = replace(settings, optimization=replace(optimization, seed=seed)), f"seed_{seed}"
+    else:
+        name = sae.cfg.metadata.hook_name
     steps_since_fired_F = load_steps_since_fired(sae_path)
     if steps_since_fired_F is not None and len(steps_since_fired_F) != sae.cfg.d_sae:
         steps_since_fired_F = None
@@ -98,19 +102,19 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
         directory=directory,
         settings=settings,
         n_steps=math.ceil(optimization.training_tokens / optimization.train_batch_size_tokens),
-        readings=_readings(directory / METRICS_FILENAME, sae.cfg.metadata.hook_name),
+        readings=_readings(directory / METRICS_FILENAME, name),
         steps_since_fired_F=steps_since_fired_F,
         turned_F=_turned(settings, sae),
     )
 
 
-def _readings(path: Path, hook_name: str) -> list[dict[str, float]]:
-    """Returns the metrics that a run recorded at one hook, a mapping for each step; empty without a readable file."""
+def _readings(path: Path, name: str) -> list[dict[str, float]]:
+    """Returns the metrics that a run recorded for one SAE, a mapping for each step; empty without a readable file."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
         return []
-    at_hook = [{name.removeprefix(f"{hook_name}/"): value for name, value in line.items()} for line in lines]
+    at_hook = [{name.removeprefix(f"{name}/"): value for name, value in line.items()} for line in lines]
     needed = {"metrics/explained_variance", "details/n_training_samples"}
     return [reading for reading in at_hook if needed <= reading.keys()]
 

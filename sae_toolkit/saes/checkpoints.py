@@ -52,7 +52,7 @@ def save_training_checkpoint(
 ) -> Path:
     """Saves an unfinished run as {run directory}/{tokens}: SAELens's training form, and what --resume needs.
 
-    If there are several SAEs, the checkpoint has a directory for each, which has the name of the SAE's hook.
+    If there are several SAEs, the checkpoint has a directory for each, which has the SAE's name in the trainer.
 
     Args:
         trainer: what `MultiTrainer.whole` returned. The saved SAEs are calibrated, its own are not.
@@ -73,9 +73,9 @@ def save_training_checkpoint(
     if needed > free:
         raise NotSaved(f"it takes {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free")
     with whole_directory(target, run=run, milestone=milestone) as directory:
-        for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
+        for (name, each), cfg in zip(trainer.trainers.items(), cfgs, strict=True):
             calibrated = each.calibration.applied(each.sae) if each.calibration else nullcontext()
-            with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place, calibrated:
+            with _sae_directory(directory, trainer, name, run=run) as place, calibrated:
                 each.save_checkpoint(place.name, base_path=place.parent)
                 (place / RUNNER_CFG_FILENAME).write_text(json.dumps(cfg.to_dict()))
         state = {
@@ -89,12 +89,12 @@ def save_training_checkpoint(
 
 
 @contextmanager
-def _sae_directory(directory: Path, trainer: MultiTrainer, hook_name: str, *, run: str) -> Iterator[Path]:
+def _sae_directory(directory: Path, trainer: MultiTrainer, name: str, *, run: str) -> Iterator[Path]:
     """Yields the directory for one SAE: the checkpoint's own, or one inside it if the checkpoint has several SAEs."""
     if trainer.is_single:
         yield directory
     else:
-        with whole_directory(directory / hook_name, run=run) as place:
+        with whole_directory(directory / name, run=run) as place:
             yield place
 
 
@@ -172,8 +172,8 @@ def save_final_checkpoint(
     assert cfgs[0].checkpoint_path is not None
     final = Path(cfgs[0].checkpoint_path) / f"final_{trainer.n_training_samples}"
     with whole_directory(final, run=run) as directory:
-        for each, cfg in zip(trainer.trainers.values(), cfgs, strict=True):
-            with _sae_directory(directory, trainer, cfg.hook_name, run=run) as place:
+        for (name, each), cfg in zip(trainer.trainers.items(), cfgs, strict=True):
+            with _sae_directory(directory, trainer, name, run=run) as place:
                 each.sae.save_inference_model(place)
                 save_file({"sparsity": each.log_feature_sparsity}, place / SPARSITY_FILENAME)
                 save_file({"steps_since_fired": each.n_forward_passes_since_fired.cpu()}, place / _HISTORY_FILENAME)

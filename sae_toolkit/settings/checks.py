@@ -54,9 +54,27 @@ def check_settings(settings: TrainingSettings) -> None:
     skip_positions, context_size = settings.text.skip_positions, settings.text.context_size
     if skip_positions >= context_size:
         raise UserError(f"--skip_positions {skip_positions}: leaves nothing of a context of {context_size}; lower it")
+    _check_seeds(settings)
     _check_finetuning(settings)
     if not settings.chosen:
         check_chosen(settings)
+
+
+def _check_seeds(settings: TrainingSettings) -> None:
+    if (n := settings.optimization.seeds) == 1:
+        return
+    if len(settings.model.all_hook_names) > 1:
+        raise UserError(f"--seeds {n}: for SAEs at one hook, not at several; train at one hook at a time")
+    if settings.sae.init_from is not None:
+        raise UserError(
+            f"--seeds {n}, --init_from {settings.sae.init_from}: SAEs with the same first weights would all be the"
+            " same; leave one of the two out"
+        )
+    if settings.optimization.finetune_loss != "none":
+        raise UserError(
+            f"--seeds {n}, --finetune_loss {settings.optimization.finetune_loss}: one SAE at a time can be fine-tuned;"
+            " leave one of the two out"
+        )
 
 
 def _check_finetuning(settings: TrainingSettings) -> None:

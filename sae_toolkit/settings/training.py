@@ -211,6 +211,10 @@ class OptimizationSettings:
     """share of --training_tokens, at the end of the run, that --finetune_loss is for; 1 is the whole run"""
     seed: NonNegative = 42
     """random seed of the weights and the shuffling and, by default, of the held-out documents"""
+    seeds: Positive = flag(1, is_later=True, is_swept=False)
+    """train this many SAEs side by side on the same activations. Their weights begin with the seeds --seed, --seed + 1,
+    ...; at the end the run shows how many of their features are found again in the others
+    """
     set: tuple[str, ...] = flag((), action="append", nargs=None, metavar="KEY=VALUE")
     """set another field of SAELens's LanguageModelSAERunnerConfig, such as sae.aux_loss_coefficient=0.5"""
 

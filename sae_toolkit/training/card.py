@@ -29,7 +29,7 @@ from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.settings.values import memory_bytes
 from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.terminal.console import run_script, set_up_logging
-from sae_toolkit.training.configuration import build_runner_config
+from sae_toolkit.training.configuration import build_runner_configs
 from sae_toolkit.training.lowered_run import LoweredRun, lower_peak
 from sae_toolkit.training.recipe import with_recipe
 from sae_toolkit.training.setup import find_model_at_hooks
@@ -75,10 +75,7 @@ class RunOnCard:
         """
         model, widths = find_model_at_hooks(settings)
         settings = with_recipe(settings, max(widths.values())).settings
-        cfgs = [
-            build_runner_config(settings, name, d_in=d_in, device="cuda", run_id="planned")
-            for name, d_in in widths.items()
-        ]
+        cfgs = build_runner_configs(settings, widths, device="cuda", run_id="planned")
         chosen = settings.model.lm_dtype
         lm_dtype = auto_dtype if chosen == "auto" else getattr(torch, chosen)
         return cls(
@@ -94,7 +91,7 @@ class RunOnCard:
     @cached_property
     def _n_parameters(self) -> tuple[int, int]:
         """Number of parameters of the language model, and of its part up to the hooks."""
-        hook_names = [cfg.hook_name for cfg in self.cfgs]
+        hook_names = list(dict.fromkeys(cfg.hook_name for cfg in self.cfgs))
         up_to_hook = parameters_up_to_hook(self.model.config, hook_names, self.model.trust_remote_code)
         return self.model.n_parameters, up_to_hook
 
@@ -152,7 +149,7 @@ def show_fit(settings: TrainingSettings) -> None:
         "%s\n"
         "device  %s, of which CUDA itself takes about %s: the training %s; the evaluation %s",
         run.model.name,
-        " ".join(each.hook_name for each in run.cfgs),
+        " ".join(dict.fromkeys(each.hook_name for each in run.cfgs)),
         dtype_to_str(run.lm_dtype),
         saes,
         f"{cfg.sae.d_sae:,}",

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import logging
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pydantic
@@ -98,6 +99,31 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 _LEAST_READINGS = 10  # how often metrics are recorded in a short run
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
+
+
+def build_runner_configs(
+    settings: TrainingSettings, widths: Mapping[str, int], *, device: str, run_id: str
+) -> list[LanguageModelSAERunnerConfig[TrainingSAEConfig]]:
+    """Builds SAELens's configuration of each SAE of a run: one at each hook, or several seeds at one hook.
+
+    Args:
+        settings: settings of the run.
+        widths: the width of the activations at each hook, by its name.
+        device, run_id: as for `build_runner_config`.
+
+    Raises:
+        UserError: as `build_runner_config`.
+    """
+    first = settings.optimization.seed
+    of_seeds = [
+        replace(settings, optimization=replace(settings.optimization, seed=seed))
+        for seed in range(first, first + settings.optimization.seeds)
+    ]
+    return [
+        build_runner_config(each, name, d_in=d_in, device=device, run_id=run_id)
+        for name, d_in in widths.items()
+        for each in of_seeds
+    ]
 
 
 def build_runner_config(

@@ -46,31 +46,32 @@ class HeldOutText:
         calibrations: Mapping[str, Calibration | None],
         max_norms: Mapping[str, float | None],
     ) -> dict[str, dict[str, float]]:
-        """Returns the evaluation's metrics of each SAE, by the name of its hook.
+        """Returns the evaluation's metrics of each SAE, by its name.
 
         Args:
             trainer: trainer of the SAEs.
             calibrations: what its `calibrate` returned.
-            max_norms: by hook, the norm above which activations are left out; None leaves none out.
+            max_norms: by the SAE's name, the norm above which activations are left out; None leaves none out.
         """
         model = self.source.model if isinstance(self.source, CachedActivations) else self.source
         metrics = {}
         with random_states_restored(str(self.run.cfg.device), self.run.llm_device):
-            for name, each in trainer.trainers.items():
+            for (name, each), cfg in zip(trainer.trainers.items(), self.run.cfgs, strict=True):
                 evaluated = EvaluatedSAE(
                     SAEFile(name, self.run.directory, "SAELens", "in training"),
                     finished_copy(each, calibrations[name]),
                     replace(self.run.positions, max_activation_norm=max_norms[name]),
                 )
-                prepared, at_hook = self._prepare(name, evaluated), LanguageModel(model.model, name)
+                prepared, at_hook = self.prepare(cfg.hook_name, evaluated), LanguageModel(model.model, cfg.hook_name)
                 (evaluation,) = measure_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
                 metrics[name] = evaluation.metrics
         return metrics
 
-    def _prepare(self, hook_name: str, evaluated: EvaluatedSAE) -> PreparedEvaluation:
+    def prepare(self, hook_name: str, *saes: EvaluatedSAE) -> PreparedEvaluation:
+        """Returns the evaluation of SAEs at one hook on the text of the readings."""
         run, n_rows = self.run, len(self.rows_NT)
         return PreparedEvaluation(
-            saes=(evaluated,),
+            saes=saes,
             protocol="health",
             device=str(run.cfg.device),
             model=run.model,

@@ -104,7 +104,7 @@ class TrainingLoop:
         """Trains until all tokens are used.
 
         Returns:
-            The readings of the last step, by hook; empty if no step was left.
+            The readings of the last step, by the SAE's name; empty if no step was left.
 
         Raises:
             Stopped: a signal came. A checkpoint is saved, if there was room for it.
@@ -222,7 +222,7 @@ class TrainingLoop:
             self.run.run_directory.record_metrics(step, line, HELD_OUT_METRICS_FILENAME)
             log.info(
                 "held out%s after %s tokens: loss recovered %.2f%%, L0 %.1f, explained variance %.3f, dead %.1f%%",
-                "" if self.trainer.is_single else f" at {name}",
+                "" if self.trainer.is_single else f", {name},",
                 f"{n_tokens:,}",
                 100 * metrics["loss_recovered"],
                 metrics["l0"],

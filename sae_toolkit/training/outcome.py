@@ -22,13 +22,13 @@ def log_outcome(training: Training, readings: Mapping[str, Mapping[str, Any]]) -
 
     Args:
         training: the run.
-        readings: the readings of the last step, by hook.
+        readings: the readings of the last step, by the SAE's name.
     """
     _log_what_was_left_out(training)
     _log_l0(training.trainer)
-    for cfg in training.run.cfgs:
-        if reading := readings.get(cfg.hook_name):
-            where = "" if training.trainer.is_single else f"at {cfg.hook_name}: "
+    for name, cfg in zip(training.run.sae_names, training.run.cfgs, strict=True):
+        if reading := readings.get(name):
+            where = "" if training.trainer.is_single else f"{name}: "
             if said := unhealthy_end(cfg, reading["metrics/explained_variance"], reading["losses/overall_loss"]):
                 log.warning("warning %s%s", where, said)
 
@@ -72,7 +72,7 @@ def _log_l0(trainers: MultiTrainer) -> None:
     """Logs the L0 that the finished SAEs have, and warns if it is far from --target_l0."""
     calibrations = trainers.calibrate()
     for name, trainer in trainers.trainers.items():
-        where = "" if trainers.is_single else f"at {name}: "
+        where = "" if trainers.is_single else f"{name}: "
         calibration, control = calibrations[name], trainer.l0_control
         if control is not None:
             ((weight, value),) = trainer.found_weight.items()

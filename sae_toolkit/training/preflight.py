@@ -255,6 +255,7 @@ def _stream(
         seed=run.cfg.seed,
         dtype=str_to_dtype(run.cfg.dtype),
         widths=run.widths,
+        saes_per_hook=run.optimization.seeds,
         device=run.cfg.device,
         epochs=run.epochs,
         row_ids=run.phases.stream_rows,

@@ -41,7 +41,7 @@ class PreparedRun:
     """A run that is ready to start.
 
     Args:
-        cfgs: SAELens's configuration of each SAE. They differ only in the hook and its width.
+        cfgs: SAELens's configuration of each SAE. They differ only in the hook and its width, or only in the seed.
         hook_flag: the flag that chose the hooks.
         model: source of the language model.
         llm_device: device of the language model.
@@ -103,17 +103,23 @@ class PreparedRun:
 
     @property
     def cfg(self) -> LanguageModelSAERunnerConfig[Any]:
-        """The configuration of the first SAE. That of the others differs only in the hook and its width."""
+        """The configuration of the first SAE."""
         return self.cfgs[0]
 
     @property
+    def sae_names(self) -> list[str]:
+        """The name of each SAE: that of its hook, or seed_N if the SAEs differ in their seeds."""
+        of_seeds = self.optimization.seeds > 1
+        return [f"seed_{cfg.seed}" if of_seeds else cfg.hook_name for cfg in self.cfgs]
+
+    @property
     def hook_names(self) -> list[str]:
-        return [cfg.hook_name for cfg in self.cfgs]
+        return list(dict.fromkeys(cfg.hook_name for cfg in self.cfgs))
 
     @property
     def widths(self) -> list[int]:
-        """d_in of each SAE."""
-        return [cfg.sae.d_in for cfg in self.cfgs]
+        """The width of the activations at each hook."""
+        return list({cfg.hook_name: cfg.sae.d_in for cfg in self.cfgs}.values())
 
     @cached_property
     def n_positions(self) -> int:

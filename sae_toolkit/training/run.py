@@ -107,6 +107,7 @@ class Training:
             dtype=str_to_dtype(cfg.dtype),
             ranks=run.ranks,
             widths=run.widths,
+            saes_per_hook=run.optimization.seeds,
             device=cfg.device,
             epochs=run.epochs,
             row_ids=run.phases.stream_rows,
@@ -114,7 +115,7 @@ class Training:
         trainer_cfg = cfg.to_sae_trainer_config()
         trainer_cfg.logger = LoggingConfig(log_to_wandb=False)  # the training loop records instead
         with _out_of_memory_answered(run):
-            self.saes = {each.hook_name: self._create_sae(each) for each in run.cfgs}
+            self.saes = {name: self._create_sae(each) for name, each in zip(run.sae_names, run.cfgs, strict=True)}
             self.trainer = MultiTrainer(trainer_cfg, self.saes, run.ranks, run.sae.target_l0)
             for each_trainer in self.trainer.trainers.values():
                 each_trainer.products_in_bfloat16 = run.products_in_bfloat16
@@ -133,11 +134,12 @@ class Training:
                     unfold_normalization(each.sae, each.activation_scaler)
             self._hold_out_samples()
         none = [None] * len(run.cfgs)
-        self.max_norms = dict(zip(run.hook_names, self.stream.max_activation_norms or none, strict=True))
-        for each, median_norm in zip(run.cfgs, self.stream.median_norms or none, strict=True):
-            norms = {"max_activation_norm": self.max_norms[each.hook_name], "median_activation_norm": median_norm}
+        self.max_norms = dict(zip(run.sae_names, self.stream.max_activation_norms or none, strict=True))
+        for name, each, median_norm in zip(run.sae_names, run.cfgs, self.stream.median_norms or none, strict=True):
+            norms = {"max_activation_norm": self.max_norms[name], "median_activation_norm": median_norm}
             lineage = {"initialized_from": found} if (found := run.initialized_from.get(each.hook_name)) else {}
-            _record_training(self.saes[each.hook_name], each, run.metadata() | norms | lineage)
+            seed = {"seed": each.seed} if run.optimization.seeds > 1 else {}
+            _record_training(self.saes[name], each, run.metadata() | norms | lineage | seed)
         if cfg.compile_sae:
             for sae in self.saes.values():
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
@@ -156,7 +158,7 @@ class Training:
         if sum(n for (n,) in self.ranks.counts(len(acts_ND))) < _LEAST_KEPT:  # if the assistant hardly speaks there
             return
         for sample, acts in zip(samples, self.stream.at_each_hook(acts_ND), strict=True):
-            assert sample is not None  # the SAEs differ in their hooks only
+            assert sample is not None  # the SAEs differ in their hooks or seeds only
             sample.hold(acts)
 
     def _create_sae(self, cfg: LanguageModelSAERunnerConfig[Any]) -> TrainingSAE[Any]:

@@ -24,7 +24,7 @@ from sae_toolkit.model.loading import ModelSource, find_model
 from sae_toolkit.model.tokenizer import load_tokenizer
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.training import ModelSettings, SAESettings, TrainingSettings
-from sae_toolkit.training.configuration import build_runner_config
+from sae_toolkit.training.configuration import build_runner_configs
 from sae_toolkit.training.directory import RunDirectory, find_resumption
 from sae_toolkit.training.initial_sae import InitialSAE, open_initial_saes
 from sae_toolkit.training.prepared_run import PreparedRun, existing
@@ -157,13 +157,10 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
 def _build_configurations(
     settings: TrainingSettings, widths: dict[str, int], device: str, directory: Path, ranks: Ranks
 ) -> list[LanguageModelSAERunnerConfig[Any]]:
-    """Builds SAELens's configuration of the SAE at each hook, and checks that device and ranks can train it."""
+    """Builds SAELens's configuration of each SAE, and checks that device and ranks can train it."""
     if torch.device(device).type == "mps":
         _check_mps(settings.sae)
-    cfgs = [
-        build_runner_config(settings, name, d_in=d_in, device=device, run_id=directory.name)
-        for name, d_in in widths.items()
-    ]
+    cfgs = build_runner_configs(settings, widths, device=device, run_id=directory.name)
     if cfgs[0].activations_mixing_fraction == 0 and not ranks.is_alone:
         raise UserError(
             "--set activations_mixing_fraction=0: without mixing, each batch would be on a single process; leave it out"

@@ -120,7 +120,8 @@ def rows_of_reading(context_size: int) -> int:
 
 def _held_out_rows(settings: TrainingSettings, cfg: LanguageModelSAERunnerConfig[Any], usable: int) -> int:
     """Returns how many rows of held-out text a run needs, for its readings and for the calibration of its L0."""
-    n_rows = rows_of_reading(cfg.context_size) if settings.recording.eval_every else 0
+    compares_seeds = settings.optimization.seeds > 1 and settings.text.held_out_fraction > 0
+    n_rows = rows_of_reading(cfg.context_size) if settings.recording.eval_every or compares_seeds else 0
     if settings.text.held_out_fraction and has_calibration(cfg.sae, settings.sae.target_l0):
         n_rows = max(n_rows, math.ceil(held_out_tokens(cfg.training_tokens) / usable))
     return n_rows

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -88,10 +88,13 @@ def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: 
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
 
 
-def assert_same(one: Path, other: Path) -> None:
-    """Two finished SAEs are equal, bit for bit."""
+def assert_same(one: Path, other: Path, but: Collection[str] = ()) -> None:
+    """Two finished SAEs are equal, bit for bit, except for some fields of their metadata."""
     for name in ("sae_weights.safetensors", "sparsity.safetensors"):
         ours, theirs = load_file(one / name), load_file(other / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), (one, other)
-    assert json.loads((one / "cfg.json").read_text()) == json.loads((other / "cfg.json").read_text())
+    cfgs = [json.loads((sae / "cfg.json").read_text()) for sae in (one, other)]
+    for cfg in cfgs:
+        cfg["metadata"] = {name: value for name, value in cfg["metadata"].items() if name not in but}
+    assert cfgs[0] == cfgs[1]

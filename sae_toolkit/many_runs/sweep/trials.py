@@ -140,6 +140,10 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
         raise UserError(f"trial {number} ({' '.join(f'{n}={v}' for n, v in values.items())}): {error}") from None
     if settings.model.layers or settings.model.hook_names:
         raise UserError("--layers, --hook_names: a trial trains one SAE; sweep them, as in --grid layer=4,8,12")
+    if settings.optimization.seeds > 1:
+        raise UserError(
+            f"--seeds {settings.optimization.seeds}: a trial trains one SAE; sweep them, as in --grid seed=42,43,44"
+        )
     given = settings.as_flags()
     cache = directory / "activations" / _hash({name: given[name] for name in _OF_ACTIVATIONS}) if caches else None
     return Trial(number, values, flags, directory / "trials" / _hash(_swept(settings) | {"cached": caches}), cache)

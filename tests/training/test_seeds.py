@@ -1,0 +1,76 @@
+"""Several seeds in one pass of the model: each is an SAE of its own, and the run says what they share."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.trainings import assert_same, run_flags
+
+
+def weights(sae):
+    return load_file(sae / "sae_weights.safetensors")
+
+
+def test_the_first_is_that_of_a_run_of_its_own_and_the_run_ends_with_what_they_share(script, tiny_run):
+    flags = ["--architecture", "batchtopk", "--k", 8, "--held_out_fraction", 0.2, "--eval_every", 1024]
+    done = script("sae_lens_train.py", *tiny_run, *flags, "--seeds", 3)
+    assert done.status == 0, done.stderr
+    together = Path(done.stdout.strip())
+    names = ["seed_42", "seed_43", "seed_44"]
+    assert sorted(child.name for child in together.iterdir() if child.is_dir()) == names
+    alone = script("sae_lens_train.py", *tiny_run, *flags)
+    assert_same(Path(alone.stdout.strip()), together / "seed_42", but={"seed"})
+    seeds = [json.loads((together / name / "cfg.json").read_text())["metadata"]["seed"] for name in names]
+    assert seeds == [42, 43, 44]
+    decoders = [torch.nn.functional.normalize(weights(together / name)["W_dec"], dim=-1) for name in names]
+    table = [line.split("│") for line in done.stderr.splitlines() if line.startswith("│ seed_")]
+    shown = {tuple(cell.strip() for cell in line[1:3]) for line in table}
+    for i, j in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)):
+        mean = (decoders[i] @ decoders[j].T).amax(1).mean().item()
+        assert (names[j], f"{mean:.3f}") in shown
+    evaluated = script("evaluate_sae_real_activations.py", "--stability", together, "--num_samples", 8)
+    assert evaluated.status == 0, evaluated.stderr
+    assert "evaluated in" not in evaluated.stderr  # the same documents are held out, so one pass is enough
+
+
+def test_a_run_of_several_seeds_that_is_stopped_goes_on_to_the_same_saes(trainings, tiny_model, text_file, tmp_path):
+    def flags(name):
+        return [*run_flags(tiny_model, text_file, tmp_path / name), "--seeds", "2"]
+
+    def stop_after_a_checkpoint(pid):
+        while not any((tmp_path / "stopped").glob("*/*/[1-9]*")):
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGTERM)
+
+    status, _ = trainings.run(flags("whole"))
+    assert status == 0, trainings.shown()
+    whole = trainings.finished_sae()
+    status, _ = trainings.run(flags("stopped"), stop_after_a_checkpoint)
+    assert status == 143, trainings.shown()
+    status, _ = trainings.run([*flags("stopped"), "--resume"])
+    assert status == 0, trainings.shown()
+    for name in ("seed_42", "seed_43"):
+        assert_same(whole / name, trainings.finished_sae() / name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--layers", 0, 2], "--seeds 2: for SAEs at one hook"),
+        (["--finetune_loss", "kl"], "--seeds 2, --finetune_loss kl"),
+        (["--init_from", "."], "--seeds 2, --init_from ."),
+    ],
+)
+def test_what_several_seeds_cannot_have_is_refused(script, tiny_run, flags, says):
+    if "--layers" in flags:
+        at = tiny_run.index("--layer")
+        tiny_run = [*tiny_run[:at], *tiny_run[at + 2 :]]
+    done = script("sae_lens_train.py", *tiny_run, "--seeds", 2, *flags)
+    assert done.status == 2
+    assert says in done.stderr
