@@ -59,6 +59,12 @@ def test_a_run_of_several_seeds_that_is_stopped_goes_on_to_the_same_saes(trainin
         assert_same(whole / name, trainings.finished_sae() / name)
 
 
+def test_a_sweep_has_one_seed_in_each_trial(script, tiny_run):
+    done = script("sweep_saes.py", *tiny_run, "--architecture", "batchtopk", "--grid", "k=4,8", "--seeds", 2)
+    assert done.status == 2
+    assert "--seeds 2: a trial trains one SAE; sweep them, as in --grid seed=42,43,44" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -63,7 +63,7 @@ class Stability:
         Raises:
             UserError: the memory does not suffice.
         """
-        saes = {id(each.sae): each for each in (*group.saes, *self.others)}
+        saes = {id(each.sae): each for each in (*self.others, *group.saes)}  # those of the group have norm limits
         with out_of_memory_answered(
             f"--stability: comparing {len(saes)} SAEs on {group.device}", "name fewer SAEs, or give --device cpu"
         ):
