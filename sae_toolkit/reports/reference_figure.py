@@ -18,6 +18,13 @@ from sae_toolkit.reports.tables import format_value
 # plotly's symbol of each class of model sizes, and the sign that stands for it in the page.
 _SYMBOLS = dict(zip(SIZES, (("circle", "●"), ("square", "■"), ("diamond", "◆")), strict=True))
 
+_NAMES = {
+    "l0": "L0",
+    "loss_recovered": "loss recovered",
+    "explained_variance": "explained variance",
+    "dead_features": "dead features",
+}
+
 # Characters in a line of what is shown at a point, so that it fits on a telephone.
 _WIDTH = 48
 
@@ -61,7 +68,7 @@ def reference_figure(summary: Mapping[str, Any]) -> ReferenceFigure | None:
         textposition="bottom center",
         textfont={"color": "var(--ink)", "size": 13},
         marker={"symbol": "star", "size": 17, "color": "var(--heat)", "line": {"color": "var(--ink)", "width": 1.5}},
-        hovertext=[_numbers(metrics["l0"], metrics["loss_recovered"], metrics["explained_variance"])],
+        hovertext=["<br>".join(textwrap.wrap(_numbers(metrics), _WIDTH))],
         hovertemplate="<b>this SAE</b><br>%{hovertext}<extra></extra>",
     )
     ticks = [tick for tick in (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000) if min(x) / 1.5 < tick < max(x) * 1.5]
@@ -112,15 +119,14 @@ def _hover(reference: ReferenceSAE) -> str:
     lines = [
         f"{reference.model}, {reference.hook}",
         f"{width}, {tokens}",
-        _numbers(reference.l0, reference.loss_recovered, reference.explained_variance),
+        *textwrap.wrap(_numbers(vars(reference)), _WIDTH),
         *textwrap.wrap(reference.note, _WIDTH),
         *textwrap.wrap(reference.source, _WIDTH),
     ]
     return "<br>".join([f"<b>{escape(reference.name)}</b>", *map(escape, lines)])
 
 
-def _numbers(l0: float, loss_recovered: float | None, explained_variance: float | None) -> str:
-    shown = f"L0 {format_value('l0', l0)}, loss recovered {format_value('loss_recovered', loss_recovered)}"
-    if explained_variance is None:
-        return shown
-    return f"{shown}, explained variance {format_value('explained_variance', explained_variance)}"
+def _numbers(values: Mapping[str, float | None]) -> str:
+    """Returns the values that are known, each after its name."""
+    known = [(name, metric, values[metric]) for metric, name in _NAMES.items() if values[metric] is not None]
+    return ", ".join(f"{name} {format_value(metric, value)}" for name, metric, value in known)

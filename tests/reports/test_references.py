@@ -70,13 +70,14 @@ def test_the_page_holds_the_point_of_the_sae_and_the_source_of_each_other(summar
     *others, this = figure["data"]
     assert (this["x"], this["y"], this["text"]) == ([61.4], [0.9728], ["this SAE"])
     assert "meta" not in this
-    hovers = [text.replace("<br>", " ") for trace in others for text in trace["hovertext"]]
+    hovers = [text for trace in others for text in trace["hovertext"]]
     drawn = [reference for reference in load_references() if reference.loss_recovered is not None]
     assert len(hovers) == len(drawn) == sum(len(trace["x"]) for trace in others)
     for reference in drawn:
-        expected = [reference.model, "https://" if not reference.own else reference.source]
-        expected += [f"{count:,}" for count in (reference.d_sae, reference.training_tokens) if count]
-        assert any(reference.name in text and all(part in text for part in expected) for text in hovers)
+        (shown,) = (text for text in hovers if text.startswith(f"<b>{reference.name}</b><br>"))
+        assert reference.model in shown
+        assert all(f"{count:,}" in shown for count in (reference.d_sae, reference.training_tokens) if count)
+        assert shown.replace("<br>", "").endswith(reference.source)
 
 
 @pytest.mark.parametrize("change", [{"protocol": "saebench"}, {"metrics": {"loss_recovered": None, "l0": 61.4}}])
