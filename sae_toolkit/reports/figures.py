@@ -30,7 +30,7 @@ def make_figures(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> list[t
             figures.append((title, *histogram(summary, plots)))
     checkpoints = sorted(plots.get("checkpoints", ()), key=lambda checkpoint: checkpoint["tokens"])
     if checkpoints:
-        x = _titled("tokens trained on", tickformat="~s", nticks=5)
+        x = titled_axis("tokens trained on", tickformat="~s", nticks=5)
         tokens = [checkpoint["tokens"] for checkpoint in checkpoints]
         figures += [
             (f"{s.title} over training", *_over(s, tokens, checkpoints, x, "after %{x:,} tokens")) for s in STANDARDS
@@ -38,13 +38,20 @@ def make_figures(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> list[t
     layers = sorted(plots.get("layers", ()), key=lambda layer: layer["layer"])
     if layers:
         numbers = [layer["layer"] for layer in layers]
-        x = _titled("layer", tickvals=numbers)
+        x = titled_axis("layer", tickvals=numbers)
         figures += [(f"{s.title} over layers", *_over(s, numbers, layers, x, "at layer %{x}")) for s in STANDARDS]
     return figures
 
 
-def _figure(traces: Sequence[Any], x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any) -> go.Figure:
-    """Returns a figure with the look that all plots share."""
+def styled_figure(traces: Sequence[Any], x: Mapping[str, Any], y: Mapping[str, Any], **layout: Any) -> go.Figure:
+    """Returns a figure with the look that all plots share.
+
+    Args:
+        traces: plotly's traces.
+        x: settings of the x axis.
+        y: settings of the y axis.
+        layout: settings of the layout, in place of the shared ones.
+    """
     axis: dict[str, Any] = {
         "gridcolor": "var(--line)",
         "linecolor": "var(--line)",
@@ -71,7 +78,8 @@ def _figure(traces: Sequence[Any], x: Mapping[str, Any], y: Mapping[str, Any], *
     )
 
 
-def _titled(title: str, **axis: Any) -> dict[str, Any]:
+def titled_axis(title: str, **axis: Any) -> dict[str, Any]:
+    """Returns the settings of an axis: its title, and others by plotly's names."""
     return {"title": {"text": title, "font": {"size": 13}}, **axis}
 
 
@@ -111,7 +119,7 @@ def _losses(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
     if metrics["loss_recovered"] is not None:
         share = format_value("loss_recovered", metrics["loss_recovered"])
         caption += f" The SAE recovers {share} of the loss that zeros at the hook add."
-    return caption, _figure([bars], _titled("nats", range=[0, end], showgrid=True), {"showgrid": False})
+    return caption, styled_figure([bars], titled_axis("nats", range=[0, end], showgrid=True), {"showgrid": False})
 
 
 def _silent_share(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
@@ -142,19 +150,19 @@ def _silent_share(summary: Mapping[str, Any]) -> tuple[str, go.Figure]:
         if bounds[1] < top
     ]
     ticks = [m * 10**e for e in range(2, 12) for m in (1, 3) if tokens[0] <= m * 10**e <= 2 * tokens[-1]]
-    x = _titled(
+    x = titled_axis(
         "tokens looked at",
         type="log",
         tickvals=ticks,
         tickformat="~s",
         range=[math.log10(tokens[0] * 0.85), math.log10(2 * tokens[-1] * 1.2)],
     )
-    y = _titled("still silent", tickformat=".0%" if top > 0.05 else ".1%", range=[0, top])
+    y = titled_axis("still silent", tickformat=".0%" if top > 0.05 else ".1%", range=[0, top])
     caption = (
         f"Share of features without one firing: {shares[-1]:.2%} after {tokens[-1]:,} tokens. The hollow point is"
         f" the share to expect after as many tokens again: {twice:.2%}."
     )
-    return caption, _figure([seen, expected], x, y, shapes=lines)
+    return caption, styled_figure([seen, expected], x, y, shapes=lines)
 
 
 def _bars(edges: Sequence[float], counts: Sequence[int], hover: Sequence[str]) -> go.Bar:
@@ -180,7 +188,7 @@ def _firing_rates(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple
     hover = [f"{_rate(a)} to {_rate(b)}" for a, b in pairwise(edges)]
     first, last = math.floor(edges[0]), math.ceil(edges[-1])
     ticks = list(range(first, last + 1))
-    x = _titled(
+    x = titled_axis(
         "share of tokens that a feature fires on",
         tickvals=ticks,
         ticktext=[_rate(tick) for tick in ticks],
@@ -188,7 +196,7 @@ def _firing_rates(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple
     )
     never, d_sae = plots["never_fired"], summary["sae"]["d_sae"]
     caption = f"{sum(counts):,} features that fired; {never:,} of {d_sae:,} ({never / d_sae:.2%}) never did."
-    return caption, _figure([_bars(edges, counts, hover)], x, _titled("features"))
+    return caption, styled_figure([_bars(edges, counts, hover)], x, titled_axis("features"))
 
 
 def _rate(log10: float) -> str:
@@ -208,9 +216,9 @@ def _l0(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str, go.F
         f"{sum(counts):,} tokens by their number of active features. The standard of"
         f" {format_range(standard, standard.healthy)} is for the mean."
     )
-    x = _titled("features active at once", range=span)
-    return caption, _figure(
-        [_bars(edges, counts, hover)], x, _titled("tokens", range=[0, 1.15 * max(counts)]), shapes=lines
+    x = titled_axis("features active at once", range=span)
+    return caption, styled_figure(
+        [_bars(edges, counts, hover)], x, titled_axis("tokens", range=[0, 1.15 * max(counts)]), shapes=lines
     )
 
 
@@ -237,9 +245,9 @@ def _cosines(summary: Mapping[str, Any], plots: Mapping[str, Any]) -> tuple[str,
         f"Each feature's largest cosine to another one's decoder vector. Their mean is {cosines['mean']:.3f}; that of"
         f" as many random directions is {random:.3f}."
     )
-    x = _titled("largest cosine to another feature", range=span)
-    return caption, _figure(
-        [_bars(edges, counts, hover)], x, _titled("features", range=[0, 1.15 * max(counts)]), shapes=lines
+    x = titled_axis("largest cosine to another feature", range=span)
+    return caption, styled_figure(
+        [_bars(edges, counts, hover)], x, titled_axis("features", range=[0, 1.15 * max(counts)]), shapes=lines
     )
 
 
@@ -287,4 +295,4 @@ def _over(
     )
     percent = {"tickformat": ".0%"} if standard.metric in ("loss_recovered", "dead_features") else {}
     caption = f"Shaded: healthy, {format_range(standard, standard.healthy)}."
-    return caption, _figure([curve], x, percent | {"range": [bottom, top]}, shapes=[zone])
+    return caption, styled_figure([curve], x, percent | {"range": [bottom, top]}, shapes=[zone])

@@ -17,8 +17,11 @@ from plotly.offline import get_plotlyjs
 
 from sae_toolkit.evaluation.feature_browser import Feature
 from sae_toolkit.evaluation.health import STANDARDS, Standard
+from sae_toolkit.evaluation.saebench.reliability import reliability_note
 from sae_toolkit.reports.figures import make_figures
 from sae_toolkit.reports.further import further_tables
+from sae_toolkit.reports.reference_figure import reference_figure
+from sae_toolkit.reports.references import references_table
 from sae_toolkit.reports.tables import (
     MARKS,
     beside_rows,
@@ -61,8 +64,10 @@ def render_html(
         of_features: numbers for each feature of the SAE [F], by the title that the browser shows them under.
     """
     figures = make_figures(summary, plots)
+    references = reference_figure(summary)
     data = {
         "figures": [json.loads(figure.to_json()) for _, _, figure in figures],
+        "references": references and json.loads(references.figure.to_json()),
         "features": [
             asdict(feature)
             | {"measured": {title: values_F[feature.index].item() for title, values_F in (of_features or {}).items()}}
@@ -80,6 +85,8 @@ def render_html(
         measured_on=_measured_on(summary),
         beside=beside_rows(summary),
         saebench=list(_saebench(summary)),
+        references=references,
+        references_table=references_table(summary),
         further=further_tables(summary),
         figures=figures,
         n_features=len(features),
@@ -106,12 +113,19 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
             "",
             *(
                 line
-                for title, rows in _saebench(summary)
-                for line in (f"## {title}", "", *markdown_table(("Metric", "Value"), rows), "")
+                for title, rows, note in _saebench(summary)
+                for line in (
+                    f"## {title}",
+                    "",
+                    *([in_markdown(note), ""] if note else []),
+                    *markdown_table(("Metric", "Value"), rows),
+                    "",
+                )
             ),
             *(
                 line
-                for shown in further_tables(summary)
+                for shown in (references_table(summary), *further_tables(summary))
+                if shown is not None
                 for line in (
                     f"## {shown.title}",
                     "",
@@ -208,13 +222,18 @@ def _measured_on(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _saebench(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yields tables of SAEBench's metrics under its own names: a title, and rows of name and value."""
-    tables = {"SAEBench's core metrics, measured here": summary.get("saebench_core")}
-    tables |= {f"sae-bench itself: {name}": results for name, results in summary.get("saebench", {}).items()}
-    for title, results in tables.items():
+def _saebench(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]], str | None]]:
+    """Yields tables of SAEBench's metrics under its own names: a title, rows of name and value, and a note."""
+    tables: list[tuple[str, Any, str | None]] = [
+        ("SAEBench's core metrics, measured here", summary.get("saebench_core"), None)
+    ]
+    tables += [
+        (f"sae-bench itself: {name}", results, reliability_note([name]))
+        for name, results in summary.get("saebench", {}).items()
+    ]
+    for title, results, note in tables:
         if results:
-            yield title, [(name, f"{value:.6g}") for name, value in _numbers(results)]
+            yield title, [(name, f"{value:.6g}") for name, value in _numbers(results)], note
 
 
 def _numbers(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -38,6 +38,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
         },
         "protocol": prepared.protocol,
         "model": prepared.model.name,
+        "model_parameters": prepared.model.n_parameters,
         "hook_name": prepared.hook_name,
         "dataset": prepared.text.name,
         "dataset_config": prepared.text.config,

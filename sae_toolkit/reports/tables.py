@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sae_toolkit.evaluation.feature_browser import Context, Feature
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
+from sae_toolkit.evaluation.saebench.reliability import reliability_note
 from sae_toolkit.reports.further import render_further
 from sae_toolkit.text.positions import PositionFilter
 
@@ -94,6 +95,12 @@ def first_position_note(summary: Mapping[str, Any]) -> str:
         f" {with_it}; without it, {without}. The verdict rests on the former; {massive['flag']} leaves the"
         " position out."
     )
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    """Returns what is to be kept in mind about the numbers: of a massive first position, and of sae-bench's evals."""
+    notes = (first_position_note(summary), reliability_note(summary.get("saebench", ())))
+    return [note for note in notes if note]
 
 
 def documents(summary: Mapping[str, Any]) -> str:
@@ -197,9 +204,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     for cells in beside_rows(summary):
         beside.add_row(*cells)
     parts: list[RenderableType] = [Text(heading(summary)), table, Text(verdict(summary), "bold")]
-    if note := first_position_note(summary):
-        parts.append(Text(note))
-    parts += [Text(), beside]
+    parts += [*map(Text, _notes(summary)), Text(), beside]
     return Group(*parts, *_diagnosis(summary), *render_further([summary]))
 
 
@@ -276,9 +281,7 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
         for summary in summaries
         if summary.get("diagnosis")
     ]
-    notes = [
-        Text(f"{summary['sae']['name']}: {note}") for summary in summaries if (note := first_position_note(summary))
-    ]
+    notes = [Text(f"{summary['sae']['name']}: {note}") for summary in summaries for note in _notes(summary)]
     return Group(Text("\n".join(headings)), table, Text(marks), *notes, *first_causes, *render_further(summaries))
 
 

@@ -1,36 +1,19 @@
 """The report shows what was measured, opens without a network, and never treats text as markup."""
 
-import json
+import io
 import re
-import shutil
-import subprocess
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from sae_toolkit.evaluation.dead_features import DeadFeatureEstimates
-from sae_toolkit.evaluation.decoder_cosines import measure_cosines
 from sae_toolkit.evaluation.feature_browser import Context, Feature, FeatureRecorder, decode_tokens, logit_effects
 from sae_toolkit.reports.page import render_html, render_markdown
-from sae_toolkit.reports.tables import BESIDE
-from support.processes import HANGS
+from sae_toolkit.reports.tables import render
+from support.pages import D, F, browse, embedded_data
 
 HOSTILE = "</script><script>document.title='taken'</script><!--"
-D, F = 32, 300
-
-
-@pytest.fixture(scope="module")
-def sae():
-    """A decoder; sparse features [N, F], a fifth of them dead; and token ids of 40 rows of 64 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    W_dec_FD = torch.randn(F, D, generator=generator)
-    thresholds_F = torch.linspace(1.0, 3.5, F)[torch.randperm(F, generator=generator)]
-    features_NF = torch.relu(torch.randn(40 * 64, F, generator=generator) - thresholds_F)
-    features_NF[:, ::5] = 0
-    rows_NT = torch.randint(3, 49_000, (40, 64), generator=generator).numpy().astype(np.uint32)
-    return W_dec_FD, features_NF, rows_NT
 
 
 def record(recorder, features_NF, n_positions=64, chunk=700):
@@ -46,62 +29,6 @@ def features(sae, tokenizer):
     record(recorder, features_NF)
     unembed_VD = torch.randn(len(tokenizer), D, generator=torch.Generator().manual_seed(1))
     return recorder.features(rows_NT, tokenizer, W_dec_FD, unembed_VD, torch.ones(D))
-
-
-@pytest.fixture
-def summary(sae):
-    cosines = asdict(measure_cosines(sae[0], torch.ones(F, dtype=torch.bool), seed=0))
-    del cosines["histogram"], cosines["interval"]
-    curve = [(1000, 0.5), (3000, 0.3), (52_517, 0.17)]
-    dead = DeadFeatureEstimates(52_517, 3 / 52_517, 0.001, 0.15, 0.12, 300_000, curve)
-    metrics = dict.fromkeys(BESIDE, 0.5)
-    metrics |= {"loss_recovered": 0.9728, "l0": 61.4, "dead_features": 0.17, "decoder_absorption": 0.41}
-    metrics |= {"ce_clean": 3.022, "ce_sae": 3.233, "ce_zero": 10.803, "kl_sae": 0.281, "replaced_share": 0.9999}
-    metrics |= {"explained_variance": 0.843, "cosine_similarity": 0.96, "l2_ratio": 0.958}
-    statuses = {"loss_recovered": "healthy", "l0": "healthy", "dead_features": "unsettled"}
-    return {
-        "sae_lens_version": "6.54.12",
-        "sae": {"name": "demo", "path": "checkpoints/demo", "library": "SAELens", "form": "inference"}
-        | {"architecture": "jumprelu", "d_in": D, "d_sae": F},
-        "protocol": "health",
-        "interval_units": "documents",
-        "model": "embedded:smollm2-135m",
-        "hook_name": "blocks.12.hook_resid_post",
-        "dataset": "embedded:wikipedia",
-        "dataset_config": None,
-        "dataset_split": "train",
-        "fallback_from": None,
-        "held_out": {"fraction": 0.2, "seed": 42},
-        "context_length": 256,
-        "positions": {"special_token_ids": [0, 1, 2], "skip_positions": 1, "max_activation_norm": 1418.0},
-        "massive_first_position": None,
-        "sources": {"hook_name": "record", "exclude_special_tokens": "default", "skip_positions": "flag"},
-        "tokens": 52_517,
-        "sequences": 206,
-        "loss_tokens": 20_058,
-        "loss_sequences": 79,
-        "metrics": metrics,
-        "intervals": {"loss_recovered": [0.969, 0.976], "l0": [60.1, 62.9]},
-        "dead_feature_estimates": asdict(dead) | {"training_run": {"dead": 0.1, "dead_here_alive_there": 0.02}},
-        "decoder_cosines": cosines,
-        "health": statuses | {"decoder_absorption": "unhealthy", "healthy": 2, "of": 4},
-    }
-
-
-@pytest.fixture
-def plots(sae, summary):
-    checkpoints = [{"tokens": n, "metrics": summary["metrics"]} for n in (200_000, 100_000)]
-    return {
-        "log10_firing_rate": ([-6.0, -4.0, -2.0, 0.0], [0, 40, 200]),
-        "never_fired": 60,
-        "l0": ([-0.5, 39.5, 79.5], [100, 52_417]),
-        "decoder_cosine": measure_cosines(sae[0], torch.ones(F, dtype=torch.bool), seed=0).histogram,
-        "checkpoints": checkpoints,
-    }
-
-
-def embedded_data(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 def test_the_recorder_finds_what_a_dense_search_finds(sae, features, tokenizer):
@@ -217,15 +144,16 @@ def test_markdown_has_the_verdict_and_each_metric_against_its_standard(summary):
     assert "- Tokens: 52,517 in 206 sequences" in lines
 
 
-def browse(url, profile, *flags):
-    """Returns the document after 15 seconds of Chromium's virtual time, and the lines of its console."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=15000"]
-    done = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=HANGS, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+@pytest.mark.parametrize(("name", "times"), [("tpp", 1), ("sparse_probing", 0)])
+def test_a_report_says_beside_the_numbers_of_an_unreliable_eval_that_it_is_one(summary, plots, name, times):
+    summary["saebench"] = {name: {f"{name}_top_2": 0.25}}
+    console = Console(width=10_000, file=io.StringIO())
+    console.print(render(summary))
+    for report in (render_html(summary, plots, []), render_markdown(summary), console.file.getvalue()):
+        assert report.count(f"{name} was found to fail several tests of reliability") == times
+    page, markdown = render_html(summary, plots, []), render_markdown(summary)
+    assert re.search(rf"{name}</summary>(<p>tpp was found .*2605\.18229\)</p>){{{times}}}<table>", page)
+    assert ("arXiv:2605.18229)\n\n| Metric | Value |" in markdown) == bool(times)
 
 
 def test_a_browser_draws_the_plots_and_the_feature_of_the_link_without_an_error(summary, plots, features, tmp_path):
@@ -249,7 +177,7 @@ def test_a_browser_draws_the_plots_and_the_feature_of_the_link_without_an_error(
 
 def test_nothing_is_wider_than_a_screen_of_400_pixels(summary, plots, features, tmp_path):
     (tmp_path / "report.html").write_text(render_html(summary, plots, features), encoding="utf-8")
-    phone = '<iframe id="phone" src="report.html" width="400" height="9000"></iframe><p id="width"></p><script>'
+    phone = '<iframe id="phone" src="report.html" width="400" height="12000"></iframe><p id="width"></p><script>'
     phone += "addEventListener('load', () => setTimeout(() => { document.getElementById('width').textContent ="
     phone += "document.getElementById('phone').contentDocument.documentElement.scrollWidth; }, 5000))</script>"
     (tmp_path / "phone.html").write_text(phone)

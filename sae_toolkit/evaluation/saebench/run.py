@@ -19,6 +19,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.evaluation.saebench.reliability import reliability_note
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.own_environments import OwnEnvironment
 from sae_toolkit.model.hooks import is_transformer_lens_name
@@ -121,7 +122,7 @@ def parse_evals(text: str) -> tuple[str, ...]:
 def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> None:
     """Checks that the evals can run on the SAEs and their models, and makes sae-bench's environment.
 
-    Does nothing if no eval is named.
+    Does nothing if no eval is named. Warns of evals that were found to be unreliable.
 
     Raises:
         UserError: an eval cannot run here or on such a model, or the environment cannot be made.
@@ -143,6 +144,8 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
             hook_name=group.hook_name,
             architectures=[evaluated.sae.cfg.architecture() for evaluated in group.saes],
         )
+    if note := reliability_note(evals):
+        log.warning("--saebench: %s", note)
     ENVIRONMENT.python()
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.saebench.run import ENVIRONMENT, EVALS, parse_evals, refuse_what_cannot_run, run_saebench
+from sae_toolkit.evaluation.saebench.run import (
+    ENVIRONMENT,
+    EVALS,
+    check_evals,
+    parse_evals,
+    refuse_what_cannot_run,
+    run_saebench,
+)
 from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.model.language_model import LanguageModel
 from support.processes import HOOK, ROOT, run_process
@@ -96,6 +104,23 @@ def test_a_package_that_cannot_be_installed_is_said_and_leaves_no_environment_th
     for _ in range(2):
         with pytest.raises(UserError, match=r"^--saebench: cannot make .*venv-saebench: .*sae-bench==0\.0\.0"):
             replace(ENVIRONMENT, root=tmp_path).python()
+
+
+@pytest.mark.parametrize(("evals", "named"), [("scr,core,tpp", "scr and tpp were"), ("tpp", "tpp was"), ("core", None)])
+def test_evals_that_were_found_unreliable_are_warned_of_once_before_anything_starts(monkeypatch, caplog, evals, named):
+    said_by_then = []
+    environment = SimpleNamespace(python=lambda: said_by_then.extend(caplog.messages))
+    monkeypatch.setattr("sae_toolkit.evaluation.saebench.run.ENVIRONMENT", environment)
+    check_evals(parse_evals(evals), [])
+    assert said_by_then == caplog.messages
+    if named is None:
+        assert said_by_then == []
+    else:
+        (said,) = said_by_then
+        assert caplog.records[0].levelno == logging.WARNING
+        assert said.startswith(f"--saebench: {named} found to fail several tests of reliability")
+        assert "should not be used to evaluate SAEs" in said
+        assert said.endswith("(Chanin 2026, arXiv:2605.18229)")
 
 
 @pytest.fixture(scope="module")
