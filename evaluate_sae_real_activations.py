@@ -15,7 +15,7 @@
     python evaluate_sae_real_activations.py --sae_path ./my_sae EleutherAI/sae-llama-3-8b-32x:layers.12
 
     # how many features of an SAE are found again by other seeds
-    python evaluate_sae_real_activations.py --stability "runs/seed_*/*/final_*"
+    python evaluate_sae_real_activations.py --stability "checkpoints/demo_*/*/final_*"
 
     # an SAE whose library does not record the text of its training, on the held-out text of another SAE
     python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
