@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sae_toolkit.evaluation.l0_check.check import check_decoders, measure_l0_check
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.evaluation import EvaluationSettings
@@ -34,4 +35,7 @@ def prepare_further_evaluations(
         UserError: one of them cannot run.
     """
     further: list[FurtherEvaluation] = []
+    if settings.measurements.l0_check:
+        check_decoders(groups)
+        further.append(FurtherEvaluation("l0_check", measure_l0_check))
     return further

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sae_toolkit.evaluation.feature_browser import Context, Feature
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, STANDARDS, Standard
+from sae_toolkit.evaluation.shown import Shown
 from sae_toolkit.reports.further import further_tables, render_further
 from sae_toolkit.text.positions import PositionFilter
 
@@ -279,11 +280,13 @@ def render_several(summaries: Sequence[Mapping[str, Any]]) -> RenderableType:
     notes = [
         Text(f"{summary['sae']['name']}: {note}") for summary in summaries if (note := first_position_note(summary))
     ]
+    of_shown: dict[Shown, list[str]] = {}  # a table about several SAEs is the same for each of them
+    for summary in summaries:
+        for shown in further_tables(summary):
+            of_shown.setdefault(shown, []).append(summary["sae"]["name"])
     further = [
-        part
-        for summary in summaries
-        for shown in further_tables(summary)
-        for part in (Text(f"\n{summary['sae']['name']}", "bold"), render_further(shown))
+        Group(*([] if len(names) > 1 else [Text(f"\n{names[0]}", "bold")]), render_further(shown))
+        for shown, names in of_shown.items()
     ]
     return Group(Text("\n".join(headings)), table, Text(marks), *notes, *first_causes, *further)
 

@@ -111,6 +111,8 @@ class MeasurementSettings:
     """
     saebench: str | None = flag(None, metavar="EVALS")
     """also run these evaluations of sae-bench, in an environment of its own: core,absorption,..."""
+    l0_check: bool = False
+    """also measure what the decoder says about L0; with SAEs of several L0s at one hook, which of them it points to"""
     features: tuple[int, ...] = ()
     """indices of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
