@@ -100,7 +100,7 @@ def measure_l0_check(prepared: PreparedEvaluation, model: LanguageModel, batch_s
         model,
         [evaluated.positions for evaluated in prepared.saes],
         batch_size=batch_size,
-        doing="--l0_check",
+        doing="projecting",
     )
     with out_of_memory_answered(
         f"--l0_check: {len(saes)} SAEs on {prepared.device}", "lower --batch_size, or name fewer SAEs"
@@ -112,7 +112,7 @@ def measure_l0_check(prepared: PreparedEvaluation, model: LanguageModel, batch_s
             sae.to("cpu")
     comparison = compare(*([each[name] for each in measured] for name in ("l0", "c_dec", "s_n_dec")))
     rows = [{"sae": evaluated.file.name, **each} for evaluated, each in zip(prepared.saes, measured, strict=True)]
-    wanted_l0 = _wanted_l0(comparison)
+    wanted_l0 = _wanted_l0(comparison, saes[0].cfg.d_sae)
     compared = {
         "saes": sorted(rows, key=lambda row: row["l0"]),
         "comparison": comparison.as_record(),
@@ -207,17 +207,18 @@ class _Sums:
         }
 
 
-def _wanted_l0(comparison: Comparison) -> list[float]:
-    """Returns the L0s of SAEs that the comparison lacks; none if it points to an L0."""
+def _wanted_l0(comparison: Comparison, d_sae: int) -> list[float]:
+    """Returns the L0s of SAEs that the comparison lacks, up to half of the features; none if it points to an L0."""
     low, high = comparison.l0_G[0], comparison.l0_G[-1]
+    below, above = (low / 4, low / 2), (2 * high, 4 * high)
     wanted = {
         None: (),
-        "one L0": (low / 4, low / 2, 2 * high, 4 * high),
-        "too low": (1.5 * high, 2 * high, 4 * high),
-        "too high": (low / 4, low / 2, low / 1.5),
-        "undecided": (low / 2, 2 * high),
+        "one L0": below + above,
+        "flat": below + above,
+        "too low": (1.5 * high, *above),
+        "too high": (*below, low / 1.5),
     }[comparison.why_not]
-    return list(dict.fromkeys(max(1.0, float(f"{l0:.2g}")) for l0 in wanted))
+    return [l0 for l0 in dict.fromkeys(max(1.0, float(f"{l0:.2g}")) for l0 in wanted) if l0 <= d_sae / 2]
 
 
 def _command(evaluated: EvaluatedSAE, wanted_l0: Sequence[float]) -> str | None:

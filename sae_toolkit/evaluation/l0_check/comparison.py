@@ -16,7 +16,7 @@ _SAME_L0 = 1.05  # SAEs with L0s within this factor count as seeds of one L0
 # different seeds at one k, c_dec differs by less than this.
 _AS_LOW = 0.02
 
-Why = Literal["one L0", "too low", "too high", "undecided"]
+Why = Literal["one L0", "too low", "too high", "flat"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Curve:
         mean_G: mean over the SAEs of each L0, in ascending order of L0.
         std_G: standard deviation over these SAEs; None where there is one.
         lowest: index of the L0 with the lowest mean.
-        elbow: index of the lowest L0 whose mean is as low as that: within 2%, or within twice the standard error of
-            the difference over seeds.
+        elbow, last: index of the lowest and of the highest L0 whose mean is as low as that: within 2%, or within twice
+            the standard error of the difference over seeds.
     """
 
     mean_G: list[float]
     std_G: list[float | None]
     lowest: int
     elbow: int
+    last: int
 
     @classmethod
     def of(cls, values_GS: Sequence[Sequence[float]]) -> Curve:
@@ -50,7 +51,8 @@ class Curve:
             error = std * math.sqrt(1 / len(values_GS[i]) + 1 / len(values_GS[lowest]))
             return mean_G[i] - mean_G[lowest] <= max(_AS_LOW * abs(mean_G[lowest]), 2 * error)
 
-        return cls(mean_G, std_G, lowest, next(i for i in range(len(mean_G)) if is_as_low(i)))
+        as_low = [i for i in range(len(mean_G)) if is_as_low(i)]
+        return cls(mean_G, std_G, lowest, as_low[0], as_low[-1])
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Comparison:
         l0_G: mean L0 of the SAEs that have the same one, in ascending order.
         n_saes_G: how many SAEs these are.
         c_dec, s_n_dec: the statistics over these L0s.
-        points_to: the lowest and highest L0 that the statistics point to; None if they point to none.
-        why_not: why they point to none: all SAEs have one L0; all L0s may be too low or too high, as the lowest value
-            is at the border of the L0s; or no L0 stands out, or not the same one in both statistics.
+        points_to: the elbow of c_dec and the L0 of its lowest value; None if it points to no L0.
+        why_not: why it points to none: all SAEs have one L0; all L0s may be too low or too high, as the lowest value is
+            at the border of the L0s; or the values of all L0s are as low.
+        s_n_dec_agrees: whether s_n_dec is lowest at these L0s too, or at the next one.
     """
 
     l0_G: list[float]
@@ -72,6 +75,7 @@ class Comparison:
     s_n_dec: Curve
     points_to: tuple[float, float] | None
     why_not: Why | None
+    s_n_dec_agrees: bool
 
     def as_record(self) -> dict[str, Any]:
         """Returns the comparison as evaluation.json stores it."""
@@ -87,14 +91,15 @@ class Comparison:
             "s_n_dec": record(self.s_n_dec),
             "points_to_l0": None if self.points_to is None else list(self.points_to),
             "why_not": self.why_not,
+            "s_n_dec_agrees": self.s_n_dec_agrees,
         }
 
 
 def compare(l0_S: Sequence[float], c_dec_S: Sequence[float], s_n_dec_S: Sequence[float]) -> Comparison:
-    """Returns which L0 the statistics of SAEs point to. In the paper's toy models both are lowest at the true L0.
+    """Returns which L0 the statistics of SAEs point to.
 
-    They point to the L0s from the elbow to the lowest value of c_dec and s_n_dec together, if these are next to each
-    other and none is the lowest or the highest L0 of all.
+    c_dec decides, as in version 3 of arXiv 2508.16560, and s_n_dec is a second opinion. In the paper's toy models c_dec
+    is lowest at the true L0. In its language models it can be flat above an elbow, where sparse probing is best.
 
     Args:
         l0_S: L0 of each SAE.
@@ -108,16 +113,17 @@ def compare(l0_S: Sequence[float], c_dec_S: Sequence[float], s_n_dec_S: Sequence
             groups.append([i])
     l0_G = [statistics.mean(l0_S[i] for i in group) for group in groups]
     curves = [Curve.of([[values_S[i] for i in group] for group in groups]) for values_S in (c_dec_S, s_n_dec_S)]
-    ends = sorted((curve.elbow, curve.lowest) for curve in curves)
-    first, last = ends[0][0], max(end for _, end in ends)
+    c_dec, s_n_dec = curves
+    highest = len(groups) - 1
     why_not: Why | None = None
-    if len(groups) == 1:
+    if highest == 0:
         why_not = "one L0"
-    elif (first == 0 and last == len(groups) - 1) or ends[1][0] > ends[0][1] + 1:
-        why_not = "undecided"
-    elif last == len(groups) - 1:
+    elif c_dec.elbow == 0 and c_dec.last == highest:
+        why_not = "flat"
+    elif c_dec.lowest == highest:
         why_not = "too low"
-    elif first == 0:
+    elif c_dec.elbow == 0:
         why_not = "too high"
-    points_to = None if why_not else (l0_G[first], l0_G[last])
-    return Comparison(l0_G, [len(group) for group in groups], curves[0], curves[1], points_to, why_not)
+    points_to = None if why_not else (l0_G[c_dec.elbow], l0_G[c_dec.lowest])
+    agrees = s_n_dec.elbow <= c_dec.lowest + 1 and c_dec.elbow <= s_n_dec.lowest + 1
+    return Comparison(l0_G, [len(group) for group in groups], c_dec, s_n_dec, points_to, why_not, agrees)

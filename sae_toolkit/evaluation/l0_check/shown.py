@@ -15,7 +15,7 @@ def show_l0_check(results: Mapping[str, Any]) -> Shown:
         results: of one of these SAEs, as evaluation.json stores them.
     """
     return Shown(
-        title="What the decoders say about L0 (--l0_check)",
+        title="What the decoders say about L0",
         columns=("SAE", "L0", "c_dec", "c_dec of features that fire", "s_n_dec", "95% interval"),
         rows=tuple(_row(row) for row in results["saes"]),
         how_to_read=" ".join((_ABOUT.format(**results), _what_it_says(results), _what_to_do(results))).rstrip(),
@@ -49,22 +49,23 @@ def _what_it_says(results: Mapping[str, Any]) -> str:
             "The values of one L0 do not tell whether it is right: they depend on the model, the width and the training"
             " too. Only SAEs that differ in L0 alone can be compared."
         )
-    found = f"c_dec is lowest at L0 {_range(c_dec)}, s_n_dec at L0 {_range(s_n_dec)}."
+    found = f"c_dec is lowest at L0 {_range(c_dec)}"
     if comparison["why_not"] == "too low":
         found += (
-            f" That is the highest L0 given, so these SAEs do not say where the right one is: L0s up to {l0[-1]:.0f}"
+            f". That is the highest L0 given, so these SAEs do not say where the right one is: L0s up to {l0[-1]:.0f}"
             " may all be too low."
         )
     elif comparison["why_not"] == "too high":
         found += (
-            f" That is the lowest L0 given, so these SAEs do not say where the right one is: L0s from {l0[0]:.0f} may"
+            f". That is the lowest L0 given, so these SAEs do not say where the right one is: L0s from {l0[0]:.0f} may"
             " all be too high."
         )
-    elif comparison["why_not"] == "undecided":
-        found += " They do not single out an L0."
+    elif comparison["why_not"] == "flat":
+        found += ", and as low at all the others, so these SAEs single out no L0."
     else:
         low, high = comparison["points_to_l0"]
-        found += f" They point to an L0 of {low:.0f}" + ("." if low == high else f" to {high:.0f}.")
+        found += f", which points to an L0 of {low:.0f}" + ("." if low == high else f" to {high:.0f}.")
+    found += f" s_n_dec {'agrees' if comparison['s_n_dec_agrees'] else 'does not agree'}: lowest at {_range(s_n_dec)}."
     if max(comparison["n_saes"]) == 1:
         found += " There is one SAE for each L0, so how far seeds differ is not known."
     return found
@@ -77,11 +78,13 @@ def _range(curve: Mapping[str, float]) -> str:
 
 
 def _what_to_do(results: Mapping[str, Any]) -> str:
-    if not results["wanted_l0"]:
+    if results["comparison"]["why_not"] is None:
         return (
-            "This is a hint and no proof: the statistics found the true L0 of synthetic data, and on language models"
-            " agreed with sparse probing."
+            "This is a hint and no proof: c_dec found the true L0 of synthetic data, and on language models agreed with"
+            " sparse probing."
         )
+    if not results["wanted_l0"]:
+        return "No L0 up to half of the features is left to try."
     wanted = ", ".join(f"{l0:.0f}" for l0 in results["wanted_l0"])
     train = f"Train SAEs that differ in nothing else, at L0 {wanted}"
     return f"{train}: {results['command']}" if results["command"] else f"{train}, with the library that trained these."
