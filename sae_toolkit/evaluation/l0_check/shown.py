@@ -65,7 +65,7 @@ def _what_it_says(results: Mapping[str, Any]) -> str:
     else:
         low, high = comparison["points_to_l0"]
         found += f", which points to an L0 of {low:.0f}" + ("." if low == high else f" to {high:.0f}.")
-    found += f" s_n_dec {'agrees' if comparison['s_n_dec_agrees'] else 'does not agree'}: lowest at {_range(s_n_dec)}."
+    found += f" s_n_dec {'agrees' if comparison['s_n_dec_agrees'] else 'does not agree'}: lowest at L0 {_range(s_n_dec)}."
     if max(comparison["n_saes"]) == 1:
         found += " There is one SAE for each L0, so how far seeds differ is not known."
     return found
