@@ -52,20 +52,21 @@ def _what_it_says(results: Mapping[str, Any]) -> str:
     found = f"c_dec is lowest at L0 {_range(c_dec)}"
     if comparison["why_not"] == "too low":
         found += (
-            f". That is the highest L0 given, so these SAEs do not say where the right one is: L0s up to {l0[-1]:.0f}"
+            f". That is the highest L0 given, so these SAEs do not say where the right one is: L0s up to {_l0(l0[-1])}"
             " may all be too low."
         )
     elif comparison["why_not"] == "too high":
         found += (
-            f". That is the lowest L0 given, so these SAEs do not say where the right one is: L0s from {l0[0]:.0f} may"
-            " all be too high."
+            f". The lowest L0 given is as low, so these SAEs do not say where the right one is: L0s from {_l0(l0[0])}"
+            " may all be too high."
         )
     elif comparison["why_not"] == "flat":
         found += ", and as low at all the others, so these SAEs single out no L0."
     else:
         low, high = comparison["points_to_l0"]
-        found += f", which points to an L0 of {low:.0f}" + ("." if low == high else f" to {high:.0f}.")
-    found += f" s_n_dec {'agrees' if comparison['s_n_dec_agrees'] else 'does not agree'}: lowest at L0 {_range(s_n_dec)}."
+        found += f", which points to an L0 of {_l0(low)}" + ("." if low == high else f" to {_l0(high)}.")
+    agrees = "agrees" if comparison["s_n_dec_agrees"] else "does not agree"
+    found += f" s_n_dec {agrees}: lowest at L0 {_range(s_n_dec)}."
     if max(comparison["n_saes"]) == 1:
         found += " There is one SAE for each L0, so how far seeds differ is not known."
     return found
@@ -74,7 +75,11 @@ def _what_it_says(results: Mapping[str, Any]) -> str:
 def _range(curve: Mapping[str, float]) -> str:
     """Returns where a curve is lowest; from its elbow on, if lower L0s are as low."""
     elbow, lowest = curve["elbow_at_l0"], curve["lowest_at_l0"]
-    return f"{lowest:.0f}" if elbow == lowest else f"{lowest:.0f} (and as low from {elbow:.0f} on)"
+    return _l0(lowest) if elbow == lowest else f"{_l0(lowest)} (and as low from {_l0(elbow)} on)"
+
+
+def _l0(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _what_to_do(results: Mapping[str, Any]) -> str:

@@ -113,8 +113,8 @@ class DecoderProjections:
     def s_n_dec(self, *, seed: int) -> tuple[float, list[float] | None]:
         """Returns s_n_dec, in the unit of the activations, and its 95% interval from a bootstrap over units of text.
 
-        It is NaN if fewer than n projections for each token, or more, are above all bins, which does not happen if the
-        first tokens resemble the others at all. There is no interval if the tokens belong to one unit.
+        It is NaN if the value is outside the bins, whose range comes from the first tokens. There is no interval if the
+        tokens belong to one unit.
         """
         units = torch.tensor(list(self._sums))
         point, intervals = point_and_interval(self, torch.stack(list(self._sums.values())), units, seed=seed)
