@@ -112,6 +112,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     (final.parent / "final_500736").symlink_to(final.name)
     _link(directory / "my_sae", final)
     _link(directory / "checkpoints/demo_1a2b3c4d/k3j2h1g0", final.parent)
+    _link(directory / "sweeps/demo/trials/4e5f6a7b/demo_1a2b3c4d/k3j2h1g0", final.parent)
     return directory
 
 

@@ -77,6 +77,27 @@ def largest_cosines(
     return largest_R, nearest_R, int(n_near)
 
 
+def rows_to_compare(W_FD: torch.Tensor, *, seed: int) -> tuple[torch.Tensor, bool]:
+    """Returns the indices [R] of directions to compare with all others, and whether these are all directions.
+
+    Args:
+        W_FD: directions. If comparing all pairs would take too long, R of them are drawn at random.
+        seed: seed of the draw.
+    """
+    n_features, d_in = W_FD.shape
+    affordable = int(_AFFORDABLE["cuda" if W_FD.is_cuda else "cpu"] / (2 * n_features * d_in))
+    if n_features <= affordable:
+        return torch.arange(n_features, device=W_FD.device), True
+    order = torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))
+    return order[: max(affordable, 1000)].sort().values.to(W_FD.device), False
+
+
+def sampling_interval(values_R: torch.Tensor, n: int) -> list[float]:
+    """Returns the 95% interval of the mean of n values, R of which were drawn at random without replacement."""
+    mean, error = values_R.mean().item(), values_R.std().item() * ((1 - len(values_R) / n) / len(values_R)) ** 0.5
+    return [mean - 1.96 * error, mean + 1.96 * error]
+
+
 def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> DirectionCosines:
     """Returns statistics of each vector's largest cosine to the others, from a sample of vectors if there are too many.
 
@@ -86,18 +107,12 @@ def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> 
         seed: seed of the sample.
     """
     n_features, d_in = W_FD.shape
-    affordable = int(_AFFORDABLE["cuda" if W_FD.is_cuda else "cpu"] / (2 * n_features * d_in))
-    exact = n_features <= affordable
-    n_rows = n_features if exact else max(affordable, 1000)
-    order = torch.randperm(n_features, generator=torch.Generator().manual_seed(seed))[:n_rows]
-    rows_R = (torch.arange(n_features) if exact else order.sort().values).to(W_FD.device)
+    rows_R, exact = rows_to_compare(W_FD, seed=seed)
+    n_rows = len(rows_R)
     largest_R, _, n_near = largest_cosines(W_FD, rows_R)
     largest_R = with_float64(largest_R)
     mean = largest_R.double().mean().item()
-    interval = None
-    if not exact:  # simple random sampling without replacement
-        error = largest_R.double().std().item() * ((1 - n_rows / n_features) / n_rows) ** 0.5
-        interval = [mean - 1.96 * error, mean + 1.96 * error]
+    interval = None if exact else sampling_interval(largest_R.double(), n_features)
     alive_mean = None
     if int(alive_F.sum()) > 1:
         alive_rows = rows_R[alive_F[rows_R]]

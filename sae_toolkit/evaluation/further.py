@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sae_toolkit.evaluation.l0_check.check import check_decoders, measure_l0_check
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.evaluation.shown import Measured
 from sae_toolkit.evaluation.stability.prepare import prepare_stability
@@ -37,4 +38,7 @@ def prepare_further_evaluations(
     further = []
     if settings.measurements.stability:
         further.append(FurtherEvaluation("stability", prepare_stability(settings, groups).measure))
+    if settings.measurements.l0_check:
+        check_decoders(groups)
+        further.append(FurtherEvaluation("l0_check", measure_l0_check))
     return further

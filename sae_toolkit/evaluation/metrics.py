@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -205,8 +206,15 @@ class ReconstructionStatistics:
         }
 
 
+class HasMetrics(Protocol):
+    """What turns sums over sequences into metrics."""
+
+    def metrics(self, totals: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns metrics [...] by name, from sums [..., K]."""
+
+
 def point_and_interval(
-    statistics: type[LossStatistics] | type[ReconstructionStatistics],
+    statistics: HasMetrics,
     sums_SK: torch.Tensor,
     unit_S: torch.Tensor,
     *,
@@ -219,7 +227,7 @@ def point_and_interval(
     are, because tokens of one text and sequences of one document are not independent of each other.
 
     Args:
-        statistics: class whose `metrics` turns sums into metrics.
+        statistics: class or object whose `metrics` turns sums into metrics.
         sums_SK: sums of each sequence.
         unit_S: number of the unit that each sequence belongs to.
         seed: seed of the draws.

@@ -9,12 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sae_toolkit.evaluation.l0_check.shown import show_l0_check
 from sae_toolkit.evaluation.shown import Shown
 from sae_toolkit.evaluation.stability.table import show_stability
 
 # The function that makes a table of the results, by their key in evaluation.json.
 _SHOW: dict[str, Callable[[Mapping[str, Any]], Shown]] = {
     "stability": show_stability,
+    "l0_check": show_l0_check,
 }
 
 
@@ -28,14 +30,15 @@ def further_tables(summary: Mapping[str, Any]) -> list[Shown]:
 
 
 def render_further(summaries: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """Yields the tables for the terminal: those of each SAE under its title, and once how to read them."""
-    how_to_read: dict[str, None] = {}
+    """Yields the tables for the terminal, and once how to read those of one kind."""
+    of_shown: dict[Shown, list[str]] = {}  # a table about several SAEs is the same for each of them
     for summary in summaries:
         for shown in further_tables(summary):
-            name = f"{summary['sae']['name']}: " if len(summaries) > 1 else ""
-            yield Group(Text(), Text(f"{name}{shown.title}", "bold"), _table(shown))
-            how_to_read[shown.how_to_read] = None
-    yield from map(Text, how_to_read)
+            of_shown.setdefault(shown, []).append(summary["sae"]["name"])
+    for shown, names in of_shown.items():
+        name = f"{names[0]}: " if len(names) == 1 < len(summaries) else ""
+        yield Group(Text(), Text(f"{name}{shown.title}", "bold"), _table(shown))
+    yield from map(Text, dict.fromkeys(shown.how_to_read for shown in of_shown))
 
 
 def _table(shown: Shown) -> Table:

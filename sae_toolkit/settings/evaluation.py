@@ -115,6 +115,8 @@ class MeasurementSettings:
     """also look for the features in these SAEs of the same hook, such as those of other seeds: how many are found
     again, and whether they fire together. Without --sae_path, these SAEs are evaluated and compared with each other
     """
+    l0_check: bool = False
+    """also measure what the decoder says about L0; with SAEs of several L0s at one hook, which of them it points to"""
     features: tuple[int, ...] = ()
     """indices of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
