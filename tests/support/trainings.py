@@ -92,7 +92,7 @@ def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: 
         "context_size": 64,
         "architecture": architecture,
         "k": 8,
-        "expansion_factor": 64,
+        "expansion_factor": 32,
         "normalize_activations": "expected_average_only_in",
         "training_tokens": 40960,
         "n_batches_in_buffer": 64,
