@@ -107,10 +107,12 @@ def script(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def run(name: str, *flags: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
+        code: object = 0
+        try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
         captured = capfd.readouterr()
-        code = exit_info.value.code
         return Outcome(code if isinstance(code, int) else 1, captured.out, captured.err)
 
     return run
