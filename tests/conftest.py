@@ -19,13 +19,13 @@ os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sae_toolkit.files.embedded import EMBEDDED_MODEL
+from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import ModelSource, find_model, load_language_model
 from sae_toolkit.model.tokenizer import load_tokenizer
+from sae_toolkit.text.sources import open_text
 from support.processes import HOOK, ROOT, Outcome
 from support.trainings import Trainings
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --device here and not in tests/gpu, so that it is known whichever tests are named."""
@@ -52,6 +52,21 @@ def tokenizer(embedded_source: ModelSource) -> PreTrainedTokenizerBase:
 def language_model(embedded_source: ModelSource) -> LanguageModel:
     """The embedded model, whole, in float32."""
     return load_language_model(embedded_source, HOOK, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_acts_ND(language_model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """About 4,000 real activations in float32, without the massive ones."""
+    text = next(iter(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents()))
+    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
+    acts_ND = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)])
+    return acts_ND[acts_ND.norm(dim=-1) < 10 * acts_ND.norm(dim=-1).median()]
+
+
+@pytest.fixture(scope="session")
+def scaled_acts_ND(real_acts_ND: torch.Tensor) -> torch.Tensor:
+    """Real activations with a mean norm of sqrt(D), as a run has them."""
+    return real_acts_ND * (real_acts_ND.shape[1] ** 0.5 / real_acts_ND.norm(dim=-1).mean())
 
 
 @pytest.fixture(scope="session")
