@@ -27,6 +27,16 @@ from sae_toolkit.text.sources import open_text
 from support.processes import HOOK, ROOT, Outcome
 from support.trainings import Trainings
 
+# The files that take longest. They come first, so that no worker has one left to do when the others are done.
+LONGEST = (
+    *("test_benchmarks.py", "test_end_to_end.py", "training/test_resume.py", "many_runs/test_comparison.py"),
+    *("many_runs/test_sweep.py", "scale/test_ranks.py", "test_docs.py", "cuda/test_cuda_path.py"),
+    *("steps/test_target_l0.py", "steps/test_trainer.py", "training/test_every_flag.py", "steps/test_calibration.py"),
+    *("training/test_finetuning.py", "test_out_of_memory.py", "distributed/test_ranks.py", "faults/test_kills.py"),
+    *("reports/test_publish.py", "training/record/test_recording.py", "evaluation/test_evaluation.py"),
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --device here and not in tests/gpu, so that it is known whichever tests are named."""
     parser.addoption("--device", default="cpu", help="device of tests/gpu: cpu (default), cuda or cuda:N")
@@ -36,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device on this machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
