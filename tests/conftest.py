@@ -19,12 +19,22 @@ os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sae_toolkit.files.embedded import EMBEDDED_MODEL
+from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import ModelSource, find_model, load_language_model
 from sae_toolkit.model.tokenizer import load_tokenizer
+from sae_toolkit.text.sources import open_text
 from support.processes import HOOK, ROOT, Outcome
 from support.trainings import Trainings
+
+# The files that take longest. They come first, so that no worker has one left to do when the others are done.
+LONGEST = (
+    *("test_benchmarks.py", "test_end_to_end.py", "training/test_resume.py", "many_runs/test_comparison.py"),
+    *("many_runs/test_sweep.py", "scale/test_ranks.py", "test_docs.py", "cuda/test_cuda_path.py"),
+    *("steps/test_target_l0.py", "steps/test_trainer.py", "training/test_every_flag.py", "steps/test_calibration.py"),
+    *("training/test_finetuning.py", "test_out_of_memory.py", "distributed/test_ranks.py", "faults/test_kills.py"),
+    *("reports/test_publish.py", "training/record/test_recording.py", "evaluation/test_evaluation.py"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device on this machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +67,21 @@ def tokenizer(embedded_source: ModelSource) -> PreTrainedTokenizerBase:
 def language_model(embedded_source: ModelSource) -> LanguageModel:
     """The embedded model, whole, in float32."""
     return load_language_model(embedded_source, HOOK, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_acts_ND(language_model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """About 4,000 real activations in float32, without the massive ones."""
+    text = next(iter(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents()))
+    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
+    acts_ND = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)])
+    return acts_ND[acts_ND.norm(dim=-1) < 10 * acts_ND.norm(dim=-1).median()]
+
+
+@pytest.fixture(scope="session")
+def scaled_acts_ND(real_acts_ND: torch.Tensor) -> torch.Tensor:
+    """Real activations with a mean norm of sqrt(D), as a run has them."""
+    return real_acts_ND * (real_acts_ND.shape[1] ** 0.5 / real_acts_ND.norm(dim=-1).mean())
 
 
 @pytest.fixture(scope="session")
@@ -107,10 +137,12 @@ def script(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     def run(name: str, *flags: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
+        code: object = 0
+        try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
         captured = capfd.readouterr()
-        code = exit_info.value.code
         return Outcome(code if isinstance(code, int) else 1, captured.out, captured.err)
 
     return run

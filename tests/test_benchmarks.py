@@ -1,14 +1,23 @@
 """Benchmarks run on real contenders and print whole tables. No test depends on a measured time."""
 
 import re
-import sys
 
-from support.processes import run_process
+import pytest
+import torch
+
+from support.processes import ROOT
 
 
-def test_the_training_benchmark_prints_contenders_floors_and_ratios():
-    done = run_process(
-        *(sys.executable, "benchmarks/train_speed.py", "--job", "tiny", "--repeats", 1, "--steps", 4, "--warm_up", 2),
+@pytest.fixture
+def benchmark(script, monkeypatch):
+    """Runs a benchmark's main program in this process. What it times is in processes of its own."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return lambda name, *flags: script(f"benchmarks/{name}", *flags)
+
+
+def test_the_training_benchmark_prints_contenders_floors_and_ratios(benchmark):
+    done = benchmark(
+        *("train_speed.py", "--job", "tiny", "--repeats", 1, "--steps", 4, "--warm_up", 2),
         *("--contenders", "this", "saelens"),
     )
     assert done.status == 0, done.stderr
@@ -20,17 +29,15 @@ def test_the_training_benchmark_prints_contenders_floors_and_ratios():
     assert re.search(r"^Measured peaks: \d+ GFLOP/s .* \d+ GB/s$", done.stdout, re.MULTILINE)
 
 
-def test_the_training_benchmark_says_where_the_time_goes():
-    done = run_process(
-        *(sys.executable, "benchmarks/train_speed.py", "--job", "tiny", "--profile", "--steps", 4, "--warm_up", 2)
-    )
+def test_the_training_benchmark_says_where_the_time_goes(benchmark):
+    done = benchmark(*("train_speed.py", "--job", "tiny", "--profile", "--steps", 4, "--warm_up", 2))
     assert done.status == 0, done.stderr
     shares = dict(re.findall(r"^\| (\w.*?) \| ([\d.]+)% \|$", done.stdout, re.MULTILINE))
     assert {"next batch", "next batch: language model", "step", "step: Adam", "step: backward"} <= shares.keys()
 
 
-def test_the_benchmark_of_the_gpu_runs_all_of_its_parts_on_a_cpu():
-    done = run_process(sys.executable, "benchmarks/gpu.py", "--tiny")
+def test_the_benchmark_of_the_gpu_runs_all_of_its_parts_on_a_cpu(benchmark):
+    done = benchmark("gpu.py", "--tiny")
     assert done.status == 0, done.stdout + done.stderr
     _, *parts = re.split(r"^## ", done.stdout, flags=re.MULTILINE)
     rows = {part.partition("\n")[0]: re.findall(r"^\| (\w.*?) \|", part, re.MULTILINE) for part in parts}
@@ -47,25 +54,26 @@ def test_the_benchmark_of_the_gpu_runs_all_of_its_parts_on_a_cpu():
     assert len(targets) == 7
 
 
-def test_a_part_that_fails_is_shown_and_the_next_one_runs(tmp_path):
+def test_a_part_that_fails_is_shown_and_the_next_one_runs(benchmark, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "complete").touch()  # a model without weights
-    done = run_process(sys.executable, "benchmarks/gpu.py", "--tiny", "--parts", "ca", "--work_dir", tmp_path)
+    done = benchmark("gpu.py", "--tiny", "--parts", "ca", "--work_dir", tmp_path)
     assert done.status == 1
     assert re.search(r"^Part c failed: UserError\n\n```text\nTraceback", done.stdout, re.MULTILINE)
     assert "| Adam, fused | 512 |" in done.stdout
 
 
-def test_the_benchmark_of_the_gpu_needs_a_gpu():
-    done = run_process(sys.executable, "benchmarks/gpu.py", CUDA_VISIBLE_DEVICES="")
+def test_the_benchmark_of_the_gpu_needs_a_gpu(benchmark, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = benchmark("gpu.py")
     assert done.status == 2
     assert "--device cuda: torch" in done.stderr and "with --tiny a CPU is used" in done.stderr
 
 
-def test_the_evaluation_benchmark_measures_the_same_l0_as_run_evals(script, tiny_run):
+def test_the_evaluation_benchmark_measures_the_same_l0_as_run_evals(script, benchmark, tiny_run):
     trained = script("sae_lens_train.py", *tiny_run)
-    done = run_process(
-        *(sys.executable, "benchmarks/eval_speed.py", "--sae_path", trained.stdout.strip()),
+    done = benchmark(
+        *("eval_speed.py", "--sae_path", trained.stdout.strip()),
         *("--num_samples", 8, "--repeats", 1, "--device", "cpu"),
     )
     assert done.status == 0, done.stderr

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -19,29 +18,44 @@ from sae_toolkit.evaluation.health import STANDARDS
 from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.text.rows import ContextFormat, collect_evaluation_rows
 from sae_toolkit.text.sources import HeldOutSplit, open_text
-from support.processes import run_process
+from support.short_demo import PANELS, SHORT_DEMO
+from support.wandb_reader import read_offline_runs
 
-N_SEQUENCES, CONTEXT = 12, 128
+N_SEQUENCES, CONTEXT = 8, 128
+OF_FINETUNING = {"learning/kl_loss", "learning/finetune_weight"}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The demo's run cut to 16 steps, and its evaluation in float32."""
-    directory = tmp_path_factory.mktemp("finished")
-    trained = run_process(
-        *(sys.executable, "sae_lens_train.py", "@presets/demo.args", "--checkpoint_path", directory),
-        *("--training_tokens", 16 * 1024, "--train_batch_size_tokens", 1024, "--wandb_mode", "disabled"),
-        *("--lr_warm_up_steps", 2, "--lr_decay_steps", 4),
+def directory(tmp_path_factory):
+    """Where the run is, and its record in wandb."""
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture(scope="module")
+def finished(trainings, directory):
+    """The short demo, measured on held-out text once and recorded in wandb, and its evaluation in float32."""
+    trained = trainings.script(
+        *("sae_lens_train.py", *SHORT_DEMO, "--eval_every", 10_000, "--checkpoint_path", directory),
+        *("--wandb_mode", "offline"),
+        WANDB_DIR=str(directory),
     )
     assert trained.status == 0, trained.stderr
     assert re.fullmatch(r"\S+\n", trained.stdout)
     sae_path = Path(trained.stdout.strip())
-    evaluated = run_process(
-        *(sys.executable, "evaluate_sae_real_activations.py", "--sae_path", sae_path, "--lm_dtype", "float32"),
-        *("--num_samples", N_SEQUENCES, "--context_length", CONTEXT),
+    evaluated = trainings.script(
+        *("evaluate_sae_real_activations.py", "--sae_path", sae_path, "--lm_dtype", "float32"),
+        *("--num_samples", N_SEQUENCES, "--context_length", CONTEXT, "--n_features", 8),
+        WANDB_DIR=str(directory),
     )
     assert evaluated.status == 0, evaluated.stderr
     return sae_path, trained, evaluated
+
+
+@pytest.fixture(scope="module")
+def recorded(finished, directory):
+    """What wandb recorded of the training, and of the evaluation."""
+    training, evaluation = read_offline_runs(directory)
+    return training, evaluation
 
 
 def test_the_table_says_what_the_json_says(finished):
@@ -148,3 +162,55 @@ def test_progress_is_said_from_the_first_step_in_lines_to_search(finished):
             line,
         ), line
     assert "\r" not in trained.stderr  # no bars of libraries either
+
+
+def test_every_panel_of_the_documentation_is_in_the_record(recorded):
+    training, _ = recorded
+    assert len(PANELS) > 20
+    names = {name for row in training.history for name in row}
+    of_histograms = {name.removesuffix("/bins") for name in names}
+    assert set(PANELS) - OF_FINETUNING <= names | of_histograms
+
+
+def test_the_record_says_what_the_run_was_made_from(finished, recorded):
+    sae_path, *_ = finished
+    training, _ = recorded
+    config = {name: json.loads(training.config[name]) for name in ("preset", "data", "git", "flags", "resumed_from")}
+    assert config["preset"] == "demo"
+    assert config["data"]["name"] == "embedded:wikipedia"
+    assert config["data"]["held_out_fraction"] == 0.2
+    assert re.fullmatch(r"[0-9a-f]{40}", config["git"]["commit"])
+    assert config["resumed_from"] is None
+    (artifact,) = training.artifacts
+    assert artifact.type == "model"
+    metadata = json.loads(artifact.metadata)
+    assert metadata["data"] == config["data"]
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert {"cfg.json", "manifest.json"} <= names
+    assert "sae_weights.safetensors" not in names  # it says where they lie; --set logger.log_weights_to_wandb=true
+    assert any(sae_path.absolute().as_uri() in entry.ref for entry in artifact.manifest.contents)
+
+
+def test_the_evaluation_adds_the_tables_of_health_and_of_features(finished, recorded):
+    sae_path, *_ = finished
+    training, evaluation = recorded
+    assert evaluation.id == training.id
+    result = json.loads((sae_path / "evaluation.json").read_text())
+    assert float(evaluation.summary["evaluation/metrics/l0"]) == result["metrics"]["l0"]
+    health = evaluation.table("evaluation/health_table")
+    assert [row[0] for row in health["data"]] == ["Loss recovered", "L0", "Dead features", "Decoder absorption"]
+    assert health["data"][1][1] == f"{result['metrics']['l0']:.1f}"
+    features = evaluation.table("evaluation/features")
+    assert len(features["data"]) == 8
+    assert all("[" in row[features["columns"].index("top contexts")] for row in features["data"] if row[1] > 0)
+
+
+def test_what_is_measured_on_held_out_text_is_recorded_too(finished, recorded):
+    sae_path, trained, _ = finished
+    training, _ = recorded
+    (line,) = (json.loads(line) for line in (sae_path.parent / "held_out.jsonl").read_text().splitlines())
+    assert line["n_training_samples"] == 10_240
+    assert 2.5 < line["held_out/ce_clean"] < line["held_out/ce_sae"]
+    (row,) = (row for row in training.history if "held_out/loss_recovered" in row)
+    assert float(row["held_out/loss_recovered"]) == line["held_out/loss_recovered"]
+    assert "held out after 10,240 tokens: loss recovered " in trained.stderr

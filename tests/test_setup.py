@@ -117,10 +117,9 @@ def machine(tmp_path):
     machine.server.server_close()
 
 
-@pytest.mark.parametrize("others", [(), ("filelock", "fsspec", "sympy")], ids=["torch alone", "other versions too"])
-def test_torch_comes_from_its_index_and_the_rest_from_the_machines(machine, others):
+def test_torch_comes_from_its_index_and_the_rest_from_the_machines(machine):
     write_wheel(machine.indexes / "cuda", "torch", CUDA_TORCH, ASKED_FOR)
-    for name in others:
+    for name in ("filelock", "fsspec", "sympy"):  # the index of torch has other versions of these too
         write_wheel(machine.indexes / "cuda", name, "9999.1")
     # Builds that pip would prefer, if it looked where it usually does.
     write_wheel(machine.indexes / "machine", "torch", f"{PINS['torch']}+zzz")

@@ -77,19 +77,22 @@ def of_comparison(tiny_args, directory, *flags):
     return f"@{tiny_args}", "--comparison_dir", directory, "--num_samples", 12, "--l0", 8, *flags
 
 
-def compare(tiny_args, directory, *flags):
-    words = of_comparison(tiny_args, directory, *flags)
-    return run_process(sys.executable, "compare_sae_libraries.py", *words, timeout=600)
+@pytest.fixture(scope="module")
+def compare(trainings, tiny_args):
+    """Runs compare_sae_libraries.py, whose trainings and evaluations are processes of their own."""
+    return lambda directory, *flags: trainings.script(
+        "compare_sae_libraries.py", *of_comparison(tiny_args, directory, *flags)
+    )
 
 
 COMPARED = ("--libraries", "saelens:jumprelu", "sparsify", "--learning_rates", 2, "--seeds", 2, "--parallel", 2)
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_args, tmp_path_factory):
+def compared(compare, tmp_path_factory):
     """A comparison of two seeds, for which one of two learning rates of sparsify was chosen."""
     directory = tmp_path_factory.mktemp("compared") / "comparison"
-    done = compare(tiny_args, directory, *COMPARED)
+    done = compare(directory, *COMPARED)
     assert done.status == 0, done.stderr
     return directory, done
 
@@ -154,10 +157,10 @@ def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
     assert sae.cfg.metadata.held_out_seed == results[0]["held_out"]["seed"]
 
 
-def test_the_same_command_goes_on_with_what_is_missing(compared, tiny_args):
+def test_the_same_command_goes_on_with_what_is_missing(compared, compare):
     directory, _ = compared
     before = json.loads((directory / "comparison.json").read_text())
-    done = compare(tiny_args, directory, *COMPARED)
+    done = compare(directory, *COMPARED)
     assert done.status == 0, done.stderr
     assert done.stderr.count("from before") == 2 + 4  # those to choose from, and those of the table
     assert "evaluating" not in done.stderr
@@ -245,10 +248,10 @@ def test_weights_to_begin_with_are_refused_since_other_libraries_begin_at_random
 
 
 @pytest.mark.parity
-def test_dictionary_learning_trains_here_by_its_own_code(tiny_args, tmp_path):
+def test_dictionary_learning_trains_here_by_its_own_code(compare, tmp_path):
     directory = tmp_path / "comparison"
     libraries = ("dictionary_learning", "dictionary_learning:p_anneal@1e-3")
-    done = compare(tiny_args, directory, "--l0", 4, 8, "--libraries", *libraries)
+    done = compare(directory, "--l0", 4, 8, "--libraries", *libraries)
     assert done.status == 0, done.stderr
     outcomes = json.loads((directory / "comparison.json").read_text())
     assert len(outcomes) == 14

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
+from functools import partial
 
 import pytest
 from ray._private.utils import validate_socket_filepath
@@ -13,7 +13,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.sweep.report import best_first, trials_on_front
 from sae_toolkit.many_runs.sweep.run import ray_directory
 from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
-from support.processes import ROOT, run_process
+from support.processes import ROOT
 
 DEMO = [f"@{ROOT}/presets/demo.args"]
 
@@ -95,22 +95,23 @@ def test_the_best_is_the_healthiest_and_the_front_is_what_no_other_beats(tmp_pat
     assert trials_on_front(numbered) == [6, 2, 3]
 
 
-def sweep(tiny_args, directory, *flags):
-    command = [sys.executable, "sweep_saes.py", f"@{tiny_args}", "--sweep_dir", directory, "--num_samples", 12]
-    return run_process(*command, *flags)
+@pytest.fixture
+def sweep(script, tiny_args, tmp_path):
+    """Runs sweep_saes.py in this process. Its trainings and evaluations are processes of their own."""
+    return partial(script, "sweep_saes.py", f"@{tiny_args}", "--sweep_dir", tmp_path / "sweep", "--num_samples", 12)
 
 
-def test_a_sweep_ends_in_a_table_a_front_and_a_command(tiny_args, tmp_path):
+def test_a_sweep_ends_in_a_table_a_front_and_a_command(sweep, tiny_args, tmp_path):
     directory = tmp_path / "sweep"
-    done = sweep(tiny_args, directory, "--grid", "k=4,8", "layer=1,9")
+    done = sweep("--grid", "k=4,8,300")
     assert done.status == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "(k=4 layer=9): refused: --layer 9: the model has 4 layers, 0 to 3" in done.stderr
+    assert "(k=300): refused: --k 300: more than the 256 features" in done.stderr
     content = json.loads((directory / "sweep.json").read_text())
     assert [("metrics" in trial, "refused" in trial) for trial in content["trials"]] == [
-        (True, False),
+        *[(True, False)] * 2,
         (False, True),
-    ] * 2
+    ]
     best = content["trials"][content["best"] - 1]
     assert "".join(f"best: {best['command']}".split()) in "".join(done.stdout.split())  # wherever it is folded
     assert shlex.split(best["command"])[:3] == ["python", "sae_lens_train.py", f"@{tiny_args}"]
@@ -121,8 +122,9 @@ def test_a_sweep_ends_in_a_table_a_front_and_a_command(tiny_args, tmp_path):
         )
         assert str(flags["k"]) == trial["values"]["k"]
     # What is finished is not run again; what was refused is tried again.
-    again = sweep(tiny_args, directory, "--grid", "k=4,8", "layer=1,9")
-    assert "4 trials, 2 of them finished before" in again.stderr
+    again = sweep("--grid", "k=4,8,300")
+    assert "3 trials, 2 of them finished before" in again.stderr
+    assert again.stderr.count("refused: --k 300") == 1
     assert json.loads((directory / "sweep.json").read_text()) == content
 
 
@@ -138,8 +140,8 @@ def test_a_sweep_ends_in_a_table_a_front_and_a_command(tiny_args, tmp_path):
         (["--grid", "k=4", "--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
     ],
 )
-def test_bad_input_is_one_line(tiny_args, tmp_path, flags, says):
-    done = sweep(tiny_args, tmp_path / "sweep", *flags)
+def test_bad_input_is_one_line(sweep, flags, says):
+    done = sweep(*flags)
     assert done.status == 2, done.stderr
     (error,) = done.error_lines
     assert says in error

@@ -16,6 +16,7 @@ from sae_toolkit.reports.publish import check_may_publish
 from sae_toolkit.settings.command_line import default_flags, parse_training_flags
 from support.loopback_hub import LoopbackHub
 from support.processes import run_process
+from support.trainings import Trainings
 
 TOKEN = "hf_" + "a" * 34
 ID = "blocks.1.hook_resid_post"
@@ -37,9 +38,22 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model, text_file, tmp_path_factory):
-    done = run_process(
-        *(sys.executable, "sae_lens_train.py", "--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file),
+def environment(hub, tmp_path_factory):
+    return hub.environment(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def scripts(environment, tmp_path_factory):
+    """Runs scripts for which the hub is the Hugging Face Hub."""
+    scripts = Trainings(tmp_path_factory.mktemp("scripts"), **environment, HF_TOKEN=TOKEN)
+    yield scripts
+    scripts.close()
+
+
+@pytest.fixture(scope="module")
+def trained(scripts, tiny_model, text_file, tmp_path_factory):
+    done = scripts.script(
+        *("sae_lens_train.py", "--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file),
         *("--context_size", 64, "--expansion_factor", 4, "--training_tokens", 2048, "--n_batches_in_buffer", 16),
         *("--architecture", "batchtopk", "--k", 8, "--lr", 2e-3, "--device", "cpu", "--wandb_mode", "disabled"),
         *("--checkpoint_path", tmp_path_factory.mktemp("trained")),
@@ -48,29 +62,26 @@ def trained(tiny_model, text_file, tmp_path_factory):
     return Path(done.stdout.strip())
 
 
-def publish(hub, sae_path, repository, home):
-    return run_process(
-        *(sys.executable, "evaluate_sae_real_activations.py", "--sae_path", sae_path, "--num_samples", 12),
+def publish(scripts, sae_path, repository):
+    return scripts.script(
+        *("evaluate_sae_real_activations.py", "--sae_path", sae_path, "--num_samples", 12),
         *("--n_features", 0, "--no_diagnosis", "--push_to_hub", repository),
-        **hub.environment(home),
-        HF_TOKEN=TOKEN,
     )
 
 
 @pytest.fixture(scope="module")
-def published(hub, trained, tmp_path_factory):
-    """The directory of a repository to which an SAE was published twice, and the environment for reading it."""
-    home = tmp_path_factory.mktemp("home")
+def published(hub, scripts, trained):
+    """The directory of a repository to which an SAE was published twice."""
     for _ in range(2):
-        done = publish(hub, trained, "lab/my_sae", home)
+        done = publish(scripts, trained, "lab/my_sae")
         assert done.status == 0, done.stderr
         assert f"published: {hub.url}/lab/my_sae" in done.stderr
         assert TOKEN not in done.stderr
-    return hub.directory / "models" / "lab" / "my_sae", hub.environment(home)
+    return hub.directory / "models" / "lab" / "my_sae"
 
 
-def test_saelens_reads_what_was_published(published, trained, tmp_path):
-    _, environment = published
+@pytest.mark.usefixtures("published")
+def test_saelens_reads_what_was_published(environment, trained, tmp_path):
     done = run_process(sys.executable, "-c", LOAD, "lab/my_sae", tmp_path / "read.safetensors", **environment)
     assert done.status == 0, done.stderr
     theirs, ours = load_file(tmp_path / "read.safetensors"), load_file(trained / "sae_weights.safetensors")
@@ -79,11 +90,10 @@ def test_saelens_reads_what_was_published(published, trained, tmp_path):
 
 
 def test_the_card_says_what_was_measured_and_how_it_was_trained(published, trained):
-    repository, _ = published
-    card = ModelCard.load(repository / "README.md")
+    card = ModelCard.load(published / "README.md")
     assert card.data.library_name == "saelens"
     result = json.loads((trained / "evaluation.json").read_text())
-    assert json.loads((repository / ID / "evaluation.json").read_text()) == result
+    assert json.loads((published / ID / "evaluation.json").read_text()) == result
     assert f"| L0 | {result['metrics']['l0']:.1f} |" in card.text
     assert f"{result['health']['healthy']}/4 metrics healthy" in card.text
     assert f'SAE.from_pretrained("lab/my_sae", "{ID}")' in card.text
@@ -98,19 +108,19 @@ def test_the_card_says_what_was_measured_and_how_it_was_trained(published, train
     assert saved["checkpoint_path"] != default_flags()["checkpoint_path"]
 
 
-def test_a_readme_that_somebody_wrote_stays(hub, trained, tmp_path):
+def test_a_readme_that_somebody_wrote_stays(hub, scripts, trained):
     repository = hub.directory / "models" / "somebody" / "theirs"
     repository.mkdir(parents=True)
     (repository / "README.md").write_text("My own words.\n")
-    done = publish(hub, trained, "somebody/theirs", tmp_path)
+    done = publish(scripts, trained, "somebody/theirs")
     assert done.status == 0, done.stderr
     assert (repository / "README.md").read_text() == "My own words.\n"
     assert "metrics healthy" in (repository / ID / "README.md").read_text()
 
 
-def test_a_refusal_in_the_middle_is_one_line_and_the_measurements_stay(hub, trained, tmp_path):
+def test_a_refusal_in_the_middle_is_one_line_and_the_measurements_stay(hub, scripts, trained):
     hub.inject(403, "/commit/", method="POST", times=9)
-    done = publish(hub, trained, "somebody/new", tmp_path)
+    done = publish(scripts, trained, "somebody/new")
     hub.heal()
     assert done.status == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -6,25 +6,19 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
 from sae_toolkit.distributed.ranks import ALONE
-from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.steps import activation_sample
 from sae_toolkit.steps.activation_sample import ActivationSample
 from sae_toolkit.steps.calibration import _find_cut
 from sae_toolkit.steps.sparse_topk import sparse_class
 from sae_toolkit.steps.trainer import Trainer
-from sae_toolkit.text.sources import open_text
 
-BATCH, K, N_STEPS = 512, 16, 500
+BATCH, K, N_STEPS = 512, 16, 250
 
 
-@pytest.fixture(scope="module")
-def acts_ND(language_model, tokenizer):
-    """Real activations, without the massive ones."""
-    text = next(iter(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents()))
-    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
-    acts = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)]).float()
-    return acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]
+@pytest.fixture
+def acts_ND(real_acts_ND):
+    return real_acts_ND
 
 
 def new_trainer(architecture, d_in, dtype="float32", **settings):

@@ -5,23 +5,16 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
 from sae_lens.registry import get_sae_training_class
 
-from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from sae_toolkit.steps.trainer import Trainer
-from sae_toolkit.text.sources import open_text
 
 BATCH, N_STEPS = 128, 500
 
 
-@pytest.fixture(scope="module")
-def acts_ND(language_model, tokenizer):
-    """Real activations with a mean norm of sqrt(D), as a run has them, without the massive ones."""
-    text = next(iter(open_text(EMBEDDED_TEXT, flag="--dataset_path").documents()))
-    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 16 * 256]).reshape(16, 256)
-    acts = torch.cat([language_model.activations(rows)[:, 1:].flatten(0, 1) for rows in tokens_BT.split(8)]).float()
-    acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]
-    return acts * (acts.shape[1] ** 0.5 / acts.norm(dim=-1).mean())
+@pytest.fixture
+def acts_ND(scaled_acts_ND):
+    return scaled_acts_ND
 
 
 def unexplained(sae, acts_ND):
@@ -42,7 +35,7 @@ def unexplained(sae, acts_ND):
 def test_the_running_l0_comes_to_within_a_tenth_of_the_target(acts_ND, architecture, settings, target):
     sae_class, config_class = get_sae_training_class(architecture)
     cfg = LanguageModelSAERunnerConfig(
-        sae=config_class(d_in=acts_ND.shape[1], d_sae=1152, **settings),
+        sae=config_class(d_in=acts_ND.shape[1], d_sae=576, **settings),
         training_tokens=N_STEPS * BATCH,
         train_batch_size_tokens=BATCH,
         lr=2e-3,

@@ -11,7 +11,6 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, Tr
 from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
-from sae_toolkit.files.embedded import embedded_wikipedia
 from sae_toolkit.steps.active_features import ActiveFeatures
 from sae_toolkit.steps.selection import largest, largest_by_blocks, largest_of_rows
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, bfloat16_linear, sparse_class
@@ -26,14 +25,9 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def acts_ND(language_model, tokenizer):
-    """5,000 real activations with a mean norm of sqrt(d_in), without those of the first position."""
-    text = next(text for text in embedded_wikipedia() if len(text) > 60_000)
-    tokens_BT = torch.tensor(tokenizer(text)["input_ids"][: 20 * 256]).reshape(20, 256)
-    acts = language_model.activations(tokens_BT)[:, 1:].flatten(0, 1)
-    acts = acts[acts.norm(dim=-1) < 10 * acts.norm(dim=-1).median()]
-    return acts * (D_IN**0.5 / acts.norm(dim=-1).mean())
+@pytest.fixture
+def acts_ND(scaled_acts_ND):
+    return scaled_acts_ND
 
 
 def trainers(architecture, dtype, dead_feature_window, **more):

@@ -16,11 +16,11 @@ from sae_toolkit.steps.sharded_sae import ShardedTrainer, shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
 from sae_toolkit.steps.trainer import Trainer
 
-BATCH, N_STEPS = 128, 30
+BATCH, N_STEPS = 128, 21
 SETTINGS = {
     "topk": {"k": 16},
     "batchtopk": {"k": 16},
-    "matryoshka_batchtopk": {"k": 16, "matryoshka_widths": [64, 256, 1152]},
+    "matryoshka_batchtopk": {"k": 16, "matryoshka_widths": [64, 256, 576]},
     "jumprelu": {"l0_coefficient": 1.0},
     "standard": {"l1_coefficient": 1.0},
     "gated": {"l1_coefficient": 1.0},
@@ -36,7 +36,7 @@ def train(name, acts_ND, ranks):
     architecture = name.removesuffix(SHARDED)
     sae_class, config_class = get_sae_training_class(architecture)
     cfg = LanguageModelSAERunnerConfig(
-        sae=config_class(d_in=acts_ND.shape[1], d_sae=1152, dtype="float64", **SETTINGS[architecture]),
+        sae=config_class(d_in=acts_ND.shape[1], d_sae=576, dtype="float64", **SETTINGS[architecture]),
         training_tokens=1000 * BATCH,
         train_batch_size_tokens=BATCH,
         lr=4e-4,

@@ -1,4 +1,4 @@
-"""Runs of sae_lens_train.py in processes of their own, which start in no time and can be killed."""
+"""Runs of the scripts in processes of their own, which start in no time and can be killed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from sae_toolkit import ROOT
+from support.processes import Outcome
 
 
 class Trainings:
-    """Starts runs, one after the other, from a process that has imported what they need (`fork_server.py`)."""
+    """Starts runs, one after the other, from a process that has imported what they need (`fork_server.py`).
 
-    def __init__(self, directory: Path) -> None:
-        self.output = directory / "output.txt"
+    Args:
+        directory: where their output goes.
+        environment: further variables of the environment of that process and of all runs.
+    """
+
+    def __init__(self, directory: Path, **environment: str) -> None:
+        self.output, self.errors = directory / "output.txt", directory / "errors.txt"
         self._server = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -36,11 +42,15 @@ class Trainings:
         assert self._server.stdout is not None
         return self._server.stdout.readline().strip()
 
+    def script(self, name: str, *flags: object, **environment: str) -> Outcome:
+        """How a script ended. Variables that libraries read as they are imported have no effect here."""
+        self._start(name, flags, environment, self.errors)
+        self._answer()
+        return Outcome(int(self._answer()), self.output.read_text(), self.errors.read_text())
+
     def run(self, flags: list[str], disturb: Callable[[int], None] | None = None) -> tuple[int, float]:
-        """Exit status and wall time of a run; `disturb` is called beside it, in a thread, with its process's id."""
-        assert self._server.stdin is not None
-        self.output.write_text("")
-        print(json.dumps({"flags": flags, "output": str(self.output)}), file=self._server.stdin, flush=True)
+        """Exit status and wall time of a training; `disturb` is called in a thread beside it, with its process's id."""
+        self._start("sae_lens_train.py", flags, {}, self.output)
         pid, start = int(self._answer()), time.monotonic()
         beside = threading.Thread(target=disturb, args=(pid,)) if disturb else None
         if beside:
@@ -50,8 +60,18 @@ class Trainings:
             beside.join()
         return status, seconds
 
+    def _start(self, script: str, flags: Sequence[object], environment: dict[str, str], errors: Path) -> None:
+        assert self._server.stdin is not None
+        for file in (self.output, errors):  # `disturb` must not see what the run before showed
+            file.write_text("")
+        request = {
+            **{"script": str(ROOT / script), "flags": [str(flag) for flag in flags], "environment": environment},
+            **{"stdout": str(self.output), "stderr": str(errors)},
+        }
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+
     def shown(self) -> str:
-        """All that the last run wrote, on standard output and standard error."""
+        """All that the last training wrote, on standard output and standard error."""
         return self.output.read_text()
 
     def finished_sae(self) -> Path:
@@ -72,7 +92,7 @@ def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: 
         "context_size": 64,
         "architecture": architecture,
         "k": 8,
-        "expansion_factor": 64,
+        "expansion_factor": 32,
         "normalize_activations": "expected_average_only_in",
         "training_tokens": 40960,
         "n_batches_in_buffer": 64,
