@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.evaluation.probing.run import measure_probing, read_tasks
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.evaluation import EvaluationSettings
 
@@ -34,4 +36,7 @@ def prepare_further_evaluations(
         UserError: one of them cannot run.
     """
     further: list[FurtherEvaluation] = []
+    if settings.measurements.probing:
+        tasks = read_tasks(settings.measurements, groups)
+        further.append(FurtherEvaluation("probing", partial(measure_probing, tasks)))
     return further

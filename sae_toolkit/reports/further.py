@@ -9,10 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sae_toolkit.evaluation.probing.table import show_probing
 from sae_toolkit.evaluation.shown import Shown
 
 # The function that makes a table of the results, by their key in evaluation.json.
-_SHOW: dict[str, Callable[[Mapping[str, Any]], Shown]] = {}
+_SHOW: dict[str, Callable[[Mapping[str, Any]], Shown]] = {
+    "probing": show_probing,
+}
 
 
 def further_tables(summary: Mapping[str, Any]) -> list[Shown]:

@@ -111,6 +111,16 @@ class MeasurementSettings:
     """
     saebench: str | None = flag(None, metavar="EVALS")
     """also run these evaluations of sae-bench, in an environment of its own: core,absorption,..."""
+    probing: tuple[str, ...] = flag((), metavar="TASK")
+    """also probe few features on these tasks: files or Hugging Face ids with texts of two classes, or embedded:tasks"""
+    probing_text_column: str | None = None
+    """column of the tasks that holds the texts (default: found by its name and content)"""
+    probing_label_column: str | None = None
+    """column of the tasks that holds the labels (default: label, labels, target or class)"""
+    probing_examples: Positive = 5000
+    """read at most this many rows of each file or data set"""
+    probing_keep_repeated: bool = False
+    """keep texts that occur again, as sae-probes does: the same text can then be in the training and in the test"""
     features: tuple[int, ...] = ()
     """indices of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
