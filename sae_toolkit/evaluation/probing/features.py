@@ -11,6 +11,7 @@ from sae_lens import SAE
 from sae_toolkit.evaluation.metrics import chunk_length
 
 _SMALL = 1e-6
+_CHUNK_VALUES = 2**25  # 128 MiB in float32
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def rank_features(sae: SAE[Any], acts_ND: torch.Tensor, y_N: np.ndarray) -> torc
     label_N = torch.from_numpy(y_N)
     sum_CF = torch.zeros(2, sae.cfg.d_sae, dtype=torch.double)
     absolute_F, fired_F = torch.zeros_like(sum_CF[0]), torch.zeros_like(sum_CF[0])
-    n = chunk_length(4 * sae.cfg.d_sae)  # a few tensors of examples x features exist at a time
+    n = _examples_at_once(sae)
     for chunk_ND, chunk_N in zip(acts_ND.split(n), label_N.split(n), strict=True):
         features_NF = sae.encode(chunk_ND.to(sae.device, torch.float32))
         absolute_F += features_NF.abs().sum(0).cpu()
@@ -44,9 +45,13 @@ def rank_features(sae: SAE[Any], acts_ND: torch.Tensor, y_N: np.ndarray) -> torc
 @torch.no_grad()
 def feature_columns(sae: SAE[Any], acts_ND: torch.Tensor, features_K: torch.Tensor) -> np.ndarray:
     """Returns the activations [N, K] of some features in float32, computed for some examples at a time."""
-    n = chunk_length(4 * sae.cfg.d_sae)
+    n = _examples_at_once(sae)
     columns = [
         sae.encode(chunk_ND.to(sae.device, torch.float32))[:, features_K.to(sae.device)].float().cpu()
         for chunk_ND in acts_ND.split(n)
     ]
     return torch.cat(columns).numpy()
+
+
+def _examples_at_once(sae: SAE[Any]) -> int:
+    return chunk_length(4 * sae.cfg.d_sae, _CHUNK_VALUES)  # a few tensors of examples x features exist at a time

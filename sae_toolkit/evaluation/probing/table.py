@@ -24,9 +24,9 @@ def show_probing(results: Mapping[str, Any]) -> Shown:
         rows=(*rows, _row("mean", results["mean"], ks)) if len(rows) > 1 else tuple(rows),
         how_to_read=(
             "AUC of a probe on the k features that differ most between two classes of text. 0.5 is chance, and in"
-            " brackets are 95% intervals over the test texts. The last column is a probe on the activations, which hold"
-            " all that the SAE can know: the closer few features come to it, the better they separate what people ask"
-            " about. k-sparse probing tells SAEs apart where other evaluations do not (arXiv 2605.18229)."
+            " brackets are 95% intervals over the test texts. The last column is a probe on the activations: what few"
+            " features lack against it, the SAE has lost or spread over more features. Of SAEBench's metrics this was the"
+            " most reliable, but it hardly tells variants of one architecture apart (Chanin 2026, arXiv:2605.18229)."
         ),
     )
 
