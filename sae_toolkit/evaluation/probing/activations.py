@@ -21,7 +21,8 @@ def tokenized(prepared: PreparedEvaluation, texts: Sequence[str]) -> list[list[i
     As in the contexts of the training, each begins with a BOS token if those do.
     """
     most = min(_MOST_TOKENS, prepared.model.max_context or _MOST_TOKENS)
-    bos = [prepared.tokenizer.bos_token_id] if prepared.context.prepend_bos else []
+    bos_token_id = prepared.tokenizer.bos_token_id
+    bos = [bos_token_id] if prepared.context.prepend_bos and bos_token_id is not None else []
     encoded: Any = prepared.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
     n = most - len(bos)
     return [[*bos, *ids[-n:]] for ids in encoded["input_ids"]]

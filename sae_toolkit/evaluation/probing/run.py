@@ -18,7 +18,7 @@ from sae_toolkit.evaluation.probing.embedded_tasks import embedded_tasks
 from sae_toolkit.evaluation.probing.features import feature_columns, rank_features
 from sae_toolkit.evaluation.probing.probe import METRICS, fit_probe, resampled_weights, scores, with_intervals
 from sae_toolkit.evaluation.probing.split import split
-from sae_toolkit.evaluation.probing.tasks import LEAST_PER_CLASS, Task, read_task
+from sae_toolkit.evaluation.probing.tasks import Task, read_task
 from sae_toolkit.files.embedded import EMBEDDED_TASKS
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # Those of sae-probes up to 128. Its 256 and 512 are a good part of all features of a small SAE.
 KS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_LEAST_FOUND = 25  # texts of each class in each half that have a position that the SAEs are measured at
 
 _Draws = dict[str, np.ndarray]  # the scores [R] of each metric in R draws of the bootstrap
 
@@ -146,13 +148,13 @@ def _activations(
     train = np.flatnonzero(is_found_N[: len(half[0])])
     test = np.flatnonzero(is_found_N[len(half[0]) :]) + len(half[0])
     y_N = task.y_N[both]
-    n_least = np.bincount(y_N[is_found_N], minlength=2).min()
+    n_least = min(np.bincount(y_N[of_half], minlength=2).min() for of_half in (train, test))
     if n_left_out := int((~is_found_N).sum()):
         log.warning("--probing: %s: %d texts have no position that all SAEs are measured at", task.name, n_left_out)
-    if n_least < LEAST_PER_CLASS // 2:
+    if n_least < _LEAST_FOUND:
         raise UserError(
-            f"--probing: {task.name}: only {n_least} texts of a class have a position that all SAEs are measured at;"
-            " use longer texts"
+            f"--probing: {task.name}: only {n_least} training or test texts of a class have a position that all SAEs"
+            " are measured at; use longer texts, or other SAEs"
         )
     document_M = None if task.document_N is None else task.document_N[both[test]]
     return _Activations(

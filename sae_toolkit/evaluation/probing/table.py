@@ -25,8 +25,8 @@ def show_probing(results: Mapping[str, Any]) -> Shown:
         how_to_read=(
             "AUC of a probe on the k features that differ most between two classes of text. 0.5 is chance, and in"
             " brackets are 95% intervals over the test texts. The last column is a probe on the activations: what few"
-            " features lack against it, the SAE has lost or spread over more features. Of SAEBench's metrics this was the"
-            " most reliable, but it hardly tells variants of one architecture apart (Chanin 2026, arXiv:2605.18229)."
+            " features lack against it, the SAE has lost or spread over more features. Of SAEBench's metrics this was"
+            " the most reliable, but it hardly tells variants of one architecture apart (arXiv:2605.18229)."
         ),
     )
 

@@ -22,12 +22,12 @@ from sae_toolkit.evaluation.probing.activations import last_activations
 from sae_toolkit.evaluation.probing.embedded_tasks import embedded_tasks
 from sae_toolkit.evaluation.probing.features import feature_columns, rank_features
 from sae_toolkit.evaluation.probing.probe import resampled_weights, scores
-from sae_toolkit.evaluation.probing.run import read_tasks
+from sae_toolkit.evaluation.probing.run import measure_probing, read_tasks
 from sae_toolkit.evaluation.probing.split import split
-from sae_toolkit.evaluation.probing.tasks import read_task
+from sae_toolkit.evaluation.probing.tasks import Task, read_task
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.model.tokenizer import load_tokenizer
-from sae_toolkit.settings.evaluation import MeasurementSettings
+from sae_toolkit.settings.evaluation import MeasurementSettings, parse_evaluation_flags
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.rows import ContextFormat
@@ -187,22 +187,45 @@ def test_a_bootstrap_over_documents_draws_whole_documents():
     assert (weight_RM[:, [0, 2, 5]].sum(1) == 3).all() and weight_RM.std() > 0.5
 
 
-def test_the_activation_of_a_text_is_that_of_its_last_token_that_the_sae_is_measured_at(tiny_model):
+def test_a_flag_about_tasks_without_tasks_is_refused():
+    with pytest.raises(UserError, match="^--probing_label_column topic: is about the tasks of --probing; name some"):
+        parse_evaluation_flags("", ["--sae_path", "sae", "--probing_label_column", "topic"])
+
+
+@pytest.fixture(scope="module")
+def at_a_hook(tiny_model):
+    """The tiny model, and an SAE at its hook that leaves out the token <|im_end|> and the first two positions."""
     source = find_model(str(tiny_model))
-    model = load_language_model(source, "blocks.2.hook_resid_post", "cpu", torch.float32)
-    texts = ["a", "Five words are in here.", "And a text that is so long that it is longer than the others.<|im_end|>"]
     positions = PositionFilter(special_token_ids=(2,), skip_positions=2)
-    sae = EvaluatedSAE(None, topk_sae(32, 96, 4), positions)
-    tokenizer = load_tokenizer(source)
     prepared = SimpleNamespace(
-        saes=(sae,), protocol="health", model=source, tokenizer=tokenizer, context=ContextFormat(context_size=32)
+        saes=(EvaluatedSAE(None, topk_sae(32, 96, 4), positions),),
+        protocol="health",
+        device="cpu",
+        model=source,
+        tokenizer=load_tokenizer(source),
+        context=ContextFormat(context_size=32),
+        seed=42,
     )
+    return prepared, load_language_model(source, "blocks.2.hook_resid_post", "cpu", torch.float32)
+
+
+def test_the_activation_of_a_text_is_that_of_its_last_token_that_the_sae_is_measured_at(at_a_hook):
+    prepared, model = at_a_hook
+    texts = ["a", "Five words are in here.", "And a text that is so long that it is longer than the others.<|im_end|>"]
     with Progress("reading", len(texts)) as progress:
         acts_ND, is_found_N = last_activations(prepared, model, texts, batch_size=2, progress=progress)
     assert is_found_N.tolist() == [False, True, True]  # BOS and one token are skipped
     for n, last in ((1, -1), (2, -2)):
-        alone_1TD = model.activations(torch.tensor([[1, *tokenizer(texts[n], add_special_tokens=False)["input_ids"]]]))
+        ids = prepared.tokenizer(texts[n], add_special_tokens=False)["input_ids"]
+        alone_1TD = model.activations(torch.tensor([[1, *ids]]))
         torch.testing.assert_close(acts_ND[n], alone_1TD[0, last], rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_whose_texts_have_no_position_of_the_sae_is_refused(at_a_hook):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    task = Task("letters", "", tuple(letters * 10), np.arange(260) % 2, ("0", "1"))
+    with pytest.raises(UserError, match="--probing: letters: only 0 training or test texts of a class have a position"):
+        measure_probing([task], *at_a_hook, 8)
 
 
 def test_131072_features_take_a_few_hundred_megabytes_beside_the_sae():
