@@ -38,6 +38,7 @@ def fit_probe(
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold
 
+    X_train, X_test = X_train.astype(np.float64), X_test.astype(np.float64)  # as scikit-learn does to tensors of torch
     kind: dict[str, Any] = {"l1_ratio": 1.0, "solver": "saga"} if penalty == "l1" else {}
 
     def fitted(C: float, X: np.ndarray, y: np.ndarray) -> Any:
