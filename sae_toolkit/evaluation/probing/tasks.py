@@ -64,14 +64,17 @@ def read_task(
         keep_repeated: whether to keep texts that occur again. If not, each text is in the task once.
 
     Raises:
-        UserError: it cannot be read, a column is missing, texts are empty, or there are not two classes with at least
-            100 texts each.
+        UserError: it cannot be read, a column is missing, texts are empty or have both labels, or there are not two
+            classes with at least 100 texts each.
     """
     what = f"--probing {name}"
-    rows = list(islice(read_rows(name, flag="--probing"), most_examples))
+    rows = list(islice(read_rows(name, flag="--probing"), most_examples + 1))
     if not rows:
         raise UserError(f"{what}: has no rows; use another file")
-    label_column = _label_column(what, label_column, rows)
+    if len(rows) > most_examples:
+        rows.pop()
+        log.warning("%s: reading only the first %s rows, as --probing_examples says", what, f"{most_examples:,}")
+    label_column = _label_column(name, label_column, rows)
     without_label = [{key: value for key, value in row.items() if key != label_column} for row in rows]
     column = choose_column(name, "--probing", text_column, without_label[:_ROWS_LOOKED_AT], by="--probing_text_column")
     if column.kind != "text":
@@ -84,39 +87,48 @@ def read_task(
             f" row {empty[0]:,}; remove them"
         )
     labels = [value_at(row, label_column) for row in rows]
-    places = list(range(len(texts)))
-    once = sorted({text: place for place, text in reversed(list(enumerate(texts)))}.values())
-    if len(once) < len(places):
+    _check_labels(what, label_column, labels)
+    first: dict[str, int] = {}  # the place where each text occurs first
+    again = [place for place, text in enumerate(texts) if first.setdefault(text, place) != place]
+    if again:
         doing = "kept" if keep_repeated else "left out"
-        log.warning("%s: %s %s texts that occur again", what, doing, f"{len(places) - len(once):,}")
-    kept = places if keep_repeated else once
+        log.warning("%s: %s %s texts that occur again", what, doing, f"{len(again):,}")
+    for place in again:
+        if not keep_repeated and labels[place] != (other := labels[first[texts[place]]]):
+            raise UserError(
+                f"{what}: row {place + 1:,} has the label {labels[place]}, and row {first[texts[place]] + 1:,} with the"
+                f" same text has {other}; remove one of them"
+            )
+    kept = range(len(texts)) if keep_repeated else list(first.values())
     y_N, classes = _classes(what, label_column, [labels[place] for place in kept])
     path = Path(name)
     return Task(path.name.split(".")[0] if path.exists() else name, name, tuple(texts[p] for p in kept), y_N, classes)
 
 
-def _label_column(what: str, column: str | None, rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def _label_column(name: str, column: str | None, rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(column for row in rows for column in row))
     if column is not None:
         if all(value_at(row, column) is None for row in rows):
-            raise UserError(f"--probing_label_column {column}: {what.split()[1]} has the columns {', '.join(names)}")
+            raise UserError(f"--probing_label_column {column}: {name} has the columns {', '.join(names)}")
         return column
-    found = [name for name in names if name in _LABEL_COLUMNS]
+    found = [column for column in names if column in _LABEL_COLUMNS]
     if len(found) != 1:
         there = f"the columns {' and '.join(found)}" if found else f"no column of labels among {', '.join(names)}"
-        raise UserError(f"{what}: has {there}; name one by --probing_label_column")
+        raise UserError(f"--probing {name}: has {there}; name one by --probing_label_column")
     return found[0]
+
+
+def _check_labels(what: str, column: str, labels: Sequence[Any]) -> None:
+    for place, label in enumerate(labels, 1):
+        if not isinstance(label, str | int | bool):
+            found = "no label" if label is None else f"{type(label).__name__} {label}"
+            raise UserError(
+                f"{what}: row {place:,} has {found} in the column {column}; labels are text, integers, true or false"
+            )
 
 
 def _classes(what: str, column: str, labels: Sequence[Any]) -> tuple[np.ndarray, tuple[str, str]]:
     """Returns the class of each label, 0 or 1, and the two labels in their order."""
-    unusable = [(place, label) for place, label in enumerate(labels, 1) if not isinstance(label, str | int | bool)]
-    if unusable:
-        place, label = unusable[0]
-        found = "no label" if label is None else f"{type(label).__name__} {label}"
-        raise UserError(
-            f"{what}: text {place:,} has {found} in the column {column}; labels are text, integers, true or false"
-        )
     counts = Counter(labels)
     if len(counts) != 2:
         shown = ", ".join(map(str, islice(counts, _CLASSES_SHOWN))) + (", ..." if len(counts) > _CLASSES_SHOWN else "")

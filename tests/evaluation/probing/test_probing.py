@@ -77,6 +77,12 @@ def test_texts_of_a_file_are_trained_on_or_tested_on_and_never_both(tmp_path):
     assert (task.y_N[train].sum(), task.y_N[test].sum()) == (251, 50)
 
 
+def test_rows_beyond_the_limit_are_not_read_and_a_line_says_so(tmp_path, caplog):
+    task = read_task(str(write_colours(tmp_path, 150, 150)), most_examples=260)
+    assert len(task.texts) == 260
+    assert "reading only the first 260 rows, as --probing_examples says" in caplog.text
+
+
 def test_a_text_that_occurs_again_is_in_the_task_once_unless_it_is_asked_for(tmp_path, caplog):
     file = write_colours(tmp_path, 120, 110)
     file.write_text(file.read_text() + "Number 5 on the list is red,red\n" * 30)
@@ -109,9 +115,13 @@ MISTAKES = {
         ("text,label", "{text},{odd}"),
         "3 of its 300 rows have no text in the column text, the first is row 1",
     ),
+    "a text with both labels": (
+        ("text,label", "{half} is a number,{odd}"),
+        "row 2 has the label 1, and row 1 with the same text has 0; remove one of them",
+    ),
     "labels of fractions": (
         ("text,label", "{i} is a number,{i}.5"),
-        "text 1 has float 0.5 in the column label; labels",
+        "row 1 has float 0.5 in the column label; labels",
     ),
 }
 
@@ -120,7 +130,9 @@ MISTAKES = {
 def test_a_file_that_is_no_task_is_refused_in_one_line(tmp_path, mistake):
     (head, row), says = MISTAKES[mistake]
     rows = [
-        row.format(i=i, third=i % 3, odd=i % 2, rare=i < 3, text="" if i % 100 == 0 else f"{i} is a number")
+        row.format(
+            i=i, half=i // 2, third=i % 3, odd=i % 2, rare=i < 3, text="" if i % 100 == 0 else f"{i} is a number"
+        )
         for i in range(300)
     ]
     path = tmp_path / "task.csv"
@@ -188,7 +200,7 @@ def test_a_bootstrap_over_documents_draws_whole_documents():
 
 
 def test_a_flag_about_tasks_without_tasks_is_refused():
-    with pytest.raises(UserError, match="^--probing_label_column topic: is about the tasks of --probing; name some"):
+    with pytest.raises(UserError, match="^--probing_label_column topic: is about the tasks of --probing; give both"):
         parse_evaluation_flags("", ["--sae_path", "sae", "--probing_label_column", "topic"])
 
 
