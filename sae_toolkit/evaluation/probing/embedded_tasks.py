@@ -50,7 +50,7 @@ class _Article:
 
 
 def embedded_tasks() -> list[Task]:
-    """Returns nine tasks of 800 texts at most, as many of each class. They are the same for each call.
+    """Returns ten tasks of 800 texts at most, as many of each class. They are the same for each call.
 
     Raises:
         UserError: the package that carries the texts is not installed.
