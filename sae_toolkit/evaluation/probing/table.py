@@ -38,4 +38,4 @@ def _row(name: str, results: Mapping[str, Any], ks: list[int]) -> tuple[str, ...
 
 def _cell(scored: Mapping[str, Any]) -> str:
     low, high = scored["intervals"]["test_auc"]
-    return f"{scored['test_auc']:.3f} [{low:.2f}, {high:.2f}]"
+    return f"{scored['test_auc']:.2f} [{low:.2f}, {high:.2f}]"
