@@ -35,8 +35,8 @@ OTHER_PROGRAMS = {
     "ray": "starts a cluster",
 }
 
-# Commands whose words hold one of these are parsed and not run: they need the Hub or another environment.
-_NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/")
+# Commands whose words hold one of these are parsed and not run: they need the Hub, another environment, or minutes.
+_NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/|embedded:tasks")
 
 # What the pages write where the reader puts a value.
 _PLACEHOLDERS = {
@@ -96,6 +96,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     paragraphs = text_file.read_text().split("\n\n")
     chats = [[{"role": r, "content": f"{text} {r}"} for r in ("user", "assistant")] for text in paragraphs]
     (directory / "my_chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    labelled = [f"{json.dumps(text)},{i % 2}\n" for i, text in enumerate(paragraphs[:200])]
+    (directory / "my_labels.csv").write_text("".join(["text,topic\n", *labelled]))
     (directory / "my_text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
 
     flags = "@presets/demo.args --checkpoint_path runs --wandb_mode disabled --n_checkpoints 1".split()

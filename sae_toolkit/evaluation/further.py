@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sae_toolkit.evaluation.l0_check.check import check_decoders, measure_l0_check
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.evaluation.probing.run import measure_probing, read_tasks
 from sae_toolkit.evaluation.shown import Measured
 from sae_toolkit.evaluation.stability.prepare import prepare_stability
 from sae_toolkit.model.language_model import LanguageModel
@@ -41,4 +43,7 @@ def prepare_further_evaluations(
     if settings.measurements.l0_check:
         check_decoders(groups)
         further.append(FurtherEvaluation("l0_check", measure_l0_check))
+    if settings.measurements.probing:
+        tasks = read_tasks(settings.measurements, groups)
+        further.append(FurtherEvaluation("probing", partial(measure_probing, tasks)))
     return further

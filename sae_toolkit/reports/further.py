@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae_toolkit.evaluation.l0_check.shown import show_l0_check
+from sae_toolkit.evaluation.probing.table import show_probing
 from sae_toolkit.evaluation.shown import Shown
 from sae_toolkit.evaluation.stability.table import show_stability
 
@@ -17,6 +18,7 @@ from sae_toolkit.evaluation.stability.table import show_stability
 _SHOW: dict[str, Callable[[Mapping[str, Any]], Shown]] = {
     "stability": show_stability,
     "l0_check": show_l0_check,
+    "probing": show_probing,
 }
 
 

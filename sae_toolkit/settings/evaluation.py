@@ -117,6 +117,16 @@ class MeasurementSettings:
     """
     l0_check: bool = False
     """also measure what the decoder says about L0; with SAEs of several L0s at one hook, which of them it points to"""
+    probing: tuple[str, ...] = flag((), metavar="TASK")
+    """also probe few features on these tasks: files or Hugging Face ids with texts of two classes, or embedded:tasks"""
+    probing_text_column: str | None = None
+    """column of the tasks that holds the texts (default: found by its name and content)"""
+    probing_label_column: str | None = None
+    """column of the tasks that holds the labels (default: label, labels, target or class)"""
+    probing_examples: Positive = 5000
+    """read at most this many rows of each file or data set"""
+    probing_keep_repeated: bool = False
+    """keep texts that occur again, as sae-probes does: the same text can then be in the training and in the test"""
     features: tuple[int, ...] = ()
     """indices of features to show in the report, in addition to the sample of --n_features"""
     n_features: NonNegative = 50
@@ -175,6 +185,12 @@ def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) 
             f"{text.given_positions}: with --protocol saebench the SAE stands in at every position; leave one of the"
             " two out"
         )
+    measurements = settings.measurements
+    if not measurements.probing:
+        without = MeasurementSettings()
+        for name in ("probing_text_column", "probing_label_column", "probing_examples", "probing_keep_repeated"):
+            if (value := getattr(measurements, name)) != getattr(without, name):
+                raise UserError(f"--{name} {as_text(value)}: is about the tasks of --probing; give both, or none")
     push_to_hub = settings.results.push_to_hub
     if push_to_hub and settings.measurements.protocol != "health":
         raise UserError(f"--push_to_hub {push_to_hub}: the model card shows the results of --protocol health; use that")

@@ -72,7 +72,9 @@ class Column:
         return partial(text_document, column=self.name, joined_by=self.joined_by)
 
 
-def choose_column(name: str, flag: str, column: str | None, rows: Sequence[Row]) -> Column:
+def choose_column(
+    name: str, flag: str, column: str | None, rows: Sequence[Row], *, by: str = "--text_column"
+) -> Column:
     """Chooses the column of a data set that its documents are read from.
 
     Without a name it is, in this order: a column of conversations; `tokens` or `input_ids` with token ids; a column
@@ -81,15 +83,16 @@ def choose_column(name: str, flag: str, column: str | None, rows: Sequence[Row])
     Args:
         name: name of the data set, for messages.
         flag: the flag that named it, for messages.
-        column: the name of the column, from --text_column; None chooses one.
+        column: the name of the column; None chooses one.
         rows: the first rows.
+        by: the flag that names the column, for messages.
 
     Raises:
         UserError: there is no such column, it holds nothing that can be read, or several columns come into question.
     """
     names = list(dict.fromkeys(column for row in rows for column in row))  # rows of JSON Lines may lack columns
     if column is not None:
-        return _named_column(name, column, rows, names)
+        return _named_column(name, column, rows, names, by)
     kinds = {c: kind for c in names if (kind := _kind(c, rows)) is not None}
     conversations = [c for c in names if kinds.get(c) == "conversations"]
     if conversations:
@@ -97,7 +100,7 @@ def choose_column(name: str, flag: str, column: str | None, rows: Sequence[Row])
         # Of preference data, the answer that people preferred. With a column of prompts it is half a conversation.
         if len(conversations) > 1 and chosen not in _CONVERSATION_COLUMNS:
             if set(conversations) != {"chosen", "rejected"}:
-                raise _in_doubt(name, flag, conversations, "hold conversations")
+                raise _in_doubt(name, flag, conversations, "hold conversations", by)
             chosen = "chosen"
         return _described(chosen, "conversations", rows)
     for chosen in _TOKEN_COLUMNS:
@@ -109,19 +112,17 @@ def choose_column(name: str, flag: str, column: str | None, rows: Sequence[Row])
         return _described("text", "text", rows)
     known = [c for c in _TEXT_COLUMNS if c in readable]
     if not readable:
-        raise UserError(
-            f"{flag} {name}: no column of text or token ids among {_listed(names, rows)}; name one by --text_column"
-        )
+        raise UserError(f"{flag} {name}: no column of text or token ids among {_listed(names, rows)}; name one by {by}")
     if not known and len(readable) > 1:
-        raise _in_doubt(name, flag, readable, "read as text")
+        raise _in_doubt(name, flag, readable, "read as text", by)
     chosen = (known or readable)[0]
     return _described(chosen, kinds[chosen], rows)
 
 
-def _named_column(name: str, column: str, rows: Sequence[Row], names: list[str]) -> Column:
+def _named_column(name: str, column: str, rows: Sequence[Row], names: list[str], by: str) -> Column:
     values = [value for row in rows if (value := value_at(row, column)) is not None]
     if column not in names and not values:
-        raise UserError(f"--text_column {column}: {name} has the columns {', '.join(names)}")
+        raise UserError(f"{by} {column}: {name} has the columns {', '.join(names)}")
     kind = _kind(column, rows)
     if kind is None:
         found = type(values[0]).__name__ if values else "null"
@@ -129,10 +130,10 @@ def _named_column(name: str, column: str, rows: Sequence[Row], names: list[str])
         fields = [f"{column}.{field}" for field, value in inner if isinstance(value, str)]
         instead = f"name a field of it, such as {fields[0]}" if fields else "use another"
         raise UserError(
-            f"--text_column {column}: in {name} it holds {found}, neither text, conversations nor token ids; {instead}"
+            f"{by} {column}: in {name} it holds {found}, neither text, conversations nor token ids; {instead}"
         )
     if kind == "text":
-        _warn_of_no_text(f"--text_column {column}, {name}", column, rows)
+        _warn_of_no_text(f"{by} {column}, {name}", column, rows)
     return _described(column, kind, rows)
 
 
@@ -167,9 +168,9 @@ def _sample(document: Document | Bad) -> str:
     return " ".join(text[: 100 * _SHOWN].split())[:_SHOWN]
 
 
-def _in_doubt(name: str, flag: str, columns: list[str], what: str) -> UserError:
+def _in_doubt(name: str, flag: str, columns: list[str], what: str, by: str) -> UserError:
     listed = f"{', '.join(columns[:-1])} and {columns[-1]}"
-    return UserError(f"{flag} {name}: its columns {listed} {what}; choose one by --text_column")
+    return UserError(f"{flag} {name}: its columns {listed} {what}; choose one by {by}")
 
 
 def _listed(names: list[str], rows: Sequence[Row]) -> str:

@@ -230,6 +230,30 @@ def _open(
     )
 
 
+def read_rows(name: str, *, flag: str, preferred_splits: Sequence[str] = ("train",)) -> Iterator[Row]:
+    """Yields the rows of a data set with all their columns, in order. Unusable records are skipped and counted.
+
+    Args:
+        name, flag, preferred_splits: as for `open_text`, without the embedded text.
+
+    Raises:
+        UserError: it cannot be opened or read to its end, or most of its records cannot be used.
+    """
+    what = f"{flag} {name}"
+    with _errors_of_readers(what):
+        records, _, _ = retrying(what, lambda: _load(name, flag, None, None, True, preferred_splits))
+    skipped = Skipped(what, records.unit)
+    try:
+        for place, row in enumerate(_readable(what, records), 1):
+            if row is not None:
+                skipped.count(place, row if isinstance(row, Bad) else None)
+            if isinstance(row, dict):
+                yield row
+        skipped.judge()
+    finally:
+        skipped.warn()
+
+
 def _first_rows(what: str, split: str, records: Records) -> list[Row]:
     """Returns the first 20 usable rows, to choose the column by."""
     rows: list[Row] = []
