@@ -132,6 +132,7 @@ FLAGS = {
     "finetune_loss": st.sampled_from(["none", "kl", "ce", "mse"]),
     "finetune_fraction": _numbers(0.1, 0.5, 1),
     "seed": _integers(0, 1, 7, 2**32),
+    "seeds": _integers(1, 2),
     "set": _SET,
     "output_name": st.sampled_from(["name", "a/b", "..", "x" * 300, "with space"]),
     "checkpoint_path": st.sampled_from(["out", "text.txt", "/proc/nothing", "out/deeper"]),

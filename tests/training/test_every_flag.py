@@ -77,6 +77,7 @@ OTHER: dict[str, tuple[str, ...]] = {
     "finetune_loss": ("kl",),
     "finetune_fraction": ("0.9", "--finetune_loss", "kl"),
     "seed": ("7",),
+    "seeds": ("2",),
     "output_name": ("other",),
     "checkpoint_path": ("OTHER_DIRECTORY",),
     "n_checkpoints": ("1",),
