@@ -194,7 +194,7 @@ class Walk:
             replace(run.positions, max_activation_norm=training.max_norms[run.cfg.hook_name]),
         )
         del training
-        prepared = held_out._prepare(run.cfg.hook_name, evaluated)
+        prepared = held_out.prepare(run.cfg.hook_name, evaluated)
         n_rows = 8
         more = replace(
             prepared,

@@ -21,6 +21,7 @@ from sae_toolkit.evaluation.stability.partners import (
     find_partners,
     of_directions_with_covariance,
     of_random_directions,
+    shared_features,
     shares_above,
 )
 from sae_toolkit.model.devices import out_of_memory_answered
@@ -31,11 +32,17 @@ from sae_toolkit.terminal.progress import Progress
 
 @dataclass(frozen=True)
 class _Comparison:
-    """An SAE and another one, with what their features have in common."""
+    """An SAE and another one, with what their features have in common.
+
+    Args:
+        partners: by their decoder vectors.
+        shared_A: as `shared_features` returns them.
+    """
 
     evaluated: EvaluatedSAE
     other: EvaluatedSAE
     partners: Partners
+    shared_A: torch.Tensor
     correlation: FiringCorrelation
 
 
@@ -86,8 +93,9 @@ class Stability:
         with Progress("matching", len(pairs), unit="pairs of SAEs") as progress:
             for evaluated, other in pairs:
                 partners = find_partners(evaluated.sae.W_dec, other.sae.W_dec)
+                shared_A = shared_features(partners, find_partners(evaluated.sae.W_enc.T, other.sae.W_enc.T))
                 n_pairs = int((partners.matched_A >= 0).sum())
-                comparisons.append(_Comparison(evaluated, other, partners, FiringCorrelation(n_pairs)))
+                comparisons.append(_Comparison(evaluated, other, partners, shared_A, FiringCorrelation(n_pairs)))
                 progress.advance(1)
         return comparisons
 
@@ -133,6 +141,7 @@ class Stability:
                     "mean_max_cosine": [each["mean_max_cosine"] for each in partners],
                     "above_0.7": [each["above_0.7"] for each in partners],
                     "matched_above_0.7": [each["matched"]["above_0.7"] for each in partners],
+                    "shared": [each["shared"] for each in partners],
                 }.items()
             },
             "in_every_partner": (largest_CF > SHARED).all(0).double().mean().item(),
@@ -153,9 +162,9 @@ def _with_partner(comparison: _Comparison, alive_F: torch.Tensor, seed: int) -> 
     cosine_A = partners.matched_cosine_A
     pair_cosine_P = cosine_A[partners.matched_A >= 0].numpy()
     correlation_P, left_out_GP = comparison.correlation.correlations()
-    shared_P = pair_cosine_P > SHARED
+    near_P = pair_cosine_P > SHARED
     correlations = {}
-    for name, of in (("all", np.ones_like(shared_P)), ("shared", shared_P), ("others", ~shared_P)):
+    for name, of in (("all", np.ones_like(near_P)), ("above_0.7", near_P), ("others", ~near_P)):
         mean, interval = mean_with_interval(correlation_P[of], left_out_GP[:, of])
         n_pairs = int(np.isfinite(correlation_P[of]).sum())
         correlations[name] = {"mean": mean, "interval": interval, "pairs": n_pairs}
@@ -169,6 +178,7 @@ def _with_partner(comparison: _Comparison, alive_F: torch.Tensor, seed: int) -> 
         **shares_above(partners.largest_A),
         "above_0.7_among_those_that_fire": shares_above(among_alive_A)["above_0.7"] if len(among_alive_A) else None,
         "matched": {"mean_cosine": cosine_A.double().mean().item(), **shares_above(cosine_A), "exact": partners.exact},
+        "shared": comparison.shared_A.double().mean().item(),
         "random_directions": of_random_directions(other.sae.cfg.d_sae, other.sae.cfg.d_in),
         "random_with_the_same_covariance": of_directions_with_covariance(other.sae.W_dec, seed=seed),
         "firing_correlation": correlations,

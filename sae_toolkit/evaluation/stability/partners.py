@@ -90,6 +90,23 @@ def find_partners(W_AD: torch.Tensor, W_BD: torch.Tensor, *, exact_up_to: int = 
     )
 
 
+def shared_features(by_decoder: Partners, by_encoder: Partners) -> torch.Tensor:
+    """Returns which features two SAEs share, by the definition of Paulo and Belrose (arXiv 2501.16615).
+
+    The one-to-one matchings of the decoder vectors and of the encoder vectors, each made by itself, give the feature
+    the same partner, and both cosines are at least 0.7.
+
+    Args:
+        by_decoder: the partners by the decoder vectors.
+        by_encoder: the partners by the encoder vectors.
+
+    Returns:
+        Booleans [A].
+    """
+    same_A = (by_decoder.matched_A == by_encoder.matched_A) & (by_decoder.matched_A >= 0)
+    return same_A & (by_decoder.matched_cosine_A >= SHARED) & (by_encoder.matched_cosine_A >= SHARED)
+
+
 def _match_all(cosine_AB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the partner of each row in the one-to-one matching with the largest sum of cosines, and its cosine."""
     row, column = linear_sum_assignment(cosine_AB, maximize=True)

@@ -15,6 +15,7 @@ from sae_toolkit.evaluation.stability.partners import (
     find_partners,
     of_directions_with_covariance,
     of_random_directions,
+    shared_features,
 )
 from support.processes import ROOT
 
@@ -55,6 +56,16 @@ def test_a_dictionary_in_another_order_is_found_again_one_to_one():
     partners = find_partners(A, B)
     assert torch.equal(order[partners.matched_A], torch.arange(300))
     assert partners.matched_cosine_A.min() > 0.999
+
+
+def test_a_feature_is_shared_if_encoder_and_decoder_give_it_the_same_near_partner():
+    decoder, encoder = directions(100, 32), directions(100, 32, seed=5)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    other_decoder, other_encoder = decoder[order].clone(), encoder[order].clone()
+    other_encoder[:10] = other_encoder[:10].roll(1, 0)  # another partner by the encoder
+    other_decoder[10:30] = directions(20, 32, seed=9)  # no near partner by the decoder
+    shared_A = shared_features(find_partners(decoder, other_decoder), find_partners(encoder, other_encoder))
+    assert sorted(shared_A.nonzero().squeeze(1).tolist()) == sorted(order[30:].tolist())
 
 
 def test_with_many_features_the_nearest_alone_give_the_same_pairs_where_features_are_shared():
@@ -183,7 +194,8 @@ def test_the_script_finds_the_features_of_an_sae_in_another_order_and_none_in_an
     same, other = stability["partners"]
     assert (same["name"], other["name"]) == ("same", "other")
     assert same["above_0.9"] == same["matched"]["above_0.9"] == 1
-    assert same["firing_correlation"]["shared"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert same["firing_correlation"]["above_0.7"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert (same["shared"], other["shared"]) == (1, 0)
     assert other["above_0.9"] == 0
     assert other["mean_max_cosine"] == pytest.approx(other["random_directions"]["mean"], abs=0.03)
     assert stability["over_partners"]["above_0.7"]["mean"] == pytest.approx(0.5, abs=0.05)
