@@ -60,7 +60,7 @@ def _log_what_was_left_out(training: Training) -> None:
             "left out %s of %s activations as massive (norm above %s)",
             f"{stream.n_massive:,}",
             f"{stream.n_massive + stream.n_kept:,}",
-            " or ".join(f"{norm:.4g}" for norm in stream.max_activation_norms),
+            " or ".join(dict.fromkeys(f"{norm:.4g}" for norm in stream.max_activation_norms)),
         )
     if n := training.trainer.n_not_finite:
         log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)
