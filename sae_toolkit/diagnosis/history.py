@@ -108,15 +108,15 @@ def load_history(sae_path: Path, sae: SAE[Any]) -> TrainingHistory | None:
     )
 
 
-def _readings(path: Path, name: str) -> list[dict[str, float]]:
+def _readings(path: Path, sae_name: str) -> list[dict[str, float]]:
     """Returns the metrics that a run recorded for one SAE, a mapping for each step; empty without a readable file."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError):
         return []
-    at_hook = [{name.removeprefix(f"{name}/"): value for name, value in line.items()} for line in lines]
+    of_sae = [{name.removeprefix(f"{sae_name}/"): value for name, value in line.items()} for line in lines]
     needed = {"metrics/explained_variance", "details/n_training_samples"}
-    return [reading for reading in at_hook if needed <= reading.keys()]
+    return [reading for reading in of_sae if needed <= reading.keys()]
 
 
 def _turned(settings: TrainingSettings, sae: SAE[Any]) -> torch.Tensor | None:

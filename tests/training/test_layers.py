@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from sae_toolkit.activations.stream import ActivationStream
+from sae_toolkit.diagnosis.history import load_history
 from sae_toolkit.model.loading import find_model, load_language_model
+from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.text.positions import PositionFilter
 from support.trainings import assert_same, run_flags
 
@@ -62,9 +64,18 @@ def test_a_token_that_is_massive_at_one_hook_is_left_out_at_all(tiny_model):
     assert len(measured) == int((~left_out[: len(measured) + stream.n_massive]).sum())
 
 
-def test_a_run_of_several_layers_that_is_stopped_goes_on_to_the_same_saes(trainings, tiny_model, text_file, tmp_path):
+@pytest.mark.parametrize(
+    ("several", "names"),
+    [
+        (["--layers", "0", "2"], ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")),
+        (["--seeds", "2"], ("seed_42", "seed_43")),
+    ],
+)
+def test_a_run_of_several_saes_that_is_stopped_goes_on_to_the_same_saes(
+    trainings, tiny_model, text_file, tmp_path, several, names
+):
     def flags(name):
-        return [*run_flags(tiny_model, text_file, tmp_path / name), "--layers", "0", "2"]
+        return [*run_flags(tiny_model, text_file, tmp_path / name), *several]
 
     def stop_after_a_checkpoint(pid):
         while not any((tmp_path / "stopped").glob("*/*/[1-9]*")):
@@ -78,8 +89,11 @@ def test_a_run_of_several_layers_that_is_stopped_goes_on_to_the_same_saes(traini
     assert status == 143, trainings.shown()
     status, _ = trainings.run([*flags("stopped"), "--resume"])
     assert status == 0, trainings.shown()
-    for hook in ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"):
-        assert_same(whole / hook, trainings.finished_sae() / hook)
+    for name in names:
+        assert_same(whole / name, trainings.finished_sae() / name)
+    for name in names:  # the diagnosis finds what was recorded of each
+        history = load_history(whole / name, load_sae(whole / name, "cpu"))
+        assert history.readings
 
 
 def test_the_evaluation_is_one_table_and_one_plot_over_layers(script, tiny_run):

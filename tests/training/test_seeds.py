@@ -1,16 +1,13 @@
 """Several seeds in one pass of the model: each is an SAE of its own, and the run says what they share."""
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.trainings import assert_same, run_flags
+from support.trainings import assert_same
 
 
 def weights(sae):
@@ -37,26 +34,6 @@ def test_the_first_is_that_of_a_run_of_its_own_and_the_run_ends_with_what_they_s
     evaluated = script("evaluate_sae_real_activations.py", "--stability", together, "--num_samples", 8)
     assert evaluated.status == 0, evaluated.stderr
     assert "evaluated in" not in evaluated.stderr  # the same documents are held out, so one pass is enough
-
-
-def test_a_run_of_several_seeds_that_is_stopped_goes_on_to_the_same_saes(trainings, tiny_model, text_file, tmp_path):
-    def flags(name):
-        return [*run_flags(tiny_model, text_file, tmp_path / name), "--seeds", "2"]
-
-    def stop_after_a_checkpoint(pid):
-        while not any((tmp_path / "stopped").glob("*/*/[1-9]*")):
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGTERM)
-
-    status, _ = trainings.run(flags("whole"))
-    assert status == 0, trainings.shown()
-    whole = trainings.finished_sae()
-    status, _ = trainings.run(flags("stopped"), stop_after_a_checkpoint)
-    assert status == 143, trainings.shown()
-    status, _ = trainings.run([*flags("stopped"), "--resume"])
-    assert status == 0, trainings.shown()
-    for name in ("seed_42", "seed_43"):
-        assert_same(whole / name, trainings.finished_sae() / name)
 
 
 def test_a_sweep_has_one_seed_in_each_trial(script, tiny_run):

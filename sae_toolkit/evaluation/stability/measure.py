@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 
+from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.activation_pass import activations_at_hook
 from sae_toolkit.evaluation.metrics import chunk_length
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
@@ -68,7 +69,7 @@ class Stability:
             batch_size: rows in one forward pass.
 
         Raises:
-            UserError: the memory does not suffice.
+            UserError: no token is at a position that all of the SAEs were trained for, or the memory does not suffice.
         """
         saes = {id(each.sae): each for each in (*self.others, *group.saes)}  # those of the group have norm limits
         with out_of_memory_answered(
@@ -78,6 +79,11 @@ class Stability:
                 each.sae.to(group.device)
             comparisons = self._compare_directions(group)
             alive = self._compare_firing(group, model, batch_size, comparisons, list(saes.values()))
+            if comparisons[0].correlation.n_tokens == 0:
+                raise UserError(
+                    "--stability: no token of the text is at a position that all of the SAEs were trained for (norm"
+                    " limits, skipped positions); name SAEs of the same model"
+                )
             for each in saes.values():
                 each.sae.to("cpu")
             return [self._results(each, comparisons, alive[id(each.sae)], group.seed) for each in group.saes]

@@ -51,8 +51,8 @@ class Partners:
 def find_partners(W_AD: torch.Tensor, W_BD: torch.Tensor, *, exact_up_to: int = _MATCHED_EXACTLY) -> Partners:
     """Compares the directions of two dictionaries.
 
-    The matrix of cosines is computed in chunks of rows, so that memory is bounded: beyond the directions themselves
-    this takes 0.5 GiB and about 400 bytes for each feature.
+    The matrix of cosines is computed in chunks of rows, so that memory is bounded: by computation 0.5 GiB and about 400
+    bytes for each feature, beyond the directions and a copy of them.
 
     Args:
         W_AD: directions of any length.

@@ -154,7 +154,7 @@ def saes(tmp_path_factory):
     """An SAE of random weights, the same with its features in another order, another seed, another width and hook."""
     directory = tmp_path_factory.mktemp("saes")
 
-    def save(name, *, d_in=32, hook="blocks.2.hook_resid_post", order=None, seed=0):
+    def save(name, *, d_in=32, hook="blocks.2.hook_resid_post", order=None, seed=0, max_activation_norm=None):
         torch.manual_seed(seed)
         sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=96, apply_b_dec_to_input=True))
         for parameter in sae.parameters():
@@ -163,6 +163,8 @@ def saes(tmp_path_factory):
             sae.W_enc.data, sae.W_dec.data = sae.W_enc[:, order], sae.W_dec[order]
             sae.b_enc.data = sae.b_enc[order]
         sae.cfg.metadata.hook_name = hook
+        if max_activation_norm is not None:
+            sae.cfg.metadata.max_activation_norm = max_activation_norm
         sae.save_model(directory / name)
         return directory / name
 
@@ -171,6 +173,7 @@ def saes(tmp_path_factory):
         "same": save("same", order=torch.randperm(96)),
         "other": save("other", seed=1),
         "wide": save("wide", d_in=64),
+        "nowhere": save("nowhere", max_activation_norm=1e-9),
         "elsewhere": save("elsewhere", hook="blocks.1.hook_resid_post"),
     }
 
@@ -224,6 +227,7 @@ def test_saes_named_by_stability_alone_are_evaluated_and_compared_with_each_othe
             "an SAE of blocks.1.hook_resid_post, and one is at blocks.2",
         ),
         (["--stability", "one", "elsewhere"], "compares SAEs of one hook, and these are at blocks.2.hook_resid_post"),
+        (["--sae_path", "one", "--stability", "nowhere"], "no token of the text is at a position that all of the SAEs"),
         ([], "--sae_path: names no SAE"),
     ],
 )
