@@ -17,6 +17,9 @@
     # how many features of an SAE are found again by other seeds
     python evaluate_sae_real_activations.py --stability "checkpoints/demo_*/*/final_*"
 
+    # an SAE of a synthetic model, whose features are known: which of them it found
+    python evaluate_sae_real_activations.py --sae_path checkpoints/synthetic_1a2b3c4d/k3j2h1g0 --synthetic
+
     # an SAE whose library does not record the text of its training, on the held-out text of another SAE
     python evaluate_sae_real_activations.py --sae_path ./sparsify/layers.12 --like checkpoints/demo_1a2b3c4d/k3j2h1g0
 

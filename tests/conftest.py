@@ -15,8 +15,17 @@ import pytest
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["SAE_TOOLKIT_RETRY_WAIT"] = "0.01"
 os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="assets-of-tests-")
 
 import torch
+from sae_lens.synthetic import (
+    HierarchyConfig,
+    LowRankCorrelationConfig,
+    OrthogonalizationConfig,
+    SyntheticModel,
+    SyntheticModelConfig,
+    ZipfianFiringProbabilityConfig,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
@@ -102,6 +111,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a synthetic model as SAELens saves it: 96 features in 32 dimensions, 4 of them active at a time."""
+    path = tmp_path_factory.mktemp("tiny_synthetic")
+    config = SyntheticModelConfig(
+        num_features=96,
+        hidden_dim=32,
+        firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.2, min_prob=0.02),
+        hierarchy=HierarchyConfig(total_root_nodes=8, branching_factor=2, max_depth=2, scale_children_by_parent=True),
+        orthogonalization=OrthogonalizationConfig(num_steps=50, lr=0.01),
+        correlation=LowRankCorrelationConfig(rank=4, correlation_scale=0.1),
+        std_firing_magnitudes=0.3,
+        bias=0.5,
+        seed=7,
+    )
+    SyntheticModel(config).save(path)
     return path
 
 

@@ -36,7 +36,7 @@ OTHER_PROGRAMS = {
 }
 
 # Commands whose words hold one of these are parsed and not run: they need the Hub, another environment, or minutes.
-_NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/|embedded:tasks")
+_NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/|embedded:tasks|synthetic")
 
 # What the pages write where the reader puts a value.
 _PLACEHOLDERS = {

@@ -11,6 +11,7 @@ from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.evaluation.probing.run import measure_probing, read_tasks
 from sae_toolkit.evaluation.shown import Measured
 from sae_toolkit.evaluation.stability.prepare import prepare_stability
+from sae_toolkit.evaluation.synthetic.measure import check_synthetic, measure_synthetic
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.evaluation import EvaluationSettings
 
@@ -43,6 +44,9 @@ def prepare_further_evaluations(
     if settings.measurements.l0_check:
         check_decoders(groups)
         further.append(FurtherEvaluation("l0_check", measure_l0_check))
+    if settings.measurements.synthetic:
+        check_synthetic(groups)
+        further.append(FurtherEvaluation("synthetic", measure_synthetic))
     if settings.measurements.probing:
         tasks = read_tasks(settings.measurements, groups)
         further.append(FurtherEvaluation("probing", partial(measure_probing, tasks)))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import out_of_memory_answered
-from sae_toolkit.model.loading import ModelSource, check_token_ids
+from sae_toolkit.model.loading import ModelSource, check_fits_text, check_token_ids
 from sae_toolkit.settings.evaluation import EvaluationTextSettings
 from sae_toolkit.text.chat import by_chat_template
 from sae_toolkit.text.positions import PositionFilter
@@ -124,6 +124,7 @@ def with_context(
             f"--context_length {context.context_size}: {model.name} was made for contexts of at most"
             f" {model.max_context}; lower it"
         )
+    check_fits_text(model, source.name, context.context_size, "--dataset", "--context_length")
     skip_positions = text_settings.skip_positions
     if skip_positions is None:
         skip_positions = (metadata.seqpos_slice or (None,))[0] or 0

@@ -34,6 +34,8 @@ from sae_toolkit.model.adapters import Adapter, find_adapter, merged_with_adapte
 from sae_toolkit.model.building import auto_class, model_without_weights
 from sae_toolkit.model.devices import free_memory, out_of_memory_answered, what_would_fit
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.synthetic.directory import is_synthetic, synthetic_directory
+from sae_toolkit.synthetic.language_model import ROW_LENGTH, load_synthetic, synthetic_config
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class ModelSource:
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     trust_remote_code: bool = False  # whether code that comes with the model may run
     adapter: Adapter | None = None  # a LoRA adapter, which is merged into the model's weights
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether it stands around a synthetic model of SAELens, whose features are known."""
+        return is_synthetic(self.name)
 
     @property
     def max_context(self) -> int | None:
@@ -113,9 +120,9 @@ def find_model(
     """Finds a model and reads its configuration.
 
     Args:
-        name: a Hugging Face id, a directory that Transformers saved, a GGUF file, or `embedded:smollm2-135m`. A
-            directory or id may also be of a LoRA adapter that peft saved. Then the model is its base with the adapter
-            merged into it.
+        name: a Hugging Face id, a directory that Transformers saved, a GGUF file, `embedded:smollm2-135m`, or
+            `synthetic:` and the name of a synthetic model. A directory or id may also be of a LoRA adapter that peft
+            saved. Then the model is its base with the adapter merged into it.
         model_kwargs: further arguments for `from_pretrained`, such as `revision`.
         trust_remote_code: whether code that comes with the model may run.
         with_adapter: whether the name may be that of an adapter.
@@ -126,6 +133,8 @@ def find_model(
     """
     model_kwargs = model_kwargs or {}
     check_model_kwargs(model_kwargs, trust_remote_code=trust_remote_code)
+    if is_synthetic(name):
+        return _find_synthetic(name, model_kwargs)
     location = _locate(name) | {k: model_kwargs[k] for k in ("revision", "subfolder") if k in model_kwargs}
     if not Path(repository := location["pretrained_model_name_or_path"]).exists():
         wanted = location.get("revision"), location.get("subfolder", "")
@@ -144,6 +153,14 @@ def find_model(
     if not trust_remote_code:
         check_kernels(config, f"--model_name {name}")
     return ModelSource(name, config, location, model_kwargs, trust_remote_code)
+
+
+def _find_synthetic(name: str, model_kwargs: dict[str, Any]) -> ModelSource:
+    if model_kwargs:
+        raise UserError(f"--set model_from_pretrained_kwargs={model_kwargs}: not for a synthetic model; leave it out")
+    directory = synthetic_directory(name, "--model_name")
+    config = synthetic_config(directory, f"--model_name {name}")
+    return ModelSource(name, config, {"pretrained_model_name_or_path": str(directory)})
 
 
 def _base_with(adapter: Adapter, name: str, model_kwargs: dict[str, Any], trust_remote_code: bool) -> ModelSource:
@@ -238,6 +255,9 @@ def load_language_model(
     where = f"--model_name {source.name}"
 
     def load() -> Any:
+        if source.is_synthetic:
+            directory = Path(source.location["pretrained_model_name_or_path"])
+            return load_synthetic(directory, device, dtype, where), {"missing_keys": []}
         return auto_class(source.config).from_pretrained(
             **(source.model_kwargs | source.location),
             config=source.config,
@@ -287,6 +307,32 @@ class LanguageModels:
             model = load_language_model(source, hook_name, self.device, self.dtype)
         self._loaded = key, model
         return model
+
+
+def check_fits_text(source: ModelSource, text_name: str, context_size: int, flag: str, context_flag: str) -> None:
+    """Checks that a synthetic model gets its own text in whole rows, and that no other model gets it.
+
+    Args:
+        source: the model.
+        text_name: name of the text.
+        context_size: tokens in a context.
+        flag, context_flag: the flags that named the text and the size of contexts, for messages.
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    if not source.is_synthetic and not is_synthetic(text_name):
+        return
+    if source.name != text_name:
+        raise UserError(
+            f"{flag} {text_name}: not the text of {source.name}; a synthetic model and its text have the same name, so"
+            f" give {flag} {source.name if source.is_synthetic else 'another text'}"
+        )
+    if context_size != ROW_LENGTH:
+        raise UserError(
+            f"{context_flag} {context_size}: the rows of {text_name} are of {ROW_LENGTH} tokens and cannot be cut; give"
+            f" {context_flag} {ROW_LENGTH}"
+        )
 
 
 def check_token_ids(rows_NT: np.ndarray, source: ModelSource, where: str) -> None:

@@ -13,11 +13,13 @@ from sae_toolkit.evaluation.l0_check.shown import show_l0_check
 from sae_toolkit.evaluation.probing.table import show_probing
 from sae_toolkit.evaluation.shown import Shown
 from sae_toolkit.evaluation.stability.table import show_stability
+from sae_toolkit.evaluation.synthetic.table import show_synthetic
 
 # The function that makes a table of the results, by their key in evaluation.json.
 _SHOW: dict[str, Callable[[Mapping[str, Any]], Shown]] = {
     "stability": show_stability,
     "l0_check": show_l0_check,
+    "synthetic": show_synthetic,
     "probing": show_probing,
 }
 

@@ -53,13 +53,16 @@ examples:
   # other fields of SAELens's configuration
   python sae_lens_train.py @presets/demo.args --set sae.aux_loss_coefficient=0.5 --set adam_beta1=0
 
+  # a model whose features are known, so that the SAE can be scored by what it finds of them
+  python sae_lens_train.py @presets/synthetic.args
+
   # go on with an interrupted run: found by its flags, by its directory, or from one of its checkpoints
   python sae_lens_train.py @presets/demo.args --resume
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
 
-models: a Hugging Face id, a directory, a .gguf file, or {EMBEDDED_MODEL}
-data:   a Hugging Face id, {EMBEDDED_TEXT}, or a file or directory (txt, md, rst, html, jsonl, csv, tsv, parquet, saved
+models: a Hugging Face id, a directory, a .gguf file, {EMBEDDED_MODEL}, or synthetic:small
+data:   a Hugging Face id, {EMBEDDED_TEXT}, synthetic:small, or a file or directory (txt, md, rst, html, jsonl, csv, tsv, parquet, saved
         by datasets)
 """
 

@@ -117,6 +117,8 @@ class MeasurementSettings:
     """
     l0_check: bool = False
     """also measure what the decoder says about L0; with SAEs of several L0s at one hook, which of them it points to"""
+    synthetic: bool = False
+    """also score the SAEs by the true features of the synthetic model that they are for (MCC, F1, uniqueness)"""
     probing: tuple[str, ...] = flag((), metavar="TASK")
     """also probe few features on these tasks: files or Hugging Face ids with texts of two classes, or embedded:tasks"""
     probing_text_column: str | None = None

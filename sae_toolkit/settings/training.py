@@ -49,7 +49,7 @@ class ModelSettings:
     """Language model."""
 
     model_name: str = "meta-llama/Meta-Llama-3-8B"
-    """language model: a Hugging Face id, a directory, a .gguf file or embedded:smollm2-135m"""
+    """language model: a Hugging Face id, a directory, a .gguf file, embedded:smollm2-135m or synthetic:small"""
     layer: NonNegative = 12
     """train on the residual stream after this layer; the first layer is 0"""
     hook_name: str | None = None
@@ -100,7 +100,7 @@ class TextSettings:
     """Text."""
 
     dataset_path: str = "jyanimaulik/yahoo_finance_stockmarket_news"
-    """text to train on: a Hugging Face id, a file, a directory or embedded:wikipedia"""
+    """text to train on: a Hugging Face id, a file, a directory, embedded:wikipedia or synthetic:small"""
     dataset_config: str | None = None
     """configuration of the data set, such as wikitext-2-raw-v1 (default: the one that is called default, or the
     first)

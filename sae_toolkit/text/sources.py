@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,6 +20,9 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.embedded import EMBEDDED_TEXT, embedded_wikipedia
 from sae_toolkit.files.hub import check_repository
+from sae_toolkit.synthetic.directory import is_synthetic, synthetic_directory
+from sae_toolkit.synthetic.language_model import ROW_LENGTH
+from sae_toolkit.synthetic.text import rows_of_text
 from sae_toolkit.text.columns import choose_column
 from sae_toolkit.text.local_files import local_splits
 from sae_toolkit.text.records import (
@@ -165,8 +169,8 @@ def open_text(
     """Opens a data set, and chooses its configuration, split and column where they are not given.
 
     Args:
-        name: `embedded:wikipedia`, a local file (txt, md, rst, html, jsonl, json, csv, tsv, parquet), a directory (of
-            such files, or saved by `datasets`), or a Hugging Face id.
+        name: `embedded:wikipedia`, `synthetic:` and the name of a synthetic model, a local file (txt, md, rst, html,
+            jsonl, json, csv, tsv, parquet), a directory (of such files, or saved by `datasets`), or a Hugging Face id.
         flag: the flag that named it, for messages.
         config: the configuration. None chooses the one called `default`, or the first if there is none.
         split: the split. None chooses the first of `preferred_splits` that exists, or the data set's first.
@@ -199,10 +203,21 @@ def _open(
     preferred_splits: Sequence[str],
 ) -> TextSource:
     if name == EMBEDDED_TEXT:
-        for given, value in (("--dataset_config", config), ("--dataset_split", split), ("--text_column", column)):
-            if value not in (None, "train", "text"):
-                raise UserError(f"{given} {value}: {EMBEDDED_TEXT} has no such choice; leave it out")
+        _refuse_choices(name, config, split, column, of_column="text")
         return TextSource(name, None, "train", "text", tokenized=False, read=embedded_wikipedia)
+    if is_synthetic(name):
+        _refuse_choices(name, config, split, column, of_column="tokens")
+        directory = synthetic_directory(name, flag)
+        return TextSource(
+            name,
+            None,
+            "train",
+            "tokens",
+            tokenized=True,
+            read=partial(rows_of_text, directory),
+            row_length=ROW_LENGTH,
+            unit="row",
+        )
     if name.startswith("embedded:"):
         raise UserError(f"{flag} {name}: the only embedded text is {EMBEDDED_TEXT}")
     what = f"{flag} {name}"
@@ -228,6 +243,17 @@ def _open(
         joined_by=chosen.joined_by,
         sample=chosen.sample,
     )
+
+
+def _refuse_choices(name: str, config: str | None, split: str | None, column: str | None, *, of_column: str) -> None:
+    """Raises a UserError for a choice that a text which is no data set does not have."""
+    for given, value, only in (
+        ("--dataset_config", config, None),
+        ("--dataset_split", split, "train"),
+        ("--text_column", column, of_column),
+    ):
+        if value not in (None, only):
+            raise UserError(f"{given} {value}: {name} has no such choice; leave it out")
 
 
 def read_rows(name: str, *, flag: str, preferred_splits: Sequence[str] = ("train",)) -> Iterator[Row]:

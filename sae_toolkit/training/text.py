@@ -12,7 +12,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.evaluation.text import rows_of_evaluation
-from sae_toolkit.model.loading import ModelSource, check_token_ids
+from sae_toolkit.model.loading import ModelSource, check_fits_text, check_token_ids
 from sae_toolkit.settings.evaluation import EvaluationTextSettings
 from sae_toolkit.settings.training import TextSettings, TrainingSettings
 from sae_toolkit.steps.activation_sample import held_out_tokens
@@ -80,6 +80,7 @@ def read_text(
         streaming=chosen.streaming,
         fallback=chosen.fallback_dataset,
     )
+    check_fits_text(model, text.name, cfg.context_size, "--dataset_path", "--context_size")
     context = ContextFormat(
         cfg.context_size, cfg.prepend_bos, cfg.sequence_separator_token, cfg.disable_concat_sequences
     )

@@ -1,0 +1,1 @@
+"""Language models whose features are known: SAELens's synthetic models."""
