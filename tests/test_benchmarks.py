@@ -36,6 +36,7 @@ def test_the_training_benchmark_says_where_the_time_goes(benchmark):
     assert {"next batch", "next batch: language model", "step", "step: Adam", "step: backward"} <= shares.keys()
 
 
+@pytest.mark.cuda_shapes  # a minute
 def test_the_benchmark_of_the_gpu_runs_all_of_its_parts_on_a_cpu(benchmark):
     done = benchmark("gpu.py", "--tiny")
     assert done.status == 0, done.stdout + done.stderr
@@ -70,6 +71,7 @@ def test_the_benchmark_of_the_gpu_needs_a_gpu(benchmark, monkeypatch):
     assert "--device cuda: torch" in done.stderr and "with --tiny a CPU is used" in done.stderr
 
 
+@pytest.mark.scale  # a comparison of two tools, whose values other tests hold
 def test_the_evaluation_benchmark_measures_the_same_l0_as_run_evals(script, benchmark, tiny_run):
     trained = script("sae_lens_train.py", *tiny_run)
     done = benchmark(

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SPARSE, DENSE = ("topk", "batchtopk"), ("standard", "jumprelu", "gated", "matryoshka_batchtopk")
-WHOLE = ("batchtopk:131072",)
+WHOLE = ("batchtopk:32768",)
 STEPS = (*(f"{architecture}:32768:steps" for architecture in DENSE), "topk:131072:steps")
 FAULTS = ("topk:32768:steps:cpu", "topk:32768:steps:float", "topk:32768:steps:copy", "batchtopk:32768:steps:reading")
 ALL_WHOLE = tuple(f"{architecture}:{d_sae}" for architecture in (*SPARSE, *DENSE) for d_sae in (32768, 131072))
