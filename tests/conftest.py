@@ -116,7 +116,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 @pytest.fixture(scope="session")
 def tiny_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a synthetic model as SAELens saves it: 96 features in 32 dimensions, 4 of them active at a time."""
+    """Directory of a synthetic model as SAELens saves it: 96 features in 32 dimensions, 2 of them active at a time."""
     path = tmp_path_factory.mktemp("tiny_synthetic")
     config = SyntheticModelConfig(
         num_features=96,

@@ -66,11 +66,17 @@ class _Samples(nn.Module):
         return self._last[1].to(self.weight.device, self.weight.dtype, copy=True)
 
 
-class _Decoder(nn.Module):
+class _Decoder(PreTrainedModel):
+    """The part without the output head, as Transformers' models have one."""
+
+    config_class = SyntheticConfig
+    base_model_prefix = "model"
+
     def __init__(self, config: SyntheticConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.embed_tokens = _Samples(config)
         self.layers = nn.ModuleList([nn.Identity() for _ in range(config.num_hidden_layers)])
+        self.post_init()
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         hidden_BTD = self.embed_tokens(input_ids)

@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.evaluation.shown import Measured
-from sae_toolkit.model.devices import out_of_memory_answered
+from sae_toolkit.model.devices import free_memory, out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.synthetic.language_model import SyntheticForCausalLM
 from sae_toolkit.terminal.progress import Progress
@@ -23,6 +23,7 @@ from sae_toolkit.terminal.progress import Progress
 _DRAWS = 5  # sets of samples, for intervals
 _SAMPLES = 16_384  # in each
 _BATCH = 256
+_BYTES_TO_MATCH = 20  # for each pair of a feature and a true one: three matrices in float32, one in float64
 _FIRST_SEED = 2**31  # the text's samples are drawn with other seeds
 
 # SAELens's names, and those of the results.
@@ -41,14 +42,23 @@ def check_synthetic(groups: Sequence[PreparedEvaluation]) -> None:
     """Checks that the true features are known wherever the SAEs are.
 
     Raises:
-        UserError: an SAE is not of a synthetic model.
+        UserError: an SAE is not of a synthetic model, or has too many features to be matched in this memory.
     """
+    free = free_memory("cpu")
     for group in groups:
         if not group.model.is_synthetic:
             raise UserError(
                 f"--synthetic: {group.saes[0].file.name} is for {group.model.name}, whose true features nobody knows;"
                 " name SAEs that were trained with @presets/synthetic.args"
             )
+        n_true = group.model.config.num_features
+        for evaluated in group.saes:
+            if (takes := evaluated.sae.cfg.d_sae * n_true * _BYTES_TO_MATCH) > free:
+                raise UserError(
+                    f"--synthetic: {evaluated.file.name}: matching its {evaluated.sae.cfg.d_sae:,} features with"
+                    f" {n_true:,} true ones takes about {takes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free;"
+                    " leave that SAE out, or free memory"
+                )
 
 
 def measure_synthetic(prepared: PreparedEvaluation, model: LanguageModel, batch_size: int) -> list[Measured]:

@@ -94,6 +94,34 @@ def test_intervals_are_over_draws_of_samples(synthetic):
     assert one == score(sae, synthetic, seed=1)
 
 
+@pytest.mark.scale
+def test_131072_features_are_scored_in_bounded_memory(tiny_synthetic):
+    """Random weights: the width is the point. In a process of its own, so that its peak is that of the scores."""
+    program = f"""
+import resource, torch
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.synthetic import SyntheticModel
+from sae_toolkit.evaluation.synthetic import measure
+measure._SAMPLES = 1024
+synthetic = SyntheticModel.load_from_disk({str(tiny_synthetic)!r}).requires_grad_(False)
+sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=131_072, k=4))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(measure.score(sae, synthetic, seed=0)["mcc"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    done = run_process(sys.executable, "-c", program)
+    assert done.status == 0, done.stderr
+    mcc, grown_gib = map(float, done.stdout.split()[-2:])
+    assert 0.5 < mcc < 0.95  # each true feature has a good partner among so many directions
+    assert grown_gib < 4
+
+
+def test_too_many_features_for_the_memory_are_refused(trained, script, monkeypatch):
+    monkeypatch.setattr("sae_toolkit.evaluation.synthetic.measure.free_memory", lambda _: 100_000)
+    done = script("evaluate_sae_real_activations.py", "--sae_path", trained, "--synthetic")
+    assert (done.status, len(done.error_lines)) == (2, 1)
+    assert "matching its 64 features with 96 true ones takes about 0.0 GiB" in done.error_lines[0]
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_synthetic, tmp_path_factory):
     """An SAE that sae_lens_train.py trained on a synthetic model."""
