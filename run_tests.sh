@@ -29,7 +29,7 @@ case "${1:-}" in
 --gpu) set -- tests/gpu --device cuda "${@:2}" ;;
 --faults) # three at a time: waiting takes most of the time
     export OMP_NUM_THREADS=1
-    set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/training/test_resume.py "${@:2}"
+    set -- -n 3 --dist loadfile -m "not parity" tests/faults tests/training/test_resume.py tests/inspection "${@:2}"
     ;;
 --scale) set -- -m "scale" "${@:2}" ;;
 --diagnosis) set -- -m "diagnosis" "${@:2}" ;;

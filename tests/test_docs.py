@@ -36,7 +36,9 @@ OTHER_PROGRAMS = {
 }
 
 # Commands whose words hold one of these are parsed and not run: they need the Hub, another environment, or minutes.
-_NOT_HERE = re.compile(r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/|embedded:tasks|synthetic")
+_NOT_HERE = re.compile(
+    r"llama|HuggingFaceFW|EleutherAI|wikitext|--push_to_hub|--saebench|sparsify/|embedded:tasks|synthetic"
+)
 
 # What the pages write where the reader puts a value.
 _PLACEHOLDERS = {
@@ -169,6 +171,11 @@ def _check_evaluation(words: list[str], script: Callable[..., Outcome]) -> None:
         assert done.status == 0, done.stderr
 
 
+def _check_inspection(words: list[str], script: Callable[..., Outcome]) -> None:
+    done = script("inspect_sae_features.py", *words, "--tokens", 500)
+    assert done.status == 0, done.stderr
+
+
 def _check_many_runs(name: str) -> Callable[[list[str], Callable[..., Outcome]], None]:
     def check(words: list[str], script: Callable[..., Outcome]) -> None:
         done = script(name, *words, "--dry_run")
@@ -207,6 +214,7 @@ RULES: dict[str, Callable[[list[str], Callable[..., Outcome]], None]] = {
     "./run_tests.sh": _check_tests,
     "sae_lens_train.py": _check_training,
     "evaluate_sae_real_activations.py": _check_evaluation,
+    "inspect_sae_features.py": _check_inspection,
     "sweep_saes.py": _check_many_runs("sweep_saes.py"),
     "compare_sae_libraries.py": _check_many_runs("compare_sae_libraries.py"),
     "docs/make_pictures.py": lambda words, _: _check_parses("docs/make_pictures.py", words),

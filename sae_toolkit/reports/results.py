@@ -60,7 +60,7 @@ def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation
             )
         outputs = [output_json]
     else:
-        outputs = [_directory(file) / "evaluation.json" for file in files]
+        outputs = [directory_of_results(file) / "evaluation.json" for file in files]
         for output, file in zip(outputs, files, strict=True):
             if outputs.count(output) > 1:
                 raise UserError(
@@ -75,7 +75,7 @@ def choose_outputs(output_json: Path | None, groups: Sequence[PreparedEvaluation
     return [list(islice(remaining, len(group.saes))) for group in groups]
 
 
-def _directory(file: SAEFile) -> Path:
+def directory_of_results(file: SAEFile) -> Path:
     """Returns the directory for an SAE's results, and creates it if it does not exist."""
     if not file.is_download and file.path.is_dir() and os.access(file.path, os.W_OK):
         return file.path

@@ -62,8 +62,8 @@ examples:
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
 
 models: a Hugging Face id, a directory, a .gguf file, {EMBEDDED_MODEL}, or synthetic:small
-data:   a Hugging Face id, {EMBEDDED_TEXT}, synthetic:small, or a file or directory (txt, md, rst, html, jsonl, csv, tsv, parquet, saved
-        by datasets)
+data:   a Hugging Face id, {EMBEDDED_TEXT}, synthetic:small, or a file or directory (txt, md, rst, html,
+        jsonl, csv, tsv, parquet, saved by datasets)
 """
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from sae_toolkit.settings.comparison import ComparisonSettings
 from sae_toolkit.settings.evaluation import EvaluationSettings
 from sae_toolkit.settings.fields import Flag, Scope, flags_of, groups_of, title_of
+from sae_toolkit.settings.inspection import InspectionSettings
 from sae_toolkit.settings.sweep import SweepSettings
 from sae_toolkit.settings.training import TrainingSettings
 
@@ -28,6 +29,7 @@ _SCRIPTS = {
         " takes it from the earlier run.",
     ),
     "evaluate_sae_real_activations.py": (EvaluationSettings, ""),
+    "inspect_sae_features.py": (InspectionSettings, ""),
     "sweep_saes.py": (SweepSettings, "You can also give any flag of sae_lens_train.py. It then holds for all trials."),
     "compare_sae_libraries.py": (
         ComparisonSettings,

@@ -45,7 +45,7 @@ class EvaluatedSAESettings:
 
 
 @dataclass(frozen=True)
-class EvaluationTextSettings:
+class ReadTextSettings:
     """Text."""
 
     dataset: str | None = None
@@ -72,10 +72,6 @@ class EvaluationTextSettings:
     """which tokens of conversations to measure on: all, or only what the assistant says (default: as in training)"""
     fallback_dataset: str | None = None
     """data set to use if --dataset cannot be opened"""
-    num_samples: Positive | None = None
-    """number of sequences to evaluate on (default: 50,000 tokens in all, and 20,000 for the losses of the model)"""
-    dead_tokens: Positive | None = None
-    """count dead features on at least this many tokens (default: on the tokens of the other metrics)"""
     context_length: Positive | None = None
     """number of tokens in a sequence (default: as in training)"""
     exclude_special_tokens: TrueFalseOrIds | None = None
@@ -99,6 +95,16 @@ class EvaluationTextSettings:
 
     seed: NonNegative = 42
     """random seed of the choice of sequences"""
+
+
+@dataclass(frozen=True)
+class EvaluationTextSettings(ReadTextSettings):
+    """Text."""
+
+    num_samples: Positive | None = None
+    """number of sequences to evaluate on (default: 50,000 tokens in all, and 20,000 for the losses of the model)"""
+    dead_tokens: Positive | None = None
+    """count dead features on at least this many tokens (default: on the tokens of the other metrics)"""
 
 
 @dataclass(frozen=True)

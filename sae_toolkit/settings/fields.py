@@ -129,10 +129,11 @@ def title_of(group: type) -> str:
 
 
 def _sentences(group: type) -> dict[str, str]:
-    """Returns the string below each field of a dataclass, by the name of the field."""
+    """Returns the string below each field of a dataclass and of the dataclasses it extends, by the field's name."""
     (tree,) = ast.parse(inspect.getsource(group)).body
     assert isinstance(tree, ast.ClassDef)
-    return {
+    inherited = (_sentences(base) for base in group.__bases__ if dataclasses.is_dataclass(base))
+    return {name: text for each in inherited for name, text in each.items()} | {
         statement.target.id: " ".join(ast.literal_eval(below.value).split())
         for statement, below in pairwise(tree.body)
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)

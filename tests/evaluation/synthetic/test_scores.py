@@ -106,7 +106,8 @@ measure._SAMPLES = 1024
 synthetic = SyntheticModel.load_from_disk({str(tiny_synthetic)!r}).requires_grad_(False)
 sae = TopKSAE(TopKSAEConfig(d_in=32, d_sae=131_072, k=4))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(measure.score(sae, synthetic, seed=0)["mcc"], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+mcc = measure.score(sae, synthetic, seed=0)["mcc"]
+print(mcc, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
     done = run_process(sys.executable, "-c", program)
     assert done.status == 0, done.stderr

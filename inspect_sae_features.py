@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Looks at every feature of sparse autoencoders: how often and how strongly it fires, on what text, what it promotes.
+
+    python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
+    python inspect_sae_features.py --sae_path ./my_sae --tokens 10000000 --examples 50 --drawn_examples 50
+
+    # other text than what was held out of the training
+    python inspect_sae_features.py --sae_path ./my_sae --dataset my_text.jsonl --tokens 200000
+
+    # all layers or seeds of a run
+    python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --output ./features
+
+features.parquet, a row for each feature, goes into the directory `features` of each SAE; docs/features.md says what
+the columns are. Memory does not grow with the text. After a kill the same command goes on where the work was saved.
+Progress goes to standard error, and the paths of the files to standard output.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from sae_toolkit.settings.inspection import parse_inspection_flags
+from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
+
+log = logging.getLogger("sae_toolkit")
+
+
+def main() -> int:
+    with hear_stop_signals() as signals:
+        try:
+            return inspect(signals)
+        except Stopped as stopped:
+            log.warning("%s; the same command goes on from what is saved", stopped)
+            return stopped.exit_status
+
+
+def inspect(signals: StopSignals) -> int:
+    settings = parse_inspection_flags(__doc__)
+    set_up_logging(settings.run.verbose, settings.run.quiet)
+
+    # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
+    from sae_toolkit.inspection.features_file import write_features
+    from sae_toolkit.inspection.prepare import choose_directories, prepare_inspection
+    from sae_toolkit.inspection.run import inspect_features, remove_saves
+    from sae_toolkit.model.devices import choose_lm_dtype
+    from sae_toolkit.model.loading import LanguageModels
+
+    groups = prepare_inspection(settings)
+    directories = choose_directories(settings.run.output, groups)
+    models = LanguageModels(groups[0].device, choose_lm_dtype(settings.saes.lm_dtype, groups[0].device))
+    for group, of_group in zip(groups, directories, strict=True):
+        model = models.load(group.model, group.hook_name)
+        inspected = inspect_features(
+            group,
+            model,
+            of_group,
+            settings.features,
+            signals,
+            batch_size=settings.saes.batch_size,
+            save_every=settings.run.save_every,
+        )
+        for each in inspected:
+            print(write_features(group, each, model, settings.features), flush=True)
+            remove_saves(each)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

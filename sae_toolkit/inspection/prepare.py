@@ -1,0 +1,65 @@
+"""Prepares an inspection: SAEs, model and text as for an evaluation, and a directory for each SAE's results."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.evaluation.setup import prepare_evaluations
+from sae_toolkit.reports.results import directory_of_results
+from sae_toolkit.settings.evaluation import EvaluationTextSettings, MeasurementSettings
+from sae_toolkit.settings.inspection import InspectionSettings
+
+_FOLDER = "features"
+
+
+def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]:
+    """Loads the SAEs, checks that they fit their models and hooks, and tokenizes the text.
+
+    Returns:
+        One group for each set of SAEs that have the same model, hook and text.
+
+    Raises:
+        UserError: an inspection could not succeed.
+    """
+    text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
+    groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
+    return [_with_rows_for(settings.features.tokens, group) for group in groups]
+
+
+def _with_rows_for(n_tokens: int, group: PreparedEvaluation) -> PreparedEvaluation:
+    """Returns the group with as many rows as hold so many tokens where the SAEs are applied."""
+    usable = group.context.context_size - max(evaluated.positions.skip_positions for evaluated in group.saes)
+    rows = slice(math.ceil(n_tokens / usable))
+    return replace(group, rows_NT=group.rows_NT[rows], assistant_NT=group.assistant_at(rows), unit_N=group.unit_N[rows])
+
+
+def choose_directories(output: Path | None, groups: Sequence[PreparedEvaluation]) -> list[list[Path]]:
+    """Returns the directory for the results of each SAE, for each group, and makes it.
+
+    Raises:
+        UserError: it cannot be written, or two SAEs would have the same.
+    """
+    files = [evaluated.file for group in groups for evaluated in group.saes]
+    if output is None:
+        directories = [directory_of_results(file) / _FOLDER for file in files]
+    else:
+        directories = [output if len(files) == 1 else output / file.name.strip("/").replace("/", "_") for file in files]
+    for directory, file in zip(directories, files, strict=True):
+        if directories.count(directory) > 1:
+            raise UserError(
+                f"--sae_path {file.name}: two SAEs would have their results in {directory}; name one of them"
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {directory}: cannot be made: {one_line(error)}; name another one") from None
+        if not os.access(directory, os.W_OK):
+            raise UserError(f"--output {directory}: cannot be written to; name another directory")
+    remaining = iter(directories)
+    return [[next(remaining) for _ in group.saes] for group in groups]

@@ -1,0 +1,230 @@
+"""Runs text through a language model and SAEs, and keeps what their features do. A pass that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+
+from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.massive_activations import measure_norm_limits
+from sae_toolkit.evaluation.metrics import chunk_length
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
+from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
+from sae_toolkit.inspection.statistics import FeatureStatistics
+from sae_toolkit.model.devices import free_memory, out_of_memory_answered
+from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.settings.inspection import FeatureSettings
+from sae_toolkit.terminal.progress import Progress
+from sae_toolkit.terminal.stop_signals import Stopped, StopSignals
+
+log = logging.getLogger(__name__)
+
+_UNFINISHED = "unfinished"
+_STATE = "state.safetensors"
+_CHUNK_VALUES = 2**27  # activations of a chunk of rows: 512 MiB
+
+
+@dataclass
+class InspectedSAE:
+    """An SAE whose features are inspected.
+
+    Args:
+        evaluated: the SAE and the positions that it is inspected at.
+        statistics: what was kept so far.
+        directory: directory of its results.
+        next_row: the first row of text that it has not seen.
+    """
+
+    evaluated: EvaluatedSAE
+    statistics: FeatureStatistics
+    directory: Path
+    next_row: int = 0
+
+
+def inspect_features(
+    prepared: PreparedEvaluation,
+    model: LanguageModel,
+    directories: Sequence[Path],
+    settings: FeatureSettings,
+    signals: StopSignals,
+    *,
+    batch_size: int,
+    save_every: float,
+) -> list[InspectedSAE]:
+    """Runs all rows through the model up to the hook and through the SAEs.
+
+    Args:
+        prepared: SAEs at one hook, and the rows of text.
+        model: language model, hooked there.
+        directories: directory of each SAE's results, where the pass is also saved while it runs.
+        settings: what is kept of each feature.
+        signals: signals that stop the pass, after it is saved.
+        batch_size: rows in one forward pass.
+        save_every: seconds between saves.
+
+    Raises:
+        UserError: the memory does not suffice.
+        Stopped: a signal came.
+    """
+    _check_memory(prepared, settings)
+    prepared = measure_norm_limits(prepared, model, batch_size=batch_size)
+    inspected = []
+    for evaluated, directory in zip(prepared.saes, directories, strict=True):
+        statistics = FeatureStatistics(
+            evaluated.sae.cfg.d_sae,
+            n_strongest=settings.examples,
+            n_drawn=settings.drawn_examples,
+            seed=prepared.seed,
+            device=prepared.device,
+        )
+        inspected.append(InspectedSAE(evaluated, statistics, directory))
+        evaluated.sae.to(prepared.device)
+        about = _about(prepared, evaluated, settings, batch_size)
+        _load(inspected[-1], about)
+    abouts = [_about(prepared, each.evaluated, settings, batch_size) for each in inspected]
+    start = min(each.next_row for each in inspected)
+    if start:
+        log.info("going on after %s of %s contexts", f"{start:,}", f"{len(prepared.rows_NT):,}")
+    where = f"--batch_size {batch_size}: {len(inspected)} SAEs on {prepared.device}"
+    lower = "lower --batch_size, --examples or --drawn_examples, or name fewer SAEs"
+    with out_of_memory_answered(where, lower), signals.deferred():
+        _run(prepared, model, inspected, abouts, signals, start, batch_size=batch_size, save_every=save_every)
+    for each in inspected:
+        each.evaluated.sae.to("cpu")
+    return inspected
+
+
+@torch.no_grad()
+def _run(
+    prepared: PreparedEvaluation,
+    model: LanguageModel,
+    inspected: Sequence[InspectedSAE],
+    abouts: Sequence[dict[str, Any]],
+    signals: StopSignals,
+    start: int,
+    *,
+    batch_size: int,
+    save_every: float,
+) -> None:
+    rows_NT, n_per_row = prepared.rows_NT, prepared.rows_NT.shape[1]
+    saved_at = time.monotonic()
+    with Progress("inspecting", rows_NT.size, done=start * n_per_row) as progress:
+        while start < len(rows_NT):
+            stop = min(start + batch_size, len(rows_NT))
+            batch_BT = rows_NT[start:stop].astype(np.int64)
+            acts_BTD = model.activations(torch.from_numpy(batch_BT))
+            assistant_BT = prepared.assistant_at(slice(start, stop))
+            for each in inspected:
+                if each.next_row <= start:  # after a kill between two saves, one SAE can be ahead of another
+                    _add(each, start, batch_BT, acts_BTD, assistant_BT)
+                    each.next_row = stop
+            progress.advance(batch_BT.size)
+            start = stop
+            if start < len(rows_NT) and (signals.received or time.monotonic() - saved_at >= save_every):
+                for each, about in zip(inspected, abouts, strict=True):
+                    _save(each, about)
+                saved_at = time.monotonic()
+            if signals.received:
+                raise Stopped(signals.received)
+
+
+def _add(
+    each: InspectedSAE,
+    first_row: int,
+    batch_BT: np.ndarray,
+    acts_BTD: torch.Tensor,
+    assistant_BT: np.ndarray | None,
+) -> None:
+    """Adds a batch of activations to the statistics of an SAE, as many rows at a time as fit into a chunk."""
+    sae, positions = each.evaluated.sae, each.evaluated.positions
+    kept_BT = torch.from_numpy(positions.keeps_tokens(batch_BT, assistant_BT)).to(acts_BTD.device)
+    kept_BT = kept_BT & positions.keeps_norms(acts_BTD)
+    n_rows = max(1, chunk_length(sae.cfg.d_sae, _CHUNK_VALUES) // batch_BT.shape[1])
+    for i in range(0, len(batch_BT), n_rows):
+        measured_BT = kept_BT[i : i + n_rows].to(sae.device)
+        acts = acts_BTD[i : i + n_rows].to(sae.device, torch.float32)
+        features_BTF = sae.encode(acts) * measured_BT[..., None]
+        each.statistics.add(first_row + i, features_BTF, measured_BT)
+
+
+def _check_memory(prepared: PreparedEvaluation, settings: FeatureSettings) -> None:
+    """Says how much memory the statistics take. Raises a UserError if there is less."""
+    takes = sum(
+        FeatureStatistics.memory(each.sae.cfg.d_sae, settings.examples, settings.drawn_examples)
+        for each in prepared.saes
+    )
+    n_features = sum(each.sae.cfg.d_sae for each in prepared.saes)
+    free = free_memory(prepared.device)
+    what = f"{n_features:,} features with {settings.examples} + {settings.drawn_examples} examples each"
+    if takes > free:
+        raise UserError(
+            f"--examples {settings.examples} --drawn_examples {settings.drawn_examples}: {what} take"
+            f" {takes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {prepared.device}; lower them"
+        )
+    log.info("%s take %.2f GiB, whatever the text", what, takes / 2**30)
+
+
+def _about(
+    prepared: PreparedEvaluation, evaluated: EvaluatedSAE, settings: FeatureSettings, batch_size: int
+) -> dict[str, Any]:
+    """Returns what the statistics depend on. A pass that was saved goes on only if all of it is the same."""
+    digest = xxhash.xxh3_128()
+    for _, tensor in sorted(evaluated.sae.state_dict().items()):
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(np.ascontiguousarray(prepared.rows_NT).tobytes())
+    about = {
+        "weights and text": digest.hexdigest(),
+        "model": [prepared.model.name, prepared.model.files(), prepared.hook_name],
+        "positions": repr(evaluated.positions),
+        "examples": [settings.examples, settings.drawn_examples, prepared.seed],
+        "batch_size": batch_size,
+    }
+    return json.loads(json.dumps(about))
+
+
+def _load(each: InspectedSAE, about: dict[str, Any]) -> None:
+    """Loads what a pass that was stopped has saved, if it was the same pass."""
+    saved = sorted((each.directory / _UNFINISHED).glob("[0-9]*"), key=lambda path: int(path.name))
+    for directory in reversed(saved):
+        try:
+            manifest = check_manifest(directory, str(directory))
+        except UserError as error:
+            log.warning("%s; not used", error)
+            continue
+        if manifest.get("about") != about:
+            log.warning("%s: of another text, SAE or number of examples; beginning anew", directory)
+            continue
+        each.statistics.load_state(load_file(directory / _STATE))
+        each.next_row = int(directory.name)
+        return
+
+
+def _save(each: InspectedSAE, about: dict[str, Any]) -> None:
+    unfinished = each.directory / _UNFINISHED
+    target = unfinished / str(each.next_row)
+    try:
+        with whole_directory(target, about=about) as partial:
+            state = {name: tensor.cpu().contiguous() for name, tensor in each.statistics.state().items()}
+            save_file(state, partial / _STATE)
+    except NotSaved as error:
+        log.warning("%s: could not be saved (%s); going on", target, error)
+        return
+    for earlier in unfinished.glob("[0-9]*"):
+        if earlier != target:
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def remove_saves(each: InspectedSAE) -> None:
+    """Removes what was saved of a pass, once its results are written."""
+    shutil.rmtree(each.directory / _UNFINISHED, ignore_errors=True)

@@ -1,0 +1,176 @@
+"""inspect_sae_features.py writes what each feature does, checked by Transformers' own hidden states."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sae_lens import SAE
+from transformers import AutoModelForCausalLM
+
+from sae_toolkit import ROOT
+from sae_toolkit.inspection.features_file import SCHEMA, read_description
+from support.processes import run_process
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, text_file, tmp_path_factory):
+    """An SAE at layer 1 of the tiny model, with BOS and its position in training."""
+    done = run_process(
+        *(sys.executable, "sae_lens_train.py", "--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file),
+        *("--context_size", CONTEXT, "--expansion_factor", 4, "--training_tokens", 20480, "--architecture", "topk"),
+        *("--k", 6, "--recipe", "auto", "--n_batches_in_buffer", 16, "--lm_dtype", "float32", "--device", "cpu"),
+        *("--checkpoint_path", tmp_path_factory.mktemp("runs"), "--wandb_mode", "disabled", "--eval_every", 0),
+    )
+    assert done.status == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+FLAGS = ("--tokens", "8000", "--lm_dtype", "float32", "--device", "cpu", "--examples", "4", "--drawn_examples", "3")
+
+
+@pytest.fixture(scope="module")
+def inspected(trained):
+    done = run_process(sys.executable, "inspect_sae_features.py", "--sae_path", trained, *FLAGS)
+    assert done.status == 0, done.stderr
+    assert done.stdout.strip() == str(trained / "features/features.parquet")
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def features(inspected):
+    return pq.read_table(inspected).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def acts_RTF(features, tiny_model, trained, tokenizer):
+    """Activations on the contexts that examples are of, by Transformers' hidden states and SAELens's encoder."""
+    sae = SAE.load_from_disk(trained)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    rows_RT = {}
+    for feature in features:
+        for example in feature["examples"]:
+            row = rows_RT.setdefault(example["row"], np.full(CONTEXT, -1))
+            first = example["first_position"]
+            row[first : first + len(example["token_ids"])] = example["token_ids"]
+    whole = {row: ids for row, ids in rows_RT.items() if (ids >= 0).all()}
+    with torch.no_grad():
+        hidden = model(torch.tensor(np.stack(list(whole.values()))), output_hidden_states=True).hidden_states[2]
+        acts_RTF = sae.encode(hidden)
+    acts_RTF[:, 0] = 0  # the position that the training left out, as it did special tokens
+    acts_RTF[torch.isin(torch.tensor(np.stack(list(whole.values()))), torch.tensor(tokenizer.all_special_ids))] = 0
+    return dict(zip(whole, acts_RTF, strict=True))
+
+
+def test_every_feature_has_a_row_by_the_schema(features, inspected, trained):
+    table = pq.read_table(inspected)
+    assert table.schema.equals(SCHEMA)
+    assert [feature["feature"] for feature in features] == list(range(128))
+    about = read_description(inspected)
+    assert about["hook_name"] == "blocks.1.hook_resid_post"
+    assert about["held_out"]
+    assert about["contexts"] == -(-8000 // (CONTEXT - 1))  # the first position is left out
+    assert sum(feature["firing_rate"] for feature in features) == pytest.approx(6, rel=0.02)
+    for feature in features:
+        assert sum(feature["histogram"]) == feature["n_firings"]
+        assert feature["firing_rate"] == feature["n_firings"] / about["tokens"]
+
+
+def test_examples_are_of_the_text_with_the_activations_that_it_gives(features, acts_RTF):
+    compared = 0
+    for feature in features:
+        for example in feature["examples"]:
+            if example["row"] not in acts_RTF:
+                continue
+            acts_T = acts_RTF[example["row"]][:, feature["feature"]]
+            assert example["activation"] == pytest.approx(acts_T[example["position"]].item(), rel=1e-3)
+            first = example["first_position"]
+            expected = acts_T[first : first + len(example["token_ids"])]
+            assert example["activations"] == pytest.approx(expected.tolist(), rel=1e-2, abs=1e-3)
+            compared += 1
+    assert compared > 100
+
+
+def test_examples_are_the_strongest_first_and_then_the_drawn(features):
+    for feature in features:
+        kinds = [example["kind"] for example in feature["examples"]]
+        assert kinds == sorted(kinds, reverse=True)
+        strongest = [example["activation"] for example in feature["examples"] if example["kind"] == "strongest"]
+        assert len(strongest) == min(4, feature["n_contexts"])
+        assert strongest == sorted(strongest, reverse=True)
+        if strongest:
+            assert strongest[0] == pytest.approx(feature["max_activation"])
+        drawn = [example for example in feature["examples"] if example["kind"] == "drawn"]
+        assert [example["quantile"] for example in drawn] == pytest.approx(
+            [1 - (i + 0.5) / len(drawn) for i in range(len(drawn))]
+        )
+
+
+def test_neighbors_and_promoted_tokens_are_those_of_the_weights(features, trained, tiny_model):
+    sae = SAE.load_from_disk(trained)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    unit_FD = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    cosines_FF = unit_FD @ unit_FD.T - 2 * torch.eye(128)
+    changes_FV = (sae.W_dec * model.model.norm.weight) @ model.lm_head.weight.T
+    changes_FV -= changes_FV.mean(1, keepdim=True)
+    for feature in features[::16]:
+        f = feature["feature"]
+        assert [each["feature"] for each in feature["neighbors"]] == cosines_FF[f].topk(5).indices.tolist()
+        assert [each["change"] for each in feature["promoted"]] == pytest.approx(
+            changes_FV[f].topk(10).values.tolist(), rel=1e-4
+        )
+        assert feature["suppressed"][0]["token_id"] == changes_FV[f].argmin()
+        cosine = torch.cosine_similarity(sae.W_enc[:, f], sae.W_dec[f], dim=0).item()
+        assert feature["encoder_cosine"] == pytest.approx(cosine, abs=1e-5)
+
+
+@pytest.mark.faults
+def test_a_killed_pass_goes_on_to_the_same_file(trained, tmp_path):
+    text = tmp_path / "long.txt"
+    text.write_text("\n\n".join(f"{i}: " + " ".join(str(i * j) for j in range(40)) for i in range(3000)))
+    command = [sys.executable, "inspect_sae_features.py", "--sae_path", str(trained), *FLAGS, "--dataset", str(text)]
+    command += ["--tokens", "200000", "--save_every", "1"]
+    whole = run_process(*command, "--output", tmp_path / "whole")
+    assert whole.status == 0, whole.stderr
+    killed, saves = tmp_path / "killed", "unfinished/[0-9]*"
+    with subprocess.Popen([*command, "--output", str(killed)], cwd=ROOT, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not list(killed.glob(saves)):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    done = run_process(*command, "--output", killed)
+    assert done.status == 0, done.stderr
+    assert "going on after " in done.stderr
+    assert pq.read_table(killed / "features.parquet").equals(pq.read_table(tmp_path / "whole/features.parquet"))
+    assert [path.name for path in killed.iterdir()] == ["features.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), "--sae_path: names no SAE"),
+        (("--sae_path", "nowhere"), "nowhere"),
+        (("--sae_path", "SAE", "--examples", "-1"), "argument --examples"),
+        (("--sae_path", "SAE", "--output", "README.md"), "--output README.md: cannot be made"),
+        (("--sae_path", "SAE", "--num_samples", "3"), "unrecognized arguments: --num_samples 3"),
+    ],
+)
+def test_bad_input_is_one_line(script, trained, flags, says):
+    done = script("inspect_sae_features.py", *(trained if flag == "SAE" else flag for flag in flags))
+    assert (done.status, len(done.error_lines)) == (2, 1), done.stderr
+    assert says in done.error_lines[0]
+
+
+def test_examples_that_do_not_fit_into_memory_are_refused(script, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_toolkit.inspection.run.free_memory", lambda _: 100_000)
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--output", tmp_path)
+    assert (done.status, len(done.error_lines)) == (2, 1)
+    assert "--examples 4 --drawn_examples 3: 128 features" in done.error_lines[0]
+    assert done.error_lines[0].endswith("; lower them")
