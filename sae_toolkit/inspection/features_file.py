@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def write_features(
             Progress(f"writing {FILENAME}", len(W_dec_FD), unit="features") as progress,
         ):
             for chunk in _chunks(prepared, inspected, model, settings):
-                writer.write_table(pa.Table.from_pylist(chunk, schema))
+                writer.write_table(chunk.replace_schema_metadata(schema.metadata))
                 progress.advance(len(chunk))
         partial.replace(path)
     finally:
@@ -117,46 +117,42 @@ def describe(prepared: PreparedEvaluation, inspected: InspectedSAE, settings: Fe
 
 def _chunks(
     prepared: PreparedEvaluation, inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[pa.Table]:
+    """Yields the rows of the file, a chunk of features at a time."""
     statistics, sae = inspected.statistics, inspected.evaluated.sae
     W_dec_FD = sae.W_dec.detach().float()
     unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=-1)
     encoder_cosine_F = _encoder_cosines(sae, unit_FD)
     effects = _Effects(model, prepared, settings.promoted)
     for start in range(0, len(W_dec_FD), _FEATURES_AT_ONCE):
-        features = range(start, min(start + _FEATURES_AT_ONCE, len(W_dec_FD)))
-        chunk = slice(features.start, features.stop)
-        neighbors = _neighbors(unit_FD, chunk, settings.neighbors)
+        chunk = slice(start, min(start + _FEATURES_AT_ONCE, len(W_dec_FD)))
+        n = chunk.stop - chunk.start
         promoted, suppressed = effects.of(W_dec_FD[chunk])
-        strongest = _examples("strongest", statistics.strongest, chunk, prepared)
-        drawn = _examples("drawn", statistics.drawn, chunk, prepared)
-        of_each = _numbers(statistics, chunk)
-        yield [
-            {
-                "feature": feature,
-                **{name: values[i] for name, values in of_each.items()},
-                "decoder_norm": W_dec_FD[feature].norm().item(),
-                "encoder_cosine": encoder_cosine_F[feature].item() if encoder_cosine_F is not None else None,
-                "neighbors": neighbors[i],
-                "promoted": promoted[i],
-                "suppressed": suppressed[i],
-                "examples": strongest[i] + drawn[i],
-            }
-            for i, feature in enumerate(features)
-        ]
+        columns = {
+            "feature": np.arange(chunk.start, chunk.stop),
+            **_numbers(statistics, chunk),
+            "decoder_norm": W_dec_FD[chunk].norm(dim=-1).numpy(),
+            "encoder_cosine": [None] * n if encoder_cosine_F is None else encoder_cosine_F[chunk].numpy(),
+            "neighbors": _neighbors(unit_FD, chunk, settings.neighbors),
+            "promoted": promoted,
+            "suppressed": suppressed,
+            "examples": _examples(statistics, chunk, prepared),
+        }
+        yield pa.table([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
 
 
-def _numbers(statistics: FeatureStatistics, chunk: slice) -> dict[str, list[Any]]:
+def _numbers(statistics: FeatureStatistics, chunk: slice) -> dict[str, Any]:
     """Returns the columns of numbers for a chunk of features."""
-    n_F = statistics.n_firings_F[chunk].cpu()
-    mean_F = statistics.sum_F[chunk].cpu() / n_F.clamp(min=1)
+    n_F = statistics.n_firings_F[chunk].cpu().numpy()
+    fires_F = n_F > 0
+    mean_F = (statistics.sum_F[chunk].cpu().numpy() / np.maximum(n_F, 1)).astype(np.float32)
     return {
-        "firing_rate": (n_F.double() / max(statistics.n_tokens, 1)).tolist(),
-        "n_firings": n_F.tolist(),
-        "n_contexts": statistics.n_rows_F[chunk].tolist(),
-        "mean_activation": [mean if n else None for mean, n in zip(mean_F.tolist(), n_F.tolist(), strict=True)],
-        "max_activation": statistics.max_F[chunk].tolist(),
-        "histogram": statistics.histogram_FH[chunk].tolist(),
+        "firing_rate": n_F / max(statistics.n_tokens, 1),
+        "n_firings": n_F,
+        "n_contexts": statistics.n_rows_F[chunk].cpu().numpy(),
+        "mean_activation": pa.array(mean_F, mask=~fires_F),
+        "max_activation": statistics.max_F[chunk].cpu().numpy(),
+        "histogram": list(statistics.histogram_FH[chunk].cpu().numpy()),
     }
 
 
@@ -168,15 +164,13 @@ def _encoder_cosines(sae: Any, unit_FD: torch.Tensor) -> torch.Tensor | None:
     return torch.nn.functional.cosine_similarity(W_enc_DF.detach().float().T, unit_FD, dim=-1)
 
 
-def _neighbors(unit_FD: torch.Tensor, chunk: slice, n: int) -> list[list[dict[str, Any]]]:
+def _neighbors(unit_FD: torch.Tensor, chunk: slice, n: int) -> pa.Array:
     """Returns for each feature of a chunk those whose decoder vectors have the largest cosines with its own."""
     cosines = unit_FD[chunk] @ unit_FD.T
     cosines[torch.arange(len(cosines)), torch.arange(chunk.start, chunk.stop)] = -torch.inf
     best = cosines.topk(min(n, len(unit_FD) - 1), dim=1)
-    return [
-        [{"feature": f, "cosine": c} for f, c in zip(features, values, strict=True)]
-        for features, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    neighbors = (best.indices.flatten().numpy(), best.values.flatten().numpy())
+    return _lists_of_structs(np.full(len(cosines), best.indices.shape[1]), neighbors, SCHEMA.field("neighbors").type)
 
 
 class _Effects:
@@ -202,56 +196,63 @@ class _Effects:
         return [{"token_id": i, "token": text, "change": change} for i, text, change in named]
 
 
-def _examples(kind: str, kept: KeptExamples, chunk: slice, prepared: PreparedEvaluation) -> list[list[dict[str, Any]]]:
-    """Returns the examples of each feature of a chunk, the strongest first."""
+def _examples(statistics: FeatureStatistics, chunk: slice, prepared: PreparedEvaluation) -> pa.Array:
+    """Returns the examples of each feature of a chunk: the strongest first, and then the drawn ones."""
+    both = [_in_order(kept, chunk) for kept in (statistics.strongest, statistics.drawn)]
+    row, position, activation, window = (np.concatenate(each, axis=1) for each in zip(*both, strict=True))
+    is_one = row >= 0
+    quantile = np.concatenate([_quantiles(each[0]) for each in both], axis=1)
+    is_drawn = (np.arange(row.shape[1]) >= both[0][0].shape[1])[None].repeat(len(row), 0)[is_one]
+    row, position, activation, window, quantile = (
+        each[is_one] for each in (row, position, activation, window, quantile)
+    )
+    at_NW = position[:, None] + np.arange(-TOKENS_BEFORE, TOKENS_AFTER + 1)
+    inside_NW = (at_NW >= 0) & (at_NW < prepared.rows_NT.shape[1])
+    ids_NW = prepared.rows_NT[row[:, None], np.where(inside_NW, at_NW, 0)]
+    lengths_N = inside_NW.sum(1)
+    examples = (
+        pa.array(np.where(is_drawn, "drawn", "strongest").astype(object), pa.string()),
+        pa.array(quantile.astype(np.float32), mask=~is_drawn),
+        activation,
+        row,
+        prepared.unit_N[row].astype(np.int32),
+        position,
+        np.maximum(position - TOKENS_BEFORE, 0),
+        _lists(lengths_N, ids_NW[inside_NW].astype(np.int32)),
+        _lists(lengths_N, window[inside_NW]),
+    )
+    return _lists_of_structs(is_one.sum(1), examples, SCHEMA.field("examples").type)
+
+
+def _in_order(kept: KeptExamples, chunk: slice) -> tuple[np.ndarray, ...]:
+    """Returns rows, positions, activations [F, K] and windows [F, K, W] of a chunk, the strongest of a feature first.
+
+    A row of -1 is no example.
+    """
     activation_FK, row_FK = kept.activation_FK[chunk].cpu().numpy(), kept.row_FK[chunk].cpu().numpy()
     position_FK, window_FKW = kept.position_FK[chunk].cpu().numpy(), kept.window_FKW[chunk].float().cpu().numpy()
     order_FK = np.lexsort((row_FK, -np.abs(activation_FK)), axis=-1)
-    found = []
-    for i, order in enumerate(order_FK):
-        places = [k for k in order if row_FK[i, k] >= 0]
-        found.append(
-            [
-                _example(
-                    kind,
-                    rank,
-                    len(places),
-                    activation_FK[i, k],
-                    row_FK[i, k],
-                    position_FK[i, k],
-                    window_FKW[i, k],
-                    prepared,
-                )
-                for rank, k in enumerate(places)
-            ]
-        )
-    return found
+    ordered = (np.take_along_axis(each, order_FK, 1) for each in (row_FK, position_FK, activation_FK))
+    return (*ordered, np.take_along_axis(window_FKW, order_FK[..., None], 1))
 
 
-def _example(
-    kind: str,
-    rank: int,
-    n: int,
-    activation: float,
-    row: int,
-    position: int,
-    window_W: np.ndarray,
-    prepared: PreparedEvaluation,
-) -> dict[str, Any]:
-    first = max(0, position - TOKENS_BEFORE)
-    ids = prepared.rows_NT[row, first : position + TOKENS_AFTER + 1]
-    skipped = TOKENS_BEFORE - (position - first)
-    return {
-        "kind": kind,
-        "quantile": 1 - (rank + 0.5) / n if kind == "drawn" else None,
-        "activation": float(activation),
-        "row": int(row),
-        "document": int(prepared.unit_N[row]),
-        "position": int(position),
-        "first_position": int(first),
-        "token_ids": ids.tolist(),
-        "activations": window_W[skipped : skipped + len(ids)].tolist(),
-    }
+def _quantiles(row_FK: np.ndarray) -> np.ndarray:
+    """Returns the quantile [F, K] of each example among those of its feature, which are in order."""
+    n_F1 = np.maximum((row_FK >= 0).sum(1, keepdims=True), 1)
+    return 1 - (np.arange(row_FK.shape[1]) + 0.5) / n_F1
+
+
+def _lists(lengths: np.ndarray, values: np.ndarray) -> pa.Array:
+    """Returns lists of these lengths, which hold the values in their order."""
+    return pa.ListArray.from_arrays(np.concatenate(([0], lengths.cumsum())).astype(np.int32), pa.array(values))
+
+
+def _lists_of_structs(lengths: np.ndarray, values: Sequence[Any], kind: pa.ListType) -> pa.Array:
+    """Returns lists of these lengths, which hold structs of these values in their order."""
+    fields = list(kind.value_type)
+    arrays = [pa.array(each).cast(field.type) for each, field in zip(values, fields, strict=True)]
+    structs = pa.StructArray.from_arrays(arrays, fields=fields)
+    return pa.ListArray.from_arrays(np.concatenate(([0], lengths.cumsum())).astype(np.int32), structs)
 
 
 def read_description(path: Path) -> dict[str, Any]:
