@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRUTH = ("mcc", "f1", "uniqueness")
 METRICS = {
     "loss_recovered": "Loss recovered",
-    "l0_distance": "L0, |log| of the distance to the healthy range",
+    "l0_distance": "L0, log of its distance to the healthy range",
     "dead_features": "Dead features",
     "decoder_absorption": "Decoder absorption",
     "healthy": "Metrics that are healthy, of 4",
@@ -35,6 +35,7 @@ METRICS = {
 }
 STANDARDS = ("loss_recovered", "l0", "dead_features", "decoder_absorption")
 LOWEST_L0, HIGHEST_L0 = 40, 120  # of the healthy range
+MOST_ALIKE = 0.5  # share of SAEs with one value, for a correlation
 
 
 def runs() -> dict[str, str]:
@@ -91,7 +92,8 @@ def measure(directory: Path, name: str, sae: Path) -> dict[str, Any]:
 
 def correlation(x: np.ndarray, y: np.ndarray) -> str:
     """Returns Spearman's correlation of two rows of numbers, with its 95% bootstrap interval over SAEs."""
-    point = spearmanr(x, y).statistic
+    if np.unique(x.round(2), return_counts=True)[1].max() > MOST_ALIKE * len(x):
+        return "too few differ"
     drawn = bootstrap(
         (x, y),
         lambda a, b: spearmanr(a, b).statistic,
@@ -101,7 +103,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> str:
         rng=0,
         method="percentile",
     ).confidence_interval
-    return f"{point:+.2f} ({drawn.low:+.2f} to {drawn.high:+.2f})"
+    return f"{spearmanr(x, y).statistic:+.2f} ({drawn.low:+.2f} to {drawn.high:+.2f})"
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
@@ -110,24 +112,37 @@ def show(found: dict[str, dict[str, Any]]) -> None:
     print("| SAE | " + " | ".join(columns) + " |\n| --- |" + " ---: |" * len(columns))
     for name, row in sorted(found.items(), key=lambda item: -item[1]["mcc"]):
         print(f"| {name} | " + " | ".join(f"{row[column]:.3f}" for column in columns) + " |")
-    values = {column: np.array([row[column] for row in found.values()], float) for column in columns}
-    print(f"\n{len(found)} SAEs. Spearman's correlation over them, with 95% bootstrap intervals:\n")
+    of_width = {name: row for name, row in found.items() if not name.startswith("width")}
+    show_correlations("all", found)
+    show_correlations("1,024 features", of_width)
+    for l0 in (23, 64):
+        rows = {name: row for name, row in of_width.items() if abs(row["l0"] - l0) < 1}
+        show_correlations(f"1,024 features, L0 {l0}", rows)
+    show_standards(of_width)
+
+
+def show_correlations(which: str, found: dict[str, dict[str, Any]]) -> None:
+    """Prints how each metric of some SAEs goes with what is known."""
+    values = {column: np.array([row[column] for row in found.values()], float) for column in (*METRICS, *TRUTH)}
+    print(f"\n{which}: {len(found)} SAEs. Spearman's correlation over them, with 95% bootstrap intervals:\n")
     print("| | " + " | ".join(TRUTH) + " |\n| --- |" + " ---: |" * len(TRUTH))
     for column, label in METRICS.items():
         print(f"| {label} | " + " | ".join(correlation(values[column], values[truth]) for truth in TRUTH) + " |")
-    print("\nMeans of the SAEs that a standard calls healthy, and of the others:\n")
-    print("| Standard | Healthy | Others | MCC | F1 |\n| --- |" + " ---: |" * 4)
+
+
+def show_standards(found: dict[str, dict[str, Any]]) -> None:
+    """Prints the mean scores of SAEs that a standard calls healthy, and of the others."""
+    print(f"\nMeans of the {len(found)} SAEs of 1,024 features, healthy by a standard or not:\n")
+    print("| | SAEs | MCC | F1 |\n| --- |" + " ---: |" * 3)
+    selections: dict[str, list[dict[str, Any]]] = {}
     for name in STANDARDS:
-        passed = np.array([row[f"{name}_passed"] for row in found.values()])
-        means = [
-            " and ".join(f"{values[truth][which].mean():.3f}" if which.any() else "none" for which in (passed, ~passed))
-            for truth in ("mcc", "f1")
-        ]
-        print(f"| {name} | {passed.sum()} | {(~passed).sum()} | {means[0]} | {means[1]} |")
-    healthy = values["healthy"]
-    for n in sorted(set(healthy)):
-        of_n = healthy == n
-        print(f"| {n:.0f} of 4 | {of_n.sum()} | | {values['mcc'][of_n].mean():.3f} | {values['f1'][of_n].mean():.3f} |")
+        selections[f"{name}: healthy"] = [row for row in found.values() if row[f"{name}_passed"]]
+        selections[f"{name}: not"] = [row for row in found.values() if not row[f"{name}_passed"]]
+    for n in range(len(STANDARDS) + 1):
+        selections[f"{n} of 4 healthy"] = [row for row in found.values() if row["healthy"] == n]
+    for label, rows in selections.items():
+        means = [f"{np.mean([row[truth] for row in rows]):.3f}" if rows else "" for truth in ("mcc", "f1")]
+        print(f"| {label} | {len(rows)} | {means[0]} | {means[1]} |")
 
 
 def main() -> None:
