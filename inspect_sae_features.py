@@ -7,6 +7,9 @@
     # other text than what was held out of the training
     python inspect_sae_features.py --sae_path ./my_sae --dataset my_text.jsonl --tokens 200000
 
+    # what the model writes when a feature is turned: clamped to 8, raised by 3, or switched off
+    python inspect_sae_features.py --sae_path ./my_sae --steer 12=8 40=+3 77=0 --prompt "The weather today"
+
     # all layers or seeds of a run
     python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --output ./features
 
@@ -43,10 +46,17 @@ def inspect(signals: StopSignals) -> int:
     from sae_toolkit.inspection.features_file import write_features
     from sae_toolkit.inspection.prepare import choose_directories, prepare_inspection
     from sae_toolkit.inspection.run import inspect_features, remove_saves
+    from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
     from sae_toolkit.model.devices import choose_lm_dtype
     from sae_toolkit.model.loading import LanguageModels
 
     groups = prepare_inspection(settings)
+    if steers := settings.steering.steers:
+        check_steering(steers, groups)
+        lm_dtype = choose_lm_dtype(settings.saes.lm_dtype, groups[0].device)
+        model = LanguageModels(groups[0].device, lm_dtype).load(groups[0].model, groups[0].hook_name)
+        print(show_steering(steers, write_with_and_without(groups[0], model, steers, settings.steering)))
+        return 0
     directories = choose_directories(settings.run.output, groups)
     models = LanguageModels(groups[0].device, choose_lm_dtype(settings.saes.lm_dtype, groups[0].device))
     for group, of_group in zip(groups, directories, strict=True):

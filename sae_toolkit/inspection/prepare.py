@@ -27,6 +27,9 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
     Raises:
         UserError: an inspection could not succeed.
     """
+    if settings.steering.steer:
+        text = EvaluationTextSettings(**asdict(settings.text), num_samples=1)  # it is not used
+        return prepare_evaluations(settings.saes, text, MeasurementSettings())
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
     return [_with_rows_for(settings.features.tokens, group) for group in groups]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.evaluation import EvaluatedSAESettings, ReadTextSettings
-from sae_toolkit.settings.fields import build_parser, flag, from_flags
-from sae_toolkit.settings.values import NonNegative, Positive
+from sae_toolkit.settings.fields import as_text, build_parser, flag, from_flags
+from sae_toolkit.settings.values import NonNegative, NonNegativeFloat, Positive
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,60 @@ class InspectionRunSettings:
 
 
 @dataclass(frozen=True)
+class Steer:
+    """A feature that is turned.
+
+    Args:
+        given: as it was given.
+        feature: its index.
+        value: its activation, or what is added to it.
+        adds: whether the value is added.
+    """
+
+    given: str
+    feature: int
+    value: float
+    adds: bool
+
+
+@dataclass(frozen=True)
+class SteeringSettings:
+    """Turning features while the model writes, instead of reading text."""
+
+    steer: tuple[str, ...] = flag((), metavar="FEATURE=VALUE")
+    """give these features this activation at every token: 12=8.5, or 12=0 to ablate it; 12=+3 adds 3 to it"""
+    prompt: tuple[str, ...] = flag((), metavar="TEXT")
+    """texts that the model continues, with the features turned and without"""
+    new_tokens: Positive = 40
+    """number of tokens that it writes"""
+    continuations: Positive = 1
+    """number of continuations of each prompt; more than one needs --temperature"""
+    temperature: NonNegativeFloat = 0.0
+    """draw tokens at this temperature, with the same seed with and without; 0 takes the likeliest"""
+
+    @property
+    def steers(self) -> list[Steer]:
+        """The features that are turned.
+
+        Raises:
+            UserError: one is not FEATURE=VALUE, or is named twice.
+        """
+        steers: list[Steer] = []
+        for given in self.steer:
+            feature, equals, value = given.partition("=")
+            try:
+                steer = Steer(given, int(feature), float(value), value.startswith("+"))
+            except ValueError:
+                steer = Steer(given, -1, math.nan, False)
+            if not equals or steer.feature < 0 or not math.isfinite(steer.value):
+                raise UserError(f"--steer {given}: must be FEATURE=VALUE with an index and a number, such as 12=8.5")
+            if any(other.feature == steer.feature for other in steers):
+                raise UserError(f"--steer {given}: names feature {steer.feature} a second time; leave one of them out")
+            steers.append(steer)
+        return steers
+
+
+@dataclass(frozen=True)
 class InspectionSettings:
     """All settings of an inspection."""
 
@@ -52,6 +107,7 @@ class InspectionSettings:
     text: ReadTextSettings = field(default_factory=ReadTextSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     run: InspectionRunSettings = field(default_factory=InspectionRunSettings)
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
 
 
 def parse_inspection_flags(description: str, argv: Sequence[str] | None = None) -> InspectionSettings:
@@ -72,4 +128,26 @@ def parse_inspection_flags(description: str, argv: Sequence[str] | None = None) 
             f"--layer {settings.saes.layer} and --hook_name {settings.saes.hook_name}: only one of them can choose the"
             " hook; leave out the other"
         )
+    _check_steering(settings)
     return settings
+
+
+def _check_steering(settings: InspectionSettings) -> None:
+    """Raises a UserError for flags of steering and of reading text that do not go together."""
+    steering, without = settings.steering, InspectionSettings(settings.saes)
+    if not steering.steer:
+        for name in ("prompt", "new_tokens", "continuations", "temperature"):
+            if (value := getattr(steering, name)) != getattr(without.steering, name):
+                raise UserError(f"--{name} {as_text(value)}: is about --steer; give that too, or leave it out")
+        return
+    if not steering.prompt:
+        raise UserError("--steer: needs a text that the model continues; give --prompt TEXT")
+    if steering.continuations > 1 and steering.temperature == 0:
+        raise UserError(
+            f"--continuations {steering.continuations}: all would be the same; give --temperature too, such as 1"
+        )
+    for group, default in ((settings.features, without.features), (settings.run, without.run)):
+        for name in ("tokens", "examples", "drawn_examples", "neighbors", "promoted", "output", "save_every"):
+            if hasattr(group, name) and (value := getattr(group, name)) != getattr(default, name):
+                raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")
+    assert steering.steers  # their form is checked here
