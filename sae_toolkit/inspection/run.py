@@ -127,7 +127,7 @@ def _run(
             assistant_BT = prepared.assistant_at(slice(start, stop))
             for each in inspected:
                 if each.next_row <= start:  # after a kill between two saves, one SAE can be ahead of another
-                    _add(each, start, batch_BT, acts_BTD, assistant_BT)
+                    add_batch(each, start, batch_BT, acts_BTD, assistant_BT)
                     each.next_row = stop
             progress.advance(batch_BT.size)
             start = stop
@@ -139,7 +139,7 @@ def _run(
                 raise Stopped(signals.received)
 
 
-def _add(
+def add_batch(
     each: InspectedSAE,
     first_row: int,
     batch_BT: np.ndarray,
