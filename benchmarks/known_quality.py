@@ -50,10 +50,6 @@ def runs() -> dict[str, str]:
         found |= {f"{kind}_l0_{l0}": f"--architecture {kind} --target_l0 {l0}" for l0 in (12, 23, 64)}
     found |= {f"lr{lr:g}_k{k}": f"--k {k} --lr {lr:g}" for lr in (3e-5, 2e-4, 6e-3, 2e-2) for k in (23, 64)}
     found |= {f"width{x}_k{k}": f"--k {k} --expansion_factor {x}" for x in (1, 2, 8, 16) for k in (23, 64)}
-    for words, length in (("--training_tokens 3000000", "3M"), ("--training_tokens 10000000 --epochs 4", "10M")):
-        found |= {f"k{k}_{length}": f"--k {k} {words}" for k in (23, 32)}
-        found[f"matryoshka_batchtopk_k23_{length}"] = f"--architecture matryoshka_batchtopk --k 23 {words}"
-        found[f"jumprelu_l0_23_{length}"] = f"--architecture jumprelu --target_l0 23 {words}"
     return found
 
 
