@@ -43,6 +43,7 @@ LONGEST = (
     *("steps/test_target_l0.py", "steps/test_trainer.py", "training/test_every_flag.py", "steps/test_calibration.py"),
     *("training/test_finetuning.py", "test_out_of_memory.py", "distributed/test_ranks.py", "faults/test_kills.py"),
     *("reports/test_publish.py", "training/record/test_recording.py", "evaluation/test_evaluation.py"),
+    *("inspection/test_steering.py", "inspection/test_inspection.py", "evaluation/synthetic/test_scores.py"),
 )
 
 

@@ -74,12 +74,12 @@ def inspect_features(
         save_every: seconds between saves.
 
     Raises:
-        UserError: the memory does not suffice.
+        UserError: the memory does not suffice, activations are not finite, or no position is measured.
         Stopped: a signal came.
     """
     _check_memory(prepared, settings)
     prepared = measure_norm_limits(prepared, model, batch_size=batch_size)
-    inspected = []
+    inspected, abouts = [], []
     for evaluated, directory in zip(prepared.saes, directories, strict=True):
         statistics = FeatureStatistics(
             evaluated.sae.cfg.d_sae,
@@ -88,11 +88,10 @@ def inspect_features(
             seed=prepared.seed,
             device=prepared.device,
         )
-        inspected.append(InspectedSAE(evaluated, statistics, directory))
         evaluated.sae.to(prepared.device)
-        about = _about(prepared, evaluated, settings, batch_size)
-        _load(inspected[-1], about)
-    abouts = [_about(prepared, each.evaluated, settings, batch_size) for each in inspected]
+        inspected.append(InspectedSAE(evaluated, statistics, directory))
+        abouts.append(_about(prepared, evaluated, settings, batch_size))
+        _load(inspected[-1], abouts[-1])
     start = min(each.next_row for each in inspected)
     if start:
         log.info("going on after %s of %s contexts", f"{start:,}", f"{len(prepared.rows_NT):,}")
@@ -101,6 +100,11 @@ def inspect_features(
     with out_of_memory_answered(where, lower), signals.deferred():
         _run(prepared, model, inspected, abouts, signals, start, batch_size=batch_size, save_every=save_every)
     for each in inspected:
+        if each.statistics.n_tokens == 0:
+            raise UserError(
+                f"--dataset {prepared.text.name}: no token of it is at a position that {each.evaluated.file.name} is"
+                " applied to; choose the positions by --skip_positions and --max_activation_norm_multiple"
+            )
         each.evaluated.sae.to("cpu")
     return inspected
 
@@ -146,15 +150,24 @@ def add_batch(
     acts_BTD: torch.Tensor,
     assistant_BT: np.ndarray | None,
 ) -> None:
-    """Adds a batch of activations to the statistics of an SAE, as many rows at a time as fit into a chunk."""
+    """Adds a batch of activations to the statistics of an SAE, as many rows at a time as fit into a chunk.
+
+    Raises:
+        UserError: activations are not finite.
+    """
     sae, positions = each.evaluated.sae, each.evaluated.positions
     kept_BT = torch.from_numpy(positions.keeps_tokens(batch_BT, assistant_BT)).to(acts_BTD.device)
+    if not acts_BTD[kept_BT].isfinite().all():
+        raise UserError(
+            f"--lm_dtype: activations at {sae.cfg.metadata.hook_name or 'the hook'} are not finite in {acts_BTD.dtype};"
+            " use another dtype"
+        )
     kept_BT = kept_BT & positions.keeps_norms(acts_BTD)
     n_rows = max(1, chunk_length(sae.cfg.d_sae, _CHUNK_VALUES) // batch_BT.shape[1])
     for i in range(0, len(batch_BT), n_rows):
         measured_BT = kept_BT[i : i + n_rows].to(sae.device)
         acts = acts_BTD[i : i + n_rows].to(sae.device, torch.float32)
-        features_BTF = sae.encode(acts) * measured_BT[..., None]
+        features_BTF = sae.encode(acts.flatten(0, 1)).unflatten(0, measured_BT.shape) * measured_BT[..., None]
         each.statistics.add(first_row + i, features_BTF, measured_BT)
 
 

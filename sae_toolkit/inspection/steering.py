@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from transformers import GenerationConfig
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.feature_browser import decode_tokens
@@ -107,6 +108,11 @@ def write_with_and_without(
             ids = [prepared.tokenizer.bos_token_id, *ids]
         if not ids:
             raise UserError("--prompt: is empty, and the model has no token to begin with; give some text")
+        if prepared.model.max_context is not None and len(ids) + settings.new_tokens > prepared.model.max_context:
+            raise UserError(
+                f"--new_tokens {settings.new_tokens}: with {len(ids)} tokens of the prompt more than the"
+                f" {prepared.model.max_context} that {prepared.model.name} was made for; lower it"
+            )
         tokens_1T = torch.tensor([ids], device=model.device)
         both = [
             _write(prepared, model, sae, evaluated.positions, tokens_1T, turned, settings) for turned in ([], steers)
@@ -136,14 +142,22 @@ def _write(
     settings: SteeringSettings,
 ) -> tuple[tuple[tuple[str, float], ...], tuple[Continuation, ...]]:
     tokenizer, n_prompt = prepared.tokenizer, tokens_1T.shape[1]
-    sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature > 0:
-        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    ends_at = getattr(model.model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
+    # A model's own configuration may hold penalties and cuts, which would hide what a feature does.
+    drawn = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    how = GenerationConfig(
+        max_new_tokens=settings.new_tokens,
+        eos_token_id=ends_at,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **(drawn if settings.temperature > 0 else {"do_sample": False}),
+    )
     with ExitStack() as stack:
         if steers:
             turn = _Turn(sae, steers, positions)
             stack.enter_context(hooked(model.hook.module, model.hook.side, turn))
-        stack.enter_context(random_states_restored())
+        stack.enter_context(random_states_restored(str(model.device)))
         torch.manual_seed(prepared.seed)
         logits_V = model.model(tokens_1T, use_cache=False).logits[0, -1].float()
         if steers:
@@ -151,11 +165,7 @@ def _write(
         written: Any = model.model.generate(  # type: ignore[operator]
             tokens_1T.repeat(settings.continuations, 1),
             attention_mask=torch.ones_like(tokens_1T).repeat(settings.continuations, 1),
-            max_new_tokens=settings.new_tokens,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
+            generation_config=how,
         )
     likeliest = logits_V.softmax(-1).topk(min(_MOST_LIKELY, len(logits_V)))
     next_tokens = tuple(
@@ -166,8 +176,8 @@ def _write(
     log_p_BT = log_p_BTV.gather(-1, new_BT[..., None])[..., 0]
     continuations = []
     for new_T, log_p_T in zip(new_BT, log_p_BT, strict=True):
-        ends = (new_T == tokenizer.eos_token_id).nonzero() if tokenizer.eos_token_id is not None else []
-        n = int(ends[0]) + 1 if len(ends) else len(new_T)
+        is_end_T = torch.isin(new_T, torch.tensor(ends_at if ends_at is not None else [], device=new_T.device))
+        n = int(is_end_T.nonzero()[0]) + 1 if is_end_T.any() else len(new_T)
         text = tokenizer.decode(new_T[:n], skip_special_tokens=True)
         continuations.append(Continuation(str(text), log_p_T[:n].mean().item()))
     return next_tokens, tuple(continuations)
@@ -194,12 +204,12 @@ class _Turn:
 
     def __call__(self, acts: torch.Tensor) -> torch.Tensor:
         acts_BTD = acts.flatten(2) if acts.ndim > 3 else acts
-        features_BTF = self._sae.encode(acts_BTD.float())
-        turned_BTF = features_BTF.clone()
-        old_BTS = features_BTF[..., self._features_S]
-        turned_BTF[..., self._features_S] = torch.where(self._adds_S, old_BTS + self._values_S, self._values_S)
+        features_NF = self._sae.encode(acts_BTD.flatten(0, 1).float())
+        turned_NF = features_NF.clone()
+        old_NS = features_NF[:, self._features_S]
+        turned_NF[:, self._features_S] = torch.where(self._adds_S, old_NS + self._values_S, self._values_S)
         # By two passes of the decoder, since it also undoes what the SAE normalizes activations by.
-        change_BTD = (self._sae.decode(turned_BTF) - self._sae.decode(features_BTF)).reshape(acts_BTD.shape)
+        change_BTD = (self._sae.decode(turned_NF) - self._sae.decode(features_NF)).reshape(acts_BTD.shape)
         first = max(0, self._positions.skip_positions - self._n_seen)
         change_BTD[:, :first] = 0
         change_BTD[~self._positions.keeps_norms(acts_BTD)] = 0

@@ -174,3 +174,22 @@ def test_examples_that_do_not_fit_into_memory_are_refused(script, trained, tmp_p
     assert (done.status, len(done.error_lines)) == (2, 1)
     assert "--examples 4 --drawn_examples 3: 128 features" in done.error_lines[0]
     assert done.error_lines[0].endswith("; lower them")
+
+
+def test_no_examples_are_no_obstacle(script, trained, tmp_path):
+    none = ("--examples", "0", "--drawn_examples", "0", "--neighbors", "0", "--promoted", "0")
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, *none, "--output", tmp_path)
+    assert done.status == 0, done.stderr
+    features = pq.read_table(tmp_path / "features.parquet").to_pylist()
+    assert not any(feature["examples"] or feature["neighbors"] or feature["promoted"] for feature in features)
+
+
+def test_activations_that_are_not_finite_are_refused(script, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sae_toolkit.model.language_model.LanguageModel.activations",
+        lambda self, tokens_BT: torch.full((*tokens_BT.shape, 32), torch.nan),
+    )
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--output", tmp_path)
+    assert (done.status, len(done.error_lines)) == (2, 1)
+    assert "--lm_dtype: activations at blocks.1.hook_resid_post are not finite" in done.error_lines[0]
+    assert not (tmp_path / "features.parquet").exists()
