@@ -34,7 +34,7 @@ def main() -> int:
         try:
             return inspect(signals)
         except Stopped as stopped:
-            log.warning("%s; the same command goes on from what is saved", stopped)
+            log.warning("%s; what was saved is kept, and the same command goes on from it", stopped)
             return stopped.exit_status
 
 

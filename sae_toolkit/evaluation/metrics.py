@@ -12,8 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student_t
 
 from sae_toolkit.model.devices import with_float64
 
@@ -26,6 +28,13 @@ _CACHED_VALUES = 2**20
 def chunk_length(values_per_row: int, values: int | None = None) -> int:
     """Returns how many rows make a chunk of at most `values` values (default: 2**27); at least 1."""
     return max(1, (values or _CHUNK_VALUES) // values_per_row)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float]]:
+    """Returns the mean of two values or more, and its 95% interval (t distribution)."""
+    mean = float(np.mean(values))
+    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean, [mean - half, mean + half]
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import out_of_memory_answered
-from sae_toolkit.model.loading import ModelSource, check_fits_text, check_token_ids
+from sae_toolkit.model.loading import ModelSource
+from sae_toolkit.model.text_checks import check_fits_text, check_token_ids
 from sae_toolkit.settings.evaluation import EvaluationTextSettings
 from sae_toolkit.text.chat import by_chat_template
 from sae_toolkit.text.positions import PositionFilter

@@ -11,6 +11,7 @@ from pathlib import Path
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.evaluation.setup import prepare_evaluations
+from sae_toolkit.inspection.run import check_memory
 from sae_toolkit.reports.results import directory_of_results
 from sae_toolkit.settings.evaluation import EvaluationTextSettings, MeasurementSettings
 from sae_toolkit.settings.inspection import InspectionSettings
@@ -32,6 +33,8 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
         return prepare_evaluations(settings.saes, text, MeasurementSettings())
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
+    for group in groups:
+        check_memory(group, settings.features)
     return [_with_rows_for(settings.features.tokens, group) for group in groups]
 
 

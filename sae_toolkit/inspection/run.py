@@ -77,7 +77,6 @@ def inspect_features(
         UserError: the memory does not suffice, activations are not finite, or no position is measured.
         Stopped: a signal came.
     """
-    _check_memory(prepared, settings)
     prepared = measure_norm_limits(prepared, model, batch_size=batch_size)
     inspected, abouts = [], []
     for evaluated, directory in zip(prepared.saes, directories, strict=True):
@@ -171,7 +170,7 @@ def add_batch(
         each.statistics.add(first_row + i, features_BTF, measured_BT)
 
 
-def _check_memory(prepared: PreparedEvaluation, settings: FeatureSettings) -> None:
+def check_memory(prepared: PreparedEvaluation, settings: FeatureSettings) -> None:
     """Says how much memory the statistics take. Raises a UserError if there is less."""
     takes = sum(
         FeatureStatistics.memory(each.sae.cfg.d_sae, settings.examples, settings.drawn_examples)

@@ -5,6 +5,7 @@ Shapes: F features, B rows of T tokens, N firings, H bins of the histogram.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from sae_toolkit.inspection.examples import KeptExamples, RowMaxima
@@ -73,7 +74,7 @@ class FeatureStatistics:
         """Returns random numbers [N] in [0, 1) for row maxima, which the seed, the row and the feature give."""
         draws_BF = torch.stack(
             [
-                torch.rand(self.n_features, generator=torch.Generator().manual_seed(hash((self.seed, row)) % 2**63))
+                torch.rand(self.n_features, generator=torch.Generator().manual_seed(_seed_of(self.seed, row)))
                 for row in range(first_row, first_row + n_rows)
             ]
         ).to(maxima.feature_N.device)
@@ -94,6 +95,10 @@ class FeatureStatistics:
         for name in ("strongest", "drawn"):
             kept = {key.partition(".")[2]: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
             getattr(self, name).load_state(kept)
+
+
+def _seed_of(seed: int, row: int) -> int:
+    return int(np.random.SeedSequence((seed, row)).generate_state(1)[0])
 
 
 def bin_edges() -> list[float]:

@@ -167,6 +167,15 @@ class EvaluationSettings:
     results: ResultSettings = field(default_factory=ResultSettings)
 
 
+def check_hook_flags(saes: EvaluatedSAESettings) -> None:
+    """Raises a UserError if two flags choose the hook."""
+    if saes.hook_name is not None and saes.layer is not None:
+        raise UserError(
+            f"--layer {saes.layer} and --hook_name {saes.hook_name}: only one of them can choose the hook; leave out"
+            " the other"
+        )
+
+
 def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) -> EvaluationSettings:
     """Parses the flags of an evaluation.
 
@@ -183,11 +192,7 @@ def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) 
             raise UserError("--sae_path: names no SAE; name the directory of an SAE or of a run")
         settings = replace(settings, saes=replace(settings.saes, sae_path=settings.measurements.stability))
     saes, text = settings.saes, settings.text
-    if saes.hook_name is not None and saes.layer is not None:
-        raise UserError(
-            f"--layer {saes.layer} and --hook_name {saes.hook_name}: only one of them can choose the hook; leave out"
-            " the other"
-        )
+    check_hook_flags(saes)
     if settings.measurements.protocol == "saebench" and text.given_positions:
         raise UserError(
             f"{text.given_positions}: with --protocol saebench the SAE stands in at every position; leave one of the"

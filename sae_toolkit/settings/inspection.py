@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.evaluation import EvaluatedSAESettings, ReadTextSettings
+from sae_toolkit.settings.evaluation import EvaluatedSAESettings, ReadTextSettings, check_hook_flags
 from sae_toolkit.settings.fields import as_text, build_parser, flag, from_flags
 from sae_toolkit.settings.values import NonNegative, NonNegativeFloat, Positive
 
@@ -123,11 +123,7 @@ def parse_inspection_flags(description: str, argv: Sequence[str] | None = None) 
     settings = from_flags(InspectionSettings, vars(parser.parse_args(argv)))
     if not settings.saes.sae_path:
         raise UserError("--sae_path: names no SAE; name the directory of an SAE or of a run")
-    if settings.saes.layer is not None and settings.saes.hook_name is not None:
-        raise UserError(
-            f"--layer {settings.saes.layer} and --hook_name {settings.saes.hook_name}: only one of them can choose the"
-            " hook; leave out the other"
-        )
+    check_hook_flags(settings.saes)
     _check_steering(settings)
     return settings
 

@@ -12,7 +12,8 @@ from sae_lens import LanguageModelSAERunnerConfig
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.evaluation.text import rows_of_evaluation
-from sae_toolkit.model.loading import ModelSource, check_fits_text, check_token_ids
+from sae_toolkit.model.loading import ModelSource
+from sae_toolkit.model.text_checks import check_fits_text, check_token_ids
 from sae_toolkit.settings.evaluation import EvaluationTextSettings
 from sae_toolkit.settings.training import TextSettings, TrainingSettings
 from sae_toolkit.steps.activation_sample import held_out_tokens

@@ -170,8 +170,9 @@ def test_bad_input_is_one_line(script, trained, flags, says):
 
 def test_examples_that_do_not_fit_into_memory_are_refused(script, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("sae_toolkit.inspection.run.free_memory", lambda _: 100_000)
-    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--output", tmp_path)
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--output", tmp_path / "out")
     assert (done.status, len(done.error_lines)) == (2, 1)
+    assert not (tmp_path / "out").exists()
     assert "--examples 4 --drawn_examples 3: 128 features" in done.error_lines[0]
     assert done.error_lines[0].endswith("; lower them")
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.activation_pass import activations_at_hook
-from sae_toolkit.evaluation.metrics import chunk_length
+from sae_toolkit.evaluation.metrics import chunk_length, mean_and_interval
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.shown import Measured
 from sae_toolkit.evaluation.stability.firing import FiringCorrelation, mean_with_interval
@@ -193,11 +192,10 @@ def _with_partner(comparison: _Comparison, alive_F: torch.Tensor, seed: int) -> 
 
 def _mean_over(values: Sequence[float]) -> dict[str, Any]:
     """Returns the mean over the other SAEs, with its 95% interval (t distribution) if there are at least two."""
-    mean = float(np.mean(values))
     if len(values) < 2:
-        return {"mean": mean, "interval": None}
-    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return {"mean": mean, "interval": [mean - half, mean + half]}
+        return {"mean": float(np.mean(values)), "interval": None}
+    mean, interval = mean_and_interval(values)
+    return {"mean": mean, "interval": interval}
 
 
 def is_same(one: SAEFile, other: SAEFile) -> bool:

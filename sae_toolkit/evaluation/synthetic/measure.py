@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from sae_lens import SAE
 from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data, mean_correlation_coefficient
-from sae_lens.util import temporary_seed
-from scipy.stats import t as student_t
+from sae_lens.util import cosine_similarities, temporary_seed
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.metrics import mean_and_interval
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.evaluation.shown import Measured
 from sae_toolkit.model.devices import free_memory, out_of_memory_answered
@@ -23,6 +22,7 @@ from sae_toolkit.terminal.progress import Progress
 _DRAWS = 5  # sets of samples, for intervals
 _SAMPLES = 16_384  # in each
 _BATCH = 256
+_FEATURES_AT_ONCE = 4096
 _BYTES_TO_MATCH = 20  # for each pair of a feature and a true one: three matrices in float32, one in float64
 _FIRST_SEED = 2**31  # the text's samples are drawn with other seeds
 
@@ -115,7 +115,7 @@ def score(sae: SAE[Any], synthetic: SyntheticModel, *, seed: int, progress: Prog
     logged = [each.to_log_dict() for each in evaluations]
     scores, intervals = {}, {}
     for name, ours in _WITH_INTERVALS.items():
-        scores[ours], intervals[ours] = _mean_and_interval([each[name] for each in logged])
+        scores[ours], intervals[ours] = mean_and_interval([each[name] for each in logged])
     features_FD = synthetic.feature_dict.feature_vectors
     # Not the seed alone: the true features are drawn with 42.
     random_FD = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(_FIRST_SEED + seed))
@@ -133,13 +133,6 @@ def score(sae: SAE[Any], synthetic: SyntheticModel, *, seed: int, progress: Prog
     }
 
 
-def _mean_and_interval(values: Sequence[float]) -> tuple[float, list[float]]:
-    """Returns the mean of values and its 95% interval (t distribution)."""
-    mean = float(np.mean(values))
-    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return mean, [mean - half, mean + half]
-
-
 def l0_of_frequent(synthetic: SyntheticModel, n_features: int) -> float:
     """Returns how many of the most frequent n_features true features are active in a sample, on average."""
     with temporary_seed(synthetic.cfg.seed):
@@ -150,6 +143,6 @@ def l0_of_frequent(synthetic: SyntheticModel, n_features: int) -> float:
 @torch.no_grad()
 def nearest_true_cosine(sae: SAE[Any], synthetic: SyntheticModel) -> torch.Tensor:
     """Returns the |cosine| [F] of each decoder vector with the true feature that is nearest to it."""
-    true_FD = torch.nn.functional.normalize(synthetic.feature_dict.feature_vectors, dim=-1)
-    W_dec_FD = torch.nn.functional.normalize(sae.W_dec.float(), dim=-1)
-    return torch.cat([(part @ true_FD.T).abs().amax(dim=-1) for part in W_dec_FD.split(4096)])
+    true_FD = synthetic.feature_dict.feature_vectors
+    parts = sae.W_dec.float().split(_FEATURES_AT_ONCE)
+    return torch.cat([cosine_similarities(part_FD, true_FD).abs().amax(dim=-1) for part_FD in parts])
