@@ -18,6 +18,7 @@ import runpy
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ def _record_steps(stop_after: int | None) -> list[float]:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     step_times: list[float] = []
-    optimizers: list[Any] = []
+    latest: weakref.ref[Any] | None = None  # weak, so that an optimizer's moments are freed with it
 
     def after_step(optimizer: Any, *_: Any) -> None:
-        if optimizer not in optimizers:
-            optimizers.append(optimizer)
+        nonlocal latest
+        if latest is None or optimizer is not latest():
+            latest = weakref.ref(optimizer)
             step_times.clear()
         if len(step_times) % SYNCHRONIZED == SYNCHRONIZED - 1 and torch.cuda.is_initialized():
             torch.cuda.synchronize()

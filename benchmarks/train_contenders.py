@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+import weakref
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -145,12 +146,15 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     times: list[float] = []
     spent = _profile() if flags.profile else {}
     at_start: dict[str, float] = {}
-    optimizers: list[Any] = []
+    latest: weakref.ref[Any] | None = None  # weak, so that an optimizer's moments are freed with it
     synchronize = torch.cuda.synchronize if flags.device != "cpu" else lambda: None
 
     def after_step(optimizer: Any, *_: Any) -> None:
-        if optimizer not in optimizers:  # the steps of an earlier one were those that a run measures itself by
-            optimizers.append(optimizer)
+        nonlocal latest
+        if (
+            latest is None or optimizer is not latest()
+        ):  # the steps of an earlier one were those that a run measures itself by
+            latest = weakref.ref(optimizer)
             times.clear()
         if len(times) in (flags.warm_up - 1, flags.warm_up + flags.steps - 1):
             synchronize()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self.finetune_weight = torch.zeros((), dtype=torch.float, device=cfg.device)
-        self._counts_of_dead: deque[_Reading] = deque()
+        self._counts_of_dead: deque[Callable[[], list[int]]] = deque()  # of the last steps, oldest first
         self.calibration: Calibration | None = None
         # On how many tokens `calibrate` was called last since the last step, and what it found.
         self._latest: tuple[int | None, Calibration | None] | None = None
@@ -276,6 +277,8 @@ class Trainer(SAETrainer[Any, Any]):
     def state_beside_saelens(self) -> dict[str, Any]:
         """Returns the part of the state that SAELens's `save_trainer_state` does not save."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _COUNTS}
+        # The next steps' bounds set the shapes of products, and so the rounding of a resumed run.
+        state["counts_of_dead"] = [values() for values in self._counts_of_dead]
         if self.l0_control:
             state["l0_control"] = self.l0_control.state_dict()
         if self.sample is not None:
@@ -289,6 +292,9 @@ class Trainer(SAETrainer[Any, Any]):
         """Loads what `state_beside_saelens` returned."""
         for name in _COUNTS & state.keys():  # checkpoints of earlier versions have no finetune_weight
             setattr(self, name, state[name].to(self.cfg.device))
+        if self._is_on_cuda:
+            counts = state.get("counts_of_dead", [])
+            self._counts_of_dead.extend(partial(list[int], both) for both in counts)
         if self.l0_control:
             self.l0_control.load_state_dict(state["l0_control"])
         if self.sample is not None and "sample" in state:  # checkpoints of earlier versions have none
@@ -428,10 +434,10 @@ class Trainer(SAETrainer[Any, Any]):
         if not self._is_on_cuda:
             return None
         soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
-        self._counts_of_dead.append(_Reading(self._count(soon)))
+        self._counts_of_dead.append(_Reading(self._count(soon)).values)
         if len(self._counts_of_dead) <= _STEPS_BEHIND:
             return None
-        total, most = self._counts_of_dead.popleft().values()
+        total, most = self._counts_of_dead.popleft()()
         return total, most
 
     def _count(self, features_F: torch.Tensor) -> torch.Tensor:

@@ -295,6 +295,8 @@ def _time_steps(trainer: Trainer, acts_ND: torch.Tensor) -> float:
     """
     batch_BD = acts_ND[torch.arange(trainer.cfg.train_batch_size_samples) % len(acts_ND)]
     seconds: list[float] = []
+    if torch.device(trainer.cfg.device).type == "cuda":  # the first step compiles kernels, which can take seconds
+        trainer.step(batch_BD)
     while len(seconds) < _MOST_STEPS and sum(seconds) < _MOST_SECONDS_OF_STEPS:
         started = _now(trainer.cfg.device)
         trainer.step(batch_BD)

@@ -11,6 +11,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, Tr
 from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
+from sae_toolkit.steps import trainer as trainer_module
 from sae_toolkit.steps.active_features import ActiveFeatures
 from sae_toolkit.steps.selection import largest, largest_by_blocks, largest_of_rows
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, bfloat16_linear, sparse_class
@@ -161,6 +162,38 @@ def test_memory_does_not_grow_with_each_number_of_dead_features(acts_ND):
         trainer.step(acts_ND[:BATCH])
         held.append(psutil.Process().memory_info().rss)
     assert held[-1] - held[10] < 100 * 2**20
+
+
+class ReadAtOnce:
+    """A reading of the device whose numbers are there already. On a CPU there is nothing to wait for."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers.tolist()
+
+    def values(self):
+        return self.numbers
+
+
+def test_a_resumed_trainer_bounds_the_dead_features_as_if_undisturbed(acts_ND, tmp_path, monkeypatch):
+    """On a CUDA device, where the bounds set the shapes of products and so their rounding. Here on a CPU: tests/gpu
+    compares resumed runs bit for bit."""
+    monkeypatch.setattr(trainer_module, "_Reading", ReadAtOnce)
+    monkeypatch.setattr(Trainer, "_is_on_cuda", True)
+    (_, undisturbed), (_, resumed) = (trainers("topk", torch.float32, 5) for _ in range(2))
+    losses(undisturbed, acts_ND, 7)
+    undisturbed.save_checkpoint("checkpoint", base_path=tmp_path)
+    state = undisturbed.state_beside_saelens()
+    resumed.load_checkpoint(tmp_path / "checkpoint")
+    resumed.load_state_beside_saelens(state)
+    bounds = []
+    for each in (undisturbed, resumed):
+        of_steps = []
+        for _ in range(6):
+            losses(each, acts_ND, 1)
+            of_steps.append(each.sae.dead_bound)
+        bounds.append(of_steps)
+    assert bounds[0] == bounds[1]
+    assert None not in bounds[0] and len(set(bounds[0])) > 1
 
 
 def test_steps_change_nothing_that_saelens_saves(acts_ND, tmp_path):
