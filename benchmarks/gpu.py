@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures this project on one CUDA device: operators, steps, language model, the whole job, and other tools beside it.
 
-    python benchmarks/gpu.py                          # all of it: meant for eight minutes on an H100, not measured
+    python benchmarks/gpu.py                          # all of it: six minutes on an H200
     python benchmarks/gpu.py --parts ab               # only operators and steps
     python benchmarks/gpu.py --parts d --work_dir /scratch/gpu    # only the job, with the model that is saved there
     python benchmarks/gpu.py --tiny                   # all of it with tiny shapes on a CPU, to try the benchmark

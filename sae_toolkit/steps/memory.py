@@ -136,8 +136,8 @@ class MemoryPlan:
     def surely_above(self, free: int) -> bool:
         """Returns whether the run cannot fit, even if the prediction is too high.
 
-        On a CPU predictions were within 12% of measured runs. On CUDA devices no runs were measured, so only the SAE,
-        its gradients and Adam's state are counted there.
+        On a CPU predictions were within 12% of measured runs. On CUDA devices few runs were measured (BENCHMARKS.md, on
+        one GPU), so only the SAE, its gradients and Adam's state are counted there.
         """
         return self.peak > 1.25 * free if self.on_cpu else self.sae + self.gradients + self.adam > free
 
