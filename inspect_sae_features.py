@@ -10,11 +10,15 @@
     # what the model writes when a feature is turned: clamped to 8, raised by 3, or switched off
     python inspect_sae_features.py --sae_path ./my_sae --steer 12=8 40=+3 77=0 --prompt "The weather today"
 
+    # as batches for Neuronpedia too
+    python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia
+
     # all layers or seeds of a run
     python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --output ./features
 
 features.parquet, a row for each feature, goes into the directory `features` of each SAE; docs/features.md says what
-the columns are. Memory does not grow with the text. After a kill the same command goes on where the work was saved.
+the columns are. features.html beside it is a page of all features, which opens without a network. Memory does not grow
+with the text. After a kill the same command goes on where the work was saved.
 Progress goes to standard error, and the paths of the files to standard output.
 """
 
@@ -44,6 +48,8 @@ def inspect(signals: StopSignals) -> int:
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
     from sae_toolkit.inspection.features_file import write_features
+    from sae_toolkit.inspection.neuronpedia import export_neuronpedia
+    from sae_toolkit.inspection.page import write_page
     from sae_toolkit.inspection.prepare import choose_directories, prepare_inspection
     from sae_toolkit.inspection.run import inspect_features, remove_saves
     from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
@@ -71,7 +77,12 @@ def inspect(signals: StopSignals) -> int:
             save_every=settings.run.save_every,
         )
         for each in inspected:
-            print(write_features(group, each, model, settings.features), flush=True)
+            path = write_features(group, each, model, settings.features)
+            print(path, flush=True)
+            if not settings.run.no_page:
+                print(write_page(path, group.tokenizer), flush=True)
+            if settings.run.export == "neuronpedia":
+                print(export_neuronpedia(path, group.tokenizer), flush=True)
             remove_saves(each)
     return 0
 

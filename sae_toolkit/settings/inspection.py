@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.evaluation import EvaluatedSAESettings, ReadTextSettings, check_hook_flags
@@ -37,6 +38,10 @@ class InspectionRunSettings:
     """directory for the results, with one below it for each SAE if there are several (default: features in the
     directory of each SAE)
     """
+    no_page: bool = False
+    """write features.parquet alone, without the page features.html and its data"""
+    export: Literal["neuronpedia"] | None = None
+    """also write the features for this tool: neuronpedia takes the batches of JSON that SAEDashboard writes"""
     save_every: Positive = 300
     """save the work after so many seconds, so that the same command goes on after a kill"""
     verbose: bool = flag(False, is_exclusive=True)
@@ -143,7 +148,16 @@ def _check_steering(settings: InspectionSettings) -> None:
             f"--continuations {steering.continuations}: all would be the same; give --temperature too, such as 1"
         )
     for group, default in ((settings.features, without.features), (settings.run, without.run)):
-        for name in ("tokens", "examples", "drawn_examples", "neighbors", "promoted", "output", "save_every"):
+        for name in (
+            "tokens",
+            "examples",
+            "drawn_examples",
+            "neighbors",
+            "promoted",
+            "output",
+            "no_page",
+            "save_every",
+        ):
             if hasattr(group, name) and (value := getattr(group, name)) != getattr(default, name):
                 raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")
     assert steering.steers  # their form is checked here

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,33 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from sae_toolkit import ROOT
 from sae_toolkit.inspection.features_file import SCHEMA, read_description
+from support.inspection import CONTEXT, FLAGS
 from support.processes import run_process
-
-CONTEXT = 64
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_model, text_file, tmp_path_factory):
-    """An SAE at layer 1 of the tiny model, with BOS and its position in training."""
-    done = run_process(
-        *(sys.executable, "sae_lens_train.py", "--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file),
-        *("--context_size", CONTEXT, "--expansion_factor", 4, "--training_tokens", 20480, "--architecture", "topk"),
-        *("--k", 6, "--recipe", "auto", "--n_batches_in_buffer", 16, "--lm_dtype", "float32", "--device", "cpu"),
-        *("--checkpoint_path", tmp_path_factory.mktemp("runs"), "--wandb_mode", "disabled", "--eval_every", 0),
-    )
-    assert done.status == 0, done.stderr
-    return Path(done.stdout.strip())
-
-
-FLAGS = ("--tokens", "8000", "--lm_dtype", "float32", "--device", "cpu", "--examples", "4", "--drawn_examples", "3")
-
-
-@pytest.fixture(scope="module")
-def inspected(trained):
-    done = run_process(sys.executable, "inspect_sae_features.py", "--sae_path", trained, *FLAGS)
-    assert done.status == 0, done.stderr
-    assert done.stdout.strip() == str(trained / "features/features.parquet")
-    return Path(done.stdout.strip())
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +110,7 @@ def test_a_killed_pass_goes_on_to_the_same_file(trained, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("\n\n".join(f"{i}: " + " ".join(str(i * j) for j in range(40)) for i in range(3000)))
     command = [sys.executable, "inspect_sae_features.py", "--sae_path", str(trained), *FLAGS, "--dataset", str(text)]
-    command += ["--tokens", "200000", "--save_every", "1"]
+    command += ["--tokens", "200000", "--save_every", "1", "--no_page"]
     whole = run_process(*command, "--output", tmp_path / "whole")
     assert whole.status == 0, whole.stderr
     killed, saves = tmp_path / "killed", "unfinished/[0-9]*"

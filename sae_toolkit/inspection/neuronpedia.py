@@ -1,0 +1,130 @@
+"""Writes features for Neuronpedia: the batches of JSON that SAEDashboard writes, which Neuronpedia's tools take.
+
+The names are those of SAEDashboard's NeuronpediaDashboardBatch, NeuronpediaDashboardFeature and
+NeuronpediaDashboardActivation (sae_dashboard/neuronpedia/neuronpedia_dashboard.py, version 0.8.0).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sae_toolkit.evaluation.feature_browser import decode_tokens
+from sae_toolkit.inspection.features_file import read_description
+from sae_toolkit.terminal.progress import Progress
+
+DIRECTORY = "neuronpedia"
+_FEATURES_OF_BATCH = 128  # as SAEDashboard's runner has them
+_BARS, _INTERVALS = 40, 5
+
+
+def export_neuronpedia(features_file: Path, tokenizer: Any) -> Path:
+    """Writes a features.parquet as batch-0.json, batch-1.json, ... into the directory `neuronpedia` beside it.
+
+    Features that never fire are left out, as SAEDashboard leaves them out. Strongest examples are its top activations.
+    Drawn examples are sorted into five equal intervals between 0 and the largest activation. What share of the
+    activations an interval holds, and the heights of the histogram's 40 equal bars, are computed from the counts in
+    quarter octaves, as if activations were even within one. What it computes of neurons and correlations is empty.
+
+    Args:
+        features_file: what `write_features` wrote.
+        tokenizer: tokenizer of the language model.
+
+    Returns:
+        The directory. An earlier one is replaced.
+    """
+    about = read_description(features_file)
+    target, partial = features_file.parent / DIRECTORY, features_file.parent / f"{DIRECTORY}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    layer = re.search(r"\.(\d+)(\.|$)", about["hook_name"])
+    batch = {
+        "model_id": about["model"],
+        "layer": int(layer[1]) if layer else 0,
+        "sae_set": about["sae"],
+        "sae_id_suffix": None,
+    }
+    try:
+        with (
+            pq.ParquetFile(features_file) as file,
+            Progress(f"writing {DIRECTORY}", about["d_sae"], unit="features") as progress,
+        ):
+            for i, part in enumerate(file.iter_batches(_FEATURES_OF_BATCH)):
+                features = [_feature(each, about, tokenizer) for each in part.to_pylist() if each["n_firings"]]
+                text = json.dumps(batch | {"features": features}, ensure_ascii=False)
+                (partial / f"batch-{i}.json").write_text(text, encoding="utf-8")
+                progress.advance(len(part))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _feature(feature: dict[str, Any], about: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    largest = feature["max_activation"]
+    cumulative = _Cumulative(feature["histogram"], about["histogram_edges"], largest)
+    bars = np.linspace(0, largest, _BARS + 1)
+    return {
+        "feature_index": feature["feature"],
+        "neg_str": [each["token"] for each in feature["suppressed"]],
+        "neg_values": [_rounded(each["change"]) for each in feature["suppressed"]],
+        "pos_str": [each["token"] for each in feature["promoted"]],
+        "pos_values": [_rounded(each["change"]) for each in feature["promoted"]],
+        "frac_nonzero": feature["firing_rate"],
+        "freq_hist_data_bar_values": [_rounded(each) for each in (bars[:-1] + bars[1:]) / 2],
+        "freq_hist_data_bar_heights": [_rounded(each) for each in np.diff(cumulative.below(bars))],
+        "logits_hist_data_bar_heights": [],
+        "logits_hist_data_bar_values": [],
+        "n_prompts_total": about["contexts"],
+        "n_tokens_in_prompt": about["context_size"],
+        "dataset": about["dataset"],
+        "activations": [_activation(each, largest, cumulative, tokenizer) for each in feature["examples"]],
+        **{
+            name: []
+            for name in (
+                *("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1"),
+                *("correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson"),
+                *("correlated_features_indices", "correlated_features_l1", "correlated_features_pearson"),
+                *("decoder_weights_dist", "vector"),
+            )
+        },
+    }
+
+
+def _activation(example: dict[str, Any], largest: float, cumulative: _Cumulative, tokenizer: Any) -> dict[str, Any]:
+    if example["kind"] == "strongest":
+        interval = {"bin_min": -1.0, "bin_max": _rounded(largest), "bin_contains": -1.0}
+    else:
+        i = min(int(abs(example["activation"]) / largest * _INTERVALS), _INTERVALS - 1)
+        ends = np.array([i, i + 1]) * largest / _INTERVALS
+        share = float(np.diff(cumulative.below(ends))[0] / cumulative.all)
+        interval = {"bin_min": _rounded(ends[0]), "bin_max": _rounded(ends[1]), "bin_contains": round(share, 4)}
+    return interval | {
+        "tokens": decode_tokens(tokenizer, example["token_ids"]),
+        "values": [_rounded(each) for each in example["activations"]],
+        "qualifying_token_index": example["position"] - example["first_position"],
+    }
+
+
+class _Cumulative:
+    """How many activations of a feature are below a value, by its counts in bins."""
+
+    def __init__(self, counts: list[int], edges: list[float | None], largest: float) -> None:
+        last = max(i for i, n in enumerate(counts) if n)
+        self._edges = np.array([*edges[: last + 1], largest], dtype=float)
+        self._below = np.concatenate(([0], np.cumsum(counts[: last + 1])))
+        self.all = int(self._below[-1])
+
+    def below(self, values: np.ndarray) -> np.ndarray:
+        return np.interp(values, self._edges, self._below)
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 3)

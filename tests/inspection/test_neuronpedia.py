@@ -1,0 +1,66 @@
+"""--export neuronpedia writes what SAEDashboard's own classes read, with the numbers of features.parquet."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from sae_toolkit.inspection.neuronpedia import export_neuronpedia
+
+SAE_DASHBOARD = "sae-dashboard==0.8.0"
+
+
+@pytest.fixture(scope="module")
+def batches(inspected, tokenizer):
+    directory = export_neuronpedia(inspected, tokenizer)
+    files = sorted(directory.iterdir())
+    assert [file.name for file in files] == ["batch-0.json"]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def test_a_feature_has_the_numbers_of_features_parquet(batches, inspected):
+    firing = {each["feature"]: each for each in pq.read_table(inspected).to_pylist() if each["n_firings"]}
+    (batch,) = batches
+    assert batch["layer"] == 1
+    assert [each["feature_index"] for each in batch["features"]] == list(firing)
+    for exported in batch["features"]:
+        feature = firing[exported["feature_index"]]
+        assert exported["frac_nonzero"] == feature["firing_rate"]
+        assert exported["pos_str"] == [each["token"] for each in feature["promoted"]]
+        heights = exported["freq_hist_data_bar_heights"]
+        assert len(heights) == 40 and sum(heights) == pytest.approx(feature["n_firings"], abs=0.05)
+        assert len(exported["activations"]) == len(feature["examples"])
+        for activation, example in zip(exported["activations"], feature["examples"], strict=True):
+            assert activation["values"] == pytest.approx(example["activations"], abs=6e-4)
+            assert len(activation["tokens"]) == len(example["token_ids"])
+            peak = activation["values"][activation["qualifying_token_index"]]
+            assert peak == pytest.approx(example["activation"], rel=1e-2, abs=1e-3)
+            if example["kind"] == "strongest":
+                assert (activation["bin_min"], activation["bin_contains"]) == (-1, -1)
+            else:
+                assert activation["bin_min"] - 1e-3 <= example["activation"] <= activation["bin_max"] + 1e-3
+                assert 0 < activation["bin_contains"] <= 1
+
+
+def test_the_flag_writes_them_beside_the_features(script, trained, tmp_path):
+    flags = ("--tokens", 500, "--no_page", "--export", "neuronpedia", "--output", tmp_path, "--device", "cpu")
+    done = script("inspect_sae_features.py", "--sae_path", trained, *flags)
+    assert done.status == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "features.parquet"), str(tmp_path / "neuronpedia")]
+    assert not (tmp_path / "features.html").exists()
+
+
+@pytest.mark.parity
+def test_saedashboards_own_classes_read_and_write_them(batches, tmp_path):
+    """Its package is put into a directory of its own without what it needs, since its pins conflict with ours."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), SAE_DASHBOARD]
+    subprocess.run(command, check=True)
+    file = tmp_path / "sae_dashboard/neuronpedia/neuronpedia_dashboard.py"
+    spec = importlib.util.spec_from_file_location("neuronpedia_dashboard", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for batch in batches:
+        assert json.loads(json.dumps(module.NeuronpediaDashboardBatch(**batch).to_dict())) == batch
