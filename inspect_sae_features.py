@@ -10,6 +10,9 @@
     # what the model writes when a feature is turned: clamped to 8, raised by 3, or switched off
     python inspect_sae_features.py --sae_path ./my_sae --steer 12=8 40=+3 77=0 --prompt "The weather today"
 
+    # what 50 of the features do to the loss, and to the tokens that they promote, when they are turned
+    python inspect_sae_features.py --sae_path ./my_sae --effects 50
+
     # as batches for Neuronpedia too
     python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia
 
@@ -47,6 +50,7 @@ def inspect(signals: StopSignals) -> int:
     set_up_logging(settings.run.verbose, settings.run.quiet)
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
+    from sae_toolkit.inspection.effects import write_effects
     from sae_toolkit.inspection.features_file import write_features
     from sae_toolkit.inspection.neuronpedia import export_neuronpedia
     from sae_toolkit.inspection.page import write_page
@@ -81,6 +85,8 @@ def inspect(signals: StopSignals) -> int:
             print(path, flush=True)
             if not settings.run.no_page:
                 print(write_page(path, group.tokenizer), flush=True)
+            if settings.run.effects:
+                print(write_effects(group, each, model, path, settings.run.effects), flush=True)
             if settings.run.export == "neuronpedia":
                 print(export_neuronpedia(path, group.tokenizer), flush=True)
             remove_saves(each)

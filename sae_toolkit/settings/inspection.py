@@ -38,6 +38,10 @@ class InspectionRunSettings:
     """directory for the results, with one below it for each SAE if there are several (default: features in the
     directory of each SAE)
     """
+    effects: NonNegative = 0
+    """turn this many features, drawn at random among those that fire, off and to their maximum, and measure what that
+    does to the loss and to the tokens that they promote
+    """
     no_page: bool = False
     """write features.parquet alone, without the page features.html and its data"""
     export: Literal["neuronpedia"] | None = None
@@ -130,6 +134,11 @@ def parse_inspection_flags(description: str, argv: Sequence[str] | None = None) 
         raise UserError("--sae_path: names no SAE; name the directory of an SAE or of a run")
     check_hook_flags(settings.saes)
     _check_steering(settings)
+    if settings.run.effects and not settings.features.examples + settings.features.drawn_examples:
+        raise UserError(
+            f"--effects {settings.run.effects}: turns features in their examples, and --examples 0 --drawn_examples 0"
+            " keeps none; keep some"
+        )
     return settings
 
 
