@@ -16,7 +16,7 @@
     # as batches for Neuronpedia too
     python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia
 
-    # all layers or seeds of a run
+    # all layers or seeds of a run, in one pass of the model
     python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --output ./features
 
 features.parquet, a row for each feature, goes into the directory `features` of each SAE; docs/features.md says what
@@ -28,10 +28,15 @@ Progress goes to standard error, and the paths of the files to standard output.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
-from sae_toolkit.settings.inspection import parse_inspection_flags
+from sae_toolkit.settings.inspection import InspectionSettings, parse_inspection_flags
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
+
+if TYPE_CHECKING:
+    from sae_toolkit.inspection.run import InspectedSAE
+    from sae_toolkit.model.loading import LanguageModels
 
 log = logging.getLogger("sae_toolkit")
 
@@ -50,11 +55,7 @@ def inspect(signals: StopSignals) -> int:
     set_up_logging(settings.run.verbose, settings.run.quiet)
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
-    from sae_toolkit.inspection.effects import write_effects
-    from sae_toolkit.inspection.features_file import write_features
-    from sae_toolkit.inspection.neuronpedia import export_neuronpedia
-    from sae_toolkit.inspection.page import write_page
-    from sae_toolkit.inspection.prepare import choose_directories, prepare_inspection
+    from sae_toolkit.inspection.prepare import choose_directories, in_passes, prepare_inspection
     from sae_toolkit.inspection.run import inspect_features, remove_saves
     from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
     from sae_toolkit.model.devices import choose_lm_dtype
@@ -67,30 +68,42 @@ def inspect(signals: StopSignals) -> int:
         model = LanguageModels(groups[0].device, lm_dtype).load(groups[0].model, groups[0].hook_name)
         print(show_steering(steers, write_with_and_without(groups[0], model, steers, settings.steering)))
         return 0
-    directories = choose_directories(settings.run.output, groups)
+    in_order = in_passes(groups)
+    directories = iter(choose_directories(settings.run.output, [group for of_pass in in_order for group in of_pass]))
     models = LanguageModels(groups[0].device, choose_lm_dtype(settings.saes.lm_dtype, groups[0].device))
-    for group, of_group in zip(groups, directories, strict=True):
-        model = models.load(group.model, group.hook_name)
+    for of_pass in in_order:
+        model = models.load(of_pass[0].model, of_pass[0].hook_name)
         inspected = inspect_features(
-            group,
+            of_pass,
             model,
-            of_group,
+            [next(directories) for _ in of_pass],
             settings.features,
             signals,
             batch_size=settings.saes.batch_size,
             save_every=settings.run.save_every,
         )
         for each in inspected:
-            path = write_features(group, each, model, settings.features)
-            print(path, flush=True)
-            if not settings.run.no_page:
-                print(write_page(path, group.tokenizer), flush=True)
-            if settings.run.effects:
-                print(write_effects(group, each, model, path, settings.run.effects), flush=True)
-            if settings.run.export == "neuronpedia":
-                print(export_neuronpedia(path, group.tokenizer), flush=True)
+            write_results(each, models, settings)
             remove_saves(each)
     return 0
+
+
+def write_results(each: InspectedSAE, models: LanguageModels, settings: InspectionSettings) -> None:
+    """Writes what was asked for of one SAE, and prints the paths."""
+    from sae_toolkit.inspection.effects import write_effects
+    from sae_toolkit.inspection.features_file import write_features
+    from sae_toolkit.inspection.neuronpedia import export_neuronpedia
+    from sae_toolkit.inspection.page import write_page
+
+    model, tokenizer = models.load(each.prepared.model, each.prepared.hook_name), each.prepared.tokenizer
+    path = write_features(each, model, settings.features)
+    print(path, flush=True)
+    if not settings.run.no_page:
+        print(write_page(path, tokenizer), flush=True)
+    if settings.run.effects:
+        print(write_effects(each, model, path, settings.run.effects), flush=True)
+    if settings.run.export == "neuronpedia":
+        print(export_neuronpedia(path, tokenizer), flush=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def main() -> None:
     kept = settings.features
     sizes = {"n_strongest": kept.examples, "n_drawn": kept.drawn_examples}
     statistics_of = FeatureStatistics(evaluated.sae.cfg.d_sae, **sizes, seed=42, device=group.device)
-    inspected = InspectedSAE(evaluated, statistics_of, Path())
+    inspected = InspectedSAE(evaluated, group, statistics_of, Path())
 
     def run(rows: np.ndarray, first: int, *, keeps: bool) -> float:
         started = time.perf_counter()

@@ -17,7 +17,6 @@ import torch
 from sae_lens import SAE
 
 from sae_toolkit.evaluation.metrics import mean_and_interval
-from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.terminal.progress import Progress
@@ -65,14 +64,11 @@ class Effects:
     promoted_gains: float | None
 
 
-def write_effects(
-    prepared: PreparedEvaluation, inspected: InspectedSAE, model: LanguageModel, features_file: Path, n_features: int
-) -> Path:
+def write_effects(inspected: InspectedSAE, model: LanguageModel, features_file: Path, n_features: int) -> Path:
     """Turns features that are drawn at random among those that fire, and writes effects.parquet, a row for each.
 
     Args:
-        prepared: the rows of text that the features have seen.
-        inspected: the SAE.
+        inspected: the SAE, and the rows of text that it has seen.
         model: language model with all layers, hooked where the SAE is.
         features_file: what `write_features` wrote; contexts, promoted and suppressed tokens are from there.
         n_features: how many features to draw; all that fire if they are fewer.
@@ -80,12 +76,12 @@ def write_effects(
     Returns:
         The path of the file.
     """
-    chosen = _draw(features_file, n_features, prepared.seed)
+    chosen = _draw(features_file, n_features, inspected.prepared.seed)
     sae = inspected.evaluated.sae.to(model.device)
     measured = []
     with Progress("turning", len(chosen), unit="features") as progress:
         for feature in chosen:
-            measured.append(_effects_of(feature, prepared, inspected, sae, model))
+            measured.append(_effects_of(feature, inspected, sae, model))
             progress.advance(1)
     sae.to("cpu")
     path = features_file.with_name(FILENAME)
@@ -120,14 +116,8 @@ def _draw(features_file: Path, n_features: int, seed: int) -> list[dict[str, Any
 
 
 @torch.no_grad()
-def _effects_of(
-    feature: dict[str, Any],
-    prepared: PreparedEvaluation,
-    inspected: InspectedSAE,
-    sae: SAE[Any],
-    model: LanguageModel,
-) -> Effects:
-    f = feature["feature"]
+def _effects_of(feature: dict[str, Any], inspected: InspectedSAE, sae: SAE[Any], model: LanguageModel) -> Effects:
+    f, prepared = feature["feature"], inspected.prepared
     strongest = [each["activation"] for each in feature["examples"] if each["kind"] == "strongest"]
     largest = strongest[0] if strongest else feature["max_activation"]  # of which only the former has a sign
     ids = {name: [each["token_id"] for each in feature[name]] for name in ("promoted", "suppressed")}

@@ -58,21 +58,18 @@ SCHEMA = pa.schema(
 )
 
 
-def write_features(
-    prepared: PreparedEvaluation, inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings
-) -> Path:
+def write_features(inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings) -> Path:
     """Writes features.parquet, whole or not at all.
 
     Args:
-        prepared: the rows of text that the features have seen.
-        inspected: the SAE and the statistics of its features.
+        inspected: the SAE, the statistics of its features, and the rows of text that they have seen.
         model: the language model, for the tokens that features promote.
         settings: how much of each feature is written.
 
     Returns:
         The path of the file.
     """
-    path = inspected.directory / FILENAME
+    prepared, path = inspected.prepared, inspected.directory / FILENAME
     partial = path.with_suffix(".partial")
     schema = SCHEMA.with_metadata({"inspection": json.dumps(describe(prepared, inspected, settings))})
     W_dec_FD = inspected.evaluated.sae.W_dec.detach()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.evaluation.setup import prepare_evaluations
@@ -33,9 +35,25 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
         return prepare_evaluations(settings.saes, text, MeasurementSettings())
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
+    groups = [_with_rows_for(settings.features.tokens, group) for group in groups]
+    for of_pass in in_passes(groups):
+        check_memory(of_pass, settings.features)
+    return groups
+
+
+def in_passes(groups: Sequence[PreparedEvaluation]) -> list[list[PreparedEvaluation]]:
+    """Returns the groups that one pass of the model serves together: those of the same model and rows of text."""
+    passes: list[list[PreparedEvaluation]] = []
     for group in groups:
-        check_memory(group, settings.features)
-    return [_with_rows_for(settings.features.tokens, group) for group in groups]
+        for of_pass in passes:
+            first = of_pass[0]
+            same_model = (first.model.location, first.model.adapter) == (group.model.location, group.model.adapter)
+            if same_model and np.array_equal(first.rows_NT, group.rows_NT):
+                of_pass.append(group)
+                break
+        else:
+            passes.append([group])
+    return passes
 
 
 def _with_rows_for(n_tokens: int, group: PreparedEvaluation) -> PreparedEvaluation:

@@ -41,33 +41,35 @@ class InspectedSAE:
 
     Args:
         evaluated: the SAE and the positions that it is inspected at.
+        prepared: the SAEs at its hook, and the rows of text.
         statistics: what was kept so far.
         directory: directory of its results.
         next_row: the first row of text that it has not seen.
     """
 
     evaluated: EvaluatedSAE
+    prepared: PreparedEvaluation
     statistics: FeatureStatistics
     directory: Path
     next_row: int = 0
 
 
 def inspect_features(
-    prepared: PreparedEvaluation,
+    groups: Sequence[PreparedEvaluation],
     model: LanguageModel,
-    directories: Sequence[Path],
+    directories: Sequence[Sequence[Path]],
     settings: FeatureSettings,
     signals: StopSignals,
     *,
     batch_size: int,
     save_every: float,
 ) -> list[InspectedSAE]:
-    """Runs all rows through the model up to the hook and through the SAEs.
+    """Runs all rows once through the model up to the last hook, and through the SAEs of each hook.
 
     Args:
-        prepared: SAEs at one hook, and the rows of text.
-        model: language model, hooked there.
-        directories: directory of each SAE's results, where the pass is also saved while it runs.
+        groups: SAEs at one hook or several, all with the same rows of text.
+        model: the language model.
+        directories: for each group the directory of each SAE's results, where the pass is also saved while it runs.
         settings: what is kept of each feature.
         signals: signals that stop the pass, after it is saved.
         batch_size: rows in one forward pass.
@@ -77,32 +79,35 @@ def inspect_features(
         UserError: the memory does not suffice, activations are not finite, or no position is measured.
         Stopped: a signal came.
     """
-    prepared = measure_norm_limits(prepared, model, batch_size=batch_size)
     inspected, abouts = [], []
-    for evaluated, directory in zip(prepared.saes, directories, strict=True):
-        statistics = FeatureStatistics(
-            evaluated.sae.cfg.d_sae,
-            n_strongest=settings.examples,
-            n_drawn=settings.drawn_examples,
-            seed=prepared.seed,
-            device=prepared.device,
-        )
-        evaluated.sae.to(prepared.device)
-        inspected.append(InspectedSAE(evaluated, statistics, directory))
-        abouts.append(_about(prepared, evaluated, settings, batch_size))
-        _load(inspected[-1], abouts[-1])
-    start = min(each.next_row for each in inspected)
+    for group, of_group in zip(groups, directories, strict=True):
+        at_hook = LanguageModel(model.model, group.hook_name)
+        prepared = measure_norm_limits(group, at_hook, batch_size=batch_size)
+        for evaluated, directory in zip(prepared.saes, of_group, strict=True):
+            statistics = FeatureStatistics(
+                evaluated.sae.cfg.d_sae,
+                n_strongest=settings.examples,
+                n_drawn=settings.drawn_examples,
+                seed=prepared.seed,
+                device=prepared.device,
+            )
+            evaluated.sae.to(prepared.device)
+            inspected.append(InspectedSAE(evaluated, prepared, statistics, directory))
+            abouts.append(_about(prepared, evaluated, settings, batch_size))
+            _load(inspected[-1], abouts[-1])
+    rows_NT, start = groups[0].rows_NT, min(each.next_row for each in inspected)
     if start:
-        log.info("going on after %s of %s contexts", f"{start:,}", f"{len(prepared.rows_NT):,}")
-    where = f"--batch_size {batch_size}: {len(inspected)} SAEs on {prepared.device}"
+        log.info("going on after %s of %s contexts", f"{start:,}", f"{len(rows_NT):,}")
+    where = f"--batch_size {batch_size}: {len(inspected)} SAEs on {groups[0].device}"
     lower = "lower --batch_size, --examples or --drawn_examples, or name fewer SAEs"
     with out_of_memory_answered(where, lower), signals.deferred():
-        _run(prepared, model, inspected, abouts, signals, start, batch_size=batch_size, save_every=save_every)
+        _run(model, inspected, abouts, signals, start, batch_size=batch_size, save_every=save_every)
     for each in inspected:
         if each.statistics.n_tokens == 0:
             raise UserError(
-                f"--dataset {prepared.text.name}: no token of it is at a position that {each.evaluated.file.name} is"
-                " applied to; choose the positions by --skip_positions and --max_activation_norm_multiple"
+                f"--dataset {each.prepared.text.name}: no token of it is at a position that"
+                f" {each.evaluated.file.name} is applied to; choose the positions by --skip_positions and"
+                " --max_activation_norm_multiple"
             )
         each.evaluated.sae.to("cpu")
     return inspected
@@ -110,7 +115,6 @@ def inspect_features(
 
 @torch.no_grad()
 def _run(
-    prepared: PreparedEvaluation,
     model: LanguageModel,
     inspected: Sequence[InspectedSAE],
     abouts: Sequence[dict[str, Any]],
@@ -120,17 +124,20 @@ def _run(
     batch_size: int,
     save_every: float,
 ) -> None:
-    rows_NT, n_per_row = prepared.rows_NT, prepared.rows_NT.shape[1]
+    rows_NT = inspected[0].prepared.rows_NT
+    widths = {each.prepared.hook_name: each.evaluated.sae.cfg.d_in for each in inspected}
+    at_hooks = LanguageModel(model.model, *widths)
     saved_at = time.monotonic()
-    with Progress("inspecting", rows_NT.size, done=start * n_per_row) as progress:
+    with Progress("inspecting", rows_NT.size, done=start * rows_NT.shape[1]) as progress:
         while start < len(rows_NT):
             stop = min(start + batch_size, len(rows_NT))
             batch_BT = rows_NT[start:stop].astype(np.int64)
-            acts_BTD = model.activations(torch.from_numpy(batch_BT))
-            assistant_BT = prepared.assistant_at(slice(start, stop))
+            acts = at_hooks.activations(torch.from_numpy(batch_BT)).split(list(widths.values()), dim=-1)
+            acts_BTD = dict(zip(widths, acts, strict=True))
             for each in inspected:
                 if each.next_row <= start:  # after a kill between two saves, one SAE can be ahead of another
-                    add_batch(each, start, batch_BT, acts_BTD, assistant_BT)
+                    assistant_BT = each.prepared.assistant_at(slice(start, stop))
+                    add_batch(each, start, batch_BT, acts_BTD[each.prepared.hook_name], assistant_BT)
                     each.next_row = stop
             progress.advance(batch_BT.size)
             start = stop
@@ -170,19 +177,17 @@ def add_batch(
         each.statistics.add(first_row + i, features_BTF, measured_BT)
 
 
-def check_memory(prepared: PreparedEvaluation, settings: FeatureSettings) -> None:
-    """Says how much memory the statistics take. Raises a UserError if there is less."""
-    takes = sum(
-        FeatureStatistics.memory(each.sae.cfg.d_sae, settings.examples, settings.drawn_examples)
-        for each in prepared.saes
-    )
-    n_features = sum(each.sae.cfg.d_sae for each in prepared.saes)
-    free = free_memory(prepared.device)
-    what = f"{n_features:,} features with {settings.examples} + {settings.drawn_examples} examples each"
+def check_memory(groups: Sequence[PreparedEvaluation], settings: FeatureSettings) -> None:
+    """Says how much memory the statistics of one pass take. Raises a UserError if there is less."""
+    n_of_saes = [each.sae.cfg.d_sae for group in groups for each in group.saes]
+    takes = sum(FeatureStatistics.memory(n, settings.examples, settings.drawn_examples) for n in n_of_saes)
+    device = groups[0].device
+    free = free_memory(device)
+    what = f"{sum(n_of_saes):,} features with {settings.examples} + {settings.drawn_examples} examples each"
     if takes > free:
         raise UserError(
             f"--examples {settings.examples} --drawn_examples {settings.drawn_examples}: {what} take"
-            f" {takes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {prepared.device}; lower them"
+            f" {takes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {device}; lower them"
         )
     log.info("%s take %.2f GiB, whatever the text", what, takes / 2**30)
 

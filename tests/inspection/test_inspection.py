@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit import ROOT
 from sae_toolkit.inspection.features_file import SCHEMA, read_description
+from sae_toolkit.model.language_model import LanguageModel
 from support.inspection import CONTEXT, FLAGS
 from support.processes import run_process
 
@@ -168,3 +170,36 @@ def test_activations_that_are_not_finite_are_refused(script, trained, tmp_path, 
     assert (done.status, len(done.error_lines)) == (2, 1)
     assert "--lm_dtype: activations at blocks.1.hook_resid_post are not finite" in done.error_lines[0]
     assert not (tmp_path / "features.parquet").exists()
+
+
+def test_saes_of_several_layers_go_through_in_one_pass(script, tiny_model, text_file, tmp_path, monkeypatch):
+    """Their files are those that each gets alone. The weights are random, since only the passes matter."""
+    saes = []
+    for layer in (0, 2):
+        metadata = SAEMetadata(
+            model_name=str(tiny_model), hook_name=f"blocks.{layer}.hook_resid_post", context_size=CONTEXT,
+            dataset_path=str(text_file), prepend_bos=True,
+        )  # fmt: skip
+        torch.manual_seed(layer)
+        saes.append(tmp_path / f"layer {layer}")
+        TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4, metadata=metadata)).save_model(saes[-1])
+    rows_of_passes = []
+    activations = LanguageModel.activations
+
+    def counted(self, tokens_BT):
+        if tokens_BT.shape[1] == CONTEXT:  # not the few tokens that find the width at a hook
+            rows_of_passes.append(len(tokens_BT))
+        return activations(self, tokens_BT)
+
+    monkeypatch.setattr(LanguageModel, "activations", counted)
+    flags = (*FLAGS, "--no_page", "--skip_positions", "1", "--max_activation_norm_multiple", "0", "--output")
+    n_rows = []
+    for i, given in enumerate(([saes[0]], [saes[1]], saes)):
+        rows_of_passes.clear()
+        done = script("inspect_sae_features.py", "--sae_path", *given, *flags, tmp_path / f"out {i}")
+        assert done.status == 0, done.stderr
+        n_rows.append(sum(rows_of_passes))
+    assert n_rows[0] == n_rows[1] == n_rows[2] > 0
+    for i, name in enumerate(("layer 0", "layer 2")):
+        alone, together = tmp_path / f"out {i}", tmp_path / "out 2" / name
+        assert pq.read_table(alone / "features.parquet").equals(pq.read_table(together / "features.parquet"))
