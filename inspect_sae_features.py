@@ -28,15 +28,10 @@ Progress goes to standard error, and the paths of the files to standard output.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
-from sae_toolkit.settings.inspection import InspectionSettings, parse_inspection_flags
+from sae_toolkit.settings.inspection import parse_inspection_flags
 from sae_toolkit.terminal.console import run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
-
-if TYPE_CHECKING:
-    from sae_toolkit.inspection.run import InspectedSAE
-    from sae_toolkit.model.loading import LanguageModels
 
 log = logging.getLogger("sae_toolkit")
 
@@ -56,6 +51,7 @@ def inspect(signals: StopSignals) -> int:
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
     from sae_toolkit.inspection.prepare import choose_directories, in_passes, prepare_inspection
+    from sae_toolkit.inspection.results import write_results
     from sae_toolkit.inspection.run import inspect_features, remove_saves
     from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
     from sae_toolkit.model.devices import choose_lm_dtype
@@ -83,27 +79,10 @@ def inspect(signals: StopSignals) -> int:
             save_every=settings.run.save_every,
         )
         for each in inspected:
-            write_results(each, models, settings)
+            for path in write_results(each, models, settings):
+                print(path, flush=True)
             remove_saves(each)
     return 0
-
-
-def write_results(each: InspectedSAE, models: LanguageModels, settings: InspectionSettings) -> None:
-    """Writes what was asked for of one SAE, and prints the paths."""
-    from sae_toolkit.inspection.effects import write_effects
-    from sae_toolkit.inspection.features_file import write_features
-    from sae_toolkit.inspection.neuronpedia import export_neuronpedia
-    from sae_toolkit.inspection.page import write_page
-
-    model, tokenizer = models.load(each.prepared.model, each.prepared.hook_name), each.prepared.tokenizer
-    path = write_features(each, model, settings.features)
-    print(path, flush=True)
-    if not settings.run.no_page:
-        print(write_page(path, tokenizer), flush=True)
-    if settings.run.effects:
-        print(write_effects(each, model, path, settings.run.effects), flush=True)
-    if settings.run.export == "neuronpedia":
-        print(export_neuronpedia(path, tokenizer), flush=True)
 
 
 if __name__ == "__main__":

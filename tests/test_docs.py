@@ -172,7 +172,9 @@ def _check_evaluation(words: list[str], script: Callable[..., Outcome]) -> None:
 
 
 def _check_inspection(words: list[str], script: Callable[..., Outcome]) -> None:
-    less = ("--new_tokens", 2) if "--steer" in words else ("--tokens", 500)
+    less: tuple[object, ...] = ("--new_tokens", 2) if "--steer" in words else ("--tokens", 500)
+    if "--effects" in words:
+        less += ("--effects", 1)
     done = script("inspect_sae_features.py", *words, *less)
     assert done.status == 0, done.stderr
 
