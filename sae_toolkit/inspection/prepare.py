@@ -17,6 +17,7 @@ from sae_toolkit.inspection.run import check_memory
 from sae_toolkit.reports.results import directory_of_results
 from sae_toolkit.settings.evaluation import EvaluationTextSettings, MeasurementSettings
 from sae_toolkit.settings.inspection import InspectionSettings
+from sae_toolkit.text.token_ids import TokenIds
 
 _FOLDER = "features"
 
@@ -35,6 +36,12 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
         return prepare_evaluations(settings.saes, text, MeasurementSettings())
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
+    for group in groups:
+        if settings.run.export and isinstance(group.tokenizer, TokenIds):
+            raise UserError(
+                f"--export {settings.run.export}: it shows tokens as text, and {group.model.name} has no tokenizer;"
+                " leave it out, or name a model that has one"
+            )
     groups = [_with_rows_for(settings.features.tokens, group) for group in groups]
     for of_pass in in_passes(groups):
         check_memory(of_pass, settings.features)

@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
 from sae_toolkit.inspection.neuronpedia import export_neuronpedia
+from support.inspection import CONTEXT
 
 SAE_DASHBOARD = "sae-dashboard==0.8.0"
 
@@ -66,3 +72,20 @@ def test_saedashboards_own_classes_read_and_write_them(batches, tmp_path):
     spec.loader.exec_module(module)
     for batch in batches:
         assert json.loads(json.dumps(module.NeuronpediaDashboardBatch(**batch).to_dict())) == batch
+
+
+def test_an_export_without_a_tokenizer_is_refused(script, tiny_model, tmp_path):
+    """The model is the tiny one without its tokenizer, and the text is token ids. Nothing is written."""
+    without = tmp_path / "model"
+    shutil.copytree(tiny_model, without, ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*", "chat*"))
+    rows_NT = np.random.default_rng(0).integers(5, 100, (20, CONTEXT))
+    pq.write_table(pa.table({"input_ids": rows_NT.tolist()}), tmp_path / "rows.parquet")
+    metadata = SAEMetadata(
+        model_name=str(without), hook_name="blocks.1.hook_resid_post", context_size=CONTEXT, prepend_bos=False
+    )
+    TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4, metadata=metadata)).save_model(tmp_path / "sae")
+    flags = ("--dataset", tmp_path / "rows.parquet", "--tokens", 500, "--device", "cpu", "--output", tmp_path / "out")
+    done = script("inspect_sae_features.py", "--sae_path", tmp_path / "sae", *flags, "--export", "neuronpedia")
+    assert (done.status, len(done.error_lines)) == (2, 1), done.stderr
+    assert "--export neuronpedia: it shows tokens as text" in done.error_lines[0]
+    assert not (tmp_path / "out").exists()
