@@ -10,6 +10,9 @@
     # what the model writes when a feature is turned: clamped to 8, raised by 3, or switched off
     python inspect_sae_features.py --sae_path ./my_sae --steer 12=8 40=+3 77=0 --prompt "The weather today"
 
+    # with how near each feature comes to one of other seeds
+    python inspect_sae_features.py --sae_path ./my_sae --stability ./my_seed_1 ./my_seed_2
+
     # what 50 of the features do to the loss, and to the tokens that they promote, when they are turned
     python inspect_sae_features.py --sae_path ./my_sae --effects 50
 
@@ -50,7 +53,12 @@ def inspect(signals: StopSignals) -> int:
     set_up_logging(settings.run.verbose, settings.run.quiet)
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
-    from sae_toolkit.inspection.prepare import choose_directories, in_passes, prepare_inspection
+    from sae_toolkit.inspection.prepare import (
+        choose_directories,
+        in_passes,
+        prepare_inspection,
+        prepare_others,
+    )
     from sae_toolkit.inspection.results import write_results
     from sae_toolkit.inspection.run import inspect_features, remove_saves
     from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
@@ -64,7 +72,7 @@ def inspect(signals: StopSignals) -> int:
         model = LanguageModels(groups[0].device, lm_dtype).load(groups[0].model, groups[0].hook_name)
         print(show_steering(steers, write_with_and_without(groups[0], model, steers, settings.steering)))
         return 0
-    in_order = in_passes(groups)
+    others, in_order = prepare_others(settings, groups), in_passes(groups)
     directories = iter(choose_directories(settings.run.output, [group for of_pass in in_order for group in of_pass]))
     models = LanguageModels(groups[0].device, choose_lm_dtype(settings.saes.lm_dtype, groups[0].device))
     for of_pass in in_order:
@@ -79,7 +87,7 @@ def inspect(signals: StopSignals) -> int:
             save_every=settings.run.save_every,
         )
         for each in inspected:
-            for path in write_results(each, models, settings):
+            for path in write_results(each, others, models, settings):
                 print(path, flush=True)
             remove_saves(each)
     return 0

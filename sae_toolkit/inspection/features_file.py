@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         ("histogram", pa.list_(pa.int32())),
         ("decoder_norm", pa.float32()),
         ("encoder_cosine", pa.float32()),
+        ("found_again", pa.float32()),
         ("neighbors", pa.list_(pa.struct([("feature", pa.int32()), ("cosine", pa.float32())]))),
         ("promoted", pa.list_(_EFFECT)),
         ("suppressed", pa.list_(_EFFECT)),
@@ -58,27 +59,32 @@ SCHEMA = pa.schema(
 )
 
 
-def write_features(inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings) -> Path:
+def write_features(
+    inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings, found_again: Mapping[str, torch.Tensor]
+) -> Path:
     """Writes features.parquet, whole or not at all.
 
     Args:
         inspected: the SAE, the statistics of its features, and the rows of text that they have seen.
         model: the language model, for the tokens that features promote.
         settings: how much of each feature is written.
+        found_again: by the name of another SAE, the largest cosine [F] of each decoder vector to any of that SAE.
 
     Returns:
         The path of the file.
     """
     prepared, path = inspected.prepared, inspected.directory / FILENAME
     partial = path.with_suffix(".partial")
-    schema = SCHEMA.with_metadata({"inspection": json.dumps(describe(prepared, inspected, settings))})
+    about = describe(prepared, inspected, settings) | {"stability": list(found_again)}
+    schema = SCHEMA.with_metadata({"inspection": json.dumps(about)})
     W_dec_FD = inspected.evaluated.sae.W_dec.detach()
+    mean_F = torch.stack(list(found_again.values())).mean(0) if found_again else None
     try:
         with (
             pq.ParquetWriter(partial, schema, compression="zstd") as writer,
             Progress(f"writing {FILENAME}", len(W_dec_FD), unit="features") as progress,
         ):
-            for chunk in _chunks(prepared, inspected, model, settings):
+            for chunk in _chunks(prepared, inspected, model, settings, mean_F):
                 writer.write_table(chunk.replace_schema_metadata(schema.metadata))
                 progress.advance(len(chunk))
         partial.replace(path)
@@ -113,7 +119,11 @@ def describe(prepared: PreparedEvaluation, inspected: InspectedSAE, settings: Fe
 
 
 def _chunks(
-    prepared: PreparedEvaluation, inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings
+    prepared: PreparedEvaluation,
+    inspected: InspectedSAE,
+    model: LanguageModel,
+    settings: FeatureSettings,
+    found_again_F: torch.Tensor | None,
 ) -> Iterator[pa.Table]:
     """Yields the rows of the file, a chunk of features at a time."""
     statistics, sae = inspected.statistics, inspected.evaluated.sae
@@ -130,6 +140,7 @@ def _chunks(
             **_numbers(statistics, chunk),
             "decoder_norm": W_dec_FD[chunk].norm(dim=-1).numpy(),
             "encoder_cosine": [None] * n if encoder_cosine_F is None else encoder_cosine_F[chunk].numpy(),
+            "found_again": [None] * n if found_again_F is None else found_again_F[chunk].numpy(),
             "neighbors": _neighbors(unit_FD, chunk, settings.neighbors),
             "promoted": promoted,
             "suppressed": suppressed,

@@ -65,7 +65,7 @@ def _write_data(features_file: Path, tokenizer: Any, directory: Path) -> None:
         "features_of_words": _FEATURES_OF_WORDS,
         "searched_contexts": _SEARCHED_CONTEXTS,
     }
-    columns: dict[str, list[float | None]] = {"rate": [], "max": [], "cosine": [], "agreement": []}
+    columns: dict[str, list[float | None]] = {name: [] for name in ("rate", "max", "cosine", "agreement", "again")}
     words: list[list[str]] = []
     n_words = 0
     with Progress(f"writing {FILENAME}", about["d_sae"], unit="features") as progress:
@@ -139,6 +139,7 @@ class _Part:
             "max": [_rounded(each) for each in self._max_F],
             "cosine": [_rounded(each) for each in nearest],
             "agreement": [_rounded(each) for each in self._columns["encoder_cosine"].to_pylist()],
+            "again": [_rounded(each) for each in self._columns["found_again"].to_pylist()],
         }
 
     def features(self) -> list[dict[str, Any]]:

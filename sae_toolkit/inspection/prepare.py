@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from sae_toolkit.errors import UserError, one_line
-from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.setup import prepare_evaluations
+from sae_toolkit.evaluation.stability.prepare import prepare_stability
 from sae_toolkit.inspection.run import check_memory
 from sae_toolkit.reports.results import directory_of_results
-from sae_toolkit.settings.evaluation import EvaluationTextSettings, MeasurementSettings
+from sae_toolkit.settings.evaluation import EvaluationSettings, EvaluationTextSettings, MeasurementSettings
 from sae_toolkit.settings.inspection import InspectionSettings
 from sae_toolkit.text.token_ids import TokenIds
 
@@ -46,6 +47,18 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
     for of_pass in in_passes(groups):
         check_memory(of_pass, settings.features)
     return groups
+
+
+def prepare_others(settings: InspectionSettings, groups: Sequence[PreparedEvaluation]) -> Sequence[EvaluatedSAE]:
+    """Returns the SAEs of --stability.
+
+    Raises:
+        UserError: as `prepare_stability`.
+    """
+    if not settings.features.stability:
+        return ()
+    measurements = MeasurementSettings(stability=settings.features.stability)
+    return prepare_stability(EvaluationSettings(settings.saes, measurements=measurements), groups).others
 
 
 def in_passes(groups: Sequence[PreparedEvaluation]) -> list[list[PreparedEvaluation]]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
+from sae_toolkit.evaluation.stability.measure import is_same
+from sae_toolkit.evaluation.stability.partners import nearest_cosines
 from sae_toolkit.inspection import effects, features_file, neuronpedia, page
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.loading import LanguageModels
@@ -14,15 +19,34 @@ from sae_toolkit.settings.inspection import InspectionSettings
 _MADE_FROM_FEATURES = (page.FILENAME, page.DATA, effects.FILENAME, neuronpedia.DIRECTORY)
 
 
-def write_results(each: InspectedSAE, models: LanguageModels, settings: InspectionSettings) -> Iterator[Path]:
+def found_again(evaluated: EvaluatedSAE, others: Sequence[EvaluatedSAE]) -> dict[str, torch.Tensor]:
+    """Returns how near each feature of an SAE comes to one of other SAEs.
+
+    Returns:
+        By the name of each SAE that is not this one, the largest cosine [F] of each decoder vector to any of its own.
+    """
+    W_dec_FD = evaluated.sae.W_dec.detach().cpu()
+    different = [other for other in others if not is_same(evaluated.file, other.file)]
+    return {other.file.name: nearest_cosines(W_dec_FD, other.sae.W_dec.detach().cpu()) for other in different}
+
+
+def write_results(
+    each: InspectedSAE, others: Sequence[EvaluatedSAE], models: LanguageModels, settings: InspectionSettings
+) -> Iterator[Path]:
     """Writes what the settings ask for into the SAE's directory, and yields the path of each when it is there.
 
     What an earlier inspection made from its features.parquet is removed with that file, since it would tell of other
     features.
+
+    Args:
+        each: the SAE and what was kept of its features.
+        others: SAEs that its features are looked for in.
+        models: the loaded language model.
+        settings: what is written.
     """
     run = settings.run
     model, tokenizer = models.load(each.prepared.model, each.prepared.hook_name), each.prepared.tokenizer
-    path = features_file.write_features(each, model, settings.features)
+    path = features_file.write_features(each, model, settings.features, found_again(each.evaluated, others))
     for name in _MADE_FROM_FEATURES:
         earlier = each.directory / name
         if earlier.is_dir():

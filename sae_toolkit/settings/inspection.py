@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ class FeatureSettings:
     """keep this many of the contexts that a feature fires in: those in which it fires most strongly"""
     drawn_examples: NonNegative = 20
     """keep this many more, drawn at random from all contexts that it fires in, so that all strengths are among them"""
+    stability: tuple[str, ...] = flag((), metavar="SAE")
+    """also look for each feature in these SAEs of the same hook, such as those of other seeds"""
     neighbors: NonNegative = 5
     """list this many features whose decoder vectors are nearest to the feature's"""
     promoted: NonNegative = 10
@@ -157,16 +159,7 @@ def _check_steering(settings: InspectionSettings) -> None:
             f"--continuations {steering.continuations}: all would be the same; give --temperature too, such as 1"
         )
     for group, default in ((settings.features, without.features), (settings.run, without.run)):
-        for name in (
-            "tokens",
-            "examples",
-            "drawn_examples",
-            "neighbors",
-            "promoted",
-            "output",
-            "no_page",
-            "save_every",
-        ):
-            if hasattr(group, name) and (value := getattr(group, name)) != getattr(default, name):
+        for name in (each.name for each in fields(group) if each.name not in ("verbose", "quiet")):
+            if (value := getattr(group, name)) != getattr(default, name):
                 raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")
     assert steering.steers  # their form is checked here

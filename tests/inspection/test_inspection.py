@@ -203,3 +203,28 @@ def test_saes_of_several_layers_go_through_in_one_pass(script, tiny_model, text_
     for i, name in enumerate(("layer 0", "layer 2")):
         alone, together = tmp_path / f"out {i}", tmp_path / "out 2" / name
         assert pq.read_table(alone / "features.parquet").equals(pq.read_table(together / "features.parquet"))
+
+
+def test_features_are_looked_for_in_other_saes(script, trained, tmp_path):
+    """In one with every second decoder vector of the SAE, at other lengths; the rest are of another seed."""
+    sae = SAE.load_from_disk(trained)
+    other = TopKSAE(TopKSAEConfig(d_in=32, d_sae=128, k=4, metadata=sae.cfg.metadata))
+    W_dec_FD, W_other_FD = sae.W_dec.detach(), other.W_dec.detach().clone()
+    W_other_FD[::2] = 3 * W_dec_FD[::2]
+    other.load_state_dict(other.state_dict() | {"W_dec": W_other_FD})
+    other.save_model(tmp_path / "other")
+    flags = ("--sae_path", trained, *FLAGS, "--stability", tmp_path / "other", trained, "--output", tmp_path / "out")
+    done = script("inspect_sae_features.py", *flags)
+    assert done.status == 0, done.stderr
+    table = pq.read_table(tmp_path / "out/features.parquet")
+    found = torch.from_numpy(table["found_again"].to_numpy().copy())
+    cosines_FF = torch.nn.functional.cosine_similarity(W_dec_FD[:, None], W_other_FD[None], dim=-1)
+    torch.testing.assert_close(found, cosines_FF.max(1).values, rtol=1e-4, atol=1e-5)
+    assert (found[::2] > 0.999).all() and found[1::2].min() < 0.9
+    assert read_description(tmp_path / "out/features.parquet")["stability"] == ["other"]
+
+
+def test_an_sae_alone_cannot_be_looked_for_in_itself(script, trained):
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--stability", trained)
+    assert (done.status, len(done.error_lines)) == (2, 1)
+    assert "there is only one SAE" in done.error_lines[0]

@@ -90,6 +90,16 @@ def find_partners(W_AD: torch.Tensor, W_BD: torch.Tensor, *, exact_up_to: int = 
     )
 
 
+@torch.no_grad()
+def nearest_cosines(W_AD: torch.Tensor, W_BD: torch.Tensor) -> torch.Tensor:
+    """Returns the largest cosine [A] of each direction to any of the other dictionary, in bounded memory.
+
+    It is `find_partners(...).largest_A`, without the matching, which takes minutes where features are many.
+    """
+    unit_AD, unit_BD = F.normalize(W_AD.float(), dim=-1), F.normalize(W_BD.float(), dim=-1)
+    return torch.cat([(part @ unit_BD.T).amax(1) for part in unit_AD.split(chunk_length(4 * len(unit_BD)))]).cpu()
+
+
 def shared_features(by_decoder: Partners, by_encoder: Partners) -> torch.Tensor:
     """Returns which features two SAEs share, by the definition of Paulo and Belrose (arXiv 2501.16615).
 
