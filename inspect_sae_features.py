@@ -53,12 +53,7 @@ def inspect(signals: StopSignals) -> int:
     set_up_logging(settings.run.verbose, settings.run.quiet)
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
-    from sae_toolkit.inspection.prepare import (
-        choose_directories,
-        in_passes,
-        prepare_inspection,
-        prepare_others,
-    )
+    from sae_toolkit.inspection.prepare import choose_directories, in_passes, prepare_inspection, prepare_others
     from sae_toolkit.inspection.results import write_results
     from sae_toolkit.inspection.run import inspect_features, remove_saves
     from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without

@@ -151,9 +151,8 @@ def run_contender(flags: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
     def after_step(optimizer: Any, *_: Any) -> None:
         nonlocal latest
-        if (
-            latest is None or optimizer is not latest()
-        ):  # the steps of an earlier one were those that a run measures itself by
+        # The steps of an earlier optimizer were those that a run measures itself by.
+        if latest is None or optimizer is not latest():
             latest = weakref.ref(optimizer)
             times.clear()
         if len(times) in (flags.warm_up - 1, flags.warm_up + flags.steps - 1):

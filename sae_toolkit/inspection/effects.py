@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from sae_lens import SAE
 
-from sae_toolkit.evaluation.metrics import mean_and_interval
+from sae_toolkit.evaluation.metrics import log_probabilities, mean_and_interval
 from sae_toolkit.inspection.run import InspectedSAE
+from sae_toolkit.inspection.steering import change_of_turning
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.terminal.progress import Progress
 
@@ -79,7 +81,11 @@ def write_effects(inspected: InspectedSAE, model: LanguageModel, features_file: 
     chosen = _draw(features_file, n_features, inspected.prepared.seed)
     sae = inspected.evaluated.sae.to(model.device)
     measured = []
-    with Progress("turning", len(chosen), unit="features") as progress:
+    what = f"--effects {n_features}: turning features on {model.device}"
+    with (
+        out_of_memory_answered(what, "give --device cpu, or leave it out"),
+        Progress("turning", len(chosen), unit="features") as progress,
+    ):
         for feature in chosen:
             measured.append(_effects_of(feature, inspected, sae, model))
             progress.advance(1)
@@ -136,17 +142,15 @@ def _effects_of(feature: dict[str, Any], inspected: InspectedSAE, sae: SAE[Any],
         old_TF = sae.encode(acts_TD)
         fires_T = kept_T & (old_TF[:, f] != 0).to(kept_T.device)
         n_tokens, n_firings = n_tokens + int(kept_T.sum()), n_firings + int(fires_T.sum())
-        clean_TV = clean_1TV[0].float().log_softmax(-1)
+        clean_TV = log_probabilities(clean_1TV[0])
         targets_T = torch.from_numpy(tokens_1T[0]).to(clean_TV.device)
         for kind, value, scored_T in zip(_KINDS, (0.0, largest), (fires_T, kept_T), strict=True):
-            new_TF = old_TF.clone()
-            new_TF[:, f] = value
-            # By two passes of the decoder, since it also undoes what the SAE normalizes activations by.
-            change_TD = (sae.decode(new_TF) - sae.decode(old_TF)) * kept_T[:, None].to(sae.device)
-            turned_TD = acts_TD + change_TD.reshape(acts_TD.shape)
+            new_T1 = torch.full_like(old_TF[:, :1], value)
+            change_TD = change_of_turning(sae, old_TF, [f], new_T1).reshape(acts_TD.shape)
+            turned_TD = acts_TD + change_TD * kept_T[:, None].to(sae.device)
             turned_1TD = turned_TD.reshape(state.acts_BTD.shape)
-            turned_TV = model.logits_from_hook(torch.from_numpy(tokens_1T), state, turned_1TD)[0].float()
-            sums.add(kind, turned_TV.log_softmax(-1).sub_(clean_TV), targets_T, scored_T)
+            turned_TV = model.logits_from_hook(torch.from_numpy(tokens_1T), state, turned_1TD)[0]
+            sums.add(kind, log_probabilities(turned_TV).sub_(clean_TV), targets_T, scored_T)
     return Effects(f, len(rows), n_tokens, n_firings, largest, **sums.means())
 
 

@@ -24,6 +24,12 @@ _FEATURES_OF_BATCH = 128  # as SAEDashboard's runner has them
 _BARS, _INTERVALS = 40, 5
 
 
+def layer_of(hook_name: str) -> int | None:
+    """Returns the number of the layer that a hook's name has, counted from 0; None if it has none."""
+    found = re.search(r"\.(\d+)(\.|$)", hook_name)
+    return int(found[1]) if found else None
+
+
 def export_neuronpedia(features_file: Path, tokenizer: Any) -> Path:
     """Writes a features.parquet as batch-0.json, batch-1.json, ... into the directory `neuronpedia` beside it.
 
@@ -43,10 +49,9 @@ def export_neuronpedia(features_file: Path, tokenizer: Any) -> Path:
     target, partial = features_file.parent / DIRECTORY, features_file.parent / f"{DIRECTORY}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    layer = re.search(r"\.(\d+)(\.|$)", about["hook_name"])
     batch = {
         "model_id": about["model"],
-        "layer": int(layer[1]) if layer else 0,
+        "layer": layer_of(about["hook_name"]),
         "sae_set": about["sae"],
         "sae_id_suffix": None,
     }

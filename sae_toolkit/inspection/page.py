@@ -143,7 +143,11 @@ class _Part:
         }
 
     def features(self) -> list[dict[str, Any]]:
-        """Returns what the page shows of each feature, by short names that the page's script explains."""
+        """Returns what the page shows of each feature, by short names.
+
+        n, c, m, d are firings, contexts, mean activation and decoder norm; h the histogram; b neighbors; p and s the
+        promoted and the suppressed tokens; e the examples.
+        """
         names = ("n_firings", "n_contexts", "mean_activation", "decoder_norm", "promoted", "suppressed", "neighbors")
         columns = [self._columns[name].to_pylist() for name in names]
         histograms = self._columns["histogram"].to_pylist()
@@ -200,7 +204,7 @@ class _Part:
                 if not self._is_drawn_N[i]
             ]
             label = " ".join(token.strip() or repr(token)[1:-1] for token in peaks)
-            found.append([label, *(token for token in peaks), *(each["token"] for each in raised), *texts])
+            found.append([label, *peaks, *(each["token"] for each in raised), *texts])
         return found
 
 

@@ -14,6 +14,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.setup import prepare_evaluations
 from sae_toolkit.evaluation.stability.prepare import prepare_stability
+from sae_toolkit.inspection.neuronpedia import layer_of
 from sae_toolkit.inspection.run import check_memory
 from sae_toolkit.reports.results import directory_of_results
 from sae_toolkit.settings.evaluation import EvaluationSettings, EvaluationTextSettings, MeasurementSettings
@@ -42,6 +43,11 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
             raise UserError(
                 f"--export {settings.run.export}: it shows tokens as text, and {group.model.name} has no tokenizer;"
                 " leave it out, or name a model that has one"
+            )
+        if settings.run.export and layer_of(group.hook_name) is None:
+            raise UserError(
+                f"--export {settings.run.export}: wants the number of a layer, and {group.hook_name} has none; leave it"
+                " out"
             )
     groups = [_with_rows_for(settings.features.tokens, group) for group in groups]
     for of_pass in in_passes(groups):

@@ -183,6 +183,22 @@ def _write(
     return next_tokens, tuple(continuations)
 
 
+def change_of_turning(
+    sae: SAE[Any], features_NF: torch.Tensor, turned_S: torch.Tensor | Sequence[int], new_NS: torch.Tensor
+) -> torch.Tensor:
+    """Returns by how much activations at the hook change, [N, D], when features get new activations.
+
+    Args:
+        sae: the SAE, which has just encoded the activations: its decoder undoes what it normalized them by.
+        features_NF: the activations of all features.
+        turned_S: indices of the features that are turned.
+        new_NS: their new activations.
+    """
+    turned_NF = features_NF.clone()
+    turned_NF[:, turned_S] = new_NS
+    return sae.decode(turned_NF) - sae.decode(features_NF)
+
+
 class _Turn:
     """Changes activations [B, T, D] at the hook: each turned feature gets its new activation.
 
@@ -205,11 +221,9 @@ class _Turn:
     def __call__(self, acts: torch.Tensor) -> torch.Tensor:
         acts_BTD = acts.flatten(2) if acts.ndim > 3 else acts
         features_NF = self._sae.encode(acts_BTD.flatten(0, 1).float())
-        turned_NF = features_NF.clone()
         old_NS = features_NF[:, self._features_S]
-        turned_NF[:, self._features_S] = torch.where(self._adds_S, old_NS + self._values_S, self._values_S)
-        # By two passes of the decoder, since it also undoes what the SAE normalizes activations by.
-        change_BTD = (self._sae.decode(turned_NF) - self._sae.decode(features_NF)).reshape(acts_BTD.shape)
+        new_NS = torch.where(self._adds_S, old_NS + self._values_S, self._values_S)
+        change_BTD = change_of_turning(self._sae, features_NF, self._features_S, new_NS).reshape(acts_BTD.shape)
         first = max(0, self._positions.skip_positions - self._n_seen)
         change_BTD[:, :first] = 0
         change_BTD[~self._positions.keeps_norms(acts_BTD)] = 0

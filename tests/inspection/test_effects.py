@@ -3,12 +3,11 @@
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens import JumpReLUSAE
 
-from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from sae_toolkit.inspection.effects import summary
 from sae_toolkit.model.language_model import LanguageModel
+from support.inspection import save_sae
 
 WORD = " banana"
 CONTEXT = 24  # so short that windows around examples hold whole contexts
@@ -21,16 +20,6 @@ def text(tmp_path_factory):
         "\n\n".join(f"In the year {1900 + i} they sold a banana and an apple for {i} pence." for i in range(40))
     )
     return file
-
-
-def save_sae(directory, hook_name, W_dec_FD, threshold):
-    metadata = SAEMetadata(model_name=EMBEDDED_MODEL, hook_name=hook_name, context_size=CONTEXT, prepend_bos=True)
-    n = len(W_dec_FD)
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=576, d_sae=n, apply_b_dec_to_input=False, metadata=metadata))
-    weights = {"W_dec": W_dec_FD, "W_enc": W_dec_FD.T.contiguous(), "b_enc": torch.zeros(n), "b_dec": torch.zeros(576)}
-    sae.load_state_dict(weights | {"threshold": torch.full((n,), threshold)})
-    sae.save_model(directory)
-    return directory
 
 
 def measured(script, sae, text, tmp_path, *flags):
@@ -50,7 +39,7 @@ def test_a_feature_made_for_a_word_promotes_it(script, language_model, tokenizer
     head_VD, norm_D = language_model.unembedding()
     direction_D = torch.nn.functional.normalize((head_VD[word] - head_VD.mean(0)) / norm_D, dim=0).float()
     W_dec_FD = torch.stack((direction_D, torch.nn.functional.normalize(torch.ones(576), dim=0)))
-    sae = save_sae(tmp_path / "word", "blocks.29.hook_resid_post", W_dec_FD, 0.5)
+    sae = save_sae(tmp_path / "word", "blocks.29.hook_resid_post", W_dec_FD, 0.5, context_size=CONTEXT)
     effects, shown = measured(script, sae, text, tmp_path, "--promoted", 3)
     of_word = effects[0]
     assert of_word["feature"] == 0
@@ -63,7 +52,7 @@ def test_a_feature_made_for_a_word_promotes_it(script, language_model, tokenizer
 
 def test_changes_are_those_of_passes_with_changed_activations(script, language_model, text, tmp_path):
     W_dec_FD = torch.nn.functional.normalize(torch.randn(16, 576, generator=torch.Generator().manual_seed(0)), dim=1)
-    sae_path = save_sae(tmp_path / "middle", "blocks.12.hook_resid_post", W_dec_FD, 1.0)
+    sae_path = save_sae(tmp_path / "middle", "blocks.12.hook_resid_post", W_dec_FD, 1.0, context_size=CONTEXT)
     effects, _ = measured(script, sae_path, text, tmp_path, "--examples", 1, "--drawn_examples", 0)
     sae, model = JumpReLUSAE.load_from_disk(sae_path), LanguageModel(language_model.model, "blocks.12.hook_resid_post")
     features = pq.read_table(tmp_path / "features.parquet").to_pylist()

@@ -13,7 +13,7 @@ import pytest
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from sae_toolkit.inspection.neuronpedia import export_neuronpedia
+from sae_toolkit.inspection.neuronpedia import export_neuronpedia, layer_of
 from support.inspection import CONTEXT
 
 SAE_DASHBOARD = "sae-dashboard==0.8.0"
@@ -89,3 +89,9 @@ def test_an_export_without_a_tokenizer_is_refused(script, tiny_model, tmp_path):
     assert (done.status, len(done.error_lines)) == (2, 1), done.stderr
     assert "--export neuronpedia: it shows tokens as text" in done.error_lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hook_says_its_layer_or_none():
+    assert layer_of("blocks.12.hook_resid_post") == 12
+    assert layer_of("model.layers.3") == 3
+    assert layer_of("model.embed_tokens") is None

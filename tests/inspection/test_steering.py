@@ -2,36 +2,22 @@
 
 import pytest
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.sae import SAEMetadata
 
-from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
+from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.inspection.prepare import prepare_inspection
 from sae_toolkit.inspection.steering import write_with_and_without
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.inspection import parse_inspection_flags
+from support.inspection import save_sae
 
 PROMPT, WORD = "The capital of France is", " banana"
 
 
-def save_sae(directory, hook_name, W_dec_FD, threshold):
-    """An SAE that reads and writes these directions, above a threshold."""
-    metadata = SAEMetadata(
-        model_name=EMBEDDED_MODEL, hook_name=hook_name, dataset_path=EMBEDDED_TEXT, dataset_split="train",
-        context_size=64, prepend_bos=True, held_out_fraction=0.2, held_out_seed=42, seqpos_slice=(1, None),
-    )  # fmt: skip
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=576, d_sae=len(W_dec_FD), apply_b_dec_to_input=False, metadata=metadata))
-    sae.load_state_dict(
-        {
-            "W_dec": W_dec_FD,
-            "W_enc": W_dec_FD.T.contiguous(),
-            "b_enc": torch.zeros(len(W_dec_FD)),
-            "b_dec": torch.zeros(576),
-            "threshold": torch.full((len(W_dec_FD),), threshold),
-        }
-    )
-    sae.save_model(directory)
-    return directory
+# Without a record of the text an SAE cannot be evaluated; --steer does not use it.
+METADATA = {
+    **{"dataset_path": EMBEDDED_TEXT, "dataset_split": "train", "context_size": 64},
+    **{"held_out_fraction": 0.2, "held_out_seed": 42, "seqpos_slice": (1, None)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +27,14 @@ def made_for_a_word(language_model, tokenizer, tmp_path_factory):
     head_VD, norm_D = language_model.unembedding()
     direction_D = (head_VD[word] - head_VD.mean(0)) / norm_D
     W_dec_FD = torch.nn.functional.normalize(torch.stack((direction_D, torch.randn(576))), dim=1).float()
-    return save_sae(tmp_path_factory.mktemp("saes") / "word", "blocks.29.hook_resid_post", W_dec_FD, 1e6)
+    return save_sae(tmp_path_factory.mktemp("saes") / "word", "blocks.29.hook_resid_post", W_dec_FD, 1e6, **METADATA)
 
 
 @pytest.fixture(scope="module")
 def of_the_middle(tmp_path_factory):
     """At layer 12: 64 random directions above a low threshold, so that many are active."""
     W_dec_FD = torch.nn.functional.normalize(torch.randn(64, 576, generator=torch.Generator().manual_seed(0)), dim=1)
-    return save_sae(tmp_path_factory.mktemp("saes") / "middle", "blocks.12.hook_resid_post", W_dec_FD, 1.0)
+    return save_sae(tmp_path_factory.mktemp("saes") / "middle", "blocks.12.hook_resid_post", W_dec_FD, 1.0, **METADATA)
 
 
 def steered(language_model, sae, *flags):
