@@ -16,8 +16,12 @@
     # what 50 of the features do to the loss, and to the tokens that they promote, when they are turned
     python inspect_sae_features.py --sae_path ./my_sae --effects 50
 
-    # as batches for Neuronpedia too
+    # for Neuronpedia, or for delphi, too
     python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia
+
+    # 50 features in the words of a language model, and how well these tell where each fires
+    python inspect_sae_features.py --sae_path ./my_sae --explain meta-llama/Llama-3.1-8B-Instruct
+    python inspect_sae_features.py --sae_path ./my_sae --explain my-judge --explain_url http://127.0.0.1:8000/v1
 
     # all layers or seeds of a run, in one pass of the model
     python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --output ./features

@@ -18,7 +18,7 @@ source ./setup_environment.sh
 if [[ "${1:-}" == --gpu ]]; then
     set_up_environment requirements.txt requirements/gpu.txt
 else
-    set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/dev.txt
+    set_up_environment requirements.txt requirements/embedded.txt requirements/sweep.txt requirements/explanations.txt requirements/dev.txt
 fi
 echo "$("$PYTHON" --version), $PYTHON"
 case "${1:-}" in

@@ -117,7 +117,7 @@ set_up_environment() {
     fi
     pip+=(--constraint "$constraints")
     for file in "${files[@]}"; do
-        if [[ "$file" == *embedded* ]]; then
+        if [[ "$file" == *embedded* || "$file" == *explanations* ]]; then
             "${pip[@]}" --no-deps --requirement "$file"
         else
             "${pip[@]}" --requirement "$file"

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sae_toolkit.settings.checks import check_world_size
 from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.inspection import parse_inspection_flags
 from support.processes import ROOT, Outcome
 
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "BENCHMARKS.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -172,6 +173,9 @@ def _check_evaluation(words: list[str], script: Callable[..., Outcome]) -> None:
 
 
 def _check_inspection(words: list[str], script: Callable[..., Outcome]) -> None:
+    if "--explain" in words:  # the models that are shown as judges are not here
+        parse_inspection_flags("", words)
+        return
     less: tuple[object, ...] = ("--new_tokens", 2) if "--steer" in words else ("--tokens", 500)
     if "--effects" in words:
         less += ("--effects", 1)

@@ -264,5 +264,5 @@ def _lists_of_structs(lengths: np.ndarray, values: Sequence[Any], kind: pa.ListT
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Returns what `describe` recorded in a file."""
+    """Returns what is recorded as JSON in the schema of features.parquet or of a file that was made from it."""
     return json.loads(pq.read_schema(path).metadata[b"inspection"])

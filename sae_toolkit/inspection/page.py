@@ -29,15 +29,17 @@ DENSE_ABOVE = 0.1  # firing rate of a feature that is called dense
 EXAMPLES_OF_A_KIND = 10  # on the page; features.parquet has all
 _FEATURES_OF_A_PART, _FEATURES_OF_WORDS = 128, 8192
 _PEAKS, _SEARCHED_CONTEXTS = 8, 3
+_COLUMNS = ("rate", "max", "cosine", "agreement", "again", "detection")
 _LEVELS = 9  # of the colour behind a token
 
 
-def write_page(features_file: Path, tokenizer: Any) -> Path:
+def write_page(features_file: Path, tokenizer: Any, explanations_file: Path | None = None) -> Path:
     """Writes features.html and its data beside a features.parquet, and replaces earlier ones.
 
     Args:
         features_file: what `write_features` wrote.
         tokenizer: tokenizer of the language model, which gives the tokens' texts.
+        explanations_file: what `write_explanations` wrote, to be shown too.
 
     Returns:
         The path of the page.
@@ -47,7 +49,7 @@ def write_page(features_file: Path, tokenizer: Any) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write_data(features_file, tokenizer, partial)
+        _write_data(features_file, tokenizer, explanations_file, partial)
         shutil.rmtree(data, ignore_errors=True)
         partial.rename(data)
     finally:
@@ -57,20 +59,24 @@ def write_page(features_file: Path, tokenizer: Any) -> Path:
     return page
 
 
-def _write_data(features_file: Path, tokenizer: Any, directory: Path) -> None:
+def _write_data(features_file: Path, tokenizer: Any, explanations_file: Path | None, directory: Path) -> None:
+    explained: dict[int, dict[str, Any]] = {}
+    if explanations_file is not None:
+        explained = {each["feature"]: each for each in pq.read_table(explanations_file).to_pylist()}
     about = read_description(features_file) | {
+        "explained_by": read_description(explanations_file)["explain"] if explanations_file else None,
         "dense_above": DENSE_ABOVE,
         "twin_above": NEAR_DUPLICATE,
         "features_of_part": _FEATURES_OF_A_PART,
         "features_of_words": _FEATURES_OF_WORDS,
         "searched_contexts": _SEARCHED_CONTEXTS,
     }
-    columns: dict[str, list[float | None]] = {name: [] for name in ("rate", "max", "cosine", "agreement", "again")}
+    columns: dict[str, list[float | None]] = {name: [] for name in _COLUMNS}
     words: list[list[str]] = []
     n_words = 0
     with Progress(f"writing {FILENAME}", about["d_sae"], unit="features") as progress:
         for i, part in enumerate(_parts(features_file)):
-            shown = _Part(part, tokenizer)
+            shown = _Part(part, tokenizer, explained)
             _write(directory, f"{i:04}", {"tokens": shown.tokens, "features": shown.features()})
             words += shown.words()
             for name, numbers in shown.columns().items():
@@ -108,8 +114,9 @@ def _write(directory: Path, name: str, value: Any) -> None:
 class _Part:
     """A part of the features as the page shows them."""
 
-    def __init__(self, part: pa.RecordBatch, tokenizer: Any) -> None:
+    def __init__(self, part: pa.RecordBatch, tokenizer: Any, explained: dict[int, dict[str, Any]]) -> None:
         self._columns = {name: part.column(name) for name in part.schema.names}
+        self._explained = [explained.get(feature) for feature in self._columns["feature"].to_pylist()]
         examples = self._columns["examples"]
         # A batch that is cut out of a table may begin inside of its arrays, so that offsets do not begin at 0.
         self._first_F = np.asarray(examples.offsets) - examples.offsets[0].as_py()
@@ -140,13 +147,14 @@ class _Part:
             "cosine": [_rounded(each) for each in nearest],
             "agreement": [_rounded(each) for each in self._columns["encoder_cosine"].to_pylist()],
             "again": [_rounded(each) for each in self._columns["found_again"].to_pylist()],
+            "detection": [None if each is None else _rounded(each["detection_accuracy"]) for each in self._explained],
         }
 
     def features(self) -> list[dict[str, Any]]:
         """Returns what the page shows of each feature, by short names.
 
         n, c, m, d are firings, contexts, mean activation and decoder norm; h the histogram; b neighbors; p and s the
-        promoted and the suppressed tokens; e the examples.
+        promoted and the suppressed tokens; e the examples; x the explanation, its detection and its fuzzing accuracy.
         """
         names = ("n_firings", "n_contexts", "mean_activation", "decoder_norm", "promoted", "suppressed", "neighbors")
         columns = [self._columns[name].to_pylist() for name in names]
@@ -165,9 +173,16 @@ class _Part:
                     "p": [[each["token"], _rounded(each["change"])] for each in promoted],
                     "s": [[each["token"], _rounded(each["change"])] for each in suppressed],
                     "e": [self._example(i, fields) for i in self._shown_examples(f)],
+                    "x": self._explanation(f),
                 }
             )
         return shown
+
+    def _explanation(self, f: int) -> list[Any] | None:
+        row = self._explained[f]
+        if row is None:
+            return None
+        return [row["explanation"], *(_rounded(row[f"{score}_accuracy"]) for score in ("detection", "fuzz"))]
 
     def _shown_examples(self, f: int) -> list[int]:
         """Returns the numbers of a feature's examples on the page: the strongest, and drawn ones of all strengths."""
@@ -204,6 +219,8 @@ class _Part:
                 if not self._is_drawn_N[i]
             ]
             label = " ".join(token.strip() or repr(token)[1:-1] for token in peaks)
+            if (row := self._explained[f]) is not None:
+                label = row["explanation"]
             found.append([label, *peaks, *(each["token"] for each in raised), *texts])
         return found
 

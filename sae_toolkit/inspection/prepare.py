@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.setup import prepare_evaluations
 from sae_toolkit.evaluation.stability.prepare import prepare_stability
+from sae_toolkit.inspection.latents import WINDOW
 from sae_toolkit.inspection.neuronpedia import layer_of
 from sae_toolkit.inspection.run import check_memory
 from sae_toolkit.reports.results import directory_of_results
@@ -39,20 +41,34 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
     for group in groups:
-        if settings.run.export and isinstance(group.tokenizer, TokenIds):
-            raise UserError(
-                f"--export {settings.run.export}: it shows tokens as text, and {group.model.name} has no tokenizer;"
-                " leave it out, or name a model that has one"
-            )
-        if settings.run.export and layer_of(group.hook_name) is None:
-            raise UserError(
-                f"--export {settings.run.export}: wants the number of a layer, and {group.hook_name} has none; leave it"
-                " out"
-            )
+        _check_outputs(settings, group)
     groups = [_with_rows_for(settings.features.tokens, group) for group in groups]
     for of_pass in in_passes(groups):
         check_memory(of_pass, settings.features)
     return groups
+
+
+def _check_outputs(settings: InspectionSettings, group: PreparedEvaluation) -> None:
+    """Raises a UserError for exports and explanations that the SAEs of a group cannot have."""
+    export, explain = settings.run.export, settings.explanations.explain
+    flag = f"--export {export}" if export else f"--explain {explain}"
+    if (export or explain) and isinstance(group.tokenizer, TokenIds):
+        raise UserError(
+            f"{flag}: it shows tokens as text, and {group.model.name} has no tokenizer; leave it out, or name a model"
+            " that has one"
+        )
+    if export == "neuronpedia" and layer_of(group.hook_name) is None:
+        raise UserError(f"{flag}: wants the number of a layer, and {group.hook_name} has none; leave it out")
+    if (export == "delphi" or explain) and group.context.context_size < WINDOW:
+        raise UserError(
+            f"{flag}: delphi takes windows of {WINDOW} tokens, and the contexts have {group.context.context_size};"
+            f" give --context_length {WINDOW} or more"
+        )
+    if explain and find_spec("delphi") is None:
+        raise UserError(
+            f"--explain {explain}: delphi is not installed; run pip install --no-deps -c constraints.txt"
+            " -r requirements/explanations.txt in the environment of this script"
+        )
 
 
 def prepare_others(settings: InspectionSettings, groups: Sequence[PreparedEvaluation]) -> Sequence[EvaluatedSAE]:

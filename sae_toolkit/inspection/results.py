@@ -11,12 +11,15 @@ import torch
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
 from sae_toolkit.evaluation.stability.measure import is_same
 from sae_toolkit.evaluation.stability.partners import nearest_cosines
-from sae_toolkit.inspection import effects, features_file, neuronpedia, page
+from sae_toolkit.inspection import effects, features_file, latents, neuronpedia, page
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.loading import LanguageModels
 from sae_toolkit.settings.inspection import InspectionSettings
 
-_MADE_FROM_FEATURES = (page.FILENAME, page.DATA, effects.FILENAME, neuronpedia.DIRECTORY)
+_EXPLANATIONS = "explanations.parquet"
+_MADE_FROM_FEATURES = (
+    *(page.FILENAME, page.DATA, effects.FILENAME, neuronpedia.DIRECTORY, latents.DIRECTORY, _EXPLANATIONS),
+)
 
 
 def found_again(evaluated: EvaluatedSAE, others: Sequence[EvaluatedSAE]) -> dict[str, torch.Tensor]:
@@ -60,3 +63,16 @@ def write_results(
         yield effects.write_effects(each, model, path, run.effects)
     if run.export == "neuronpedia":
         yield neuronpedia.export_neuronpedia(path, tokenizer)
+    elif run.export == "delphi":
+        yield latents.export_latents(each, model, settings.saes.batch_size)
+    if settings.explanations.explain:
+        # Imported here because delphi is not always installed, and takes seconds to import.
+        from sae_toolkit.inspection.explanations.run import write_explanations
+
+        batch_size, lm_dtype = settings.saes.batch_size, settings.saes.lm_dtype
+        explanations = write_explanations(
+            each, model, path, settings.explanations, batch_size=batch_size, lm_dtype=lm_dtype
+        )
+        if not run.no_page:
+            page.write_page(path, tokenizer, explanations)
+        yield explanations

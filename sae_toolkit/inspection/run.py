@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,8 @@ def _run(
                     each.next_row = stop
             progress.advance(batch_BT.size)
             start = stop
-            if start < len(rows_NT) and (signals.received or time.monotonic() - saved_at >= save_every):
+            # At the end too, since what is made from the features may take hours and be stopped.
+            if signals.received or time.monotonic() - saved_at >= save_every or start == len(rows_NT):
                 for each, about in zip(inspected, abouts, strict=True):
                     _save(each, about)
                 saved_at = time.monotonic()
@@ -156,7 +157,23 @@ def add_batch(
     acts_BTD: torch.Tensor,
     assistant_BT: np.ndarray | None,
 ) -> None:
-    """Adds a batch of activations to the statistics of an SAE, as many rows at a time as fit into a chunk.
+    """Adds a batch of activations to the statistics of an SAE.
+
+    Raises:
+        UserError: activations are not finite.
+    """
+    for first, features_BTF, measured_BT in encoded_rows(each, batch_BT, acts_BTD, assistant_BT):
+        each.statistics.add(first_row + first, features_BTF, measured_BT)
+
+
+def encoded_rows(
+    each: InspectedSAE, batch_BT: np.ndarray, acts_BTD: torch.Tensor, assistant_BT: np.ndarray | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Encodes a batch of activations, as many rows at a time as fit into a chunk.
+
+    Yields:
+        The first row of a chunk, counted within the batch; the activations [B, T, F] of all features in it, 0 where
+        they are not measured; and where they are [B, T].
 
     Raises:
         UserError: activations are not finite.
@@ -174,7 +191,7 @@ def add_batch(
         measured_BT = kept_BT[i : i + n_rows].to(sae.device)
         acts = acts_BTD[i : i + n_rows].to(sae.device, torch.float32)
         features_BTF = sae.encode(acts.flatten(0, 1)).unflatten(0, measured_BT.shape) * measured_BT[..., None]
-        each.statistics.add(first_row + i, features_BTF, measured_BT)
+        yield i, features_BTF, measured_BT
 
 
 def check_memory(groups: Sequence[PreparedEvaluation], settings: FeatureSettings) -> None:

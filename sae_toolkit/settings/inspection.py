@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.evaluation import EvaluatedSAESettings, ReadTextSettings, check_hook_flags
 from sae_toolkit.settings.fields import as_text, build_parser, flag, from_flags
 from sae_toolkit.settings.values import NonNegative, NonNegativeFloat, Positive
+
+_QUANTILES = 10  # of the strengths of activations, which delphi draws examples from
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,44 @@ class InspectionRunSettings:
     """
     no_page: bool = False
     """write features.parquet alone, without the page features.html and its data"""
-    export: Literal["neuronpedia"] | None = None
-    """also write the features for this tool: neuronpedia takes the batches of JSON that SAEDashboard writes"""
+    export: Literal["neuronpedia", "delphi"] | None = None
+    """also write the features for this tool: neuronpedia takes the batches of JSON that SAEDashboard writes, delphi its
+    cache of all activations, which takes a second pass and about 10 bytes an activation
+    """
     save_every: Positive = 300
     """save the work after so many seconds, so that the same command goes on after a kill"""
     verbose: bool = flag(False, is_exclusive=True)
     """also show details"""
     quiet: bool = flag(False, is_exclusive=True)
     """show only warnings, errors and results"""
+
+
+@dataclass(frozen=True)
+class ExplanationSettings:
+    """Features in words, and how well the words tell where a feature fires."""
+
+    explain: str | None = flag(None, metavar="MODEL")
+    """have this language model explain features, and test the explanations by delphi's detection and fuzzing scores: a
+    Hugging Face model tuned to follow instructions, or with --explain_url the name that the server has for it
+    """
+    explain_url: str | None = flag(None, metavar="URL")
+    """OpenAI-compatible address that serves the model, such as http://127.0.0.1:8000/v1; the key is taken from the
+    environment variable OPENAI_API_KEY
+    """
+    explained_features: Positive = 50
+    """explain this many features, drawn at random; more of them later go on from those that are done"""
+    explain_examples: Positive = 40
+    """show the model this many windows of 32 tokens in which the feature fires, at all strengths"""
+    explain_tests: Positive = 50
+    """test each explanation on this many other windows in which the feature fires, and as many in which it does not"""
+    explain_min_windows: Positive = 200
+    """leave out features that fire in fewer windows"""
+    explain_new_tokens: Positive = 500
+    """the longest reply, in tokens"""
+    explain_requests: Positive = 8
+    """number of features that are asked about at once, with --explain_url"""
+    explain_budget: Positive | None = None
+    """ask nothing if more tokens than this would be read and written"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +151,7 @@ class InspectionSettings:
     text: ReadTextSettings = field(default_factory=ReadTextSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     run: InspectionRunSettings = field(default_factory=InspectionRunSettings)
+    explanations: ExplanationSettings = field(default_factory=ExplanationSettings)
     steering: SteeringSettings = field(default_factory=SteeringSettings)
 
 
@@ -136,12 +170,40 @@ def parse_inspection_flags(description: str, argv: Sequence[str] | None = None) 
         raise UserError("--sae_path: names no SAE; name the directory of an SAE or of a run")
     check_hook_flags(settings.saes)
     _check_steering(settings)
+    _check_explanations(settings.explanations)
     if settings.run.effects and not settings.features.examples + settings.features.drawn_examples:
         raise UserError(
             f"--effects {settings.run.effects}: turns features in their examples, and --examples 0 --drawn_examples 0"
             " keeps none; keep some"
         )
     return settings
+
+
+def _check_explanations(settings: ExplanationSettings) -> None:
+    """Raises a UserError for flags of explanations that do not go together."""
+    without = ExplanationSettings()
+    if settings.explain is None:
+        for name in (each.name for each in fields(settings)):
+            if (value := getattr(settings, name)) != getattr(without, name):
+                raise UserError(f"--{name} {as_text(value)}: is about --explain; give that too, or leave it out")
+        return
+    for name in ("explain_examples", "explain_tests"):
+        if (value := getattr(settings, name)) % _QUANTILES:
+            raise UserError(
+                f"--{name} {value}: as many come from each tenth of the strengths; give a multiple of {_QUANTILES}"
+            )
+    least = settings.explain_examples + settings.explain_tests
+    if settings.explain_min_windows < least:
+        raise UserError(
+            f"--explain_min_windows {settings.explain_min_windows}: fewer than --explain_examples and --explain_tests"
+            f" take, which are {least}; raise it, or lower them"
+        )
+    if settings.explain_url is None and settings.explain_requests != without.explain_requests:
+        raise UserError(f"--explain_requests {settings.explain_requests}: is about --explain_url; leave it out")
+    if settings.explain_url is not None and urlsplit(settings.explain_url).scheme not in ("http", "https"):
+        raise UserError(
+            f"--explain_url {settings.explain_url}: is no address; give one such as http://127.0.0.1:8000/v1"
+        )
 
 
 def _check_steering(settings: InspectionSettings) -> None:
@@ -158,7 +220,8 @@ def _check_steering(settings: InspectionSettings) -> None:
         raise UserError(
             f"--continuations {steering.continuations}: all would be the same; give --temperature too, such as 1"
         )
-    for group, default in ((settings.features, without.features), (settings.run, without.run)):
+    groups = (settings.features, without.features), (settings.run, without.run)
+    for group, default in (*groups, (settings.explanations, without.explanations)):
         for name in (each.name for each in fields(group) if each.name not in ("verbose", "quiet")):
             if (value := getattr(group, name)) != getattr(default, name):
                 raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")

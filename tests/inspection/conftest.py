@@ -1,10 +1,11 @@
-"""An SAE of the tiny model, and its features as inspect_sae_features.py writes them."""
+"""An SAE of the tiny model, its features as inspect_sae_features.py writes them, and a browser."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
+from support.browser import open_chromium
 from support.inspection import CONTEXT, FLAGS
 from support.processes import run_process
 
@@ -30,3 +31,9 @@ def inspected(trained):
     paths = [trained / "features/features.parquet", trained / "features/features.html"]
     assert done.stdout.split() == [str(path) for path in paths]
     return paths[0]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with open_chromium() as browser:
+        yield browser

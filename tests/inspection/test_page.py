@@ -1,26 +1,14 @@
 """features.html in a real browser: it opens as a file, shows what features.parquet has, and is driven by its user."""
 
-import shutil
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from sae_toolkit.evaluation.feature_browser import decode_tokens
 
 WIDTHS = (400, 1600)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("no chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

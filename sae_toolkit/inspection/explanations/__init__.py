@@ -1,0 +1,1 @@
+"""What features mean in the words of a language model, and how well these words tell where a feature fires."""
