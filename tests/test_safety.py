@@ -30,6 +30,7 @@ SECRETS = {
     "HF_TOKEN": "hf_AbCdEfGhIjKlMnOpQrStUvWxYz01234567",
     "HUGGING_FACE_HUB_TOKEN": "a-token-of-another-form",
     "WANDB_API_KEY": "5ec2e7" * 6 + "5ec2",
+    "OPENAI_API_KEY": "the-key-of-a-judge",
     "WANDB_BASE_URL": "http://somebody:pass-word@127.0.0.1:9",
 }
 
@@ -256,6 +257,7 @@ def test_log_lines_error_lines_and_tracebacks_hide_secrets(monkeypatch, capfd):
         ("Authorization: Bearer abc.def", "Authorization: Bearer [hidden]"),
         ("WANDB_API_KEY=0123456789abcdef", "WANDB_API_KEY=[hidden]"),
         ("local-" + "0123456789" * 4, "[hidden]"),
+        ("the key sk-proj-AbCdEfGhIjKlMnOpQrStUv_Wx.", "the key [hidden]."),
         *((text, text) for text in ("0123456789" * 4, "hf_hub_download", "a@b.c", "blocks.12.hook_resid_post: k=32")),
     ],
 )

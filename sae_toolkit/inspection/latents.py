@@ -72,12 +72,12 @@ def write_latents(
         The directory of the hook below it.
 
     Raises:
-        UserError: the disk is full, the memory does not suffice, or what is there already is damaged.
+        UserError: the disk is full, or the memory does not suffice.
     """
     prepared = inspected.prepared
     target = directory / LATENTS / prepared.hook_name
     if directory.is_dir():
-        if about and check_manifest(directory, str(directory)).get("about") == about:
+        if about and _is_about(directory, about):
             return target
         shutil.rmtree(directory)
     n_firings_F = np.zeros(inspected.evaluated.sae.cfg.d_sae, np.int64)
@@ -96,6 +96,14 @@ def write_latents(
     except NotSaved as error:
         raise UserError(f"{where} cannot be written: {error}; free some space, or give --output") from None
     return target
+
+
+def _is_about(directory: Path, about: dict[str, Any]) -> bool:
+    """Returns whether a directory is whole, and what it was written about."""
+    try:
+        return check_manifest(directory, str(directory)).get("about") == about
+    except UserError:
+        return False
 
 
 def _ranges(n_firings_F: np.ndarray) -> list[tuple[int, int]]:

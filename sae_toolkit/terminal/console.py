@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument --{name}: is empty; give a value or leave it out")
             if holds_secret(str(value)):
                 self.error(
-                    f"argument --{name}: holds a token or password, which would be saved with the run; set HF_TOKEN or"
-                    " WANDB_API_KEY, or log in with `hf auth login` or `wandb login`"
+                    f"argument --{name}: holds a token or password, which would be saved with the run; set HF_TOKEN,"
+                    " WANDB_API_KEY or OPENAI_API_KEY, or log in with `hf auth login` or `wandb login`"
                 )
         return flags, others
 

@@ -22,6 +22,7 @@ from sae_lens import SAE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sae_toolkit import ROOT
+from sae_toolkit.files.embedded import EMBEDDED_MODEL
 from support.browser import open_chromium
 from support.loopback_judge import EXPLANATION, FEW, LoopbackJudge, by_rule, is_about_tests, is_capital
 from support.processes import run_process
@@ -214,7 +215,7 @@ def test_a_model_judges_the_same_here_and_behind_an_address(explain, tmp_path, j
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     served = LocalJudge.load(str(tmp_path / "model"), "cpu", "float32")
-    server = judge(lambda messages: asyncio.run(served.reply(messages, 8, 0.0)))
+    server = judge(lambda messages: served.answer(messages, 8, 0.0))
     flags = ("--explained_features", "1", "--explain_new_tokens", "8", "--explain")
     explain(tmp_path / "here", *flags, tmp_path / "model")
     explain(tmp_path / "there", *flags, "a name", "--explain_url", server.url)
@@ -260,3 +261,44 @@ def test_a_judge_that_cannot_judge_is_refused(explain, tiny_model, tmp_path, jud
     done = explain(tmp_path, *at_server, "--explain_min_windows", "100000", status=2)
     assert "--explain_min_windows 100000: no feature fires so often" in done.stderr
     assert not (tmp_path / "explanations.parquet").exists()
+
+
+@pytest.mark.parity
+def test_delphis_own_pipeline_explains_alike(script, trained, tmp_path, judge, tokenizer):
+    """delphi's loader, pipeline and client ask the same judge: the embedded model of 135 M parameters, on loopback.
+
+    It is a small model: that its words are the same says nothing about their quality.
+    """
+    from sae_toolkit.inspection.explanations.delphi import ConstructorConfig, DefaultExplainer, SamplerConfig
+    from sae_toolkit.inspection.explanations.judge import LocalJudge
+
+    served = LocalJudge.load(EMBEDDED_MODEL, "cpu", "auto")
+    server = judge(lambda messages: served.answer(messages, 40, 0.0))
+    done = script(
+        *("inspect_sae_features.py", "--sae_path", trained, "--output", tmp_path, *FLAGS, *FEW),
+        *("--explained_features", "2", "--explain_new_tokens", "40", "--explain", "small", "--explain_url", server.url),
+    )
+    assert done.status == 0, done.stderr
+    rows = pq.read_table(tmp_path / "explanations.parquet").to_pylist()
+    (latents,) = tmp_path.glob("explanations/*/activations/latents")
+    own = importlib.import_module("delphi.latents").LatentDataset(
+        latents,
+        SamplerConfig(n_examples_train=10, n_examples_test=10),
+        ConstructorConfig(min_examples=30, n_non_activating=10),
+        tokenizer,
+        [HOOK],
+        {HOOK: torch.tensor([row["feature"] for row in rows])},
+    )
+    client = importlib.import_module("delphi.clients.openrouter").OpenRouter(
+        "small", base_url=f"{server.url}/chat/completions", max_tokens=40, temperature=0.0
+    )
+    explanations = {}
+    pipeline = importlib.import_module("delphi.pipeline")
+
+    def keep(result):
+        explanations[result.record.latent.latent_index] = result.explanation
+        return result
+
+    explainer = pipeline.process_wrapper(DefaultExplainer(client), postprocess=keep)
+    asyncio.run(pipeline.Pipeline(own, pipeline.Pipe(explainer)).run(1))
+    assert explanations == {row["feature"]: row["explanation"] for row in rows}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import openai
@@ -31,12 +33,13 @@ class Judge(Client):
     """A client of delphi's.
 
     delphi takes a request that fails for a reply that cannot be read. `failure` holds the first error, so that the work
-    can stop there instead.
+    can stop there instead. `on_reply` is called after each reply.
     """
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
         self.failure: UserError | None = None
+        self.on_reply: Callable[[], None] = lambda: None
 
     async def generate(self, prompt: Messages, **kwargs: Any) -> Response:
         """Returns the reply to a conversation.
@@ -46,10 +49,12 @@ class Judge(Client):
             kwargs: `temperature` and `max_tokens` of the reply.
         """
         try:
-            return Response(text=await self.reply(prompt, kwargs["max_tokens"], kwargs.get("temperature", 0.0)))
+            text = await self.reply(prompt, kwargs["max_tokens"], kwargs.get("temperature", 0.0))
         except UserError as error:
             self.failure = self.failure or error
             raise
+        self.on_reply()
+        return Response(text=text)
 
     async def reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
         """Returns the text of the reply. Raises a UserError if there is none."""
@@ -103,7 +108,7 @@ class LocalJudge(Judge):
         super().__init__(model)
         self._model = causal_lm
         self._tokenizer = tokenizer
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time = Lock()
 
     @classmethod
     def load(cls, name: str, device: str, lm_dtype: str) -> LocalJudge:
@@ -138,11 +143,11 @@ class LocalJudge(Judge):
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     async def reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._reply, messages, max_tokens, temperature)
+        return await asyncio.to_thread(self.answer, messages, max_tokens, temperature)
 
     @torch.no_grad()
-    def _reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
+    def answer(self, messages: Messages, max_tokens: int, temperature: float) -> str:
+        """Returns the text of the reply, as `reply`."""
         ids = self._ids(messages)
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and len(ids) + max_tokens > longest:
@@ -153,7 +158,8 @@ class LocalJudge(Judge):
         ids_1T = torch.tensor([ids], device=self._model.device)
         eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
         where = f"--explain {self.model}: a reply"
-        with out_of_memory_answered(where, "serve it elsewhere and give --explain_url, or lower --explain_examples"):
+        lower = "serve it elsewhere and give --explain_url, or lower --explain_examples"
+        with self._one_at_a_time, out_of_memory_answered(where, lower):
             written = self._model.generate(  # type: ignore[operator]
                 ids_1T,
                 attention_mask=torch.ones_like(ids_1T),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -176,8 +177,11 @@ class _Replies:
         partial.write_bytes(orjson.dumps(value))
         partial.replace(path)
 
+    def has(self, record: LatentRecord, kind: str) -> bool:
+        return self._path(record, kind).is_file()
+
     def is_done(self, record: LatentRecord) -> bool:
-        return all(self._path(record, kind).is_file() for kind in ("explanations", *SCORES))
+        return all(self.has(record, kind) for kind in ("explanations", *SCORES))
 
     def row(self, record: LatentRecord) -> dict[str, Any]:
         """Returns a feature's row of explanations.parquet."""
@@ -252,15 +256,22 @@ async def _ask_all(
     records: Sequence[LatentRecord], judge: Judge, replies: _Replies, settings: ExplanationSettings
 ) -> None:
     at_once = asyncio.Semaphore(settings.explain_requests)
-    n_done = sum(map(replies.is_done, records))
-    with Progress("explaining", len(records), done=n_done, unit="features") as progress:
+    questions = _questions(settings)
+    n_done = sum(n for each in records for kind, n in questions.items() if replies.has(each, kind))
+    with Progress("explaining", len(records) * sum(questions.values()), done=n_done, unit="questions") as progress:
+        judge.on_reply = lambda: progress.advance(1)
 
         async def ask(record: LatentRecord) -> None:
             async with at_once:
                 await _ask(record, judge, replies, settings)
-            progress.advance(1)
 
         await asyncio.gather(*(ask(record) for record in records if not replies.is_done(record)))
+
+
+def _questions(settings: ExplanationSettings) -> dict[str, int]:
+    """Returns the number of questions that each kind of file of a feature takes."""
+    of_a_score = math.ceil(2 * settings.explain_tests / _TESTS_OF_A_REQUEST)
+    return {"explanations": 1, **dict.fromkeys(SCORES, of_a_score)}
 
 
 async def _ask(record: LatentRecord, judge: Judge, replies: _Replies, settings: ExplanationSettings) -> None:
