@@ -16,7 +16,7 @@
     # what 50 of the features do to the loss, and to the tokens that they promote, when they are turned
     python inspect_sae_features.py --sae_path ./my_sae --effects 50
 
-    # for Neuronpedia, or for delphi, too
+    # for another tool too: neuronpedia, saedashboard or delphi
     python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia
 
     # 50 features in the words of a language model, and how well these tell where each fires

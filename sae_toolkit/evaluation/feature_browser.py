@@ -217,6 +217,25 @@ def logit_effects(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Returns the tokens whose logits each decoder vector raises and lowers most, per unit of activation.
 
+    Args:
+        W_dec_KD, unembed_weight_VD, final_norm_weight_D: as for `logit_changes`.
+        n_tokens: number of tokens to return in each direction.
+
+    Returns:
+        For raised and for lowered, with the largest change first: token ids [K, n_tokens] and changes of the logit
+        [K, n_tokens].
+    """
+    changes_KV = logit_changes(W_dec_KD, unembed_weight_VD, final_norm_weight_D)
+    n = min(n_tokens, changes_KV.shape[1])
+    raised, lowered = changes_KV.topk(n), changes_KV.topk(n, largest=False)
+    return (raised.indices, raised.values), (lowered.indices, lowered.values)
+
+
+def logit_changes(
+    W_dec_KD: torch.Tensor, unembed_weight_VD: torch.Tensor, final_norm_weight_D: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns by how much each decoder vector raises the logit of each token, per unit of activation, [K, V].
+
     This is the logit lens (nostalgebraist 2020) of the vector: (W_dec * norm weight) @ W_U^T, less its mean over the
     vocabulary, which changes no probability. It ignores the scale that the final norm divides by, which depends on
     the token, and the effect of later layers on the vector. It is computed in float32.
@@ -225,21 +244,13 @@ def logit_effects(
         W_dec_KD: decoder vectors that write to the residual stream.
         unembed_weight_VD: weight of the output head.
         final_norm_weight_D: weight of the norm before the output head.
-        n_tokens: number of tokens to return in each direction.
-
-    Returns:
-        For raised and for lowered, with the largest change first: token ids [K, n_tokens] and changes of the logit
-        [K, n_tokens].
     """
     directions_KD = W_dec_KD.to(unembed_weight_VD.device, torch.float32)
     if final_norm_weight_D is not None:
         directions_KD = directions_KD * final_norm_weight_D.to(directions_KD)
     parts = unembed_weight_VD.split(chunk_length(unembed_weight_VD.shape[1]))
     changes_KV = torch.cat([directions_KD @ part.float().T for part in parts], dim=1)
-    changes_KV -= changes_KV.mean(1, keepdim=True)
-    n = min(n_tokens, changes_KV.shape[1])
-    raised, lowered = changes_KV.topk(n), changes_KV.topk(n, largest=False)
-    return (raised.indices, raised.values), (lowered.indices, lowered.values)
+    return changes_KV.sub_(changes_KV.mean(1, keepdim=True))
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:

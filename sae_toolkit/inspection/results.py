@@ -11,14 +11,22 @@ import torch
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
 from sae_toolkit.evaluation.stability.measure import is_same
 from sae_toolkit.evaluation.stability.partners import nearest_cosines
-from sae_toolkit.inspection import effects, features_file, latents, neuronpedia, page
+from sae_toolkit.inspection import effects, features_file, latents, neuronpedia, page, saedashboard
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.loading import LanguageModels
 from sae_toolkit.settings.inspection import InspectionSettings
 
 _EXPLANATIONS = "explanations.parquet"
 _MADE_FROM_FEATURES = (
-    *(page.FILENAME, page.DATA, effects.FILENAME, neuronpedia.DIRECTORY, latents.DIRECTORY, _EXPLANATIONS),
+    *(
+        page.FILENAME,
+        page.DATA,
+        effects.FILENAME,
+        neuronpedia.DIRECTORY,
+        saedashboard.DIRECTORY,
+        latents.DIRECTORY,
+        _EXPLANATIONS,
+    ),
 )
 
 
@@ -63,6 +71,8 @@ def write_results(
         yield effects.write_effects(each, model, path, run.effects)
     if run.export == "neuronpedia":
         yield neuronpedia.export_neuronpedia(path, tokenizer)
+    elif run.export == "saedashboard":
+        yield saedashboard.export_saedashboard(path, each.evaluated.sae.W_dec.detach().cpu(), model)
     elif run.export == "delphi":
         yield latents.export_latents(each, model, settings.saes.batch_size)
     if settings.explanations.explain:

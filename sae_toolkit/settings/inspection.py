@@ -49,9 +49,10 @@ class InspectionRunSettings:
     """
     no_page: bool = False
     """write features.parquet alone, without the page features.html and its data"""
-    export: Literal["neuronpedia", "delphi"] | None = None
-    """also write the features for this tool: neuronpedia takes the batches of JSON that SAEDashboard writes, delphi its
-    cache of all activations, which takes a second pass and about 10 bytes an activation
+    export: Literal["neuronpedia", "saedashboard", "delphi"] | None = None
+    """also write the features for this tool: neuronpedia takes the batches of JSON that SAEDashboard writes,
+    saedashboard what its own pages are made from, and delphi a cache of all activations, which takes a second pass and
+    8 to 14 bytes an activation
     """
     save_every: Positive = 300
     """save the work after so many seconds, so that the same command goes on after a kill"""
