@@ -86,9 +86,7 @@ def write_explanations(
     Raises:
         UserError: the judge fails or does not fit, the features fire too rarely, or the budget does not suffice.
     """
-    logging.getLogger("delphi").setLevel(
-        logging.CRITICAL
-    )  # it reports each reply that it cannot read; they are counted
+    logging.getLogger("delphi").setLevel(logging.CRITICAL)  # it reports what it cannot read, which is counted here
     about = _about(features_file, settings)
     directory = features_file.parent / DIRECTORY / _folder(about)
     drawn = _draw(inspected, settings)
@@ -226,14 +224,8 @@ def _say_cost(records: Sequence[LatentRecord], judge: Judge, tokenizer: Any, set
     requests = round(counted.requests / len(some) * len(records))
     read = round(counted.tokens / len(some) * len(records))
     written = requests * settings.explain_new_tokens
-    log.info(
-        "%s: %s features, %s requests, about %s tokens to read and at most %s to write; what is answered is kept",
-        f"--explain {settings.explain}",
-        f"{len(records):,}",
-        f"{requests:,}",
-        f"{read:,}",
-        f"{written:,}",
-    )
+    cost = f"{requests:,} requests, about {read:,} tokens to read and at most {written:,} to write"
+    log.info("--explain %s: %d features, %s; what is answered is kept", settings.explain, len(records), cost)
     if settings.explain_budget is not None and read + written > settings.explain_budget:
         raise UserError(
             f"--explain_budget {settings.explain_budget}: {len(records):,} features take up to {read + written:,}"
