@@ -258,7 +258,16 @@ def test_log_lines_error_lines_and_tracebacks_hide_secrets(monkeypatch, capfd):
         ("WANDB_API_KEY=0123456789abcdef", "WANDB_API_KEY=[hidden]"),
         ("local-" + "0123456789" * 4, "[hidden]"),
         ("the key sk-proj-AbCdEfGhIjKlMnOpQrStUv_Wx.", "the key [hidden]."),
-        *((text, text) for text in ("0123456789" * 4, "hf_hub_download", "a@b.c", "blocks.12.hook_resid_post: k=32")),
+        *(
+            (text, text)
+            for text in (
+                "0123456789" * 4,
+                "hf_hub_download",
+                "./sk-a-name-of-many-words",
+                "a@b.c",
+                "blocks.12.hook_resid_post: k=32",
+            )
+        ),
     ],
 )
 def test_what_looks_like_a_secret_is_hidden_and_nothing_else(text, hidden):

@@ -41,6 +41,9 @@ def export_latents(inspected: InspectedSAE, model: LanguageModel, batch_size: in
 
     Returns:
         The directory of the hook in it, which holds the files.
+
+    Raises:
+        UserError: as `write_latents`.
     """
     directory = inspected.directory / DIRECTORY
     features = list(range(inspected.evaluated.sae.cfg.d_sae))
@@ -91,7 +94,7 @@ def write_latents(
         ):
             of_hook = partial / LATENTS / prepared.hook_name
             of_hook.mkdir(parents=True)
-            _write_ranges(inspected, model, set(features), ranges, of_hook, batch_size)
+            _write_ranges(inspected, model, sorted(features), ranges, of_hook, batch_size)
             (of_hook / "config.json").write_text(json.dumps(_config(inspected), indent=4) + "\n")
     except NotSaved as error:
         raise UserError(f"{where} cannot be written: {error}; free some space, or give --output") from None
@@ -126,7 +129,7 @@ def rows_of_windows(rows_NT: np.ndarray) -> np.ndarray:
 def _write_ranges(
     inspected: InspectedSAE,
     model: LanguageModel,
-    features: set[int],
+    features: list[int],
     ranges: list[tuple[int, int]],
     directory: Path,
     batch_size: int,
@@ -137,7 +140,7 @@ def _write_ranges(
     ]
     starts_R = np.array([first for first, _ in ranges])
     try:
-        for location_N3, value_N in _firings(inspected, model, sorted(features), batch_size):
+        for location_N3, value_N in _firings(inspected, model, features, batch_size):
             range_N = np.searchsorted(starts_R, location_N3[:, 2], side="right") - 1
             for r in np.unique(range_N):
                 chosen = range_N == r

@@ -22,7 +22,7 @@ from sae_toolkit.inspection.features_file import read_description
 from sae_toolkit.terminal.progress import Progress
 
 DIRECTORY = "neuronpedia"
-FEATURES_OF_BATCH = 128  # as SAEDashboard's runner has them
+_FEATURES_OF_BATCH = 128  # as SAEDashboard's runner has them
 BARS, INTERVALS = 40, 5
 
 
@@ -81,7 +81,7 @@ def write_batches(features_file: Path, name: str, as_json: Callable[[pa.RecordBa
             pq.ParquetFile(features_file) as file,
             Progress(f"writing {name}", file.metadata.num_rows, unit="features") as progress,
         ):
-            for i, part in enumerate(file.iter_batches(FEATURES_OF_BATCH)):
+            for i, part in enumerate(file.iter_batches(_FEATURES_OF_BATCH)):
                 text = json.dumps(as_json(part), ensure_ascii=False)
                 (partial / f"batch-{i}.json").write_text(text, encoding="utf-8")
                 progress.advance(len(part))
@@ -144,7 +144,13 @@ def interval_of(example: dict[str, Any], largest: float) -> int:
 
 
 class Cumulative:
-    """How many activations of a feature are below a value, by its counts in bins."""
+    """How many activations of a feature are below a value, as if they were even within each bin.
+
+    Args:
+        counts: activations in each bin, at least one in all.
+        edges: lower and upper ends of the bins; the last is infinity or None.
+        largest: the largest activation, where its bin ends.
+    """
 
     def __init__(self, counts: list[int], edges: Sequence[float | None], largest: float) -> None:
         last = max(i for i, n in enumerate(counts) if n)
@@ -156,5 +162,6 @@ class Cumulative:
         return np.interp(values, self._edges, self._below)
 
 
-def rounded(value: float) -> float:
-    return round(float(value), 3)
+def rounded(value: float, digits: int = 3) -> float:
+    """Returns a number with so many digits after the point; SAEDashboard's batches have three."""
+    return round(float(value), digits)

@@ -15,6 +15,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.setup import prepare_evaluations
 from sae_toolkit.evaluation.stability.prepare import prepare_stability
+from sae_toolkit.inspection.explanations.local import find_judge
 from sae_toolkit.inspection.latents import WINDOW
 from sae_toolkit.inspection.neuronpedia import layer_of
 from sae_toolkit.inspection.run import check_memory
@@ -43,6 +44,8 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
     for group in groups:
         _check_outputs(settings, group)
     groups = [_with_rows_for(settings.features.tokens, group) for group in groups]
+    if settings.explanations.explain and settings.explanations.explain_url is None:
+        find_judge(settings.explanations.explain)  # before the text is read, which may take hours
     for of_pass in in_passes(groups):
         check_memory(of_pass, settings.features)
     return groups

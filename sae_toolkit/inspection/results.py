@@ -11,22 +11,14 @@ import torch
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
 from sae_toolkit.evaluation.stability.measure import is_same
 from sae_toolkit.evaluation.stability.partners import nearest_cosines
-from sae_toolkit.inspection import effects, features_file, latents, neuronpedia, page, saedashboard
+from sae_toolkit.inspection import effects, explanations, features_file, latents, neuronpedia, page, saedashboard
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.loading import LanguageModels
 from sae_toolkit.settings.inspection import InspectionSettings
 
-_EXPLANATIONS = "explanations.parquet"
 _MADE_FROM_FEATURES = (
-    *(
-        page.FILENAME,
-        page.DATA,
-        effects.FILENAME,
-        neuronpedia.DIRECTORY,
-        saedashboard.DIRECTORY,
-        latents.DIRECTORY,
-        _EXPLANATIONS,
-    ),
+    *(page.FILENAME, page.DATA, effects.FILENAME, neuronpedia.DIRECTORY, saedashboard.DIRECTORY, latents.DIRECTORY),
+    explanations.FILENAME,
 )
 
 
@@ -80,9 +72,9 @@ def write_results(
         from sae_toolkit.inspection.explanations.run import write_explanations
 
         batch_size, lm_dtype = settings.saes.batch_size, settings.saes.lm_dtype
-        explanations = write_explanations(
+        explained = write_explanations(
             each, model, path, settings.explanations, batch_size=batch_size, lm_dtype=lm_dtype
         )
         if not run.no_page:
-            page.write_page(path, tokenizer, explanations)
-        yield explanations
+            page.write_page(path, tokenizer, explained)
+        yield explained

@@ -36,7 +36,8 @@ def export_saedashboard(features_file: Path, W_dec_FD: torch.Tensor, model: Lang
     Features that never fire are left out. Strongest examples are its top activations, and drawn examples are sorted
     into five equal intervals between 0 and the largest activation. Bars of the histogram of activations are computed
     from counts in quarter octaves, as if activations were even within one. The tables of neurons and correlations and
-    the effects on the loss are empty. So are logits where the hook is not of the model's width.
+    the effects on the loss are empty. Where the hook is not of the model's width there are no logits, and its default
+    layout, which has a table of them, cannot be drawn.
 
     Args:
         features_file: what `write_features` wrote.
@@ -129,7 +130,7 @@ def _sequence(example: dict[str, Any], change_V: np.ndarray | None) -> dict[str,
         "original_index": example["row"],
         "qualifying_token_index": example["position"] - example["first_position"],
         "token_ids": ids,
-        "feat_acts": [rounded(each) for each in example["activations"]],
+        "feat_acts": [rounded(each, 4) for each in example["activations"]],
         "loss_contribution": [0.0] * len(ids),  # its page shows none, and wants a number for each token
         "token_logits": [0.0] * len(ids) if change_V is None else [rounded(each) for each in change_V[ids]],
     }

@@ -13,7 +13,7 @@ _HIDDEN = "[hidden]"
 _TOKENS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # of the Hugging Face Hub
     r"|wandb_v\d+_\w{16,}|local-[0-9a-f]{40}"  # of wandb; its old keys, 40 hex digits, look like git commits
-    r"|sk-[A-Za-z0-9_-]{20,})\b"  # of OpenAI and those who follow it
+    r"|sk-(?:[a-z0-9]+-){0,3}\w{20,})\b"  # of OpenAI and those who follow it
 )
 # The text right after one of these is a secret: `https://` (up to an `@`), `Bearer`, `?token=`, `api_key: `.
 _AFTER = re.compile(

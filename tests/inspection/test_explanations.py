@@ -215,7 +215,7 @@ def test_a_model_judges_the_same_here_and_behind_an_address(explain, tmp_path, j
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     served = LocalJudge.load(str(tmp_path / "model"), "cpu", "float32")
-    server = judge(lambda messages: served.answer(messages, 8, 0.0))
+    server = judge(lambda messages: served.answer(messages, 8))
     flags = ("--explained_features", "1", "--explain_new_tokens", "8", "--explain")
     explain(tmp_path / "here", *flags, tmp_path / "model")
     explain(tmp_path / "there", *flags, "a name", "--explain_url", server.url)
@@ -257,7 +257,8 @@ def test_a_judge_that_cannot_judge_is_refused(explain, tiny_model, tmp_path, jud
     assert "than the 128 that it was made for" in done.stderr
     plain = tmp_path / "plain"
     shutil.copytree(tiny_model, plain, ignore=shutil.ignore_patterns("chat*"))
-    assert f"--explain {plain}: has no chat template" in explain(tmp_path, "--explain", plain, status=2).stderr
+    done = explain(tmp_path / "none", "--explain", plain, status=2)
+    assert f"--explain {plain}: has no chat template" in done.stderr and not (tmp_path / "none").exists()
     done = explain(tmp_path, *at_server, "--explain_min_windows", "100000", status=2)
     assert "--explain_min_windows 100000: no feature fires so often" in done.stderr
     assert not (tmp_path / "explanations.parquet").exists()
@@ -273,7 +274,7 @@ def test_delphis_own_pipeline_explains_alike(script, trained, tmp_path, judge, t
     from sae_toolkit.inspection.explanations.judge import LocalJudge
 
     served = LocalJudge.load(EMBEDDED_MODEL, "cpu", "auto")
-    server = judge(lambda messages: served.answer(messages, 40, 0.0))
+    server = judge(lambda messages: served.answer(messages, 40))
     done = script(
         *("inspect_sae_features.py", "--sae_path", trained, "--output", tmp_path, *FLAGS, *FEW),
         *("--explained_features", "2", "--explain_new_tokens", "40", "--explain", "small", "--explain_url", server.url),

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.inspection.explanations.delphi import Client, Response
+from sae_toolkit.inspection.explanations.local import find_judge
 from sae_toolkit.model.devices import choose_lm_dtype, out_of_memory_answered
-from sae_toolkit.model.loading import find_model, load_language_model
-from sae_toolkit.model.tokenizer import load_tokenizer
+from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.settings.inspection import ExplanationSettings
-from sae_toolkit.text.token_ids import TokenIds
 
 Messages = list[dict[str, str]]
 
@@ -42,21 +41,24 @@ class Judge(Client):
         self.on_reply: Callable[[], None] = lambda: None
 
     async def generate(self, prompt: Messages, **kwargs: Any) -> Response:
-        """Returns the reply to a conversation.
+        """Returns the reply to a conversation, always of the likeliest tokens, as delphi asks for it.
 
         Args:
             prompt: messages with `role` and `content`.
-            kwargs: `temperature` and `max_tokens` of the reply.
+            kwargs: `max_tokens` of the reply, and a `temperature` of 0.
+
+        Raises:
+            UserError: there is no reply.
         """
         try:
-            text = await self.reply(prompt, kwargs["max_tokens"], kwargs.get("temperature", 0.0))
+            text = await self.reply(prompt, kwargs["max_tokens"])
         except UserError as error:
             self.failure = self.failure or error
             raise
         self.on_reply()
         return Response(text=text)
 
-    async def reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
+    async def reply(self, messages: Messages, max_tokens: int) -> str:
         """Returns the text of the reply. Raises a UserError if there is none."""
         raise NotImplementedError
 
@@ -75,13 +77,13 @@ class ServedJudge(Judge):
         key = os.environ.get(_KEY) or "none"
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT)
 
-    async def reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
+    async def reply(self, messages: Messages, max_tokens: int) -> str:
         try:
             completion = await self._client.chat.completions.create(
                 model=self.model,
                 messages=messages,  # type: ignore[arg-type]
                 max_tokens=max_tokens,
-                temperature=temperature,
+                temperature=0.0,
             )
         except openai.AuthenticationError as error:
             raise UserError(f"{self._where}: refuses the key in {_KEY}: {one_line(error)}") from error
@@ -117,14 +119,8 @@ class LocalJudge(Judge):
         Raises:
             UserError: it cannot be loaded, or it has no chat template.
         """
-        try:
-            source = find_model(name)
-            tokenizer = load_tokenizer(source)
-            if isinstance(tokenizer, TokenIds) or not tokenizer.chat_template:
-                raise UserError(
-                    f"--explain {name}: has no chat template; name a model that was tuned to follow instructions"
-                )
-            # A LanguageModel needs some hook, and every decoder has this one.
+        source, tokenizer = find_judge(name)
+        try:  # A LanguageModel needs some hook, and every decoder has this one.
             model = load_language_model(source, "blocks.0.hook_resid_post", device, choose_lm_dtype(lm_dtype, device))
         except UserError as error:
             raise UserError(str(error).replace("--model_name", "--explain")) from error
@@ -142,11 +138,11 @@ class LocalJudge(Judge):
             text = self._tokenizer.apply_chat_template([{"role": "user", "content": first}, *messages[2:]], **how)
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    async def reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
-        return await asyncio.to_thread(self.answer, messages, max_tokens, temperature)
+    async def reply(self, messages: Messages, max_tokens: int) -> str:
+        return await asyncio.to_thread(self.answer, messages, max_tokens)
 
     @torch.no_grad()
-    def answer(self, messages: Messages, max_tokens: int, temperature: float) -> str:
+    def answer(self, messages: Messages, max_tokens: int) -> str:
         """Returns the text of the reply, as `reply`."""
         ids = self._ids(messages)
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -164,12 +160,7 @@ class LocalJudge(Judge):
                 ids_1T,
                 attention_mask=torch.ones_like(ids_1T),
                 max_new_tokens=max_tokens,
-                do_sample=temperature > 0,
-                **(
-                    {"temperature": temperature}
-                    if temperature > 0
-                    else {"temperature": None, "top_p": None, "top_k": None}
-                ),
+                **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
                 pad_token_id=eos if pad is None else pad,
             )
         return str(self._tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
@@ -193,7 +184,7 @@ class Counted(Judge):
         self.requests = 0
         self.tokens = 0
 
-    async def reply(self, messages: Messages, max_tokens: int, temperature: float) -> str:
+    async def reply(self, messages: Messages, max_tokens: int) -> str:
         self.requests += 1
         self.tokens += self._count(messages)
         return self._answer

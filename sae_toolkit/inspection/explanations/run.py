@@ -24,6 +24,7 @@ import xxhash
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.metrics import mean_and_interval
+from sae_toolkit.inspection.explanations import FILENAME
 from sae_toolkit.inspection.explanations.delphi import (
     DefaultExplainer,
     DetectionScorer,
@@ -42,7 +43,7 @@ from sae_toolkit.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
 
-FILENAME, DIRECTORY = "explanations.parquet", "explanations"
+DIRECTORY = "explanations"
 SCORES = ("detection", "fuzz")
 _TESTS_OF_A_REQUEST = 5  # as delphi's command has it
 _COUNTED_FEATURES = 5
@@ -215,8 +216,6 @@ def _say_cost(records: Sequence[LatentRecord], judge: Judge, tokenizer: Any, set
             record.explanation = (await _explainer(counted, settings)(record)).explanation
             for score in SCORES:
                 await _scorer(score, counted, settings)(record)
-        for record in some:
-            record.explanation = ""
 
     asyncio.run(count())
     if counted.failure:
@@ -247,7 +246,8 @@ def _scorer(score: str, judge: Judge, settings: ExplanationSettings) -> Any:
 async def _ask_all(
     records: Sequence[LatentRecord], judge: Judge, replies: _Replies, settings: ExplanationSettings
 ) -> None:
-    at_once = asyncio.Semaphore(settings.explain_requests)
+    # A judge in this process answers one question at a time, and a stop waits for the answers that were asked for.
+    at_once = asyncio.Semaphore(settings.explain_requests if settings.explain_url else 1)
     questions = _questions(settings)
     n_done = sum(n for each in records for kind, n in questions.items() if replies.has(each, kind))
     with Progress("explaining", len(records) * sum(questions.values()), done=n_done, unit="questions") as progress:
