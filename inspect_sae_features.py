@@ -16,8 +16,8 @@
     # what 50 of the features do to the loss, and to the tokens that they promote, when they are turned
     python inspect_sae_features.py --sae_path ./my_sae --effects 50
 
-    # for another tool too: neuronpedia, saedashboard or delphi
-    python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia
+    # for other tools too: neuronpedia, saedashboard, delphi, or several of them
+    python inspect_sae_features.py --sae_path ./my_sae --export neuronpedia delphi
 
     # 50 features in the words of a language model, and how well these tell where each fires
     python inspect_sae_features.py --sae_path ./my_sae --explain meta-llama/Llama-3.1-8B-Instruct

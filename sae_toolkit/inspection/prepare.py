@@ -54,15 +54,18 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
 def _check_outputs(settings: InspectionSettings, group: PreparedEvaluation) -> None:
     """Raises a UserError for exports and explanations that the SAEs of a group cannot have."""
     export, explain = settings.run.export, settings.explanations.explain
-    flag = f"--export {export}" if export else f"--explain {explain}"
+    flag = f"--export {' '.join(export)}" if export else f"--explain {explain}"
     if (export or explain) and isinstance(group.tokenizer, TokenIds):
         raise UserError(
             f"{flag}: it shows tokens as text, and {group.model.name} has no tokenizer; leave it out, or name a model"
             " that has one"
         )
-    if export == "neuronpedia" and layer_of(group.hook_name) is None:
-        raise UserError(f"{flag}: wants the number of a layer, and {group.hook_name} has none; leave it out")
-    if (export == "delphi" or explain) and group.context.context_size < WINDOW:
+    if "neuronpedia" in export and layer_of(group.hook_name) is None:
+        raise UserError(
+            f"--export neuronpedia: wants the number of a layer, and {group.hook_name} has none; leave it out"
+        )
+    if ("delphi" in export or explain) and group.context.context_size < WINDOW:
+        flag = "--export delphi" if "delphi" in export else f"--explain {explain}"
         raise UserError(
             f"{flag}: delphi takes windows of {WINDOW} tokens, and the contexts have {group.context.context_size};"
             f" give --context_length {WINDOW} or more"

@@ -61,11 +61,11 @@ def write_results(
         yield page.write_page(path, tokenizer)
     if run.effects:
         yield effects.write_effects(each, model, path, run.effects)
-    if run.export == "neuronpedia":
+    if "neuronpedia" in run.export:
         yield neuronpedia.export_neuronpedia(path, tokenizer)
-    elif run.export == "saedashboard":
+    if "saedashboard" in run.export:
         yield saedashboard.export_saedashboard(path, each.evaluated.sae.W_dec.detach().cpu(), model)
-    elif run.export == "delphi":
+    if "delphi" in run.export:
         yield latents.export_latents(each, model, settings.saes.batch_size)
     if settings.explanations.explain:
         # Imported here because delphi is not always installed, and takes seconds to import.

@@ -49,8 +49,8 @@ class InspectionRunSettings:
     """
     no_page: bool = False
     """write features.parquet alone, without the page features.html and its data"""
-    export: Literal["neuronpedia", "saedashboard", "delphi"] | None = None
-    """also write the features for this tool: neuronpedia takes the batches of JSON that SAEDashboard writes,
+    export: tuple[Literal["neuronpedia", "saedashboard", "delphi"], ...] = ()
+    """also write the features for these tools: neuronpedia takes the batches of JSON that SAEDashboard writes,
     saedashboard what its own pages are made from, and delphi a cache of all activations, which takes a second pass and
     8 to 14 bytes an activation
     """

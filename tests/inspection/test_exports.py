@@ -61,9 +61,10 @@ def test_a_feature_has_the_numbers_of_features_parquet(batches, inspected):
 
 def test_the_flag_writes_them_beside_the_features(script, trained, tmp_path):
     flags = ("--sae_path", trained, "--tokens", 500, "--output", tmp_path, "--device", "cpu")
-    done = script("inspect_sae_features.py", *flags, "--no_page", "--export", "neuronpedia")
+    done = script("inspect_sae_features.py", *flags, "--no_page", "--export", "saedashboard", "neuronpedia")
     assert done.status == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "features.parquet"), str(tmp_path / "neuronpedia")]
+    written = ("features.parquet", "neuronpedia", "saedashboard")
+    assert done.stdout.split() == [str(tmp_path / name) for name in written]
     done = script("inspect_sae_features.py", *flags)  # the export was of other examples than the page that comes now
     assert done.status == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"features.parquet", "features.html", "features_data"}
