@@ -4,13 +4,19 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
 from sae_lens import SAE
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.many_runs.comparison import sparsify_worker
 from sae_toolkit.many_runs.comparison.contenders import Contender, parse_contenders
 from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty
 from sae_toolkit.many_runs.comparison.learning_rates import own_rate
@@ -155,6 +161,45 @@ def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
     assert len({result["metrics"]["ce_clean"] for result in results}) == 1
     sae = SAE.load_from_disk(Path(outcomes[0]["trained"]["sae"]))
     assert sae.cfg.metadata.held_out_seed == results[0]["held_out"]["seed"]
+
+
+@pytest.mark.parametrize("hookpoint", ["layers.1", "layers.1.mlp"])
+def test_sparsify_trains_on_batches_what_it_trains_on_the_model_that_they_come_from(
+    sparsify, tiny_model, tmp_path, hookpoint
+):
+    tokens = torch.randint(3, 1000, (32, 32), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    batches = []
+    keep = model.base_model.get_submodule(hookpoint).register_forward_hook(
+        lambda _, inputs, output: batches.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
+    )
+    with torch.no_grad():
+        for batch in tokens.split(4):
+            model(batch)
+    keep.remove()
+    sae, training = {"num_latents": 256, "k": 8}, {"lr": 1e-3, "init_seeds": [7]}
+    config = sparsify.TrainConfig(
+        sparsify.SaeConfig(**sae),
+        **{"batch_size": 4, "hookpoints": [hookpoint], "save_dir": str(tmp_path), "run_name": "live"},
+        **{"log_to_wandb": False, **training},
+    )
+    sparsify.Trainer(config, Dataset.from_dict({"input_ids": tokens}).with_format("torch"), model.base_model).fit()
+    job = {
+        **{"batch": 4 * 32, "d_in": batches[0].shape[1], "steps": len(batches), "hookpoint": hookpoint},
+        **{"device": "cpu", "sae": sae, "training": training, "directory": str(tmp_path / "fed")},
+    }
+    (tmp_path / "fed").mkdir()
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    acts = torch.cat(batches).numpy().tobytes()
+    command = [sys.executable, sparsify_worker.__file__, str(tmp_path / "job.json")]
+    subprocess.run(command, input=acts, check=True, capture_output=True)
+    live, fed = (load_file(tmp_path / name / hookpoint / "sae.safetensors") for name in ("live", "fed/sae"))
+    assert live.keys() == fed.keys()
+    for name, weights in live.items():
+        torch.testing.assert_close(fed[name], weights, rtol=0, atol=1e-6)
+    too_few = subprocess.run(command, input=acts[:-4], capture_output=True)
+    assert too_few.returncode == 1
+    assert b"error: the activations ended too early" in too_few.stderr
 
 
 def test_the_same_command_goes_on_with_what_is_missing(compared, compare):

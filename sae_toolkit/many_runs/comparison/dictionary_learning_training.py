@@ -7,14 +7,13 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sae_toolkit.files.own_environments import OwnEnvironment
 from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.learning_rates import DEMO_LR, DEMO_STEPS
-from sae_toolkit.many_runs.comparison.library_trainings import run_training
+from sae_toolkit.many_runs.comparison.library_trainings import Batches, run_training
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import read_result
 
@@ -73,25 +72,14 @@ def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None)
     job = _job(entry, shared, directory, penalty)
     job_file = directory / "job.json"
     job_file.write_text(json.dumps(job, indent=1))
-    norm_batches, all_batches = (shared.training(entry.seed).stream for _ in range(2))
-    n_done = 0
-
-    def feed(stdin: IO[bytes]) -> None:
-        nonlocal n_done
-        with suppress(BrokenPipeError), stdin:
-            for stream, n in ((norm_batches, job["norm_batches"]), (all_batches, job["steps"])):
-                for _ in range(n):
-                    acts_ND = next(stream)
-                    stdin.write(acts_ND.float().cpu().contiguous().numpy().data)
-                    n_done += len(acts_ND) if stream is all_batches else 0
-
+    batches = Batches(shared, entry.seed, [job["norm_batches"], job["steps"]])
     seconds, peak = run_training(
         entry,
         [python, Path(__file__).with_name("dictionary_learning_worker.py"), job_file],
         n_tokens=shared.n_steps * shared.run.cfg.train_batch_size_tokens,
-        n_done=lambda: n_done,
+        n_done=lambda: batches.n_tokens,
         environment=shared.environment,
-        feed=feed,
+        feed=batches.write,
     )
     trained = json.loads((directory / "trained.json").read_text())
     result = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,10 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-from sae_lens.util import dtype_to_str
-
-from sae_toolkit import ROOT
 from sae_toolkit.errors import RunFailed
 from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
@@ -80,6 +77,30 @@ def _peak_resident(pid: int) -> int:
     return 0
 
 
+class Batches:
+    """The batches of a training of sae_lens_train.py, for the standard input of another library's worker.
+
+    Args:
+        shared: what the SAEs of the comparison share.
+        seed: the seed of the training.
+        passes: the number of batches of each pass. Every pass begins at the first step.
+    """
+
+    def __init__(self, shared: Shared, seed: int, passes: Sequence[int]) -> None:
+        self._passes = [(shared.training(seed).stream, n) for n in passes]
+        self.n_tokens = 0  # of the last pass, so far
+
+    def write(self, stdin: IO[bytes]) -> None:
+        """Writes all of them in float32 [batch, d_in]."""
+        with suppress(BrokenPipeError), stdin:
+            for i, (stream, n) in enumerate(self._passes, start=1):
+                for _ in range(n):
+                    acts_ND = next(stream)
+                    stdin.write(acts_ND.float().cpu().contiguous().numpy().data)
+                    if i == len(self._passes):
+                        self.n_tokens += len(acts_ND)
+
+
 def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
     """Trains with sae_lens_train.py, which continues an earlier attempt if there is one.
 
@@ -123,67 +144,36 @@ def saelens_settings(sae: Path) -> dict[str, Any]:
 
 
 def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
-    """Trains with sparsify's Trainer, which runs the language model itself. Returns what `train_saelens` does."""
+    """Trains with sparsify's Trainer, on this project's batches. Returns what `train_saelens` does."""
     if find_spec("sparsify") is None:
         raise RunFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
-    run, cfg = shared.run, shared.run.cfg
-    layer = cfg.hook_name.removeprefix("blocks.").removesuffix(".hook_resid_post")
-    if not layer.isdigit():
-        raise RunFailed(f"trains on the outputs of layers, and not at {cfg.hook_name}")
-    if run.positions.chat_tokens == "assistant":
-        raise RunFailed("cannot train on what the assistant says alone; use --chat_tokens all")
-    rows_per_batch = -(-cfg.train_batch_size_tokens // cfg.context_size)
-    n_rows = shared.n_steps * rows_per_batch
-    n_passes = min(run.epochs, -(-n_rows // len(run.rows_NT)))
-    passes = [np.random.default_rng((entry.seed, n)).permutation(len(run.rows_NT)) for n in range(n_passes)]
-    order = np.concatenate(passes)[:n_rows]
-    rows_file, job_file = entry.directory / "rows.npy", entry.directory / "job.json"
-    np.save(rows_file, run.rows_NT[order])
-    job = _sparsify_job(entry, shared, f"layers.{layer}", rows_file, rows_per_batch)
+    cfg = shared.run.cfg
+    layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", cfg.hook_name)
+    job = {
+        "batch": cfg.train_batch_size_tokens,
+        "d_in": cfg.sae.d_in,
+        "steps": shared.n_steps,
+        "hookpoint": f"layers.{layer[1]}" if layer else cfg.hook_name,
+        "device": cfg.device,
+        "sae": {"num_latents": cfg.sae.d_sae, "k": entry.l0},
+        "training": {"init_seeds": [entry.seed], "lr": entry.lr},
+        "directory": str(entry.directory),
+    }
+    job_file = entry.directory / "job.json"
     job_file.write_text(json.dumps(job, indent=1))
-
-    def n_done() -> int:
-        with suppress(OSError, ValueError):
-            return int((entry.directory / "steps").read_text()) * rows_per_batch * cfg.context_size
-        return 0
-
+    batches = Batches(shared, entry.seed, [shared.n_steps])
     seconds, peak = run_training(
         entry,
-        [sys.executable, "-m", "sae_toolkit.many_runs.comparison.sparsify_worker", job_file],
-        n_tokens=n_rows * cfg.context_size,
-        n_done=n_done,
-        environment=shared.environment | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, Path(__file__).with_name("sparsify_worker.py"), job_file],
+        n_tokens=shared.n_steps * cfg.train_batch_size_tokens,
+        n_done=lambda: batches.n_tokens,
+        environment=shared.environment,
+        feed=batches.write,
     )
-    rows_file.unlink()
     trained = json.loads((entry.directory / "trained.json").read_text())
     return {
-        "sae": str(entry.directory / "sae" / job["hookpoint"]),
+        "sae": str(entry.directory / "sae" / str(job["hookpoint"])),
         "seconds": seconds,
         "peak_bytes": trained["peak_bytes"] or peak,
         "lr": trained["lr"],
-    }
-
-
-def _sparsify_job(entry: Entry, shared: Shared, hookpoint: str, rows_file: Path, rows_per_batch: int) -> dict[str, Any]:
-    """Returns what sparsify_worker.py reads from JOB.json."""
-    run, cfg = shared.run, shared.run.cfg
-    training: dict[str, Any] = {
-        "batch_size": rows_per_batch,
-        "init_seeds": [entry.seed],
-        "exclude_tokens": list(run.positions.special_token_ids),
-    }
-    if entry.lr is not None:
-        training["lr"] = entry.lr
-    return {
-        "model_name": run.model.name,
-        "model_kwargs": run.model.model_kwargs,
-        "trust_remote_code": run.model.trust_remote_code,
-        "lm_dtype": dtype_to_str(run.lm_dtype),
-        "device": cfg.device,
-        "hook_name": cfg.hook_name,
-        "hookpoint": hookpoint,
-        "rows": str(rows_file),
-        "sae": {"num_latents": cfg.sae.d_sae, "k": entry.l0},
-        "training": training,
-        "directory": str(entry.directory),
     }

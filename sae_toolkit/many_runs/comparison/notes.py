@@ -30,13 +30,12 @@ def describe(shared: Shared, outcomes: Sequence[Outcome], choices: Sequence[Choi
         *([_of_choices(outcomes, choices)] if choices else []),
         *_of_saelens(outcomes),
         "sparsify: its own Trainer and defaults (signum, and its own learning rate where the table names no other) on"
-        " the same rows of tokens. It runs the language model itself, and its seconds include that. It trains at all"
-        " positions except special tokens, since it cannot leave massive activations out.",
+        " the same batches. Its own command runs the language model, and cannot leave massive activations out.",
         "dictionary_learning: its own trainers on the same batches, with the settings of dictionary_learning_demo (lr"
         f" {DEMO_LR:g} where the table names no other). Warm-ups take the same share of the steps as there. Where k"
         " does not set the L0, whole trainings search the penalty, and the one with the nearest L0 counts.",
-        "Seconds are those of the training process, its start included. The time to compute the activations counts for"
-        f" sparsify alone. Peak memory is {memory}.{_at_a_time(outcomes)}",
+        "Seconds are those of the training process, its start included, without the time to compute the activations."
+        f" Peak memory is {memory}.{_at_a_time(outcomes)}",
     ]
 
 

@@ -1,16 +1,17 @@
-"""Trains one SAE with sparsify's own Trainer, which runs the language model itself.
+"""Trains one SAE with sparsify's own Trainer, on activations that it is given.
 
-    python -m sae_toolkit.many_runs.comparison.sparsify_worker JOB.json
+It imports nothing of this project, and reads activations from its standard input:
 
-JOB.json holds:
+    python sae_toolkit/many_runs/comparison/sparsify_worker.py JOB.json < activations
 
-    model_name, model_kwargs, trust_remote_code, lm_dtype, device   the language model
-    hook_name, hookpoint   where the SAE is trained, by this project's name and by sparsify's
-    rows                   a .npy file of token ids [N, T] in the order of training
-    sae, training          arguments of sparsify's SaeConfig and TrainConfig
-    directory              where the SAE goes, as sae/HOOKPOINT. The other files there are trained.json, with the
-                           learning rate `lr` and `peak_bytes` of GPU memory (null on a CPU), and `steps`, the number
-                           of steps so far
+The activations are float32 batches [batch, d_in]. JOB.json holds:
+
+    batch, d_in, steps   the shape and the number of the batches
+    hookpoint            the name that sparsify gives to the place of the activations, such as `layers.12`
+    device               where to train
+    sae, training        arguments of sparsify's SaeConfig and TrainConfig
+    directory            where the SAE goes, as sae/HOOKPOINT. This script adds trained.json, with the learning rate
+                         `lr` and `peak_bytes` of GPU memory, null on a CPU
 """
 
 from __future__ import annotations
@@ -24,32 +25,55 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sae_lens.util import str_to_dtype
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from sae_toolkit.model.loading import find_model, load_language_model
+from torch import nn
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
+
+
+class ReadActivations(nn.Module):
+    """Stands where sparsify has a language model: each pass puts the next batch of standard input out at the hookpoint.
+
+    sparsify's Trainer trains in a hook there, and takes nothing else from a pass.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__()
+        self.device = torch.device(job["device"])
+        self.shape = (job["batch"], job["d_in"])
+        # The Trainer runs the model on these to find the width of what the hook gets.
+        self.dummy_inputs = {"input_ids": None, "acts_1BD": torch.zeros(1, *self.shape)}
+        self.hookpoint = job["hookpoint"]
+        *parents, last = self.hookpoint.split(".")
+        parent: nn.Module = self
+        for name in parents:
+            parent.add_module(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, nn.Identity())
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: torch.Tensor | None, acts_1BD: torch.Tensor | None = None) -> None:
+        self.get_submodule(self.hookpoint)(self._next() if acts_1BD is None else acts_1BD)
+
+    def _next(self) -> torch.Tensor:
+        wanted = 4 * self.shape[0] * self.shape[1]
+        if len(read := sys.stdin.buffer.read(wanted)) < wanted:
+            sys.exit("error: the activations ended too early")
+        return torch.from_numpy(np.frombuffer(read, np.float32).reshape(1, *self.shape).copy()).to(self.device)
 
 
 def main(job: dict[str, Any]) -> None:
     from sparsify import SaeConfig, TrainConfig, Trainer
 
     directory = Path(job["directory"])
-    source = find_model(job["model_name"], job["model_kwargs"], trust_remote_code=job["trust_remote_code"])
-    model = load_language_model(source, job["hook_name"], job["device"], str_to_dtype(job["lm_dtype"]))
-    rows_NT = np.load(job["rows"]).astype(np.int64)
-    dataset = Dataset.from_dict({"input_ids": list(rows_NT)}).with_format("torch")
-    n_steps = 0
-
-    def count(*_: Any) -> None:
-        nonlocal n_steps
-        n_steps += 1
-        (directory / "steps").write_text(str(n_steps))
-
-    register_optimizer_step_post_hook(count)
+    # A sequence for each batch. All its tokens are 0, and none is left out.
+    tokens = torch.zeros(job["batch"], dtype=torch.long)
+    dataset = Dataset.from_dict({"input_ids": [tokens] * job["steps"]}).with_format("torch")
     config = TrainConfig(
         SaeConfig(**job["sae"]),
+        batch_size=1,
         hookpoints=[job["hookpoint"]],
         save_dir=str(directory),
         run_name="sae",
@@ -57,8 +81,7 @@ def main(job: dict[str, Any]) -> None:
         log_to_wandb=False,
         **job["training"],
     )
-    # Like sparsify's own command, this leaves out the head, because the Trainer does not use the logits.
-    trainer = Trainer(config, dataset, model.model.base_model)
+    trainer = Trainer(config, dataset, ReadActivations(job))
     lr = trainer.optimizers[0].param_groups[0]["lr"]
     trainer.fit()
     peak = torch.cuda.max_memory_allocated() if torch.device(job["device"]).type == "cuda" else None
