@@ -265,6 +265,18 @@ def test_bad_input_is_one_line(compared, tiny_args, script, flags, says):
     assert "Traceback" not in done.stderr
 
 
+def test_a_comparison_whose_sparsify_trained_on_other_positions_does_not_go_on(compared, tiny_args, script, tmp_path):
+    directory = tmp_path / "comparison"
+    shutil.copytree(compared[0], directory)
+    settings = json.loads((directory / "settings.json").read_text())
+    del settings["sparsify_trains_on"]  # as it was before this project gave it its batches
+    (directory / "settings.json").write_text(json.dumps(settings))
+    done = script("compare_sae_libraries.py", *of_comparison(tiny_args, directory, *COMPARED))
+    assert done.status == 2
+    (error,) = done.error_lines
+    assert error.startswith(f"error: --comparison_dir {directory}: of an older version")
+
+
 def test_a_cache_of_another_model_is_refused_in_one_line(compared, tiny_args, script, tmp_path):
     directory, _ = compared
     other = ("--cache_activations", directory / "activations", "--layer", 2, "--libraries", "saelens:topk")

@@ -24,6 +24,7 @@ from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 
 _SETTINGS_FILENAME = "settings.json"
+_SPARSIFY_ON = "sparsify_trains_on"  # beside the flags in the settings; older ones lack it
 _LEAST_CONTEXTS = 10  # of each half, where learning rates are chosen on one half of the held-out documents
 _preparing = threading.Lock()
 # Flags that older comparisons do not record.
@@ -117,7 +118,9 @@ def share(words: Sequence[str], directory: Path, highest_l0: int, *, halves: boo
     reference = directory / ".measured_like"
     sae = next(iter(Training(run, activations).saes.values()))
     sae.save_inference_model(reference)
-    (directory / _SETTINGS_FILENAME).write_text(json.dumps(in_common, indent=1) + "\n")
+    (directory / _SETTINGS_FILENAME).write_text(
+        json.dumps(in_common | {_SPARSIFY_ON: "the batches of all"}, indent=1) + "\n"
+    )
     return Shared(words, settings, run, directory, reference)
 
 
@@ -152,7 +155,7 @@ def _flags_in_common(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
-    """Raises a UserError if flags differ from those of the SAEs that are already in the comparison."""
+    """Raises a UserError if the SAEs that are already in the comparison were trained with other flags or otherwise."""
     file = directory / _SETTINGS_FILENAME
     try:
         before = json.loads(file.read_text()) if file.exists() else flags
@@ -161,6 +164,11 @@ def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
         raise UserError(
             f"--comparison_dir {directory}: {_SETTINGS_FILENAME} is damaged; name another directory"
         ) from None
+    if _SPARSIFY_ON not in before and any((directory / "saes").glob("sparsify-*")):
+        raise UserError(
+            f"--comparison_dir {directory}: of an older version, whose SAEs of sparsify trained on other positions than"
+            " the others; name another directory"
+        )
     if changed:
         name = changed[0]
         raise UserError(

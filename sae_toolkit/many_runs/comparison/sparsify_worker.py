@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
+from torch.utils.data import Dataset
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 
@@ -64,13 +64,24 @@ class ReadActivations(nn.Module):
         return torch.from_numpy(np.frombuffer(read, np.float32).reshape(1, *self.shape).copy()).to(self.device)
 
 
+class Sequences(Dataset):
+    """A sequence of tokens for each batch. All tokens are 0: sparsify only looks which of them to leave out."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.n_sequences = job["steps"]
+        self.item = {"input_ids": torch.zeros(job["batch"], dtype=torch.long)}
+
+    def __len__(self) -> int:
+        return self.n_sequences
+
+    def __getitem__(self, _: int) -> dict[str, torch.Tensor]:
+        return self.item
+
+
 def main(job: dict[str, Any]) -> None:
     from sparsify import SaeConfig, TrainConfig, Trainer
 
     directory = Path(job["directory"])
-    # A sequence for each batch. All its tokens are 0, and none is left out.
-    tokens = torch.zeros(job["batch"], dtype=torch.long)
-    dataset = Dataset.from_dict({"input_ids": [tokens] * job["steps"]}).with_format("torch")
     config = TrainConfig(
         SaeConfig(**job["sae"]),
         batch_size=1,
@@ -81,7 +92,7 @@ def main(job: dict[str, Any]) -> None:
         log_to_wandb=False,
         **job["training"],
     )
-    trainer = Trainer(config, dataset, ReadActivations(job))
+    trainer = Trainer(config, Sequences(job), ReadActivations(job))
     lr = trainer.optimizers[0].param_groups[0]["lr"]
     trainer.fit()
     peak = torch.cuda.max_memory_allocated() if torch.device(job["device"]).type == "cuda" else None
