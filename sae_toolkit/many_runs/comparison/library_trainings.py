@@ -149,11 +149,12 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
         raise RunFailed("not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt")
     cfg = shared.run.cfg
     layer = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", cfg.hook_name)
+    hookpoint = f"layers.{layer[1]}" if layer else cfg.hook_name
     job = {
         "batch": cfg.train_batch_size_tokens,
         "d_in": cfg.sae.d_in,
         "steps": shared.n_steps,
-        "hookpoint": f"layers.{layer[1]}" if layer else cfg.hook_name,
+        "hookpoint": hookpoint,
         "device": cfg.device,
         "sae": {"num_latents": cfg.sae.d_sae, "k": entry.l0},
         "training": {"init_seeds": [entry.seed], "lr": entry.lr},
@@ -172,7 +173,7 @@ def train_sparsify(entry: Entry, shared: Shared) -> dict[str, Any]:
     )
     trained = json.loads((entry.directory / "trained.json").read_text())
     return {
-        "sae": str(entry.directory / "sae" / str(job["hookpoint"])),
+        "sae": str(entry.directory / "sae" / hookpoint),
         "seconds": seconds,
         "peak_bytes": trained["peak_bytes"] or peak,
         "lr": trained["lr"],
