@@ -20,6 +20,7 @@ from rich.console import Console
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.terminal.redaction import holds_secret, redact
+from sae_toolkit.terminal.stop_signals import Stopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -170,26 +171,33 @@ def run_script(main: Callable[[], int | None]) -> None:
     _use_expandable_segments()
     try:
         status = main() or 0
-    except UserError as error:
-        with suppress(OSError):
-            print(redact(f"error: {error}"), file=sys.stderr)
-        _log_to_file_alone(f"error: {error}")
-        _tell_torchrun(error)
-        status = error.exit_status
-    except KeyboardInterrupt:
-        status = 130
-    except Exception as error:  # a bug
-        _tell_torchrun(error)
-        with suppress(OSError):
-            print(redact(traceback.format_exc()), file=sys.stderr, end="")
-        _log_to_file_alone(traceback.format_exc())
-        status = 1
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        status = _report(error)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # the reader is gone; Python would flush again at exit, and exit with status 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
+
+
+def _report(error: BaseException | None) -> int:
+    """Prints the exception that ended a script, and returns the status to exit with."""
+    if isinstance(error, Stopped):  # the signal came while the script was ending, perhaps by an error
+        return _report(error.__context__) or error.exit_status
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if not isinstance(error, Exception):
+        return 0
+    _tell_torchrun(error)
+    if isinstance(error, UserError):
+        said, status = f"error: {error}", error.exit_status
+    else:  # a bug
+        said, status = "".join(traceback.format_exception(error)).rstrip(), 1
+    with suppress(OSError):
+        print(redact(said), file=sys.stderr)
+    _log_to_file_alone(said)
+    return status
 
 
 def _use_expandable_segments() -> None:
