@@ -105,7 +105,8 @@ def measure_probing(
         UserError: too few texts of a task have a position that the SAEs are measured at, or the memory does not
             suffice.
     """
-    halves = [split(task, seed=group.seed) for task in tasks]
+    seed = group.seed % 2**32  # numpy and scikit-learn take no larger one
+    halves = [split(task, seed=seed) for task in tasks]
     n_examples = [len(train) + len(test) for train, test in halves]
     of_saes: list[list[dict[str, Any]]] = [[] for _ in group.saes]
     draws_of_saes: list[list[dict[str, _Draws]]] = [[] for _ in group.saes]
@@ -115,7 +116,7 @@ def measure_probing(
         Progress("probing", sum(n_examples) * (1 + len(group.saes)), unit="examples") as progress,
     ):
         for number, (task, half, n) in enumerate(zip(tasks, halves, n_examples, strict=True)):
-            activations = _activations(task, half, group, model, batch_size, group.seed + number, progress)
+            activations = _activations(task, half, group, model, batch_size, seed, number, progress)
             train, test = activations.X_train_ND.numpy(), activations.X_test_MD.numpy()
             baseline, baseline_draws = activations.scored(train, test, "l2")
             for i, evaluated in enumerate(group.saes):
@@ -140,6 +141,7 @@ def _activations(
     model: LanguageModel,
     batch_size: int,
     seed: int,
+    number: int,
     progress: Progress,
 ) -> _Activations:
     both = np.concatenate(half)
@@ -164,8 +166,8 @@ def _activations(
         y_train_N=y_N[train],
         X_test_MD=acts_ND[test],
         y_test_M=y_N[test],
-        weight_RM=resampled_weights(len(test), document_M, seed=seed),
-        seed=group.seed,
+        weight_RM=resampled_weights(len(test), document_M, seed=seed + number),
+        seed=seed,
     )
 
 

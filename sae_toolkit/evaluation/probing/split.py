@@ -16,8 +16,9 @@ def split(task: Task, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Both halves have as many texts of one class as of the other. Texts that stand for themselves are drawn as
     sae-probes 0.4.2 draws them in its `normal` setting (sae_probes/utils_data.py, `get_train_test_indices`): all but
-    100 texts, and 1,024 at most, to train on, and the rest to test on. With documents, half of the documents are for
-    training and the others for the test.
+    100 texts, and 1,024 at most, to train on, and all but one of the rest to test on. Where class 1 is the rarer, it
+    can have one text less for the test than sae-probes asks for. With documents, half of the documents are for training
+    and the others for the test.
     """
     random = np.random.RandomState(seed)
     if task.document_N is not None:
@@ -33,7 +34,8 @@ def split(task: Task, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
         drawn.append(random.choice(of_class[label], size=size, replace=False))
     left: list[np.ndarray] = []
     for size, label, taken in ((math.ceil(n_test / 2), 1, drawn[0]), (n_test // 2, 0, drawn[1])):
-        left.append(random.choice(np.setdiff1d(of_class[label], taken), size=size, replace=False))
+        rest = np.setdiff1d(of_class[label], taken)
+        left.append(random.choice(rest, size=min(size, len(rest)), replace=False))
     return random.permutation(np.concatenate(drawn)), random.permutation(np.concatenate(left))
 
 

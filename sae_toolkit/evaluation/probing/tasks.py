@@ -14,7 +14,7 @@ import numpy as np
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.text.columns import choose_column
-from sae_toolkit.text.records import Row, value_at
+from sae_toolkit.text.records import Bad, Row, text_document, value_at
 from sae_toolkit.text.sources import read_rows
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ def read_task(
     rows = list(islice(read_rows(name, flag="--probing"), most_examples + 1))
     if not rows:
         raise UserError(f"{what}: has no rows; use another file")
-    if len(rows) > most_examples:
+    all_read = len(rows) <= most_examples
+    if not all_read:
         rows.pop()
         log.warning("%s: reading only the first %s rows, as --probing_examples says", what, f"{most_examples:,}")
     label_column = _label_column(name, label_column, rows)
@@ -86,6 +87,9 @@ def read_task(
             f"{what}: {len(empty):,} of its {len(rows):,} rows have no text in the column {column.name}, the first is"
             f" row {empty[0]:,}; remove them"
         )
+    for place, row in enumerate(rows, 1):
+        if isinstance(document := text_document(row, column.name), Bad):
+            raise UserError(f"{what}: row {place:,}: {document.reason}; remove it")
     labels = [value_at(row, label_column) for row in rows]
     _check_labels(what, label_column, labels)
     first: dict[str, int] = {}  # the place where each text occurs first
@@ -100,7 +104,12 @@ def read_task(
                 f" same text has {other}; remove one of them"
             )
     kept = range(len(texts)) if keep_repeated else list(first.values())
-    y_N, classes = _classes(what, label_column, [labels[place] for place in kept])
+    why = (
+        ""
+        if all_read
+        else f"; only the first {most_examples:,} rows were read: shuffle it, or raise --probing_examples"
+    )
+    y_N, classes = _classes(what, label_column, [labels[place] for place in kept], why)
     path = Path(name)
     return Task(path.name.split(".")[0] if path.exists() else name, name, tuple(texts[p] for p in kept), y_N, classes)
 
@@ -120,26 +129,28 @@ def _label_column(name: str, column: str | None, rows: Sequence[Row]) -> str:
 
 def _check_labels(what: str, column: str, labels: Sequence[Any]) -> None:
     for place, label in enumerate(labels, 1):
-        if not isinstance(label, str | int | bool):
-            found = "no label" if label is None else f"{type(label).__name__} {label}"
+        if not isinstance(label, str | int | bool) or (isinstance(label, str) and not label.strip()):
+            found = "no label" if label is None or isinstance(label, str) else f"{type(label).__name__} {label}"
             raise UserError(
                 f"{what}: row {place:,} has {found} in the column {column}; labels are text, integers, true or false"
             )
 
 
-def _classes(what: str, column: str, labels: Sequence[Any]) -> tuple[np.ndarray, tuple[str, str]]:
-    """Returns the class of each label, 0 or 1, and the two labels in their order."""
+def _classes(what: str, column: str, labels: Sequence[Any], why: str) -> tuple[np.ndarray, tuple[str, str]]:
+    """Returns the class of each label, 0 or 1, and the two labels in their order. `why` ends a message."""
     counts = Counter(labels)
     if len(counts) != 2:
         shown = ", ".join(map(str, islice(counts, _CLASSES_SHOWN))) + (", ..." if len(counts) > _CLASSES_SHOWN else "")
         to_do = "add texts of another" if len(counts) == 1 else "keep two, or label one of them against the rest"
         n_classes = "one class" if len(counts) == 1 else f"{len(counts):,} classes"
-        raise UserError(f"{what}: its column {column} has {n_classes} ({shown}), and probing tells two apart; {to_do}")
+        raise UserError(
+            f"{what}: its column {column} has {n_classes} ({shown}), and probing tells two apart; {to_do}{why}"
+        )
     ordered = sorted(counts, key=str if len({type(label) for label in counts}) > 1 else None)
     rare = min(ordered, key=lambda label: counts[label])
     if counts[rare] < LEAST_PER_CLASS:
         raise UserError(
             f"{what}: only {counts[rare]} different texts are labelled {rare}; probing needs at least"
-            f" {LEAST_PER_CLASS} of each class"
+            f" {LEAST_PER_CLASS} of each class{why}"
         )
     return np.array([label == ordered[1] for label in labels], dtype=np.int64), (str(ordered[0]), str(ordered[1]))

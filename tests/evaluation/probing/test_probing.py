@@ -77,10 +77,22 @@ def test_texts_of_a_file_are_trained_on_or_tested_on_and_never_both(tmp_path):
     assert (task.y_N[train].sum(), task.y_N[test].sum()) == (251, 50)
 
 
+@pytest.mark.parametrize(("n_0", "n_1"), [(100, 100), (400, 150), (150, 400), (100, 101), (101, 100), (900, 561)])
+def test_either_class_can_be_the_rarer(n_0, n_1):
+    y_N = np.repeat([0, 1], [n_0, n_1])
+    train, test = split(Task("task", "", ("",) * len(y_N), y_N, ("0", "1")), seed=42)
+    assert set(train).isdisjoint(test)
+    for half in (train, test):
+        assert abs(2 * y_N[half].sum() - len(half)) <= 1
+    assert len(test) in (98, 99, 100)
+
+
 def test_rows_beyond_the_limit_are_not_read_and_a_line_says_so(tmp_path, caplog):
     task = read_task(str(write_colours(tmp_path, 150, 150)), most_examples=260)
     assert len(task.texts) == 260
     assert "reading only the first 260 rows, as --probing_examples says" in caplog.text
+    with pytest.raises(UserError, match="one class .*; only the first 120 rows were read: shuffle it, or raise --prob"):
+        read_task(str(write_colours(tmp_path, 150, 150)), most_examples=120)
 
 
 def test_a_text_that_occurs_again_is_in_the_task_once_unless_it_is_asked_for(tmp_path, caplog):
@@ -89,6 +101,21 @@ def test_a_text_that_occurs_again_is_in_the_task_once_unless_it_is_asked_for(tmp
     assert len(read_task(str(file), most_examples=5000).texts) == 230
     assert "left out 30 texts that occur again" in caplog.text
     assert len(read_task(str(file), most_examples=5000, keep_repeated=True).texts) == 260
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"text": "half a pair \ud800", "label": 1}, "row 301: its 'text' is not valid Unicode; remove it"),
+        ({"text": "a text", "label": " "}, "row 301 has no label in the column label"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(tmp_path, row, says):
+    rows = [{"text": f"{i} is a number", "label": str(i % 2)} for i in range(300)]
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in [*rows, row]))
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_task(str(path), most_examples=5000)
 
 
 MISTAKES = {
@@ -270,7 +297,7 @@ def test_the_last_token_is_found_by_few_features_and_labels_by_chance_are_not(ti
         "evaluate_sae_real_activations.py",
         *("--sae_path", tmp_path / "sae", "--model_name", tiny_model, "--dataset", text_file, "--num_samples", 8),
         *("--context_length", 64, "--skip_positions", 1, "--device", "cpu", "--lm_dtype", "float32"),
-        *("--n_features", 0, "--no_diagnosis", "--probing", colours, chance),
+        *("--n_features", 0, "--no_diagnosis", "--probing", colours, chance, "--seed", 2**32 + 42),
     )
     assert done.status == 0, done.stderr
     results = json.loads((tmp_path / "sae/evaluation.json").read_text())["probing"]
