@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from itertools import combinations
@@ -23,9 +24,12 @@ from sae_toolkit.evaluation.shown import Measured
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.saes.formats import SAEFile
 
 _CHUNK_VALUES = 2**24  # features and projections of a chunk of tokens: 64 MiB each
 _DIFFERENCES = ("d_sae", "library", "architecture", "normalize_activations")
+_MOST_TOKENS_RATIO = 1.05  # batches of other sizes end at other numbers
+_LEAST_DIRECTIONS = 3  # for pairs, and so that 3/8 of them is one
 
 
 def check_decoders(groups: Sequence[PreparedEvaluation]) -> None:
@@ -37,10 +41,10 @@ def check_decoders(groups: Sequence[PreparedEvaluation]) -> None:
     for group in groups:
         for evaluated in group.saes:
             n_directions = int((evaluated.sae.W_dec.norm(dim=-1) > 0).sum())
-            if n_directions < 2:
+            if n_directions < _LEAST_DIRECTIONS:
                 raise UserError(
                     f"--l0_check: {n_directions} of the {evaluated.sae.cfg.d_sae} decoder vectors of"
-                    f" {evaluated.file.name} are not zero, and it compares pairs of them; leave that SAE out"
+                    f" {evaluated.file.name} are not zero, and it needs {_LEAST_DIRECTIONS}; leave that SAE out"
                 )
         for one, other in combinations(group.saes, 2):
             _check_comparable(one, other)
@@ -61,12 +65,18 @@ def _check_comparable(one: EvaluatedSAE, other: EvaluatedSAE) -> None:
                 f"--l0_check: {pair} differ in {name}: {a} and {b}; name SAEs that differ in L0 and seed alone, as the"
                 " statistics also depend on the rest"
             )
-    run, checkpoint = _run_of(one.file.path), one.file.path.parent
-    are_seeds = checkpoint == other.file.path.parent != run  # of one run with --seeds
-    if run is not None and run == _run_of(other.file.path) and not are_seeds:
+    run, checkpoint = _run_or_trainer_of(one.file), one.file.path.absolute().parent
+    are_seeds = checkpoint == other.file.path.absolute().parent != run  # of one run with --seeds
+    if run is not None and run == _run_or_trainer_of(other.file) and not are_seeds:
         raise UserError(
             f"--l0_check: {pair} are checkpoints of one run, and the statistics also depend on the number of steps;"
             " name the finished SAEs of several runs"
+        )
+    tokens = [n for each in (one, other) if (n := _tokens_of(each.file.path)) is not None]
+    if len(tokens) == 2 and max(tokens) > _MOST_TOKENS_RATIO * min(tokens):
+        raise UserError(
+            f"--l0_check: {pair} were trained on {tokens[0]:,} and {tokens[1]:,} tokens, and the statistics also depend"
+            " on that; name SAEs of as many"
         )
 
 
@@ -80,6 +90,21 @@ def _traits(evaluated: EvaluatedSAE) -> tuple[Any, ...]:
 def _run_of(sae_path: Path) -> Path | None:
     """Returns the directory of the run that wrote an SAE; None if no run of this project wrote it."""
     return next((above for above in sae_path.absolute().parents[:2] if (above / FLAGS_FILENAME).is_file()), None)
+
+
+def _run_or_trainer_of(file: SAEFile) -> Path | None:
+    """Returns `_run_of`, or the directory where dictionary_learning's trainer put its checkpoints; None if neither."""
+    above = file.path.absolute().parent
+    is_checkpoint = file.library == "dictionary_learning" and above.name == "checkpoints"
+    return above if is_checkpoint else _run_of(file.path)
+
+
+def _tokens_of(sae_path: Path) -> int | None:
+    """Returns the tokens that an SAE was trained on, by the name of its checkpoint; None if no run of ours wrote it."""
+    if (run := _run_of(sae_path)) is None:
+        return None
+    found = re.fullmatch(r"(?:final_)?(\d+)", sae_path.absolute().relative_to(run).parts[0])
+    return int(found[1]) if found else None
 
 
 def measure_l0_check(prepared: PreparedEvaluation, model: LanguageModel, batch_size: int) -> list[Measured]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,7 +208,8 @@ def test_one_sae_alone_is_told_nothing_of_its_l0(prepared, tmp_path):
     assert command in shown.how_to_read
 
 
-def test_saes_that_cannot_be_compared_are_refused(prepared, tmp_path):
+def test_saes_that_cannot_be_compared_are_refused(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings, group, _ = prepared
     one, other, _ = group.saes
     (tmp_path / FLAGS_FILENAME).write_text("{}")
@@ -216,12 +218,26 @@ def test_saes_that_cannot_be_compared_are_refused(prepared, tmp_path):
     constant.sae.W_dec.data[1:] = 0
     foreign = replace(one, file=replace(one.file, library="sparsify"))
     checkpoints = [at(one, tmp_path / "1000"), at(other, tmp_path / "final_2000")]
+    relative = [at(one, Path("1000")), at(other, Path("final_2000"))]
+    for run in ("short", "long"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / FLAGS_FILENAME).write_text("{}")
+    tokens = [at(one, tmp_path / "short/final_2000"), at(other, tmp_path / "long/final_20000")]
+    rounded = [at(one, tmp_path / "short/final_500224"), at(other, tmp_path / "long/final_500736")]
+    prepare_further_evaluations(settings, [replace(group, saes=tuple(rounded))])
+    trainer = [
+        at(replace(each, file=replace(each.file, library="dictionary_learning")), tmp_path / f"checkpoints/ae_{n}.pt")
+        for n, each in enumerate((one, other))
+    ]
     seeds = [at(one, tmp_path / "final_2000/seed_42"), at(other, tmp_path / "final_2000/seed_43")]
     prepare_further_evaluations(settings, [replace(group, saes=tuple(seeds))])
     mistakes = [
         ([replace(group, saes=(wide, other))], "differ in d_sae: 600 and 256; name SAEs that differ in L0 and seed"),
         ([replace(group, saes=(foreign, other))], "differ in library: sparsify and SAELens"),
         ([replace(group, saes=tuple(checkpoints))], "1000 and final_2000 are checkpoints of one run"),
+        ([replace(group, saes=tuple(relative))], "1000 and final_2000 are checkpoints of one run"),
+        ([replace(group, saes=tuple(trainer))], "ae_0.pt and ae_1.pt are checkpoints of one run"),
+        ([replace(group, saes=tuple(tokens))], "final_2000 and final_20000 were trained on 2,000 and 20,000 tokens"),
         ([replace(group, saes=(constant,))], "1 of the 600 decoder vectors of k64 are not zero"),
         (
             [replace(group, saes=(one,)), replace(group, saes=(other,))],
