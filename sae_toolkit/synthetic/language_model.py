@@ -28,6 +28,7 @@ _BLOCK = 256  # samples that are drawn at once, with a seed of their own
 _FEATURES_OF_TOKEN = 8  # features that make a token more or less likely
 _LOGIT_STD = 3.0
 _SAMPLES_FOR_SCALE = 2048
+_NOT_DRAWN = ("constant", "exponential", "linear")  # SAELens's magnitudes that do not depend on its seed
 
 
 class SyntheticConfig(PreTrainedConfig):
@@ -123,13 +124,20 @@ def synthetic_config(directory: Path, where: str) -> SyntheticConfig:
     """Returns the sizes of the language model around a synthetic model.
 
     Raises:
-        UserError: the configuration in the directory cannot be read.
+        UserError: the configuration in the directory cannot be read, or gives another model at each load.
     """
     try:
         cfg = json.loads((directory / SYNTHETIC_MODEL_CONFIG_FILENAME).read_text())
         n_features, width = int(cfg["num_features"]), int(cfg["hidden_dim"])
+        magnitudes = [cfg.get(name) for name in ("mean_firing_magnitudes", "std_firing_magnitudes")]
+        are_drawn = any(isinstance(each, dict) and each["generator_name"] not in _NOT_DRAWN for each in magnitudes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: {SYNTHETIC_MODEL_CONFIG_FILENAME} cannot be read: {one_line(error)}") from error
+    if are_drawn and cfg.get("seed") is None:
+        raise UserError(
+            f"{where}: has no seed in {SYNTHETIC_MODEL_CONFIG_FILENAME}, and its magnitudes are drawn: SAELens draws"
+            " others each time it loads the model; make one with a seed"
+        )
     # Each row has a token of its own to begin with, so the vocabulary bounds the number of samples.
     return SyntheticConfig(
         num_features=n_features, hidden_size=width, vocab_size=4096 if n_features <= 4096 else 16_384
@@ -171,7 +179,7 @@ def _head(synthetic: SyntheticModel, vocab_size: int) -> torch.Tensor:
     weight_VD = torch.zeros(vocab_size, features_FD.shape[1])
     for feature_V, strength_V in zip(of_token_VM.T, strength_VM.T, strict=True):
         weight_VD += strength_V[:, None] * features_FD[feature_V]
-    with temporary_seed(synthetic.cfg.seed):
+    with temporary_seed(synthetic.cfg.seed or 0):
         acts_ND = _sample(synthetic, _SAMPLES_FOR_SCALE)
     return weight_VD * (_LOGIT_STD / (acts_ND @ weight_VD.T).std(dim=1).mean())
 

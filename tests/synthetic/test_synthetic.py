@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -10,7 +11,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from sae_lens.synthetic import SyntheticModel
+from sae_lens.synthetic import FoldedNormalMagnitudeConfig, SyntheticModel
 from sae_lens.util import temporary_seed
 
 from sae_toolkit.errors import UserError
@@ -136,6 +137,21 @@ def test_a_damaged_model_is_refused(tiny_synthetic, tmp_path):
     (damaged / "synthetic_model_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"synthetic_model_config\.json cannot be read"):
         find_model(f"synthetic:{damaged}")
+
+
+def test_a_model_that_is_another_at_each_load_is_refused(tiny_synthetic, tmp_path):
+    unseeded = tmp_path / "unseeded"
+    shutil.copytree(tiny_synthetic, unseeded)
+    path = unseeded / "synthetic_model_config.json"
+    config = json.loads(path.read_text()) | {"seed": None}
+    path.write_text(json.dumps(config))
+    one, other = (
+        load_language_model(find_model(f"synthetic:{unseeded}"), HOOK, "cpu", torch.float32) for _ in range(2)
+    )
+    assert torch.equal(one.model.lm_head.weight, other.model.lm_head.weight)
+    path.write_text(json.dumps(config | {"mean_firing_magnitudes": FoldedNormalMagnitudeConfig(1.0, 0.5).to_dict()}))
+    with pytest.raises(UserError, match="has no seed in .*, and its magnitudes are drawn: .*; make one with a seed"):
+        find_model(f"synthetic:{unseeded}")
 
 
 def train(script, name, directory, *more):

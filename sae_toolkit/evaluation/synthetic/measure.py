@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from sae_toolkit.terminal.progress import Progress
 _DRAWS = 5  # sets of samples, for intervals
 _SAMPLES = 16_384  # in each
 _BATCH = 256
+_BATCHES_TO_RANK = 16  # true features by how often they are active
 _FEATURES_AT_ONCE = 4096
 _BYTES_TO_MATCH = 20  # for each pair of a feature and a true one: three matrices in float32, one in float64
 _FIRST_SEED = 2**31  # the text's samples are drawn with other seeds
@@ -102,9 +104,9 @@ def score(sae: SAE[Any], synthetic: SyntheticModel, *, seed: int, progress: Prog
         sample), `l0_of_frequent` (how many of the most frequent d_sae true features are active at a time), and the
         numbers of features, true features and samples.
     """
-    evaluations = []
+    evaluations, fired_F = [], torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     for draw in range(_DRAWS):
-        with temporary_seed(_FIRST_SEED + _DRAWS * seed + draw):
+        with temporary_seed(_FIRST_SEED + _DRAWS * seed + draw), _fired(sae, fired_F):
             evaluations.append(
                 eval_sae_on_synthetic_data(
                     sae, synthetic.feature_dict, synthetic.activation_generator, _SAMPLES, batch_size=_BATCH
@@ -125,7 +127,7 @@ def score(sae: SAE[Any], synthetic: SyntheticModel, *, seed: int, progress: Prog
         "uniqueness": evaluations[0].uniqueness,
         **scores,
         "intervals": intervals,
-        "dead_features": min(each.dead_latents for each in evaluations),
+        "dead_features": int((~fired_F).sum()),
         "l0_of_frequent": l0_of_frequent(synthetic, sae.cfg.d_sae),
         "n_features": sae.cfg.d_sae,
         "n_true_features": len(features_FD),
@@ -133,11 +135,35 @@ def score(sae: SAE[Any], synthetic: SyntheticModel, *, seed: int, progress: Prog
     }
 
 
+@contextmanager
+def _fired(sae: SAE[Any], fired_F: torch.Tensor) -> Iterator[None]:
+    """Context manager that sets the booleans [F] of the features that fire in a call of the SAE's `encode`."""
+    encode = sae.encode
+
+    def recorded(acts_ND: torch.Tensor) -> torch.Tensor:
+        features_NF = encode(acts_ND)
+        fired_F.logical_or_((features_NF != 0).any(0))
+        return features_NF
+
+    sae.encode = recorded
+    try:
+        yield
+    finally:
+        del sae.encode
+
+
 def l0_of_frequent(synthetic: SyntheticModel, n_features: int) -> float:
     """Returns how many of the most frequent n_features true features are active in a sample, on average."""
-    with temporary_seed(synthetic.cfg.seed):
-        rates_F = (synthetic.activation_generator.sample(4 * _BATCH) > 0).float().mean(dim=0)
-    return rates_F.topk(min(n_features, len(rates_F))).values.sum().item()
+    # Found on some samples and counted on others: those that are frequent by chance would count too much.
+    with temporary_seed(synthetic.cfg.seed or 0):
+        rates_F, others_F = (
+            sum(
+                (synthetic.activation_generator.sample(_BATCH) > 0).float().mean(dim=0) for _ in range(_BATCHES_TO_RANK)
+            )
+            for _ in range(2)
+        )
+    most_frequent = rates_F.topk(min(n_features, len(rates_F))).indices
+    return others_F[most_frequent].sum().item() / _BATCHES_TO_RANK
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.synthetic import OrthogonalizationConfig, SyntheticModel, SyntheticModelConfig
+from sae_lens.util import temporary_seed
 
 from sae_toolkit.evaluation.synthetic.measure import nearest_true_cosine, score
 from sae_toolkit.evaluation.synthetic.table import show_synthetic
@@ -68,6 +69,20 @@ def test_each_score_falls_by_what_is_wrong(synthetic):
     cosines_F = nearest_true_cosine(sae, synthetic)
     assert cosines_F[2].item() == pytest.approx(0.5**0.5, abs=0.01)
     assert cosines_F[[0, 1, 11]].numpy() == pytest.approx(1, abs=0.01)
+
+
+def test_a_feature_is_dead_if_it_fires_on_none_of_all_draws(synthetic, monkeypatch):
+    monkeypatch.setattr("sae_toolkit.evaluation.synthetic.measure._SAMPLES", 8)  # so that few fire in each draw
+    scores = score(sae_of(synthetic, synthetic.feature_dict.feature_vectors, threshold=1.05), synthetic, seed=1)
+    dead_in_a_draw = []
+    fired_F = torch.zeros(N, dtype=torch.bool)
+    for draw in range(5):
+        with temporary_seed(2**31 + 5 + draw):
+            features_NF = synthetic.activation_generator.sample(8)
+        fires_F = (features_NF > 1.05).any(0)
+        fired_F |= fires_F
+        dead_in_a_draw.append(int((~fires_F).sum()))
+    assert scores["dead_features"] == int((~fired_F).sum()) < min(dead_in_a_draw)
 
 
 def nearest_is_two(sae, synthetic):
