@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ def activations_at_hook(
     Args:
         prepared: SAEs at one hook, and the rows of text. The first `n_sae_rows` are read.
         model: language model, hooked there.
-        positions: only activations that all of these keep are yielded.
+        positions: only activations that all of these keep are yielded. With SAEBench's protocol, which leaves out
+            other tokens, and no positions, they do not count.
         batch_size: rows in one forward pass.
         doing: what the work is, in one word, for the progress.
 
@@ -36,6 +38,10 @@ def activations_at_hook(
         (`PreparedEvaluation.unit_N`) that each belongs to.
     """
     rows_NT = prepared.rows_NT[: prepared.n_sae_rows]
+    if prepared.protocol == "saebench":
+        positions = [PositionFilter(prepared.unscored_token_ids)]
+    elif prepared.assistant_NT is None:  # the text holds no conversations
+        positions = [replace(each, chat_tokens=None) for each in positions]
     with Progress(doing, rows_NT.size) as progress:
         for start in range(0, len(rows_NT), batch_size):
             batch_BT = rows_NT[start : start + batch_size].astype(np.int64)

@@ -11,6 +11,7 @@ from scipy.stats import t as student_t
 
 # The jackknife leaves out one of this many groups of text at a time.
 _GROUPS = 20
+_LEAST_VARIANCE = 1e-5  # of the mean square
 
 
 class FiringCorrelation:
@@ -51,7 +52,8 @@ class FiringCorrelation:
 
         Returns:
             Pearson correlations [P], and the same [G', P] with one group left out, for the G' groups that have tokens.
-            NaN where one of the two features is constant.
+            NaN where one of the two features is constant, or varies by less than 0.3% of its root mean square, which
+            sums in float32 do not tell from a constant.
         """
         n, sums_KP = self._n_G.sum(), self._sums_GKP.sum(0)
         with_tokens = [group for group in range(_GROUPS) if self._n_G[group]]
@@ -64,8 +66,9 @@ def _pearson(n: float, sums_KP: np.ndarray) -> np.ndarray:
         return np.full(sums_KP.shape[1], np.nan)
     a, b, aa, bb, ab = sums_KP / n
     with np.errstate(invalid="ignore", divide="ignore"):
-        variances = np.maximum(aa - a * a, 0) * np.maximum(bb - b * b, 0)
-        return np.where(variances > 0, (ab - a * b) / np.sqrt(variances), np.nan)
+        of_a, of_b = aa - a * a, bb - b * b
+        varies = (of_a > _LEAST_VARIANCE * aa) & (of_b > _LEAST_VARIANCE * bb)
+        return np.where(varies, (ab - a * b) / np.sqrt(of_a * of_b), np.nan)
 
 
 def mean_with_interval(values_P: np.ndarray, left_out_GP: np.ndarray) -> tuple[float | None, list[float] | None]:

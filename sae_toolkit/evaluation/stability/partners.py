@@ -172,13 +172,13 @@ def of_directions_with_covariance(W_BD: torch.Tensor, *, seed: int) -> dict[str,
     distribution with their mean and covariance: 1,000 for one dictionary, and as many as there are for the other.
 
     Args:
-        W_BD: directions of any length.
+        W_BD: directions of any length. Those of length 0 are none.
         seed: seed of the draw.
 
     Returns:
         The same as `of_random_directions`, measured on the draw.
     """
-    unit_BD = F.normalize(W_BD.float(), dim=-1)
+    unit_BD = F.normalize(W_BD[W_BD.norm(dim=-1) > 0].float(), dim=-1)
     mean_D = unit_BD.mean(0)
     covariance_DD = unit_BD.T @ unit_BD / len(unit_BD) - mean_D[:, None] * mean_D
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD.cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from sae_toolkit.saes.metadata import check_metadata
 from sae_toolkit.saes.search import find_saes
 from sae_toolkit.settings.evaluation import EvaluationSettings
 from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.rows import special_tokens
+
+log = logging.getLogger(__name__)
 
 
 def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEvaluation]) -> Stability:
@@ -35,23 +39,33 @@ def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEva
         )
     files = find_saes(list(names), layer=settings.saes.layer, flag="--stability")
     evaluated = [each for group in groups for each in group.saes]
+    others = []
+    for file in files:
+        other = next((each for each in evaluated if is_same(file, each.file)), None) or _load(file, groups, settings)
+        if other is not None:
+            _check_conversations(other, groups)
+            others.append(other)
     for each in evaluated:
-        if all(is_same(file, each.file) for file in files):
+        if all(is_same(other.file, each.file) for other in others):
             raise UserError(
                 f"{flag}: there is only one SAE, {each.file.name}; name another one, such as one that was trained with"
                 " another --seed"
             )
-    others = []
-    for file in files:
-        known = next((each for each in evaluated if is_same(file, each.file)), None)
-        others.append(known or _load(file, groups[0], settings))
     return Stability(tuple(others))
 
 
-def _load(file: SAEFile, group: PreparedEvaluation, settings: EvaluationSettings) -> EvaluatedSAE:
+def _load(file: SAEFile, groups: Sequence[PreparedEvaluation], settings: EvaluationSettings) -> EvaluatedSAE | None:
+    """Loads another SAE, at the positions that it was trained on; None if it is one of many and is damaged."""
+    group = groups[0]
     where = f"--stability {file.name}"
-    sae = load_sae_file(file, "cpu", "--stability")
-    check_metadata(sae, where)
+    try:
+        sae = load_sae_file(file, "cpu", "--stability")
+        check_metadata(sae, where)
+    except UserError as error:
+        if not file.one_of_many:
+            raise
+        log.warning("%s; left out", error)
+        return None
     first = group.saes[0]
     if sae.cfg.d_in != first.sae.cfg.d_in:
         raise UserError(
@@ -70,8 +84,29 @@ def _load(file: SAEFile, group: PreparedEvaluation, settings: EvaluationSettings
             f"{where}: an SAE of {model}, and {first.file.name} is of {group.model.name}; name SAEs of one model, or"
             " give --model_name to compare them on that model"
         )
-    positions = PositionFilter((), (metadata.seqpos_slice or (None,))[0] or 0, metadata.max_activation_norm)
+    text = settings.text  # its flags are for all SAEs
+    exclude, skip = text.exclude_special_tokens, text.skip_positions
+    if exclude is None:
+        exclude = metadata.get("exclude_special_tokens", False)
+    if skip is None:
+        skip = (metadata.seqpos_slice or (None,))[0] or 0
+    positions = PositionFilter(
+        special_token_ids=special_tokens(exclude, group.tokenizer, is_chat=any(each.text.is_chat for each in groups)),
+        skip_positions=skip,
+        max_activation_norm=metadata.max_activation_norm if text.max_activation_norm_multiple is None else None,
+        chat_tokens=text.chat_tokens or metadata.chat_tokens,
+    )
     return EvaluatedSAE(file, sae, positions)
+
+
+def _check_conversations(other: EvaluatedSAE, groups: Sequence[PreparedEvaluation]) -> None:
+    """Raises a UserError if an SAE is for what the assistant says, and a group is measured on whole conversations."""
+    for group in groups:
+        if other.positions.chat_tokens == "assistant" and group.text.is_chat and group.assistant_NT is None:
+            raise UserError(
+                f"--stability {other.file.name}: was trained on what the assistant says, and"
+                f" {group.saes[0].file.name} on whole conversations; choose by --chat_tokens assistant or all"
+            )
 
 
 def _is_same_model(one: str, other: str) -> bool:

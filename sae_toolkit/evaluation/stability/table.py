@@ -32,9 +32,12 @@ def show_stability(results: Mapping[str, Any]) -> Shown:
         mean_cosine = f"{over['mean_max_cosine']['mean']:.3f}"
         above, *others = (_with_interval(over[name]) for name in ("above_0.7", "matched_above_0.7", "shared"))
         rows.append(("mean", mean_cosine, above, "", *others, ""))
-    random = partners[0]["random_with_the_same_covariance"]
-    above, far_above = (f"{random[name]:.1%}" for name in ("above_0.7", "above_0.9"))
-    rows.append(("random", f"{random['mean']:.3f}", above, far_above, "", "", ""))
+    one_width = len({partner["features"] for partner in partners}) == 1
+    for partner in partners[:1] if one_width else partners:
+        random = partner["random_with_the_same_covariance"]
+        above, far_above = (f"{random[name]:.1%}" for name in ("above_0.7", "above_0.9"))
+        name = "random" if one_width else f"random, for {partner['name']}"
+        rows.append((name, f"{random['mean']:.3f}", above, far_above, "", "", ""))
     return Shown(title, _COLUMNS, tuple(rows), _HOW_TO_READ)
 
 

@@ -1,6 +1,7 @@
 """How many features of an SAE other SAEs have too, and whether they fire together."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -125,6 +126,22 @@ def test_random_directions_with_the_covariance_of_a_decoder_have_more_in_common_
     assert of_narrow["above_0.7"] > 0.9 > 0.01 > of_wide["above_0.7"]
 
 
+def test_rows_of_zeros_are_no_directions_that_random_ones_are_drawn_like():
+    narrow = directions(3000, 16) + 2
+    assert of_directions_with_covariance(torch.cat([narrow, torch.zeros(3000, 16)]), seed=0) == pytest.approx(
+        of_directions_with_covariance(narrow, seed=0), abs=1e-3
+    )
+
+
+def test_features_that_are_always_on_at_one_strength_have_no_correlation():
+    of_firing = FiringCorrelation(3)
+    a_NP = torch.rand(20_000, 3) * torch.tensor([0.0, 0.0, 1.0]) + 0.7
+    b_NP = torch.rand(20_000, 3) * torch.tensor([0.0, 1.0, 1.0]) + 0.3
+    of_firing.add(a_NP, b_NP, np.arange(20_000) // 1000)
+    correlation_P, _ = of_firing.correlations()
+    assert np.isnan(correlation_P).tolist() == [True, True, False]
+
+
 def test_correlations_are_numpys_and_their_interval_holds_the_true_mean():
     generator = np.random.default_rng(0)
     n, correlation = 4000, 0.6
@@ -206,6 +223,42 @@ def test_the_script_finds_the_features_of_an_sae_in_another_order_and_none_in_an
     report = (saes["one"] / "report.html").read_text()
     assert '"measured":{"found again":' in report
     assert "Stability" in (saes["one"] / "report.md").read_text()
+
+
+def test_a_damaged_sae_of_a_pattern_is_left_out_and_what_another_left_out_too_counts_for_both(evaluate, saes, tmp_path):
+    names = {name: tmp_path / "saes" / name for name in ("damaged", "other", "special")}
+    for name, path in names.items():
+        shutil.copytree(saes["one" if name == "special" else "other"], path)
+    weights = names["damaged"] / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    config = json.loads((names["special"] / "cfg.json").read_text())
+    config["metadata"] |= {"exclude_special_tokens": True, "seqpos_slice": [3, None]}
+    (names["special"] / "cfg.json").write_text(json.dumps(config))
+    done = evaluate("--sae_path", saes["one"], "--stability", tmp_path / "saes/*")
+    assert done.status == 0, done.stderr
+    assert "damaged" in done.stderr and "left out" in done.stderr
+    stability = json.loads((saes["one"] / "evaluation.json").read_text())["stability"]
+    assert [each["name"] for each in stability["partners"]] == ["other", "special"]
+    n_special = stability["tokens"]
+    done = evaluate("--sae_path", saes["one"], "--stability", names["special"], "--exclude_special_tokens", "false")
+    assert done.status == 0, done.stderr
+    n_skipped = json.loads((saes["one"] / "evaluation.json").read_text())["stability"]["tokens"]
+    done = evaluate("--sae_path", saes["one"], names["special"], "--stability", names["special"], saes["one"])
+    assert done.status == 0, done.stderr
+    n_both = json.loads((saes["one"] / "evaluation.json").read_text())["stability"]["tokens"]
+    assert n_skipped == 30 * 29
+    assert n_special == n_both < n_skipped
+
+
+def test_other_saes_of_other_widths_each_have_their_random_directions(evaluate, saes, tmp_path):
+    torch.manual_seed(3)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48))
+    sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    sae.save_model(tmp_path / "fewer")
+    done = evaluate("--sae_path", saes["one"], "--stability", saes["other"], tmp_path / "fewer")
+    assert done.status == 0, done.stderr
+    report = (saes["one"] / "report.md").read_text()
+    assert "random, for other" in report and "random, for fewer" in report
 
 
 def test_saes_named_by_stability_alone_are_evaluated_and_compared_with_each_other(evaluate, saes):
