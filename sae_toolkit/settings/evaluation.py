@@ -94,7 +94,7 @@ class ReadTextSettings:
         return None
 
     seed: NonNegative = 42
-    """random seed of the choice of sequences"""
+    """random seed of the choice of sequences, and of what is drawn for the measurements"""
 
 
 @dataclass(frozen=True)
