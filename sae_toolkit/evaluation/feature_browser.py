@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sae_toolkit.evaluation.metrics import chunk_length
+from sae_toolkit.model.language_model import Unembedding
 from sae_toolkit.text.token_ids import TokenIds
 
 # More features are tracked than shown: many may never fire, and those that do should cover all firing rates.
@@ -107,8 +108,7 @@ class FeatureRecorder:
         rows_RT: np.ndarray,
         tokenizer: PreTrainedTokenizerBase,
         W_dec_FD: torch.Tensor,
-        unembed_weight_VD: torch.Tensor | None = None,
-        final_norm_weight_D: torch.Tensor | None = None,
+        unembedding: Unembedding | None = None,
         *,
         n_contexts: int = 8,
     ) -> list[Feature]:
@@ -118,9 +118,7 @@ class FeatureRecorder:
             rows_RT: token ids of the sequences, indexed by the sequence numbers given to `add`.
             tokenizer: tokenizer of the token ids.
             W_dec_FD: decoder of the SAE.
-            unembed_weight_VD: weight of the language model's output head. Without it, or if the decoder writes to a
-                space of another width D, `raised` and `lowered` are empty.
-            final_norm_weight_D: weight of the norm before the output head.
+            unembedding: what reads the decoder's output. Without it `raised` and `lowered` are empty.
             n_contexts: largest number of contexts of a feature.
         """
         found = _Activations(self._where, self._values, len(self._tracked_K))
@@ -128,8 +126,8 @@ class FeatureRecorder:
         indices = self._tracked_K.cpu()[shown]
         raised: list[_Effects] = [()] * len(shown)
         lowered: list[_Effects] = [()] * len(shown)
-        if len(shown) and unembed_weight_VD is not None and unembed_weight_VD.shape[1] == W_dec_FD.shape[1]:
-            effects = logit_effects(W_dec_FD[indices.to(W_dec_FD.device)], unembed_weight_VD, final_norm_weight_D)
+        if len(shown) and unembedding is not None:
+            effects = logit_effects(W_dec_FD[indices.to(W_dec_FD.device)], unembedding)
             raised, lowered = (_with_tokens(tokenizer, *end) for end in effects)
         return [
             Feature(
@@ -209,46 +207,43 @@ def _with_tokens(tokenizer: PreTrainedTokenizerBase, ids_KN: torch.Tensor, chang
 
 @torch.no_grad()
 def logit_effects(
-    W_dec_KD: torch.Tensor,
-    unembed_weight_VD: torch.Tensor,
-    final_norm_weight_D: torch.Tensor | None = None,
-    *,
-    n_tokens: int = 8,
+    W_dec_KD: torch.Tensor, unembedding: Unembedding, *, n_tokens: int = 8
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Returns the tokens whose logits each decoder vector raises and lowers most, per unit of activation.
 
     Args:
-        W_dec_KD, unembed_weight_VD, final_norm_weight_D: as for `logit_changes`.
+        W_dec_KD, unembedding: as for `logit_changes`.
         n_tokens: number of tokens to return in each direction.
 
     Returns:
         For raised and for lowered, with the largest change first: token ids [K, n_tokens] and changes of the logit
         [K, n_tokens].
     """
-    changes_KV = logit_changes(W_dec_KD, unembed_weight_VD, final_norm_weight_D)
+    changes_KV = logit_changes(W_dec_KD, unembedding)
     n = min(n_tokens, changes_KV.shape[1])
     raised, lowered = changes_KV.topk(n), changes_KV.topk(n, largest=False)
     return (raised.indices, raised.values), (lowered.indices, lowered.values)
 
 
-def logit_changes(
-    W_dec_KD: torch.Tensor, unembed_weight_VD: torch.Tensor, final_norm_weight_D: torch.Tensor | None = None
-) -> torch.Tensor:
+def logit_changes(W_dec_KD: torch.Tensor, unembedding: Unembedding) -> torch.Tensor:
     """Returns by how much each decoder vector raises the logit of each token, per unit of activation, [K, V].
 
     This is the logit lens (nostalgebraist 2020) of the vector: (W_dec * norm weight) @ W_U^T, less its mean over the
-    vocabulary, which changes no probability. It ignores the scale that the final norm divides by, which depends on
-    the token, and the effect of later layers on the vector. It is computed in float32.
+    vocabulary, which changes no probability. Of a norm that subtracts the mean over the dimensions W_dec loses its
+    own first. It ignores the scale that the norm divides by, which depends on the token, and the effect of later
+    layers on the vector. It is computed in float32.
 
     Args:
         W_dec_KD: decoder vectors that write to the residual stream.
-        unembed_weight_VD: weight of the output head.
-        final_norm_weight_D: weight of the norm before the output head.
+        unembedding: the last norm and the output head.
     """
-    directions_KD = W_dec_KD.to(unembed_weight_VD.device, torch.float32)
-    if final_norm_weight_D is not None:
-        directions_KD = directions_KD * final_norm_weight_D.to(directions_KD)
-    parts = unembed_weight_VD.split(chunk_length(unembed_weight_VD.shape[1]))
+    weight_VD = unembedding.weight_VD
+    directions_KD = W_dec_KD.to(weight_VD.device, torch.float32)
+    if unembedding.is_centered:
+        directions_KD = directions_KD - directions_KD.mean(1, keepdim=True)
+    if unembedding.norm_factors_D is not None:
+        directions_KD = directions_KD * unembedding.norm_factors_D.to(directions_KD)
+    parts = weight_VD.split(chunk_length(weight_VD.shape[1]))
     changes_KV = torch.cat([directions_KD @ part.float().T for part in parts], dim=1)
     return changes_KV.sub_(changes_KV.mean(1, keepdim=True))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,6 @@ from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEva
 from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics, token_stats
 from sae_toolkit.model.devices import with_float64
 from sae_toolkit.model.language_model import LanguageModel
-
-# Hooks at the residual stream, or at outputs that are added to it. The output head reads that stream.
-_WRITES_TO_RESIDUAL = re.compile(r"\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)$")
 
 
 @dataclass(frozen=True)
@@ -255,7 +251,7 @@ class Measurement:
                 prepared.rows_NT,
                 prepared.tokenizer,
                 sae.W_dec,
-                *(model.unembedding() if _WRITES_TO_RESIDUAL.search(prepared.hook_name) else ()),
+                model.unembedding(),
             ),
             firing_rates_F=rates_F.cpu(),
         )

@@ -185,16 +185,15 @@ class _Effects:
     """The tokens that decoder vectors make likelier and less likely, where they write to the residual stream."""
 
     def __init__(self, model: LanguageModel, prepared: PreparedEvaluation, n_tokens: int) -> None:
-        self._weight_VD, self._norm_D = model.unembedding()
+        self._unembedding = model.unembedding()
         self._tokenizer = prepared.tokenizer
         self._n_tokens = n_tokens
 
     def of(self, W_dec_KD: torch.Tensor) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
         """Returns for each decoder vector [K, D] the tokens whose logits it raises most, and those it lowers most."""
-        weight = self._weight_VD
-        if weight is None or self._n_tokens == 0 or weight.shape[1] != W_dec_KD.shape[1]:
+        if self._unembedding is None or self._n_tokens == 0:
             return [[] for _ in W_dec_KD], [[] for _ in W_dec_KD]
-        ends = logit_effects(W_dec_KD, weight, self._norm_D, n_tokens=self._n_tokens)
+        ends = logit_effects(W_dec_KD, self._unembedding, n_tokens=self._n_tokens)
         raised, lowered = ([self._named(*each) for each in zip(*end, strict=True)] for end in ends)
         return raised, lowered
 

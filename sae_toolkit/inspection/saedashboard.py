@@ -36,8 +36,8 @@ def export_saedashboard(features_file: Path, W_dec_FD: torch.Tensor, model: Lang
     Features that never fire are left out. Strongest examples are its top activations, and drawn examples are sorted
     into five equal intervals between 0 and the largest activation. Bars of the histogram of activations are computed
     from counts in quarter octaves, as if activations were even within one. The tables of neurons and correlations and
-    the effects on the loss are empty. Where the hook is not of the model's width there are no logits, and its default
-    layout, which has a table of them, cannot be drawn.
+    the effects on the loss are empty. Where the hook is not at the residual stream or added to it there are no logits,
+    and its default layout, which has a table of them, cannot be drawn.
 
     Args:
         features_file: what `write_features` wrote.
@@ -47,14 +47,14 @@ def export_saedashboard(features_file: Path, W_dec_FD: torch.Tensor, model: Lang
     Returns:
         The directory. An earlier one is replaced.
     """
-    weight_VD, norm_D = model.unembedding()
+    unembedding = model.unembedding()
 
     def as_json(part: pa.RecordBatch) -> dict[str, Any]:
         features = [each for each in part.to_pylist() if each["n_firings"]]
         changes_KV = None
-        if weight_VD is not None and weight_VD.shape[1] == W_dec_FD.shape[1]:
+        if unembedding is not None:
             W_dec_KD = W_dec_FD[[each["feature"] for each in features]]
-            changes_KV = logit_changes(W_dec_KD, weight_VD, norm_D).cpu().numpy()
+            changes_KV = logit_changes(W_dec_KD, unembedding).cpu().numpy()
         return {
             "feature_data_dict": {
                 str(each["feature"]): _feature(each, None if changes_KV is None else changes_KV[k])

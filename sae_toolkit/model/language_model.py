@@ -5,6 +5,7 @@ The layers are Transformers' own: SDPA attention, no key-value cache.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.hooks import (
+    EMBEDDING_HOOK,
     decoder_layers,
     find_hook,
     forward_replaced,
@@ -27,7 +29,11 @@ from sae_toolkit.model.hooks import (
     text_decoder,
 )
 
-_FINAL_NORMS = {"norm", "ln_f", "final_layer_norm", "final_layernorm"}
+_FINAL_NORMS = (
+    *("norm", "ln_f", "norm_f", "final_norm", "final_layer_norm", "final_layernorm", "layer_norm", "embedding_norm"),
+)
+# Hooks at the residual stream, or at outputs that are added to it. The output head reads that stream.
+_WRITES_TO_RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)")
 
 
 class _HookReached(Exception):
@@ -41,6 +47,21 @@ class HookState:
     acts_BTD: torch.Tensor
     layer_input_BTD: torch.Tensor | None
     layer_extras: int | None  # number of values after the hidden states in a layer's output; None if that is no tuple
+
+
+@dataclass(frozen=True)
+class Unembedding:
+    """What makes logits of the residual stream: the last norm, and the output head.
+
+    Args:
+        weight_VD: weight of the output head.
+        norm_factors_D: what the norm multiplies each dimension by; None if there is no norm.
+        is_centered: whether the norm subtracts the mean over the dimensions, as a LayerNorm does.
+    """
+
+    weight_VD: torch.Tensor
+    norm_factors_D: torch.Tensor | None = None
+    is_centered: bool = False
 
 
 class LanguageModel:
@@ -203,25 +224,36 @@ class LanguageModel:
     def _at_hook(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> RemovableHandle:
         return hooked(self.hook.module, self.hook.side, function)
 
-    def unembedding(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Returns the output head's weight [V, D] and the factors of the norm before it [D], or None for either."""
-        head = self.model.get_output_embeddings()
+    def unembedding(self) -> Unembedding | None:
+        """Returns the last norm and the output head; None if they do not read what is at the hook.
+
+        They read the residual stream, and what is added to it. They are not found where the model has no output head,
+        or one of another width.
+        """
+        hook = self.hook
+        is_residual = hook.name == EMBEDDING_HOOK or any(hook.module is layer for layer in self.layers)
+        weight_VD = getattr(self.model.get_output_embeddings(), "weight", None)
+        if weight_VD is None or not (is_residual or _WRITES_TO_RESIDUAL.fullmatch(hook.name)):
+            return None
+        if weight_VD.shape[1] != self.model.config.get_text_config(decoder=True).hidden_size:
+            return None
         norm = next((m for name, m in text_decoder(self.model).named_children() if name in _FINAL_NORMS), None)
-        return getattr(head, "weight", None), None if norm is None else _norm_factors(norm)
+        return Unembedding(weight_VD) if norm is None else Unembedding(weight_VD, *_norm_of(norm, weight_VD))
 
 
 @torch.no_grad()
-def _norm_factors(norm: nn.Module) -> torch.Tensor | None:
-    """Returns what a norm multiplies each dimension by [D], or None if it has no weight.
+def _norm_of(norm: nn.Module, weight_VD: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Returns what a norm multiplies each dimension by [D], and whether it subtracts the mean over the dimensions.
 
-    Some families multiply by the weight and some by 1 + weight. So the norm is applied to x and -x, where x is 1 and -1
-    by turns: its mean is 0 and its mean square 1. Half the difference of the two leaves no bias.
+    Some families multiply by the weight, some by 1 + weight, and some have none. So the norm is applied to x and -x,
+    where x is 1 and -1 by turns: its mean is 0 and its mean square 1. Half the difference of the two leaves no bias.
+    Adding 1 to x changes nothing if the mean is subtracted.
     """
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return None
-    signs_D = 1 - 2 * (torch.arange(len(weight), device=weight.device) % 2).to(weight.dtype)
-    return (norm(signs_D[None, None]) - norm(-signs_D[None, None]))[0, 0] / 2 * signs_D
+    like = next(norm.parameters(), weight_VD)
+    signs_D = 1 - 2 * (torch.arange(weight_VD.shape[1], device=like.device) % 2).to(like.dtype)
+    plus_D, minus_D, moved_D = (norm(x_D[None, None])[0, 0].float() for x_D in (signs_D, -signs_D, signs_D + 1))
+    moved_by = (moved_D - plus_D).abs().mean() / (plus_D - minus_D).abs().mean().clamp(min=1e-30)
+    return (plus_D - minus_D) / 2 * signs_D, bool(moved_by < 0.02)
 
 
 def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:

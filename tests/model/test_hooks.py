@@ -10,6 +10,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.feature_browser import logit_changes
 from sae_toolkit.model.hook_width import hook_width
 from sae_toolkit.model.hooks import decoder_layers
 from sae_toolkit.model.language_model import LanguageModel
@@ -160,18 +161,54 @@ def test_the_layers_of_a_model_with_vision_are_those_of_its_text_decoder(family,
         ("gemma3n_text", {**_GATED, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 100}),
         ("gpt2", {}),
         ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+        ("mpt", {}),
     ],
 )
 def test_the_factors_of_the_final_norm_are_those_that_it_multiplies_by(family, more):
     config = tiny_config(family, **more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    norm = next(m for n, m in model.named_modules() if n.split(".")[-1] in ("norm", "ln_f", "final_layer_norm"))
+    norm = next(
+        m for n, m in model.named_modules() if n.split(".")[-1] in ("norm", "ln_f", "norm_f", "final_layer_norm")
+    )
     nn.init.uniform_(norm.weight, 0.5, 2)
     if getattr(norm, "bias", None) is not None:
         nn.init.normal_(norm.bias)
-    factors_D = LanguageModel(model, "blocks.2.hook_resid_post").unembedding()[1]
-    assert factors_D is not None
-    torch.testing.assert_close(factors_D, norm.weight + (family == "gemma2"), rtol=1e-4, atol=1e-4)
+    unembedding = LanguageModel(model, "blocks.2.hook_resid_post").unembedding()
+    torch.testing.assert_close(unembedding.norm_factors_D, norm.weight + (family == "gemma2"), rtol=1e-4, atol=1e-4)
+    assert unembedding.is_centered == (family in ("gpt2", "opt", "olmo", "mpt"))
+
+
+def test_a_decoder_vector_changes_logits_as_the_model_does_after_a_layer_norm():
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2"), dtype=torch.float32)
+    nn.init.uniform_(model.transformer.ln_f.weight, 0.5, 2)
+    hooked = LanguageModel(model.double(), "blocks.2.hook_resid_post")
+    resid_D = hooked.activations(torch.tensor([[1, 2, 3]]))[0, -1]
+    centered_D = resid_D - resid_D.mean()
+    W_dec_KD = torch.randn(4, len(resid_D), generator=torch.Generator().manual_seed(0)).double() + 0.5
+    # Directions that do not change the length of the state, which the norm divides by.
+    W_dec_KD -= (W_dec_KD @ centered_D / centered_D.square().sum())[:, None] * centered_D
+    step = 1e-5
+    plus_KV, minus_KV = (model.lm_head(model.transformer.ln_f(resid_D + step * sign * W_dec_KD)) for sign in (1, -1))
+    true_KV = (plus_KV - minus_KV) / (2 * step) * centered_D.square().mean().add(1e-5).sqrt()
+    found_KV = logit_changes(W_dec_KD, hooked.unembedding())
+    torch.testing.assert_close(found_KV.double(), true_KV - true_KV.mean(1, keepdim=True), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "is_read"),
+    [
+        ("blocks.1.hook_resid_pre", True),
+        ("blocks.1.hook_mlp_out", True),
+        ("hook_embed", True),
+        ("model.layers.1", True),
+        ("blocks.1.attn.hook_z", False),
+        ("model.layers.1.self_attn.q_proj", False),
+    ],
+)
+def test_the_output_head_reads_the_residual_stream_and_what_is_added_to_it(hook_name, is_read):
+    config = tiny_config("llama", **_GATED)  # its heads together are as wide as the model
+    hooked = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), hook_name)
+    assert (hooked.unembedding() is not None) == is_read
 
 
 INNER = ["hook_resid_mid", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"]

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from sae_toolkit.evaluation.feature_browser import Context, Feature, FeatureRecorder, decode_tokens, logit_effects
+from sae_toolkit.model.language_model import Unembedding
 from sae_toolkit.reports.page import render_html, render_markdown
 from sae_toolkit.reports.tables import render
 from support.pages import D, F, browse, embedded_data
@@ -28,7 +29,7 @@ def features(sae, tokenizer):
     recorder = FeatureRecorder(F, asked_for=[5, 7], n_sampled=50)
     record(recorder, features_NF)
     unembed_VD = torch.randn(len(tokenizer), D, generator=torch.Generator().manual_seed(1))
-    return recorder.features(rows_NT, tokenizer, W_dec_FD, unembed_VD, torch.ones(D))
+    return recorder.features(rows_NT, tokenizer, W_dec_FD, Unembedding(unembed_VD, torch.ones(D)))
 
 
 def test_the_recorder_finds_what_a_dense_search_finds(sae, features, tokenizer):
@@ -73,13 +74,16 @@ def test_where_features_are_dead_or_few_there_are_fewer_to_show(sae, tokenizer):
     assert {f.index for f in recorder.features(rows_NT, tokenizer, W_dec_FD)} == {1, 2, 3, 4, 6, 7, 8, 9}
 
 
+@pytest.mark.parametrize("is_centered", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logit_effects_equal_the_formula_in_float64(dtype):
+def test_logit_effects_equal_the_formula_in_float64(dtype, is_centered):
     generator = torch.Generator().manual_seed(2)
     W_dec, unembed, norm = (torch.randn(*n, generator=generator).to(dtype) for n in ((5, 16), (1000, 16), (16,)))
-    changes = (W_dec.double() * norm.double()) @ unembed.double().T
+    directions = W_dec.double() - is_centered * W_dec.double().mean(1, keepdim=True)
+    changes = (directions * norm.double()) @ unembed.double().T
     changes -= changes.mean(1, keepdim=True)
-    for (ids, values), largest in zip(logit_effects(W_dec, unembed, norm), (True, False), strict=True):
+    effects = logit_effects(W_dec, Unembedding(unembed, norm, is_centered))
+    for (ids, values), largest in zip(effects, (True, False), strict=True):
         expected = changes.topk(8, largest=largest)
         assert torch.equal(ids, expected.indices)
         torch.testing.assert_close(values.double(), expected.values, rtol=1e-5, atol=1e-5)
