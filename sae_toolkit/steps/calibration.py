@@ -164,7 +164,8 @@ def calibrate(
             yield _scores(sae, scaler(part_ND.to(sae.device, sae.dtype))).flatten()
 
     n_active = round(target * n_tokens)
-    cut, n_above, n_before = _find_cut(chunks, n_active, 2 * target / sae.cfg.d_sae, cut_before, ranks)
+    least_cut = -math.inf if threshold is None else 0.0
+    cut, n_above, n_before = _find_cut(chunks, n_active, 2 * target / sae.cfg.d_sae, cut_before, least_cut, ranks)
     l0, l0_before = n_above / n_tokens, n_before / n_tokens
     if threshold is None and not (abs(l0_before / target - 1) <= FURTHEST):
         return None
@@ -197,7 +198,7 @@ def _norms(sae: TrainingSAE[Any]) -> Tensor:
 def _moved(sae: TrainingSAE[Any], cut: float) -> dict[str, Tensor]:
     """Returns the tensors with which exactly those features are active whose score is above the cut."""
     if isinstance(sae, BatchTopKTrainingSAE):
-        return {"topk_threshold": torch.full_like(sae.topk_threshold, max(cut, 0.0))}
+        return {"topk_threshold": torch.full_like(sae.topk_threshold, cut)}
     if isinstance(sae, JumpReLUTrainingSAE):
         return {"threshold": sae.threshold * (cut if cut > 0 else math.nan)}
     name = "b_gate" if isinstance(sae, GatedTrainingSAE) else "b_enc"
@@ -205,7 +206,12 @@ def _moved(sae: TrainingSAE[Any], cut: float) -> dict[str, Tensor]:
 
 
 def _find_cut(
-    chunks: Callable[[], Iterator[Tensor]], n_active: int, share: float, cut_before: float, ranks: Ranks
+    chunks: Callable[[], Iterator[Tensor]],
+    n_active: int,
+    share: float,
+    cut_before: float,
+    least_cut: float,
+    ranks: Ranks,
 ) -> tuple[float, int, int]:
     """Finds the cut above which there are `n_active` scores, on all ranks together. Collective.
 
@@ -216,11 +222,12 @@ def _find_cut(
         n_active: how many scores are to be above the cut.
         share: which share of a chunk to keep at first; more than is expected above the cut.
         cut_before: the cut to compare with.
+        least_cut: the cut is not below this, though fewer scores are then above it.
         ranks: the ranks that have scores.
 
     Returns:
-        The cut, -inf if there are no more than `n_active` scores; how many scores are above it; and how many are above
-        `cut_before`.
+        The cut, `least_cut` if there are no more than `n_active` scores; how many scores are above it; and how many are
+        above `cut_before`.
     """
     while True:
         kept, floor, n_before = [], torch.tensor(-torch.inf), torch.tensor(0)
@@ -235,11 +242,11 @@ def _find_cut(
         floor, n_before = ranks.maximum(floor), ranks.sum(n_before)
         if len(values_N) <= n_active:
             if share >= 1:
-                return -math.inf, len(values_N), int(n_before)
+                return least_cut, int((values_N > least_cut).sum()), int(n_before)
         else:
             least_N = values_N[largest(values_N, n_active + 1)].topk(2, largest=False).values
             found_all = (floor <= least_N[0]) | least_N[0].isnan()
             if share >= 1 or found_all:
-                cut = least_N.double().mean().item()
+                cut = max(least_N.double().mean().item(), least_cut)
                 return cut, int((values_N > cut).sum()), int(n_before)
         share *= 2

@@ -27,7 +27,8 @@ def new_trainer(architecture, d_in, dtype="float32", **settings):
         settings["matryoshka_widths"] = [64, 288]
     cfg = LanguageModelSAERunnerConfig(
         sae=config_class(
-            d_in=d_in, d_sae=288, k=K, dtype=dtype, normalize_activations="expected_average_only_in", **settings
+            **{"d_in": d_in, "d_sae": 288, "k": K, "dtype": dtype, **settings},
+            normalize_activations="expected_average_only_in",
         ),
         training_tokens=N_STEPS * BATCH,
         train_batch_size_tokens=BATCH,
@@ -138,10 +139,23 @@ def test_the_cut_is_right_if_one_chunk_holds_nearly_all_active_features():
     scores_CN = torch.randn(8, 4000, generator=generator)
     scores_CN[3] += 10
     for n_active in (10, 3000, 5000, 31999):
-        cut, n_above, n_before = _find_cut(lambda: iter(scores_CN), n_active, 0.02, 1.0, ALONE)
+        cut, n_above, n_before = _find_cut(lambda: iter(scores_CN), n_active, 0.02, 1.0, -torch.inf, ALONE)
         assert n_above == n_active == int((scores_CN > cut).sum())
         assert n_before == int((scores_CN > 1.0).sum())
-    assert _find_cut(lambda: iter(scores_CN), 32000, 0.02, 1.0, ALONE)[0] == -torch.inf
+    assert _find_cut(lambda: iter(scores_CN), 32000, 0.02, 1.0, -torch.inf, ALONE)[0] == -torch.inf
+    for n_active in (25_000, 32_000):  # about 18,000 are above 0
+        cut, n_above, _ = _find_cut(lambda: iter(scores_CN), n_active, 0.02, 1.0, 0.0, ALONE)
+        assert (cut, n_above) == (0, int((scores_CN > 0).sum()))
+
+
+def test_where_too_few_features_are_positive_the_record_says_what_l0_there_is(acts_ND):
+    trainer = new_trainer("batchtopk", acts_ND.shape[1], k=200)
+    trainer.activation_scaler.estimate_scaling_factor(acts_ND.shape[1], iter([acts_ND]), 1)
+    trainer.sample.add(acts_ND, 0)
+    calibration = trainer.calibrate()
+    l0, _ = measured(finished_copy(trainer, calibration), acts_ND)
+    assert l0 < 190
+    assert calibration.l0 == pytest.approx(l0, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
