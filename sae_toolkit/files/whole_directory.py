@@ -73,6 +73,14 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_about(directory: Path, about: dict[str, Any]) -> bool:
+    """Returns whether a directory is whole, and what it was written about."""
+    try:
+        return check_manifest(directory, str(directory)).get("about") == about
+    except UserError:
+        return False
+
+
 def check_manifest(directory: Path, where: str) -> dict[str, Any]:
     """Checks the files of a directory against its manifest. Files that the manifest does not name are ignored.
 

@@ -147,7 +147,7 @@ def _effects_of(feature: dict[str, Any], inspected: InspectedSAE, sae: SAE[Any],
         for kind, value, scored_T in zip(_KINDS, (0.0, largest), (fires_T, kept_T), strict=True):
             new_T1 = torch.full_like(old_TF[:, :1], value)
             change_TD = change_of_turning(sae, old_TF, [f], new_T1).reshape(acts_TD.shape)
-            turned_TD = acts_TD + change_TD * kept_T[:, None].to(sae.device)
+            turned_TD = acts_TD + change_TD.masked_fill(~kept_T[:, None].to(sae.device), 0)
             turned_1TD = turned_TD.reshape(state.acts_BTD.shape)
             turned_TV = model.logits_from_hook(torch.from_numpy(tokens_1T), state, turned_1TD)[0]
             sums.add(kind, log_probabilities(turned_TV).sub_(clean_TV), targets_T, scored_T)

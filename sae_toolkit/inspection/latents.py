@@ -23,7 +23,7 @@ import torch
 from safetensors.numpy import save_file
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
+from sae_toolkit.files.whole_directory import NotSaved, is_about, whole_directory
 from sae_toolkit.inspection.run import InspectedSAE, encoded_rows
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
@@ -80,7 +80,7 @@ def write_latents(
     prepared = inspected.prepared
     target = directory / LATENTS / prepared.hook_name
     if directory.is_dir():
-        if about and _is_about(directory, about):
+        if about and is_about(directory, about):
             return target
         shutil.rmtree(directory)
     n_firings_F = np.zeros(inspected.evaluated.sae.cfg.d_sae, np.int64)
@@ -99,14 +99,6 @@ def write_latents(
     except NotSaved as error:
         raise UserError(f"{where} cannot be written: {error}; free some space, or give --output") from None
     return target
-
-
-def _is_about(directory: Path, about: dict[str, Any]) -> bool:
-    """Returns whether a directory is whole, and what it was written about."""
-    try:
-        return check_manifest(directory, str(directory)).get("about") == about
-    except UserError:
-        return False
 
 
 def _ranges(n_firings_F: np.ndarray) -> list[tuple[int, int]]:

@@ -37,7 +37,9 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
         UserError: an inspection could not succeed.
     """
     if settings.steering.steer:
-        text = EvaluationTextSettings(**asdict(settings.text), num_samples=1)  # it is not used
+        # Text is only used to measure a norm limit that a flag asks for.
+        num_samples = 1 if settings.text.max_activation_norm_multiple is None else None
+        text = EvaluationTextSettings(**asdict(settings.text), num_samples=num_samples)
         return prepare_evaluations(settings.saes, text, MeasurementSettings())
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from sae_toolkit.inspection import effects, explanations, features_file, latents
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.loading import LanguageModels
 from sae_toolkit.settings.inspection import InspectionSettings
+
+log = logging.getLogger(__name__)
 
 _MADE_FROM_FEATURES = (
     *(page.FILENAME, page.DATA, effects.FILENAME, neuronpedia.DIRECTORY, saedashboard.DIRECTORY, latents.DIRECTORY),
@@ -58,6 +61,8 @@ def write_results(
             earlier.unlink(missing_ok=True)
     yield path
     if not run.no_page:
+        if settings.features.neighbors == 0:
+            log.warning("--neighbors 0: the page cannot say which features are twins")
         yield page.write_page(path, tokenizer)
     if run.effects:
         yield effects.write_effects(each, model, path, run.effects)

@@ -20,7 +20,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.massive_activations import measure_norm_limits
 from sae_toolkit.evaluation.metrics import chunk_length
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
+from sae_toolkit.files.whole_directory import NotSaved, check_manifest, is_about, whole_directory
 from sae_toolkit.inspection.statistics import FeatureStatistics
 from sae_toolkit.model.devices import free_memory, out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
@@ -93,7 +93,7 @@ def inspect_features(
             )
             evaluated.sae.to(prepared.device)
             inspected.append(InspectedSAE(evaluated, prepared, statistics, directory))
-            abouts.append(_about(prepared, evaluated, settings, batch_size))
+            abouts.append(_about(prepared, evaluated, settings, batch_size, model.dtype))
             _load(inspected[-1], abouts[-1])
     rows_NT, start = groups[0].rows_NT, min(each.next_row for each in inspected)
     if start:
@@ -190,7 +190,8 @@ def encoded_rows(
     for i in range(0, len(batch_BT), n_rows):
         measured_BT = kept_BT[i : i + n_rows].to(sae.device)
         acts = acts_BTD[i : i + n_rows].to(sae.device, torch.float32)
-        features_BTF = sae.encode(acts.flatten(0, 1)).unflatten(0, measured_BT.shape) * measured_BT[..., None]
+        features_BTF = sae.encode(acts.flatten(0, 1)).unflatten(0, measured_BT.shape)
+        features_BTF = features_BTF.masked_fill(~measured_BT[..., None], 0)  # they may be NaN, which no product is
         yield i, features_BTF, measured_BT
 
 
@@ -210,7 +211,11 @@ def check_memory(groups: Sequence[PreparedEvaluation], settings: FeatureSettings
 
 
 def _about(
-    prepared: PreparedEvaluation, evaluated: EvaluatedSAE, settings: FeatureSettings, batch_size: int
+    prepared: PreparedEvaluation,
+    evaluated: EvaluatedSAE,
+    settings: FeatureSettings,
+    batch_size: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Returns what the statistics depend on. A pass that was saved goes on only if all of it is the same."""
     digest = xxhash.xxh3_128()
@@ -219,12 +224,13 @@ def _about(
     digest.update(np.ascontiguousarray(prepared.rows_NT).tobytes())
     about = {
         "weights and text": digest.hexdigest(),
-        "model": [prepared.model.name, prepared.model.files(), prepared.hook_name],
+        "model": [prepared.model.name, prepared.model.files(), prepared.hook_name, str(dtype), prepared.device],
+        "sae": {name: value for name, value in evaluated.sae.cfg.to_dict().items() if name != "device"},
         "positions": repr(evaluated.positions),
         "examples": [settings.examples, settings.drawn_examples, prepared.seed],
         "batch_size": batch_size,
     }
-    return json.loads(json.dumps(about))
+    return json.loads(json.dumps(about, default=repr))
 
 
 def _load(each: InspectedSAE, about: dict[str, Any]) -> None:
@@ -247,6 +253,8 @@ def _load(each: InspectedSAE, about: dict[str, Any]) -> None:
 def _save(each: InspectedSAE, about: dict[str, Any]) -> None:
     unfinished = each.directory / _UNFINISHED
     target = unfinished / str(each.next_row)
+    if target.exists() and not is_about(target, about):  # of another pass, which is as long
+        shutil.rmtree(target)
     try:
         with whole_directory(target, about=about) as partial:
             state = {name: tensor.cpu().contiguous() for name, tensor in each.statistics.state().items()}

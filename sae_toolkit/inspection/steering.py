@@ -5,20 +5,22 @@ Shapes: B sequences of T tokens, D dimensions, S turned features, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens import SAE
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.feature_browser import decode_tokens
 from sae_toolkit.evaluation.massive_activations import measure_norm_limits
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
-from sae_toolkit.model.devices import random_states_restored
+from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored
 from sae_toolkit.model.hooks import hooked
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.settings.inspection import Steer, SteeringSettings
@@ -26,6 +28,8 @@ from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.token_ids import TokenIds
 
 _MOST_LIKELY = 5  # next tokens that are shown
+# What SAELens's `encode` keeps of an activation that it normalizes. Its `decode` uses it and forgets it.
+_NORMALIZED_BY = ("ln_mu", "ln_std", "x_norm_coeff")
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ def write_with_and_without(
 ) -> list[tuple[str, Written, Written]]:
     """Has the model continue each prompt without and with the features turned.
 
-    The SAE's error stays: each activation x becomes x + sum over turned features of (new - old) W_dec. Activations
-    that the SAE is not applied to (positions that its training skipped, massive ones) stay as they are.
+    The SAE's error stays: each activation x becomes x + sum over turned features of (new - old) W_dec, times what the
+    SAE divided x by if it normalizes activations. Activations that the SAE is not applied to (special tokens and
+    positions that its training left out, massive ones) stay as they are.
 
     Args:
         prepared: one SAE.
@@ -114,9 +119,12 @@ def write_with_and_without(
                 f" {prepared.model.max_context} that {prepared.model.name} was made for; lower it"
             )
         tokens_1T = torch.tensor([ids], device=model.device)
-        both = [
-            _write(prepared, model, sae, evaluated.positions, tokens_1T, turned, settings) for turned in ([], steers)
-        ]
+        doing = f"--continuations {settings.continuations} --new_tokens {settings.new_tokens}: writing"
+        with out_of_memory_answered(doing, "lower them"):
+            both = [
+                _write(prepared, model, sae, evaluated.positions, tokens_1T, turned, settings)
+                for turned in ([], steers)
+            ]
         old = _activations(model, sae, tokens_1T, [steer.feature for steer in steers])
         without, with_turned = (Written(old, *each) for each in both)
         results.append((prompt, without, with_turned))
@@ -143,7 +151,6 @@ def _write(
 ) -> tuple[tuple[tuple[str, float], ...], tuple[Continuation, ...]]:
     tokenizer, n_prompt = prepared.tokenizer, tokens_1T.shape[1]
     ends_at = getattr(model.model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
-    # A model's own configuration may hold penalties and cuts, which would hide what a feature does.
     drawn = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     how = GenerationConfig(
         max_new_tokens=settings.new_tokens,
@@ -156,11 +163,16 @@ def _write(
     with ExitStack() as stack:
         if steers:
             turn = _Turn(sae, steers, positions)
+            stack.enter_context(_token_ids_go_to(turn, model.model))
             stack.enter_context(hooked(model.hook.module, model.hook.side, turn))
+        stack.enter_context(_without_own_settings(model.model))
         stack.enter_context(random_states_restored(str(model.device)))
         torch.manual_seed(prepared.seed)
         logits_V = model.model(tokens_1T, use_cache=False).logits[0, -1].float()
         if steers:
+            if logits_V.softmax(-1).isnan().any():
+                given = " ".join(steer.given for steer in steers)
+                raise UserError(f"--steer {given}: the model's predictions are no longer numbers; give smaller values")
             turn.begin()
         written: Any = model.model.generate(  # type: ignore[operator]
             tokens_1T.repeat(settings.continuations, 1),
@@ -183,27 +195,64 @@ def _write(
     return next_tokens, tuple(continuations)
 
 
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager in which a model generates by what it is told alone.
+
+    Its own settings may hold penalties and cuts, which would hide what a feature does.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _token_ids_go_to(turn: _Turn, model: PreTrainedModel) -> Iterator[None]:
+    """Context manager in which `turn` is told the token ids of each pass."""
+
+    def tell(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        turn.tokens_BT = args[0] if args else next(iter(kwargs.values()))
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def change_of_turning(
     sae: SAE[Any], features_NF: torch.Tensor, turned_S: torch.Tensor | Sequence[int], new_NS: torch.Tensor
 ) -> torch.Tensor:
     """Returns by how much activations at the hook change, [N, D], when features get new activations.
 
     Args:
-        sae: the SAE, which has just encoded the activations: its decoder undoes what it normalized them by.
+        sae: the SAE, which has just encoded the activations: its decoder undoes what it normalized them by. It still
+            can afterwards.
         features_NF: the activations of all features.
         turned_S: indices of the features that are turned.
         new_NS: their new activations.
     """
     turned_NF = features_NF.clone()
     turned_NF[:, turned_S] = new_NS
-    return sae.decode(turned_NF) - sae.decode(features_NF)
+    normalized_by = {name: vars(sae)[name] for name in _NORMALIZED_BY if name in vars(sae)}
+    decoded = []
+    for each_NF in (turned_NF, features_NF):
+        decoded.append(sae.decode(each_NF))
+        vars(sae).update(normalized_by)
+    return decoded[0] - decoded[1]
 
 
 class _Turn:
     """Changes activations [B, T, D] at the hook: each turned feature gets its new activation.
 
-    Passes of one token go on from the pass before; others begin a text, whose first positions may be skipped.
+    Passes of one token go on from the pass before; others begin a text, whose first positions may be skipped. The token
+    ids of a pass are in `tokens_BT` before it comes to the hook.
     """
+
+    tokens_BT: torch.Tensor
 
     def __init__(self, sae: SAE[Any], steers: Sequence[Steer], positions: PositionFilter) -> None:
         self._sae = sae
@@ -226,6 +275,8 @@ class _Turn:
         change_BTD = change_of_turning(self._sae, features_NF, self._features_S, new_NS).reshape(acts_BTD.shape)
         first = max(0, self._positions.skip_positions - self._n_seen)
         change_BTD[:, :first] = 0
+        is_special_BT = np.isin(self.tokens_BT.cpu().numpy(), self._positions.special_token_ids)
+        change_BTD[torch.from_numpy(is_special_BT).to(change_BTD.device)] = 0
         change_BTD[~self._positions.keeps_norms(acts_BTD)] = 0
         self._n_seen += acts_BTD.shape[1]
         return (acts_BTD + change_BTD.to(acts_BTD.dtype)).reshape(acts.shape)
@@ -244,6 +295,7 @@ def show_steering(steers: Sequence[Steer], results: Sequence[tuple[str, Written,
                 lines.append(f"  {each.text!r} (mean log probability of a token {each.log_probability:.2f} nats)")
         lines.append("")
     lines.append(
-        "The SAE's error is kept: activations change by (new - old activation) x decoder vector and by nothing else."
+        "The SAE's error is kept: activations change by (new - old activation) x decoder vector and by nothing else"
+        " (times their norm, if the SAE normalizes them)."
     )
     return "\n".join(lines)

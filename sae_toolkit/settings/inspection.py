@@ -16,6 +16,9 @@ from sae_toolkit.settings.values import NonNegative, NonNegativeFloat, Positive
 
 _QUANTILES = 10  # of the strengths of activations, which delphi draws examples from
 
+_LARGEST_VALUE = 1e10  # far above any activation, far below what overflows in float32
+_LEAST_TEMPERATURE = 1e-3
+
 
 @dataclass(frozen=True)
 class FeatureSettings:
@@ -112,7 +115,9 @@ class SteeringSettings:
     """Turning features while the model writes, instead of reading text."""
 
     steer: tuple[str, ...] = flag((), metavar="FEATURE=VALUE")
-    """give these features this activation at every token: 12=8.5, or 12=0 to ablate it; 12=+3 adds 3 to it"""
+    """give these features this activation at every token: 12=8.5, or 12=0 to ablate it; 12=+3 adds
+    3 to it, and 12=+-3 takes 3 away
+    """
     prompt: tuple[str, ...] = flag((), metavar="TEXT")
     """texts that the model continues, with the features turned and without"""
     new_tokens: Positive = 40
@@ -132,11 +137,12 @@ class SteeringSettings:
         steers: list[Steer] = []
         for given in self.steer:
             feature, equals, value = given.partition("=")
+            adds = value.strip().startswith("+")
             try:
-                steer = Steer(given, int(feature), float(value), value.startswith("+"))
+                steer = Steer(given, int(feature), float(value.strip().removeprefix("+")), adds)
             except ValueError:
                 steer = Steer(given, -1, math.nan, False)
-            if not equals or steer.feature < 0 or not math.isfinite(steer.value):
+            if not equals or steer.feature < 0 or not abs(steer.value) <= _LARGEST_VALUE:
                 raise UserError(f"--steer {given}: must be FEATURE=VALUE with an index and a number, such as 12=8.5")
             if any(other.feature == steer.feature for other in steers):
                 raise UserError(f"--steer {given}: names feature {steer.feature} a second time; leave one of them out")
@@ -201,10 +207,17 @@ def _check_explanations(settings: ExplanationSettings) -> None:
         )
     if settings.explain_url is None and settings.explain_requests != without.explain_requests:
         raise UserError(f"--explain_requests {settings.explain_requests}: is about --explain_url; leave it out")
-    if settings.explain_url is not None and urlsplit(settings.explain_url).scheme not in ("http", "https"):
+    if settings.explain_url is not None and not _is_address(settings.explain_url):
         raise UserError(
             f"--explain_url {settings.explain_url}: is no address; give one such as http://127.0.0.1:8000/v1"
         )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return urlsplit(text).scheme in ("http", "https") and bool(urlsplit(text).hostname)
+    except ValueError:  # brackets without an address in them
+        return False
 
 
 def _check_steering(settings: InspectionSettings) -> None:
@@ -226,4 +239,6 @@ def _check_steering(settings: InspectionSettings) -> None:
         for name in (each.name for each in fields(group) if each.name not in ("verbose", "quiet")):
             if (value := getattr(group, name)) != getattr(default, name):
                 raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")
+    if 0 < steering.temperature < _LEAST_TEMPERATURE:
+        raise UserError(f"--temperature {steering.temperature:g}: give 0, or at least {_LEAST_TEMPERATURE:g}")
     assert steering.steers  # their form is checked here

@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from sae_toolkit import ROOT
 from sae_toolkit.inspection.features_file import SCHEMA, read_description
+from sae_toolkit.inspection.prepare import prepare_inspection
+from sae_toolkit.inspection.run import InspectedSAE, _about, encoded_rows
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.settings.inspection import parse_inspection_flags
 from support.inspection import CONTEXT, FLAGS
 from support.processes import run_process
 
@@ -108,6 +111,35 @@ def test_neighbors_and_promoted_tokens_are_those_of_the_weights(features, traine
 
 
 @pytest.mark.faults
+def prepared(trained, tmp_path, *flags):
+    words = ["--sae_path", str(trained), *FLAGS, "--output", str(tmp_path), *flags]
+    settings = parse_inspection_flags("", words)
+    (group,) = prepare_inspection(settings)
+    return settings, group
+
+
+def test_what_was_saved_of_another_dtype_or_of_an_sae_with_other_settings_is_not_gone_on_from(trained, tmp_path):
+    settings, group = prepared(trained, tmp_path)
+    (evaluated,) = group.saes
+    about = _about(group, evaluated, settings.features, 8, torch.float32)
+    assert about == _about(group, evaluated, settings.features, 8, torch.float32)
+    assert about != _about(group, evaluated, settings.features, 8, torch.bfloat16)
+    evaluated.sae.cfg.k += 1
+    assert about != _about(group, evaluated, settings.features, 8, torch.float32)
+
+
+def test_what_is_not_finite_where_nothing_is_measured_does_not_count(trained, tmp_path):
+    _, group = prepared(trained, tmp_path, "--skip_positions", "1")
+    each = InspectedSAE(group.saes[0], group, None, tmp_path)
+    acts_BTD = 1e-3 * torch.randn(2, 5, 32)
+    acts_BTD[:, 0] = torch.inf
+    tokens_BT = np.full((2, 5), 7)
+    for _, features_BTF, measured_BT in encoded_rows(each, tokens_BT, acts_BTD, None):
+        assert features_BTF.isfinite().all()
+        assert (features_BTF[:, 0] == 0).all()
+        assert measured_BT.sum() == 8
+
+
 def test_a_killed_pass_goes_on_to_the_same_file(trained, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("\n\n".join(f"{i}: " + " ".join(str(i * j) for j in range(40)) for i in range(3000)))
