@@ -25,6 +25,7 @@ from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEva
 from sae_toolkit.evaluation.saebench.core import SAEBenchStatistics, token_stats
 from sae_toolkit.model.devices import with_float64
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.saes.weights import written_directions
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class Measurement:
             features=self.recorder.features(
                 prepared.rows_NT,
                 prepared.tokenizer,
-                sae.W_dec,
+                written_directions(sae),
                 model.unembedding(),
             ),
             firing_rates_F=rates_F.cpu(),

@@ -18,6 +18,7 @@ from sae_toolkit.inspection.examples import TOKENS_AFTER, TOKENS_BEFORE, KeptExa
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.inspection.statistics import FeatureStatistics, bin_edges
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.saes.weights import written_directions
 from sae_toolkit.settings.inspection import FeatureSettings
 from sae_toolkit.terminal.progress import Progress
 
@@ -127,14 +128,14 @@ def _chunks(
 ) -> Iterator[pa.Table]:
     """Yields the rows of the file, a chunk of features at a time."""
     statistics, sae = inspected.statistics, inspected.evaluated.sae
-    W_dec_FD = sae.W_dec.detach().float()
+    W_dec_FD, written_FD = sae.W_dec.detach().float(), written_directions(sae).float()
     unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=-1)
     encoder_cosine_F = _encoder_cosines(sae, unit_FD)
     effects = _Effects(model, prepared, settings.promoted)
     for start in range(0, len(W_dec_FD), _FEATURES_AT_ONCE):
         chunk = slice(start, min(start + _FEATURES_AT_ONCE, len(W_dec_FD)))
         n = chunk.stop - chunk.start
-        promoted, suppressed = effects.of(W_dec_FD[chunk])
+        promoted, suppressed = effects.of(written_FD[chunk])
         columns = {
             "feature": np.arange(chunk.start, chunk.stop),
             **_numbers(statistics, chunk),

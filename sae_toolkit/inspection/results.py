@@ -15,6 +15,7 @@ from sae_toolkit.evaluation.stability.partners import nearest_cosines
 from sae_toolkit.inspection import effects, explanations, features_file, latents, neuronpedia, page, saedashboard
 from sae_toolkit.inspection.run import InspectedSAE
 from sae_toolkit.model.loading import LanguageModels
+from sae_toolkit.saes.weights import written_directions
 from sae_toolkit.settings.inspection import InspectionSettings
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def write_results(
     if "neuronpedia" in run.export:
         yield neuronpedia.export_neuronpedia(path, tokenizer)
     if "saedashboard" in run.export:
-        yield saedashboard.export_saedashboard(path, each.evaluated.sae.W_dec.detach().cpu(), model)
+        yield saedashboard.export_saedashboard(path, written_directions(each.evaluated.sae).cpu(), model)
     if "delphi" in run.export:
         yield latents.export_latents(each, model, settings.saes.batch_size)
     if settings.explanations.explain:

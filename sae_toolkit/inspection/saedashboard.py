@@ -41,7 +41,7 @@ def export_saedashboard(features_file: Path, W_dec_FD: torch.Tensor, model: Lang
 
     Args:
         features_file: what `write_features` wrote.
-        W_dec_FD: decoder vectors of the SAE.
+        W_dec_FD: as `written_directions` returns them.
         model: the language model, for the logits of the tokens of examples.
 
     Returns:

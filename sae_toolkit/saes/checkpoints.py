@@ -231,9 +231,6 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
     if architecture in SAE_CLASS_REGISTRY:
         sae = SAE.load_from_disk(path, device=device, converter=partial(read_saelens, where=f"{flag} {path}"))
         _fold_normalization(sae, _load_scaler(path))
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # so that decoder vectors are what is written
-            sae.fold_W_dec_norm()
-            sae.cfg.rescale_acts_by_decoder_norm = False
         sae.turn_off_forward_pass_hook_z_reshaping()  # this project flattens heads
         return sae.eval()
     if architecture in SAE_TRAINING_CLASS_REGISTRY:

@@ -152,3 +152,15 @@ def build_sae(
     sae = sae_class(cfg_class(d_in=d_in, d_sae=d_sae, device="meta", **options))
     sae.load_state_dict({name: nn.Parameter(tensor.contiguous()) for name, tensor in weights.items()}, assign=True)
     return sae.to(device=device).eval()
+
+
+@torch.no_grad()
+def written_directions(sae: SAE[Any]) -> torch.Tensor:
+    """Returns what one unit of activation of each feature adds to the reconstruction, [F, D].
+
+    That is its decoder vector, unless the SAE rescales activations by the norms of the decoder vectors, as SAELens's
+    TopK SAEs may: it then divides by the norm.
+    """
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return sae.W_dec.detach()
+    return torch.nn.functional.normalize(sae.W_dec.detach(), dim=-1)

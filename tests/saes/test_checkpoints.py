@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAE
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig, TopKSAE, TopKSAEConfig, TrainingSAE
 from sae_lens.load_model import load_model
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import check_manifest
 from sae_toolkit.saes.checkpoints import _random_states, _restore_random_states, finished_copy, load_sae
+from sae_toolkit.saes.weights import written_directions
 from sae_toolkit.settings.training import ARCHITECTURES
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.training.run import create_sae
@@ -249,3 +250,12 @@ def test_the_random_state_of_a_checkpoint_is_that_of_the_runs_device(monkeypatch
     assert torch.equal(torch.rand(3), drawn)
     _restore_random_states(saved, "cpu")  # a run may be resumed where there is no GPU
     assert _random_states("cpu")["cuda"] == []
+
+
+def test_one_unit_of_activation_writes_its_direction_whatever_the_norm_of_the_decoder_vector():
+    for rescales in (True, False):
+        sae = TopKSAE(TopKSAEConfig(d_in=8, d_sae=6, k=2, rescale_acts_by_decoder_norm=rescales))
+        sae.W_dec.data = torch.randn(6, 8)
+        features_FF = torch.eye(6)
+        written_FD = sae.decode(features_FF) - sae.decode(torch.zeros(6, 6))
+        torch.testing.assert_close(written_directions(sae), written_FD)
