@@ -1,11 +1,13 @@
 """A comparison that goes on takes from its directory only what was trained and measured as the rest."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.comparison.contenders import Contender, make_entry
 from sae_toolkit.many_runs.comparison.evaluations import (
     MeasuredOn,
@@ -13,6 +15,7 @@ from sae_toolkit.many_runs.comparison.evaluations import (
     keep_evaluation,
     read_evaluation,
 )
+from sae_toolkit.many_runs.comparison.shared_activations import _check_same_flags, _flags_in_common
 from sae_toolkit.many_runs.directories import write_result
 
 LIKE = {
@@ -111,3 +114,37 @@ def test_nothing_is_kept_of_an_sae_that_is_trained_again(entry):
     write_evaluation(entry).unlink()
     forget_evaluations(entry)
     assert read_evaluation(entry, ON) is None
+
+
+def settings_of(directory, *words):
+    """Writes the settings that a comparison records."""
+    (directory / "settings.json").write_text(json.dumps(_flags_in_common(words)))
+
+
+def reference_with(directory, held_out_seed):
+    (directory / ".measured_like").mkdir()
+    (directory / ".measured_like" / "cfg.json").write_text(json.dumps({"metadata": {"held_out_seed": held_out_seed}}))
+
+
+def test_another_seed_is_refused_unless_it_holds_out_the_same_documents(tmp_path):
+    settings_of(tmp_path, "--seed", "42")
+    _check_same_flags(tmp_path, _flags_in_common(["--seed", "43", "--held_out_seed", "42"]))
+    says = f"--held_out_seed 43: the comparison in {tmp_path} has 42; add --held_out_seed 42, or name another"
+    with pytest.raises(UserError, match=re.escape(says)):
+        _check_same_flags(tmp_path, _flags_in_common(["--seed", "43"]))
+
+
+def test_what_an_older_comparison_held_out_is_read_from_its_saes(tmp_path):
+    older = {name: value for name, value in _flags_in_common([]).items() if name != "held_out_seed"}
+    (tmp_path / "settings.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match="of an older version, and its SAEs have no held-out seed; name another"):
+        _check_same_flags(tmp_path, _flags_in_common([]))
+    reference_with(tmp_path, 42)
+    _check_same_flags(tmp_path, _flags_in_common([]))
+    with pytest.raises(UserError, match="--held_out_seed 43: "):
+        _check_same_flags(tmp_path, _flags_in_common(["--seed", "43"]))
+    sae = tmp_path / "saes" / "saelens-topk-l0_8-seed43" / "sae_12345678" / "a_run" / "final_20480"
+    sae.mkdir(parents=True)
+    (sae / "cfg.json").write_text(json.dumps({"metadata": {"held_out_seed": 43}}))
+    with pytest.raises(UserError, match="its SAEs have the held-out seeds 42 and 43; name another"):
+        _check_same_flags(tmp_path, _flags_in_common([]))
