@@ -33,6 +33,7 @@ _TRAININGS = {
     "dictionary_learning": train_dictionary_learning,
 }
 _SECONDS_BETWEEN_LOOKS = 0.5
+_NOTHING_RECOVERED = "no learning rate can be chosen: zeros at the hook do not raise the loss"
 _EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)  # the evaluation's line of progress
 
 
@@ -110,7 +111,9 @@ def train_and_evaluate(
                 entry = make_entry(contender, l0, best.entry.lr if best else contender.lr, seed, shared.directory)
                 entries.append(entry)
                 if choice and not best:
-                    failed[entry.directory] = next(each.failed for each in choice.tried if each.failed) or ""
+                    failed[entry.directory] = next(
+                        (each.failed for each in choice.tried if each.failed), _NOTHING_RECOVERED
+                    )
     to_train = [entry for entry in entries if entry.directory not in failed]
     failed |= _train_all(to_train, shared)
     failed |= _evaluate_all(to_train, shared, on)
