@@ -22,10 +22,9 @@ All other flags are flags of sae_lens_train.py. Model, text, width, tokens and b
 settings of the training (--lr, ...) apply to SAELens alone. Each library trains with its own code:
 
     SAELens              sae_lens_train.py. For kinds of SAE without a k, --target_l0 adjusts the L0.
-    sparsify             Its Trainer, with its optimizer and its learning rate, on the same rows of tokens. The Trainer
-                         runs the language model itself.
-    dictionary_learning  Its trainers, with the settings of dictionary_learning_demo. The schedules are scaled to the
-                         run. The library has its own environment, which the first comparison creates.
+    sparsify             Its Trainer, with its optimizer and its learning rate, on the same batches of activations.
+    dictionary_learning  Its trainers, with the settings of dictionary_learning_demo, on the same batches. The schedules
+                         are scaled to the run. The library has its own environment, which the first comparison creates.
 
 The same command continues a comparison that was stopped. It prints a table and the order of the SAEs at each L0, and
 writes comparison.json, comparison.md and comparison.html to the comparison's directory, next to the SAEs.
@@ -44,12 +43,11 @@ from sae_toolkit.many_runs.comparison.contenders import parse_contenders
 from sae_toolkit.many_runs.comparison.learning_rates import check_learning_rates, list_saes, with_learning_rates
 from sae_toolkit.many_runs.directories import claimed
 from sae_toolkit.settings.command_line import parse_training_flags
-from sae_toolkit.settings.comparison import parse_comparison_flags
+from sae_toolkit.settings.comparison import check_training_flags, parse_comparison_flags, with_few_tokens
 from sae_toolkit.terminal.console import run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 
-_QUICK_TOKENS = 250_000
 _QUICK_L0S, _L0S = [64], [20, 40, 80, 160]
 
 
@@ -57,17 +55,9 @@ def main() -> int:
     settings, words = parse_comparison_flags(__doc__)
     set_up_logging(settings.run.verbose, settings.run.quiet)
     training = parse_training_flags(words)
-    if training.model.layers or training.model.hook_names:
-        raise UserError("--layers, --hook_names: a comparison is of one hook; use --layer")
-    if training.run.resume or training.sae.shard_features:
-        raise UserError(
-            "--resume, --shard_features: not for a comparison, which resumes without a flag; leave them out"
-        )
-    if settings.run.quick and "--training_tokens" not in words:
-        words = [*words, "--training_tokens", str(_QUICK_TOKENS)]
-        if decay := training.optimization.lr_decay_steps:
-            decay = decay * _QUICK_TOKENS // training.optimization.training_tokens
-            words += ["--lr_decay_steps", str(decay)]
+    check_training_flags(words, training)
+    if settings.run.quick:
+        words = with_few_tokens(words, training)
     n_cores, parallel = len(os.sched_getaffinity(0)), settings.run.parallel
     if parallel > n_cores:
         raise UserError(f"--parallel {parallel}: there are {n_cores} cores here; give at most {n_cores}")

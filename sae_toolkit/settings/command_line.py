@@ -208,6 +208,11 @@ def given_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     return vars(_build_parser(argument_default=argparse.SUPPRESS).parse_args(argv))
 
 
+def typed_flags(words: Sequence[str]) -> set[str]:
+    """Returns the names of the flags that are among the words themselves, without those of flag files (`@FILE`)."""
+    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+
+
 def _presets(argv: Sequence[str]) -> str | None:
     """Returns the names of the flag files on a command line, without their endings."""
     return " ".join(Path(word[1:]).stem for word in argv if word.startswith("@")) or None

@@ -6,8 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sae_toolkit.settings.fields import build_parser, flag, from_flags
+from sae_toolkit.errors import UserError
+from sae_toolkit.settings.command_line import typed_flags
+from sae_toolkit.settings.fields import as_text, build_parser, flag, from_flags
+from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.settings.values import Positive
+
+_QUICK_TOKENS = 250_000
+_SET_BY_COMPARISON = {
+    "architecture": "use --libraries, as in --libraries saelens:topk",
+    "k": "use --l0",
+    "target_l0": "use --l0",
+    "checkpoint_path": "use --comparison_dir",
+    "eval_every": "leave it out: each SAE is measured once, after its training",
+}
+"""Flags of a training that have no effect in a comparison, and what to do instead. Flag files may have them."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,40 @@ def parse_comparison_flags(description: str, argv: Sequence[str] | None = None) 
     """
     own, words = build_parser(ComparisonSettings, description=description).parse_known_args(argv)
     return from_flags(ComparisonSettings, vars(own)), words
+
+
+def check_training_flags(words: Sequence[str], training: TrainingSettings) -> None:
+    """Checks that a comparison can have the flags of its trainings.
+
+    Args:
+        words: from `parse_comparison_flags`.
+        training: the same words, parsed.
+
+    Raises:
+        UserError: a flag is not for a comparison, or has no effect in one.
+    """
+    if training.model.layers or training.model.hook_names:
+        raise UserError("--layers, --hook_names: a comparison is of one hook; use --layer")
+    if training.run.resume or training.sae.shard_features:
+        raise UserError(
+            "--resume, --shard_features: not for a comparison, which resumes without a flag; leave them out"
+        )
+    typed = typed_flags(words)
+    for name, instead in _SET_BY_COMPARISON.items():
+        if name in typed:
+            raise UserError(f"--{name} {as_text(training.as_flags()[name])}: the comparison sets it; {instead}")
+
+
+def with_few_tokens(words: Sequence[str], training: TrainingSettings) -> list[str]:
+    """Returns the words for the trainings of a quick comparison: on 250,000 tokens, unless a person typed a number.
+
+    Args:
+        words: from `parse_comparison_flags`.
+        training: the same words, parsed.
+    """
+    if "training_tokens" in typed_flags(words):
+        return list(words)
+    few = [*words, "--training_tokens", str(_QUICK_TOKENS)]
+    if decay := training.optimization.lr_decay_steps:
+        few += ["--lr_decay_steps", str(decay * _QUICK_TOKENS // training.optimization.training_tokens)]
+    return few

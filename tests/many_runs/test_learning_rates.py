@@ -3,6 +3,7 @@
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from sae_toolkit.many_runs.comparison.learning_rates import (
     with_learning_rates,
 )
 from sae_toolkit.many_runs.comparison.ranking import rank, ranking_note, ranking_table
+from sae_toolkit.many_runs.comparison.run import train_and_evaluate
 
 LISTED = Contender("sparsify", "topk", rates=(1e-3, 2e-3, 4e-3))
 OWN = Contender("saelens", "topk")
@@ -133,6 +135,27 @@ def test_contenders_are_ranked_at_each_l0_with_differences_paired_by_seed():
     assert "SAELens gated at 40." in ranking_note(outcomes)
     _, rows = ranking_table(outcomes)
     assert rows[2] == ["SAELens gated", "40", "3", "91.00% ± 2.48%", "-4.23% ± 2.79%", "41.3, +3% off the target"]
+
+
+def test_a_row_says_on_how_many_of_the_seeds_it_was_measured():
+    complete = [outcome(OWN, None, 0.90, 40, seed=seed) for seed in (42, 43, 44)]
+    failed_once = [outcome(LISTED, 1e-3, recovered, 40, seed=42 + i) for i, recovered in enumerate((0.95, None, 0.95))]
+    _, rows = ranking_table([*complete, *failed_once])
+    assert [name for name, *_ in rows] == [f"{LISTED.name} (2 of 3 seeds measured)", OWN.name]
+
+
+def test_no_rate_can_be_chosen_where_no_loss_can_be_recovered(tmp_path):
+    reference = tmp_path / ".measured_like"
+    reference.mkdir()
+    (reference / "cfg.json").write_text('{"metadata": {}}')
+    shared = SimpleNamespace(directory=tmp_path, reference=reference, at_a_time=1)
+    evaluation = {"metrics": {"loss_recovered": None, "l0": 40.0}}
+    tried = tuple(
+        Outcome(make_entry(LISTED, 40, lr, 42, tmp_path), {"sae": "sae", "lr": lr}, evaluation, None)
+        for lr in LISTED.rates
+    )
+    (found,) = train_and_evaluate([LISTED], [40], [42], [Choice(LISTED, 40, tried)], shared, 12)
+    assert found.failed == "no learning rate can be chosen: zeros at the hook do not raise the loss"
 
 
 def test_one_seed_and_one_contender_have_no_interval_and_no_difference():

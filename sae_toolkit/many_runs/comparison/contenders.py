@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,39 +70,10 @@ class Entry:
     def name(self) -> str:
         return f"{self.contender.name_at(self.lr)}, L0 {self.l0}, seed {self.seed}"
 
-    @property
-    def _validation_file(self) -> Path:
-        return self.directory / "validation.json"
-
     def trained(self) -> dict[str, Any] | None:
         """Returns the result of its training, as `train_saelens` describes it; None where it is not trained yet."""
         result = read_result(self.directory)
         return result if result and Path(result["sae"]).is_dir() else None
-
-    def evaluation(self, part: str | None) -> dict[str, Any] | None:
-        """Returns the content of its evaluation.json; None where it is not evaluated on this text yet.
-
-        Args:
-            part: the half of the held-out documents that the SAE is measured on, as in `HeldOutSplit`.
-        """
-        if (trained := self.trained()) is None:
-            return None
-        path = self._validation_file if part == "validation" else Path(trained["sae"]) / "evaluation.json"
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
-            return None
-        return found if (found.get("held_out") or {}).get("part") == part else None
-
-    def keep_validation(self) -> None:
-        """Moves the results on validation text away from the SAE, where those on the table's text go."""
-        if (trained := self.trained()) is None:
-            return
-        sae = Path(trained["sae"])
-        if (results := sae / "evaluation.json").is_file():
-            results.replace(self._validation_file)
-            for report in ("report.html", "report.md"):
-                (sae / report).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -113,7 +83,7 @@ class Outcome:
     Args:
         entry: the SAE.
         trained: from `Entry.trained`; None if the training failed.
-        evaluation: from `Entry.evaluation`; None if the training or the evaluation failed.
+        evaluation: from `read_evaluation`; None if the training or the evaluation failed.
         failed: why it failed; None if it did not.
     """
 

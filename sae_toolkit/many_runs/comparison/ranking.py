@@ -47,6 +47,7 @@ class Place:
         difference: how much more it recovers than the best of the others, on seeds that both have; None if there is no
             other, or no seed that both have.
         measured_l0: the mean L0 over the seeds.
+        seeds: number of seeds that were measured, and of those that there are.
     """
 
     contender: Contender
@@ -54,6 +55,7 @@ class Place:
     loss_recovered: Estimate
     difference: Estimate | None
     measured_l0: float
+    seeds: tuple[int, int]
 
     @property
     def is_at_target(self) -> bool:
@@ -66,8 +68,10 @@ def rank(outcomes: Sequence[Outcome]) -> list[Place]:
 
     The best recovers most of the loss in the mean over the seeds. SAEs that were not measured are left out.
     """
+    seeds: dict[tuple[Contender, int], set[int]] = {}
     recovered: dict[int, dict[Contender, dict[int, tuple[float, float]]]] = {}
     for outcome in outcomes:
+        seeds.setdefault((outcome.entry.contender, outcome.entry.l0), set()).add(outcome.entry.seed)
         metrics = outcome.evaluation and outcome.evaluation["metrics"]
         if metrics and metrics["loss_recovered"] is not None:
             of_l0 = recovered.setdefault(outcome.entry.l0, {})
@@ -86,6 +90,7 @@ def rank(outcomes: Sequence[Outcome]) -> list[Place]:
                     Estimate.of(list(losses[who].values())),
                     Estimate.of(paired) if paired else None,
                     statistics.mean(measured for _, measured in of_l0[who].values()),
+                    (len(losses[who]), len(seeds[who, l0])),
                 )
             )
     return places
@@ -99,9 +104,10 @@ def ranking_table(outcomes: Sequence[Outcome]) -> Table:
     for place in places:
         numbers[place.l0] = numbers.get(place.l0, 0) + 1
         off = "" if place.is_at_target else f", {place.measured_l0 / place.l0 - 1:+.0%} off the target"
+        measured, of = place.seeds
         rows.append(
             [
-                place.contender.name,
+                place.contender.name + (f" ({measured} of {of} seeds measured)" if measured < of else ""),
                 str(place.l0),
                 str(numbers[place.l0]),
                 _percent(place.loss_recovered),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,14 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.evaluation.text import LOSS_TOKENS
 from sae_toolkit.many_runs.comparison.contenders import Contender, Entry, Outcome, make_entry
 from sae_toolkit.many_runs.comparison.dictionary_learning_training import train_dictionary_learning
+from sae_toolkit.many_runs.comparison.evaluations import (
+    MeasuredOn,
+    forget_evaluations,
+    keep_evaluation,
+    read_evaluation,
+)
 from sae_toolkit.many_runs.comparison.learning_rates import Choice
 from sae_toolkit.many_runs.comparison.library_trainings import train_saelens, train_sparsify
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
@@ -29,6 +33,7 @@ _TRAININGS = {
     "dictionary_learning": train_dictionary_learning,
 }
 _SECONDS_BETWEEN_LOOKS = 0.5
+_NOTHING_RECOVERED = "no learning rate can be chosen: zeros at the hook do not raise the loss"
 _EVALUATED = re.compile(r"^evaluating: ([\d.]+)% tokens=(\d+)", re.MULTILINE)  # the evaluation's line of progress
 
 
@@ -53,14 +58,13 @@ def choose_learning_rates(
     entries = [entry for each in tried.values() for entry in each]
     if not entries:
         return []
-    usable = shared.run.cfg.context_size - shared.run.positions.skip_positions
-    flags = ["--held_out_part", "validation", "--num_samples", str(num_samples or math.ceil(LOSS_TOKENS / usable))]
+    on = MeasuredOn.by(shared.reference, "validation", num_samples)
     log.info("%d SAEs to choose %d learning rates by, on validation text", len(entries), len(tried))
     failed = _train_all(entries, shared)
-    failed |= _evaluate_all(entries, shared, flags, "validation")
+    failed |= _evaluate_all(entries, shared, on)
     choices = []
     for (contender, l0), of_choice in tried.items():
-        choice = Choice(contender, l0, tuple(_outcome(entry, "validation", failed) for entry in of_choice))
+        choice = Choice(contender, l0, tuple(_outcome(entry, on, failed) for entry in of_choice))
         choices.append(choice)
         if choice.chosen is None:
             log.warning("%s, L0 %d: no learning rate could be chosen", contender.name_at(None), l0)
@@ -97,9 +101,7 @@ def train_and_evaluate(
         The outcome of each SAE: the contender varies fastest, and the seed slowest. A failure does not stop the others.
     """
     chosen = {(choice.contender, choice.l0): choice for choice in choices}
-    part, flags = ("test", ["--held_out_part", "test"]) if choices else (None, [])
-    if num_samples is not None:
-        flags += ["--num_samples", str(num_samples)]
+    on = MeasuredOn.by(shared.reference, "test" if choices else None, num_samples)
     entries, failed = [], {}
     for seed in seeds:
         for l0 in l0s:
@@ -109,15 +111,17 @@ def train_and_evaluate(
                 entry = make_entry(contender, l0, best.entry.lr if best else contender.lr, seed, shared.directory)
                 entries.append(entry)
                 if choice and not best:
-                    failed[entry.directory] = next(each.failed for each in choice.tried if each.failed) or ""
+                    failed[entry.directory] = next(
+                        (each.failed for each in choice.tried if each.failed), _NOTHING_RECOVERED
+                    )
     to_train = [entry for entry in entries if entry.directory not in failed]
     failed |= _train_all(to_train, shared)
-    failed |= _evaluate_all(to_train, shared, flags, part)
-    return [_outcome(entry, part, failed) for entry in entries]
+    failed |= _evaluate_all(to_train, shared, on)
+    return [_outcome(entry, on, failed) for entry in entries]
 
 
-def _outcome(entry: Entry, part: str | None, failed: Mapping[Path, str]) -> Outcome:
-    return Outcome(entry, entry.trained(), entry.evaluation(part), failed.get(entry.directory))
+def _outcome(entry: Entry, on: MeasuredOn, failed: Mapping[Path, str]) -> Outcome:
+    return Outcome(entry, entry.trained(), read_evaluation(entry, on), failed.get(entry.directory))
 
 
 def _train_all(entries: Sequence[Entry], shared: Shared) -> dict[Path, str]:
@@ -131,6 +135,7 @@ def _train_all(entries: Sequence[Entry], shared: Shared) -> dict[Path, str]:
         if before:
             return None
         entry.directory.mkdir(parents=True, exist_ok=True)
+        forget_evaluations(entry)
         try:
             result = _TRAININGS[entry.contender.library](entry, shared)
         except UserError as error:
@@ -144,26 +149,26 @@ def _train_all(entries: Sequence[Entry], shared: Shared) -> dict[Path, str]:
         return dict(failure for failure in pool.imap(train, enumerate(distinct, 1)) if failure)
 
 
-def _evaluate_all(entries: Sequence[Entry], shared: Shared, flags: Sequence[str], part: str | None) -> dict[Path, str]:
+def _evaluate_all(entries: Sequence[Entry], shared: Shared, on: MeasuredOn) -> dict[Path, str]:
     """Evaluates trained SAEs in one pass of the model. Returns, by directory, why some could not be evaluated."""
     distinct = {entry.directory: entry for entry in entries}.values()
-    missing = [entry for entry in distinct if entry.trained() and not entry.evaluation(part)]
-    if not missing or _evaluate(missing, shared, flags, part) is None:
+    missing = [entry for entry in distinct if entry.trained() and not read_evaluation(entry, on)]
+    if not missing or _evaluate(missing, shared, on) is None:
         return {}
     failed = {}
     for entry in missing:  # one SAE that cannot be evaluated stops the evaluation of all, so try each alone
-        if not entry.evaluation(part) and (why := _evaluate([entry], shared, flags, part)):
+        if not read_evaluation(entry, on) and (why := _evaluate([entry], shared, on)):
             failed[entry.directory] = why
     return failed
 
 
-def _evaluate(entries: Sequence[Entry], shared: Shared, flags: Sequence[str], part: str | None) -> str | None:
+def _evaluate(entries: Sequence[Entry], shared: Shared, on: MeasuredOn) -> str | None:
     """Evaluates trained SAEs in one process. Returns the reason if it failed, and otherwise None."""
     paths = [trained["sae"] for entry in entries if (trained := entry.trained())]
-    log.info("evaluating %d SAEs%s", len(paths), f" on the {part} half of the held-out documents" if part else "")
+    log.info("evaluating %d SAEs%s", len(paths), f" on the {on.part} half of the held-out documents" if on.part else "")
     output = shared.directory / "evaluation.log"
     command = [*script_command("evaluate_sae_real_activations.py"), "--sae_path", *paths, "--like", shared.reference]
-    command += ["--no_diagnosis", "--n_features", "0", "--device", shared.run.cfg.device, *flags]
+    command += ["--no_diagnosis", "--n_features", "0", "--device", shared.run.cfg.device, *on.flags]
     with output.open("w") as out, Progress(f"evaluation of {len(paths)} SAEs", 1) as progress:
         process = start_process(command, output=out, log=out)
         while process.poll() is None:
@@ -174,7 +179,6 @@ def _evaluate(entries: Sequence[Entry], shared: Shared, flags: Sequence[str], pa
             time.sleep(_SECONDS_BETWEEN_LOOKS)
     if process.returncode != 0:
         return failure_reason(output).removeprefix("error: ")
-    if part == "validation":
-        for entry in entries:
-            entry.keep_validation()
-    return None if all(entry.evaluation(part) for entry in entries) else "was not evaluated"
+    for entry in entries:
+        keep_evaluation(entry, on)
+    return None if all(read_evaluation(entry, on) for entry in entries) else "was not evaluated"

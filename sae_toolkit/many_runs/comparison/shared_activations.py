@@ -145,13 +145,30 @@ def _check_halves(run: PreparedRun) -> None:
 
 def _flags_in_common(words: Sequence[str]) -> dict[str, Any]:
     """Returns the flags that must be the same for all SAEs of a comparison, by name."""
-    flags = parse_training_flags(words).as_flags()
+    settings = parse_training_flags(words)
+    flags = settings.as_flags()
     return {
         name: "chosen by the recipe" if name in flags["chosen"] else value
         for name, value in flags.items()
         if name not in ("verbose", "quiet", "seed", "device", "preset", "chosen")
         and not name.startswith(("wandb", "logger"))
-    }
+    } | {"held_out_seed": settings.held_out_seed}
+
+
+def _held_out_seed(directory: Path) -> int:
+    """Returns the seed that chose the held-out documents, from the metadata of the SAEs in a comparison's directory.
+
+    Raises:
+        UserError: none of them records it, or they have several.
+    """
+    files = [*directory.glob(".measured_like/cfg.json"), *directory.glob("saes/saelens-*/*/*/final_*/cfg.json")]
+    seeds = {json.loads(file.read_text()).get("metadata", {}).get("held_out_seed") for file in files} - {None}
+    if len(seeds) != 1:
+        found = f"the held-out seeds {' and '.join(map(str, sorted(seeds)))}" if seeds else "no held-out seed"
+        raise UserError(
+            f"--comparison_dir {directory}: of an older version, and its SAEs have {found}; name another directory"
+        )
+    return seeds.pop()
 
 
 def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
@@ -159,6 +176,8 @@ def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
     file = directory / _SETTINGS_FILENAME
     try:
         before = json.loads(file.read_text()) if file.exists() else flags
+        if before.get("held_out_seed") is None:  # an older comparison recorded this flag only if it was given
+            before["held_out_seed"] = _held_out_seed(directory)
         changed = sorted(name for name in flags if flags[name] != before.get(name, _DEFAULTS_OF_LATER.get(name)))
     except (OSError, ValueError, AttributeError):
         raise UserError(
@@ -171,6 +190,11 @@ def _check_same_flags(directory: Path, flags: dict[str, Any]) -> None:
         )
     if changed:
         name = changed[0]
+        if name == "held_out_seed":  # which may follow from --seed
+            raise UserError(
+                f"--held_out_seed {flags[name]}: the comparison in {directory} has {before[name]}; add --held_out_seed"
+                f" {before[name]}, or name another --comparison_dir"
+            )
         raise UserError(
             f"--{name} {flags[name]}: the comparison in {directory} has {before.get(name)}; name another"
             " --comparison_dir"
