@@ -252,7 +252,7 @@ class Measurement:
                 prepared.rows_NT,
                 prepared.tokenizer,
                 written_directions(sae),
-                model.unembedding(),
+                model.unembedding(sae.cfg.d_in),
             ),
             firing_rates_F=rates_F.cpu(),
         )

@@ -131,7 +131,7 @@ def _chunks(
     W_dec_FD, written_FD = sae.W_dec.detach().float(), written_directions(sae).float()
     unit_FD = torch.nn.functional.normalize(W_dec_FD, dim=-1)
     encoder_cosine_F = _encoder_cosines(sae, unit_FD)
-    effects = _Effects(model, prepared, settings.promoted)
+    effects = _Effects(model, prepared, written_FD.shape[1], settings.promoted)
     for start in range(0, len(W_dec_FD), _FEATURES_AT_ONCE):
         chunk = slice(start, min(start + _FEATURES_AT_ONCE, len(W_dec_FD)))
         n = chunk.stop - chunk.start
@@ -185,8 +185,8 @@ def _neighbors(unit_FD: torch.Tensor, chunk: slice, n: int) -> pa.Array:
 class _Effects:
     """The tokens that decoder vectors make likelier and less likely, where they write to the residual stream."""
 
-    def __init__(self, model: LanguageModel, prepared: PreparedEvaluation, n_tokens: int) -> None:
-        self._unembedding = model.unembedding()
+    def __init__(self, model: LanguageModel, prepared: PreparedEvaluation, width: int, n_tokens: int) -> None:
+        self._unembedding = model.unembedding(width)
         self._tokenizer = prepared.tokenizer
         self._n_tokens = n_tokens
 

@@ -47,7 +47,7 @@ def export_saedashboard(features_file: Path, W_dec_FD: torch.Tensor, model: Lang
     Returns:
         The directory. An earlier one is replaced.
     """
-    unembedding = model.unembedding()
+    unembedding = model.unembedding(W_dec_FD.shape[1])
 
     def as_json(part: pa.RecordBatch) -> dict[str, Any]:
         features = [each for each in part.to_pylist() if each["n_firings"]]

@@ -224,18 +224,21 @@ class LanguageModel:
     def _at_hook(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> RemovableHandle:
         return hooked(self.hook.module, self.hook.side, function)
 
-    def unembedding(self) -> Unembedding | None:
+    def unembedding(self, width: int) -> Unembedding | None:
         """Returns the last norm and the output head; None if they do not read what is at the hook.
 
         They read the residual stream, and what is added to it. They are not found where the model has no output head,
-        or one of another width.
+        or one of another width, as with several residual streams.
+
+        Args:
+            width: width at the hook.
         """
         hook = self.hook
         is_residual = hook.name == EMBEDDING_HOOK or any(hook.module is layer for layer in self.layers)
         weight_VD = getattr(self.model.get_output_embeddings(), "weight", None)
         if weight_VD is None or not (is_residual or _WRITES_TO_RESIDUAL.fullmatch(hook.name)):
             return None
-        if weight_VD.shape[1] != self.model.config.get_text_config(decoder=True).hidden_size:
+        if weight_VD.shape[1] != width:
             return None
         norm = next((m for name, m in text_decoder(self.model).named_children() if name in _FINAL_NORMS), None)
         return Unembedding(weight_VD) if norm is None else Unembedding(weight_VD, *_norm_of(norm, weight_VD))

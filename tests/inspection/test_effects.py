@@ -36,7 +36,7 @@ def measured(script, sae, text, tmp_path, *flags):
 def test_a_feature_made_for_a_word_promotes_it(script, language_model, tokenizer, text, tmp_path):
     """After the last layer nothing but the norm comes after the vector, so what it promotes by the logit lens gains."""
     (word,) = tokenizer(WORD, add_special_tokens=False)["input_ids"]
-    unembedding = language_model.unembedding()
+    unembedding = language_model.unembedding(576)
     head_VD, norm_D = unembedding.weight_VD, unembedding.norm_factors_D
     direction_D = torch.nn.functional.normalize((head_VD[word] - head_VD.mean(0)) / norm_D, dim=0).float()
     W_dec_FD = torch.stack((direction_D, torch.nn.functional.normalize(torch.ones(576), dim=0)))

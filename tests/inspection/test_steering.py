@@ -28,7 +28,7 @@ METADATA = {
 def made_for_a_word(language_model, tokenizer, tmp_path_factory):
     """After the last layer: feature 0 makes one word likely, and no text activates it; feature 1 is random."""
     (word,) = tokenizer(WORD, add_special_tokens=False)["input_ids"]
-    unembedding = language_model.unembedding()
+    unembedding = language_model.unembedding(576)
     head_VD, norm_D = unembedding.weight_VD, unembedding.norm_factors_D
     direction_D = (head_VD[word] - head_VD.mean(0)) / norm_D
     W_dec_FD = torch.nn.functional.normalize(torch.stack((direction_D, torch.randn(576))), dim=1).float()

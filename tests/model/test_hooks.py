@@ -173,7 +173,7 @@ def test_the_factors_of_the_final_norm_are_those_that_it_multiplies_by(family, m
     nn.init.uniform_(norm.weight, 0.5, 2)
     if getattr(norm, "bias", None) is not None:
         nn.init.normal_(norm.bias)
-    unembedding = LanguageModel(model, "blocks.2.hook_resid_post").unembedding()
+    unembedding = LanguageModel(model, "blocks.2.hook_resid_post").unembedding(64)
     torch.testing.assert_close(unembedding.norm_factors_D, norm.weight + (family == "gemma2"), rtol=1e-4, atol=1e-4)
     assert unembedding.is_centered == (family in ("gpt2", "opt", "olmo", "mpt"))
 
@@ -190,7 +190,7 @@ def test_a_decoder_vector_changes_logits_as_the_model_does_after_a_layer_norm():
     step = 1e-5
     plus_KV, minus_KV = (model.lm_head(model.transformer.ln_f(resid_D + step * sign * W_dec_KD)) for sign in (1, -1))
     true_KV = (plus_KV - minus_KV) / (2 * step) * centered_D.square().mean().add(1e-5).sqrt()
-    found_KV = logit_changes(W_dec_KD, hooked.unembedding())
+    found_KV = logit_changes(W_dec_KD, hooked.unembedding(64))
     torch.testing.assert_close(found_KV.double(), true_KV - true_KV.mean(1, keepdim=True), rtol=1e-3, atol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_a_decoder_vector_changes_logits_as_the_model_does_after_a_layer_norm():
 def test_the_output_head_reads_the_residual_stream_and_what_is_added_to_it(hook_name, is_read):
     config = tiny_config("llama", **_GATED)  # its heads together are as wide as the model
     hooked = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), hook_name)
-    assert (hooked.unembedding() is not None) == is_read
+    assert (hooked.unembedding(64) is not None) == is_read
 
 
 INNER = ["hook_resid_mid", "hook_attn_out", "hook_mlp_out", "attn.hook_z", "mlp.hook_post"]
