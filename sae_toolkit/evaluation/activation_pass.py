@@ -28,8 +28,8 @@ def activations_at_hook(
     Args:
         prepared: SAEs at one hook, and the rows of text. The first `n_sae_rows` are read.
         model: language model, hooked there.
-        positions: only activations that all of these keep are yielded. With SAEBench's protocol, which leaves out
-            other tokens, and no positions, they do not count.
+        positions: only activations that all of these keep are yielded. Not used with SAEBench's protocol, which leaves
+            out the tokens that it does not score and nothing else.
         batch_size: rows in one forward pass.
         doing: what the work is, in one word, for the progress.
 
