@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from sae_lens import SAE
 from torch import nn
@@ -275,8 +274,8 @@ class _Turn:
         change_BTD = change_of_turning(self._sae, features_NF, self._features_S, new_NS).reshape(acts_BTD.shape)
         first = max(0, self._positions.skip_positions - self._n_seen)
         change_BTD[:, :first] = 0
-        is_special_BT = np.isin(self.tokens_BT.cpu().numpy(), self._positions.special_token_ids)
-        change_BTD[torch.from_numpy(is_special_BT).to(change_BTD.device)] = 0
+        special = torch.tensor(self._positions.special_token_ids, dtype=torch.long, device=self.tokens_BT.device)
+        change_BTD[torch.isin(self.tokens_BT, special).to(change_BTD.device)] = 0
         change_BTD[~self._positions.keeps_norms(acts_BTD)] = 0
         self._n_seen += acts_BTD.shape[1]
         return (acts_BTD + change_BTD.to(acts_BTD.dtype)).reshape(acts.shape)

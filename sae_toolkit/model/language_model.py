@@ -29,9 +29,9 @@ from sae_toolkit.model.hooks import (
     text_decoder,
 )
 
-_FINAL_NORMS = (
-    *("norm", "ln_f", "norm_f", "final_norm", "final_layer_norm", "final_layernorm", "layer_norm", "embedding_norm"),
-)
+_FINAL_NORMS = {"norm", "ln_f", "norm_f", "final_norm", "final_layer_norm", "final_layernorm", "layer_norm"} | {
+    "embedding_norm"  # of LFM2
+}
 # Hooks at the residual stream, or at outputs that are added to it. The output head reads that stream.
 _WRITES_TO_RESIDUAL = re.compile(r"blocks\.\d+\.hook_(resid_(pre|mid|post)|attn_out|mlp_out)")
 
