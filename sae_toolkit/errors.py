@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """A mistake that the user can correct.
@@ -48,6 +50,29 @@ def failed_allocation(error: BaseException) -> BaseException | None:
             return cause
         cause = cause.__cause__
     return None
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# As pyarrow and safetensors quote the system, and as torch.save says it.
+_NO_ROOM_WORDS = (
+    "no space left on device",
+    "disk quota exceeded",
+    "file too large",
+    "pytorchstreamwriter",
+    "unexpected pos",
+)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether there was no room to write: on the disk, in a quota, or within the limit on a file's size."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            return True
+        if not isinstance(cause, UserError) and any(words in str(cause).lower() for words in _NO_ROOM_WORDS):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def one_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from sae_toolkit.errors import UserError, is_out_of_memory, one_line
+from sae_toolkit.errors import UserError, is_disk_full, is_out_of_memory, one_line
 from sae_toolkit.files.trust import leaves_its_directory
 
 MANIFEST_FILENAME = "manifest.json"
@@ -65,8 +65,7 @@ def whole_directory(target: Path, **about: Any) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise NotSaved(one_line(error)) from error
     except (RuntimeError, MemoryError) as error:
-        is_disk_full = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)  # as torch.save says it
-        if not is_disk_full and not is_out_of_memory(error):
+        if not is_disk_full(error) and not is_out_of_memory(error):
             raise
         raise NotSaved(one_line(error)) from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,8 +63,8 @@ SCHEMA = pa.schema(
 
 def write_features(
     inspected: InspectedSAE, model: LanguageModel, settings: FeatureSettings, found_again: Mapping[str, torch.Tensor]
-) -> Path:
-    """Writes features.parquet, whole or not at all.
+) -> bool:
+    """Writes features.parquet into the SAE's directory, whole or not at all.
 
     Args:
         inspected: the SAE, the statistics of its features, and the rows of text that they have seen.
@@ -72,7 +73,7 @@ def write_features(
         found_again: by the name of another SAE, the largest cosine [F] of each decoder vector to any of that SAE.
 
     Returns:
-        The path of the file.
+        Whether it tells something else than the file that was there, if there was one.
     """
     prepared, path = inspected.prepared, inspected.directory / FILENAME
     partial = path.with_suffix(".partial")
@@ -88,10 +89,11 @@ def write_features(
             for chunk in _chunks(prepared, inspected, model, settings, mean_F):
                 writer.write_table(chunk.replace_schema_metadata(schema.metadata))
                 progress.advance(len(chunk))
+        is_new = not path.exists() or not filecmp.cmp(partial, path, shallow=False)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
+    return is_new
 
 
 def describe(prepared: PreparedEvaluation, inspected: InspectedSAE, settings: FeatureSettings) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def write_results(
 ) -> Iterator[Path]:
     """Writes what the settings ask for into the SAE's directory, and yields the path of each when it is there.
 
-    What an earlier inspection made from its features.parquet is removed with that file, since it would tell of other
-    features.
+    What an earlier inspection made from its features.parquet is kept if the file is the same again, and removed
+    otherwise, since it would tell of other examples.
 
     Args:
         each: the SAE and what was kept of its features.
@@ -53,18 +53,14 @@ def write_results(
     """
     run = settings.run
     model, tokenizer = models.load(each.prepared.model, each.prepared.hook_name), each.prepared.tokenizer
-    path = features_file.write_features(each, model, settings.features, found_again(each.evaluated, others))
-    for name in _MADE_FROM_FEATURES:
-        earlier = each.directory / name
-        if earlier.is_dir():
-            shutil.rmtree(earlier)
-        else:
-            earlier.unlink(missing_ok=True)
+    path, explained = each.directory / features_file.FILENAME, each.directory / explanations.FILENAME
+    if features_file.write_features(each, model, settings.features, found_again(each.evaluated, others)):
+        _remove_what_was_made_from_features(each.directory)
     yield path
     if not run.no_page:
         if settings.features.neighbors == 0:
             log.warning("--neighbors 0: the page cannot say which features are twins")
-        yield page.write_page(path, tokenizer)
+        yield page.write_page(path, tokenizer, explained if explained.exists() else None)
     if run.effects:
         yield effects.write_effects(each, model, path, run.effects)
     if "neuronpedia" in run.export:
@@ -78,9 +74,16 @@ def write_results(
         from sae_toolkit.inspection.explanations.run import write_explanations
 
         batch_size, lm_dtype = settings.saes.batch_size, settings.saes.lm_dtype
-        explained = write_explanations(
-            each, model, path, settings.explanations, batch_size=batch_size, lm_dtype=lm_dtype
-        )
+        write_explanations(each, model, path, settings.explanations, batch_size=batch_size, lm_dtype=lm_dtype)
         if not run.no_page:
             page.write_page(path, tokenizer, explained)
         yield explained
+
+
+def _remove_what_was_made_from_features(directory: Path) -> None:
+    for name in _MADE_FROM_FEATURES:
+        earlier = directory / name
+        if earlier.is_dir():
+            shutil.rmtree(earlier)
+        else:
+            earlier.unlink(missing_ok=True)

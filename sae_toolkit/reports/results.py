@@ -282,9 +282,12 @@ def _write_whole(path: Path, text: str) -> None:
     """Writes a file completely or not at all."""
     partial = _partial(path)
     partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8") as file:  # "x": does not follow a link that somebody put there
-        file.write(text)
-    partial.replace(path)
+    try:
+        with partial.open("x", encoding="utf-8") as file:  # "x": does not follow a link that somebody put there
+            file.write(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import IO, Any, NoReturn, cast
 
 from rich.console import Console
 
-from sae_toolkit.errors import UserError
+from sae_toolkit.errors import UserError, is_disk_full, one_line
 from sae_toolkit.terminal.redaction import holds_secret, redact
 from sae_toolkit.terminal.stop_signals import Stopped
 
@@ -164,7 +164,8 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's main function and exits the process with the status that it returns.
 
-    A `UserError` is printed in one line and sets the status. Any other exception is a bug: its traceback is printed.
+    A `UserError` is printed in one line and sets the status, and so is a full disk. Any other exception is a bug: its
+    traceback is printed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # so torch.load accepts tensors only, in every library
@@ -192,6 +193,9 @@ def _report(error: BaseException | None) -> int:
     _tell_torchrun(error)
     if isinstance(error, UserError):
         said, status = f"error: {error}", error.exit_status
+    elif is_disk_full(error):
+        what = f"error: a file cannot be written: {one_line(error)}; "
+        said, status = f"{what}free some space, or name a directory on another disk, and run it again", 2
     else:  # a bug
         said, status = "".join(traceback.format_exception(error)).rstrip(), 1
     with suppress(OSError):

@@ -65,9 +65,13 @@ def test_the_flag_writes_them_beside_the_features(script, trained, tmp_path):
     assert done.status == 0, done.stderr
     written = ("features.parquet", "neuronpedia", "saedashboard")
     assert done.stdout.split() == [str(tmp_path / name) for name in written]
-    done = script("inspect_sae_features.py", *flags)  # the export was of other examples than the page that comes now
+    page = ("features.html", "features_data")
+    done = script("inspect_sae_features.py", *flags)
     assert done.status == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"features.parquet", "features.html", "features_data"}
+    assert {path.name for path in tmp_path.iterdir()} == {*written, *page}
+    done = script("inspect_sae_features.py", *flags, "--examples", "3")  # the exports are of other examples
+    assert done.status == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"features.parquet", *page}
 
 
 @pytest.mark.parity

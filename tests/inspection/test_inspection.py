@@ -185,6 +185,14 @@ def test_examples_that_do_not_fit_into_memory_are_refused(script, trained, tmp_p
     assert done.error_lines[0].endswith("; lower them")
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(script, trained, disk_of):
+    disk = disk_of("64k")
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--output", disk)
+    assert (done.status, len(done.error_lines)) == (2, 1), done.stderr
+    assert "No space left on device" in done.error_lines[0]
+    assert [path for path in disk.rglob("*") if path.is_file()] == []
+
+
 def test_no_examples_are_no_obstacle(script, trained, tmp_path):
     none = ("--examples", "0", "--drawn_examples", "0", "--neighbors", "0", "--promoted", "0")
     done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, *none, "--output", tmp_path)

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 from pathlib import Path
 
 import huggingface_hub
@@ -210,17 +209,8 @@ def test_strict_lets_a_sane_run_through(script, tiny_run):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", path], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("this machine allows no mount")
-    yield path
-    subprocess.run(["umount", path], check=True)
+def small_disk(disk_of):
+    return disk_of("256k")
 
 
 def test_a_disk_without_room_for_the_sae_is_refused_before_anything_is_loaded(script, tiny_run, small_disk):

@@ -282,22 +282,11 @@ def test_checkpoints_are_kept_as_asked(trainings, flags, tmp_path):
     TrainingSAE.load_from_disk(milestone)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_old_one_or_the_run(
-    trainings, tiny_model, text_file, small_disk, whole, record_fault
+    trainings, tiny_model, text_file, disk_of, whole, record_fault
 ):
     """A checkpoint takes 1.6 MB, the finished SAE 0.3 MB."""
-    assert trainings.run(run_flags(tiny_model, text_file, small_disk))[0] == 0, trainings.shown()
+    assert trainings.run(run_flags(tiny_model, text_file, disk_of("2m")))[0] == 0, trainings.shown()
     assert re.search(
         r"the checkpoint at 8,192 tokens is not saved: it takes .*; the last is \S+/4096", trainings.shown()
     )
