@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -190,7 +191,7 @@ def plan_memory(
     *,
     n_parameters: tuple[int, int],
     cached: bool,
-    n_saes: int = 1,
+    cfgs: Sequence[LanguageModelSAERunnerConfig[Any]] = (),
     evaluates: bool = False,
     finetune_loss: Literal["none", "kl", "ce"] = "none",
     has_target_l0: bool = False,
@@ -200,12 +201,13 @@ def plan_memory(
     The auxiliary loss of dead features is counted on CUDA devices only, with all features dead.
 
     Args:
-        cfg: the run's configuration.
+        cfg: the run's configuration; of several SAEs, that of the first.
         model: the language model's source.
         lm_dtype: the language model's dtype in the run.
         n_parameters: the number of parameters of the whole model, and of the model up to the hook.
         cached: whether activations come from a cache or another device. The model is then not counted.
-        n_saes: how many SAEs of this size are trained, one at each hook. They take their steps one after the other.
+        cfgs: the configurations of all SAEs of the run, if there are several; what `cfg` changes of the first holds for
+            all. They take their steps one after the other. SAEs at one hook share its activations.
         evaluates: whether the run evaluates on held-out text during training, for which it keeps the whole model.
         finetune_loss: the loss of the steps at its end, for which it keeps the whole model too.
         has_target_l0: whether the sparsity weight is adjusted for a certain L0.
@@ -214,7 +216,9 @@ def plan_memory(
     on_cpu = torch.device(cfg.device).type == "cpu"
     lm_bytes, sae_bytes = lm_dtype.itemsize, str_to_dtype(cfg.dtype).itemsize
     acts_bytes = 2 if cached else lm_bytes
-    d_in, batch = n_saes * cfg.sae.d_in, cfg.train_batch_size_tokens
+    each = _like(cfg, cfgs)
+    d_in = sum({one.hook_name: one.sae.d_in for one in each}.values())
+    batch = cfg.train_batch_size_tokens
 
     whole, up_to_hook = (n * lm_bytes for n in n_parameters)
     finetunes = finetune_loss != "none"
@@ -230,19 +234,20 @@ def plan_memory(
     n_hidden, n_intermediate = _FORWARD_PASS["cpu" if on_cpu else "cuda"]
     width = n_hidden * config.hidden_size + n_intermediate * _intermediate_size(config)
     kept_width = _BACKWARD_PASS[0] * config.hidden_size + _BACKWARD_PASS[1] * _intermediate_size(config)
-    n_layers = config.num_hidden_layers - _layers_before(cfg.hook_name)
+    n_layers = config.num_hidden_layers - min(_layers_before(one.hook_name) for one in each)
     kept_of_row = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     mixed = cfg.n_batches_in_buffer * kept_of_row
     kept_of_pass = cfg.store_batch_size_prompts * kept_of_row
     measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
-    parameters = _n_parameters(cfg) * sae_bytes
+    parameters = [_n_parameters(one) * sae_bytes for one in each]
     calibrates = has_calibration(cfg.sae, 1.0 if has_target_l0 else None)
     sample = max(CAPACITY, held_out_tokens(cfg.training_tokens)) if on_cpu else CAPACITY
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
-    more = copy.copy(cfg)
-    more.train_batch_size_tokens += cfg.context_size // 2
+    longer = [copy.copy(one) for one in each]
+    for one in longer:
+        one.train_batch_size_tokens += cfg.context_size // 2
     most_tokens = batch + cfg.context_size  # of a fine-tuning step, with those that are left out
-    logits_of_row, comparing = _logits_bytes(cfg, config.vocab_size, lm_bytes, on_cpu=on_cpu)
+    logits_of_row, comparing = max(_logits_bytes(one, config.vocab_size, lm_bytes, on_cpu=on_cpu) for one in each)
     return MemoryPlan(
         process=psutil.Process().memory_info().rss if on_cpu else 0,
         model=whole if keeps_whole else 0 if cached else up_to_hook,
@@ -250,19 +255,20 @@ def plan_memory(
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=measured * d_in * (2 * acts_bytes + max(4, sae_bytes)),
-        sample=calibrates * sample * d_in * DTYPE.itemsize,
-        sae=n_saes * parameters,
-        gradients=parameters,
-        adam=2 * n_saes * parameters,
-        step=_step_bytes(cfg) if on_cpu else _step_bytes_on_cuda(cfg, parameters),
+        sample=calibrates * sample * sum(one.sae.d_in for one in each) * DTYPE.itemsize,
+        sae=sum(parameters),
+        gradients=max(parameters),
+        adam=2 * sum(parameters),
+        step=max(map(_step_bytes if on_cpu else _step_bytes_on_cuda, each)),
         finetunes=finetunes,
         finetuning_logits=(finetune_loss == "kl") * most_tokens * config.vocab_size * lm_bytes,
         finetuning_pass=finetunes
         * min(tokens, most_tokens)
         * (n_layers * kept_width + 2 * config.vocab_size)
         * lm_bytes,
-        finetuning_step=finetunes * (_step_bytes(more) if on_cpu else _step_bytes_on_cuda(more, parameters)),
-        folding=2 * 8 * cfg.sae.d_in * cfg.sae.d_sae if whitens else 0,  # a weight and its product, in float64
+        finetuning_step=finetunes * max(map(_step_bytes if on_cpu else _step_bytes_on_cuda, longer)),
+        # a weight and its product, in float64
+        folding=2 * 8 * max(one.sae.d_in * one.sae.d_sae for one in each) if whitens else 0,
         evaluation_model=whole,
         evaluates=evaluates,
         evaluation_logits=8 * logits_of_row,
@@ -270,6 +276,21 @@ def plan_memory(
         comparing=comparing,
         on_cpu=on_cpu,
     )
+
+
+def _like(
+    cfg: LanguageModelSAERunnerConfig[Any], cfgs: Sequence[LanguageModelSAERunnerConfig[Any]]
+) -> list[LanguageModelSAERunnerConfig[Any]]:
+    """Returns the configuration of each SAE, changed as `cfg` is changed from the first of `cfgs`."""
+    each = [cfg]
+    for other in cfgs[1:]:
+        like = copy.copy(cfg)
+        like.hook_name, like.sae = other.hook_name, copy.copy(other.sae)
+        like.sae.d_sae = other.sae.d_sae * cfg.sae.d_sae // cfgs[0].sae.d_sae
+        if hasattr(cfg.sae, "k"):
+            like.sae.k = cfg.sae.k
+        each.append(like)
+    return each
 
 
 def _layers_before(hook_name: str) -> int:
@@ -323,9 +344,10 @@ def _class_of_step(cfg: LanguageModelSAERunnerConfig[Any]) -> type[TrainingSAE[A
     return sparse_class(get_sae_training_class(cfg.sae.architecture())[0], cfg.sae, compiled=cfg.compile_sae)
 
 
-def _step_bytes_on_cuda(cfg: LanguageModelSAERunnerConfig[Any], gradients: int) -> int:
+def _step_bytes_on_cuda(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
     """Returns what a step on a CUDA device adds to the peak, without the gradients."""
     n_bytes = str_to_dtype(cfg.dtype).itemsize
+    gradients = _n_parameters(cfg) * n_bytes
     batch, d_in, d_sae = cfg.train_batch_size_tokens, cfg.sae.d_in, cfg.sae.d_sae
     weight_FD, acts_BF = d_sae * d_in * n_bytes, batch * d_sae * n_bytes
     if issubclass(_class_of_step(cfg), SparseTopKTrainingSAE):

@@ -103,7 +103,7 @@ class RunOnCard:
             self.lm_dtype,
             n_parameters=self._n_parameters,
             cached=False,
-            n_saes=len(self.cfgs),
+            cfgs=self.cfgs,
             evaluates=evaluates,
             finetune_loss=self.finetune_loss,
             has_target_l0=self.has_target_l0,

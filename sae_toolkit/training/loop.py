@@ -93,6 +93,7 @@ class TrainingLoop:
         self._is_on_cpu = torch.device(self.cfg.device).type == "cpu"
         self._histogram_every = math.ceil(self.cfg.total_training_steps / _N_HISTOGRAMS)
         self._firing_rates = {name: _FiringRates(each) for name, each in self.trainer.trainers.items()}
+        self._n_features = {name: cfg.sae.d_sae for name, cfg in zip(self.run.sae_names, self.run.cfgs, strict=True)}
         self._read_at = 0.0
         self._readings: Mapping[str, Mapping[str, Any]] = {}
         self._shown: Mapping[str, str] | None = None
@@ -145,9 +146,9 @@ class TrainingLoop:
         is_last = before + self.cfg.train_batch_size_tokens >= self.total
         to_read = to_record or show or is_last
         if to_read:
-            self._readings = trainer.read(outputs)
+            self._readings = self._read(outputs)
             self._read_at = time.monotonic()
-            self._shown = _shown(self._readings, self.cfg.sae.d_sae)
+            self._shown = _shown(self._readings)
             if to_record:
                 self._record(self._readings, progress)
         if to_read or self._is_on_cpu:  # on a GPU a check waits for the device
@@ -169,17 +170,22 @@ class TrainingLoop:
         if signal_number:
             raise Stopped(signal_number)
 
-    def _record(self, readings: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
-        step, d_sae = self.trainer.n_training_steps, self.cfg.sae.d_sae
-        readings = {
-            name: {**reading, "sparsity/dead_share": reading["sparsity/dead_features"] / d_sae}
+    def _read(self, outputs: Mapping[str, TrainStepOutput]) -> dict[str, dict[str, Any]]:
+        """Returns the readings of a step for each SAE, with the share of its features that is dead."""
+        readings, d_sae = self.trainer.read(outputs), self._n_features
+        return {
+            name: {**reading, "sparsity/dead_share": reading["sparsity/dead_features"] / d_sae[name]}
             for name, reading in readings.items()
         }
+
+    def _record(self, readings: Mapping[str, Mapping[str, Any]], progress: Progress) -> None:
+        step = self.trainer.n_training_steps
         speed = {"details/tokens_per_second": progress.per_second, "details/memory_gib": progress.memory_gib}
         values = panels(readings) | panels({"": speed})
         self.record.log(values, step)
         if self.ranks.is_main:
-            metrics = self.trainer.flat(readings) | speed | {"d_sae": d_sae}
+            d_sae = self.trainer.flat({name: {"d_sae": n} for name, n in self._n_features.items()})
+            metrics = self.trainer.flat(readings) | speed | d_sae
             self.run.run_directory.record_metrics(step, metrics)
 
     def _record_firing_rates(self) -> None:
@@ -265,7 +271,7 @@ class _FiringRates:
         return (new_F.clamp(min=0.5) / n_new).log10()
 
 
-def _shown(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> dict[str, str]:
+def _shown(readings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Returns the readings that the progress view shows; for several SAEs, the range of each reading."""
 
     def spread(form: str, values: list[float]) -> str:
@@ -277,7 +283,7 @@ def _shown(readings: Mapping[str, Mapping[str, Any]], d_sae: int) -> dict[str, s
         "loss": spread(".4g", [reading["losses/overall_loss"] for reading in each]),
         "L0": spread(".1f", [reading["metrics/l0"] for reading in each]),
         "explained variance": spread(".3f", [reading["metrics/explained_variance"] for reading in each]),
-        "dead": spread(".1%", [reading["sparsity/dead_features"] / d_sae for reading in each]),
+        "dead": spread(".1%", [reading["sparsity/dead_share"] for reading in each]),
         **{
             label: spread(".4f", [reading[name] for reading in each])
             for name, label in (("losses/kl_loss", "KL"), ("losses/ce_loss", "CE"))

@@ -56,7 +56,10 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     run.check_disk()
     if run.resume_from is None:
         begins_trained = bool(run.initialized_from)
-        warnings = recipe_warnings(run.cfg, run.held_out.fraction, run.passes, begins_trained=begins_trained)
+        warnings = []
+        for cfg in {cfg.sae.d_sae: cfg for cfg in reversed(run.cfgs)}.values():
+            warnings += recipe_warnings(cfg, run.held_out.fraction, run.passes, begins_trained=begins_trained)
+        warnings = list(dict.fromkeys(warnings))
         for hook_name, lineage in run.initialized_from.items():
             warnings += lineage_warnings(lineage, run.model.name, hook_name)
         _warn(warnings, settings.strict)

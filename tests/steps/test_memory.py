@@ -44,6 +44,24 @@ def test_shapes_are_counted_exactly(tiny_model):
     assert planned(cfg, source, cached=True).model == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_sae_of_a_run_counts_with_its_own_width(tiny_model, device):
+    source = find_model(str(tiny_model))
+    narrow, wide = (
+        configuration(tiny_model, d_in, "--hook_name", hook_name, device=device)
+        for d_in, hook_name in ((32, "blocks.1.hook_resid_post"), (64, "blocks.1.mlp.hook_post"))
+    )
+    alone = [planned(cfg, source) for cfg in (narrow, wide)]
+    both, turned = (planned(cfgs[0], source, cfgs=cfgs) for cfgs in ([narrow, wide], [wide, narrow]))
+    assert both == turned
+    for item in ("sae", "adam", "sample"):
+        assert getattr(both, item) == sum(getattr(plan, item) for plan in alone)
+    for item in ("gradients", "step"):
+        assert getattr(both, item) == max(getattr(plan, item) for plan in alone)
+    seeds = planned(narrow, source, cfgs=[narrow, narrow])
+    assert (seeds.sae, seeds.buffer) == (2 * alone[0].sae, alone[0].buffer)  # they share the activations
+
+
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"])
 def test_what_the_layers_keep_for_fine_tuning_is_what_autograd_saves(tmp_path, hook_name):
     """In bfloat16, whose norms keep copies in float32. The logits, which are small here, are counted apart."""

@@ -37,9 +37,15 @@ def test_each_sae_is_that_of_a_run_of_its_own(script, tiny_run, architecture):
 
 def test_hooks_of_several_widths_are_read_side_by_side(script, tiny_run):
     hooks = ["blocks.1.hook_mlp_out", "blocks.2.mlp.hook_post", "blocks.0.attn.hook_z"]
-    together = final(script("sae_lens_train.py", *tiny_run, "--hook_names", *hooks))
-    widths = [json.loads((together / hook / "cfg.json").read_text())["d_in"] for hook in hooks]
-    assert widths == [32, 64, 32]
+    many_dead = ["--architecture", "topk", "--k", 1, "--dead_feature_window", 1]
+    together = final(script("sae_lens_train.py", *tiny_run, *many_dead, "--hook_names", *hooks))
+    cfgs = [json.loads((together / hook / "cfg.json").read_text()) for hook in hooks]
+    assert [cfg["d_in"] for cfg in cfgs] == [32, 64, 32]
+    last = json.loads((together.parent / "metrics.jsonl").read_text().splitlines()[-1])
+    for hook, cfg in zip(hooks, cfgs, strict=True):
+        n_dead = last[f"{hook}/sparsity/dead_features"]
+        assert n_dead > 0
+        assert last[f"{hook}/sparsity/dead_share"] == n_dead / cfg["d_sae"]
 
 
 def test_a_token_that_is_massive_at_one_hook_is_left_out_at_all(tiny_model):
