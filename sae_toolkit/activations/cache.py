@@ -169,6 +169,21 @@ def check_cache_directory(directory: Path, parameters: dict[str, Any]) -> bool:
     return True
 
 
+def holds_rows(directory: Path, parameters: dict[str, Any], rows_NT: np.ndarray) -> bool:
+    """Returns whether a directory is a cache that has the activations of all rows of tokens.
+
+    Raises:
+        UserError: as `check_cache_directory`.
+    """
+    if not check_cache_directory(directory, parameters):
+        return False
+    with _named_in_errors(directory):
+        path = directory / _INDEX
+        known = np.fromfile(path, _INDEX_ROW) if path.exists() else np.empty(0, _INDEX_ROW)
+    complete = set(known["tokens"][known["checksum"] > 0].tolist())
+    return all(_hash_of_tokens(tokens_T) in complete for tokens_T in rows_NT)
+
+
 def _check_parameters(directory: Path, parameters: dict[str, Any]) -> None:
     path = directory / _PARAMETERS
     try:

@@ -16,7 +16,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.util import dtype_to_str
 
-from sae_toolkit.activations.cache import check_cache_directory
+from sae_toolkit.activations.cache import holds_rows
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.devices import choose_lm_dtype, free_memory
@@ -254,7 +254,7 @@ class PreparedRun:
             self.lm_dtype,
             n_parameters=self._n_parameters,
             cached=self.is_cached or not self._shares_device,
-            n_saes=len(self.cfgs),
+            cfgs=self.cfgs,
             evaluates=self.evaluates if evaluates is None else evaluates,
             finetune_loss=self.optimization.finetune_loss,
             has_target_l0=self.sae.target_l0 is not None,
@@ -275,13 +275,13 @@ class PreparedRun:
 
     @cached_property
     def is_cached(self) -> bool:
-        """Whether an earlier run left activations in the cache.
+        """Whether earlier runs left all activations of this one in the cache.
 
         Raises:
             UserError: the directory holds something else.
         """
         directory = self.cache_directory
-        return directory is not None and check_cache_directory(directory, self.cache_parameters())
+        return directory is not None and holds_rows(directory, self.cache_parameters(), self.all_rows_NT)
 
     def check_memory(self) -> None:
         """Warns if the run is not predicted to fit into memory, and says which flags to lower so that it does.

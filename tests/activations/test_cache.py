@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.loading import find_model, load_language_model
+from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.training.setup import prepare_run
 
 ROWS_NT = np.random.default_rng(0).integers(3, 40_000, (6, 16)).astype(np.uint32)
 
@@ -39,7 +41,10 @@ def test_a_second_run_loads_no_language_model_and_ends_in_the_same_weights(scrip
 
 def test_a_longer_run_computes_what_is_missing(script, cached_run):
     script("sae_lens_train.py", *cached_run)
-    longer = script("sae_lens_train.py", *cached_run, "--training_tokens", 4096, "--seed", 42)
+    words = [*map(str, cached_run), "--training_tokens", "4096", "--seed", "42"]
+    assert not prepare_run(parse_training_flags(words)).is_cached
+    longer = script("sae_lens_train.py", *words)
+    assert prepare_run(parse_training_flags(words)).is_cached
     assert longer.status == 0, longer.stderr
     assert " 0 contexts read" not in longer.stderr
     assert ", 0 computed" not in longer.stderr
