@@ -155,6 +155,8 @@ class Training:
         acts_ND = self.stream.of_other_rows(
             run.held_out_NT, run.held_out_assistant_NT, activation_sample.DTYPE, shares=shares
         )
+        if not shares and not run.is_sharded:
+            acts_ND = acts_ND[self.ranks.rank :: self.ranks.size]  # each activation counts once
         if sum(n for (n,) in self.ranks.counts(len(acts_ND))) < _LEAST_KEPT:  # if the assistant hardly speaks there
             return
         for sample, acts in zip(samples, self.stream.at_each_hook(acts_ND), strict=True):

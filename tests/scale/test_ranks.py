@@ -21,11 +21,17 @@ def flags(tiny_model, text_file, tmp_path):
     return of
 
 
-def test_two_processes_make_the_sae_of_one(trainings, flags):
-    status, _ = trainings.run(flags("one"))
+@pytest.mark.parametrize("context_size", ["64", pytest.param("512", marks=pytest.mark.scale)])
+def test_two_processes_make_the_sae_of_one(trainings, flags, context_size):
+    """With contexts of 512 the held-out text has fewer rows than the processes would share."""
+    own = ["--context_size", context_size]
+    status, _ = trainings.run([*flags("one"), *own])
     assert status == 0, trainings.shown()
     one = trainings.finished_sae()
-    assert_close(Launch(2, flags("two")).finished_sae(), one)
+    two = Launch(2, [*flags("two"), *own]).finished_sae()
+    assert_close(two, one)
+    ours, theirs = (json.loads((sae / "cfg.json").read_text())["metadata"] for sae in (two, one))
+    assert ours["calibrated_on_tokens"] == theirs["calibrated_on_tokens"] > 0
 
 
 @pytest.mark.scale
