@@ -179,7 +179,8 @@ def _settings_of_run(resume: Path, given: dict[str, Any]) -> TrainingSettings:
     saved = _saved_flags("resume", resume)
     may_change = flags_with(Scope.PROCESS, Scope.COMMAND)
     for name, value in given.items():
-        if name not in may_change and value != saved.get(name):
+        same = (saved.get(name), _not_chosen(saved["set"], saved["chosen"])) if name == "set" else (saved.get(name),)
+        if name not in may_change and value not in same:
             raise UserError(f"--{name} {value}: the resumed run has {saved.get(name)}; leave the flag out")
     return TrainingSettings.from_flags(saved | {name: value for name, value in given.items() if name in may_change})
 

@@ -163,7 +163,7 @@ def calibrate(
         for part_ND in acts_ND.split(rows):
             yield _scores(sae, scaler(part_ND.to(sae.device, sae.dtype))).flatten()
 
-    n_active = round(target * n_tokens)
+    n_active = max(1, round(target * n_tokens))
     least_cut = -math.inf if threshold is None else 0.0
     cut, n_above, n_before = _find_cut(chunks, n_active, 2 * target / sae.cfg.d_sae, cut_before, least_cut, ranks)
     l0, l0_before = n_above / n_tokens, n_before / n_tokens

@@ -52,10 +52,13 @@ _DECODER_INIT_NORM, _INIT_NORM_FACTOR, _INIT_NORM_BY_FACTOR = 0.5, 4, 0.25
 _INIT_NORM_KEY = "sae.decoder_init_norm"
 # In the outputs of attention features become alike far more easily. There the norm is larger by this factor, and the
 # rate is not raised. Hooks that are not these are treated so too.
-_FITTED_HOOKS = re.compile(r"\.hook_resid_(pre|mid|post)$|\.hook_mlp_out$|\.(layers|h|blocks)\.\d+$")
+_FITTED_HOOKS = re.compile(
+    r"\.hook_resid_(pre|mid|post)$|\.hook_mlp_out$|\.(layers|h|blocks)\.\d+(\.(mlp|ffn|feed_forward))?$"
+)
 _OTHER_HOOKS_NORM = 1.6
 # The scalings with which the mean of the activations can be measured.
-_CENTERED = ("none", "expected_average_only_in", "covariance_whitening")
+_CENTERED = ("none", "expected_average_only_in", "expected_average_in_and_out", "covariance_whitening")
+_OWN_TARGET = "sae.jumprelu_sparsity_loss_mode=quadratic"  # this loss has an L0 of its own as its target
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
     why = "the middle of the healthy range, 40 to 120"
     if "topk" in choice.sae.architecture:
         choice.choose("k", _L0, why)
+    elif _OWN_TARGET in choice.optimization.set:
+        pass
     elif (weight := SPARSITY_WEIGHTS.get(choice.sae.architecture)) and not choice.is_given(weight):
         choice.choose("target_l0", float(_L0), why)
     if choice.sae.init_from is None:

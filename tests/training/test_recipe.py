@@ -70,6 +70,17 @@ def test_an_sae_without_k_gets_the_same_l0(architecture: str) -> None:
     assert settings.sae.target_l0 == chosen("--recipe", "auto").sae.k == 64
 
 
+def test_the_quadratic_loss_keeps_its_own_target() -> None:
+    words = ("--architecture", "jumprelu", "--set", "sae.jumprelu_sparsity_loss_mode=quadratic")
+
+    assert chosen("--recipe", "auto", *words).sae.target_l0 is None
+
+
+@pytest.mark.parametrize("mode", ["none", "expected_average_only_in", "expected_average_in_and_out"])
+def test_the_bias_begins_at_the_mean_with_every_scaling_that_has_one(mode: str) -> None:
+    assert chosen("--recipe", "auto", "--normalize_activations", mode).sae.b_dec_init_method == "mean"
+
+
 def test_a_given_sparsity_weight_is_not_adjusted() -> None:
     assert chosen("--recipe", "auto", "--architecture", "gated", "--l1_coefficient", 3).sae.target_l0 is None
 
@@ -113,6 +124,8 @@ def test_the_rate_grows_with_the_batch_and_k_and_falls_with_steps_and_width() ->
         (("--hook_name", "model.layers.5"), True),
         (("--hook_name", "transformer.h.5"), True),
         (("--hook_name", "blocks.5.hook_mlp_out"), True),
+        (("--hook_name", "model.layers.5.mlp"), True),
+        (("--hook_name", "model.layers.5.self_attn"), False),
         (("--hook_name", "blocks.5.hook_attn_out"), False),
         (("--hook_name", "blocks.5.attn.hook_z"), False),
         (("--hook_names", "blocks.5.hook_resid_pre", "blocks.5.hook_attn_out"), False),
@@ -163,6 +176,15 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path: Path) -> None:
 
     assert resumed.optimization.lr == 0.125
     assert resumed.sae == settings.sae
+
+
+def test_a_run_can_be_resumed_with_the_words_that_started_it(tmp_path: Path) -> None:
+    words = ("--recipe", "auto", "--k", 32, "--set", "adam_beta1=0.5")
+    settings = saved_run(tmp_path, *words)
+
+    assert chosen(*words, "--resume", tmp_path).optimization == settings.optimization
+    with pytest.raises(UserError, match="the resumed run has"):
+        chosen("--resume", tmp_path, "--set", "adam_beta1=0.25")
 
 
 def test_like_chooses_anew_what_was_chosen_and_keeps_what_was_given(tmp_path: Path) -> None:
