@@ -43,7 +43,12 @@ from sae_toolkit.many_runs.comparison.contenders import parse_contenders
 from sae_toolkit.many_runs.comparison.learning_rates import check_learning_rates, list_saes, with_learning_rates
 from sae_toolkit.many_runs.directories import claimed
 from sae_toolkit.settings.command_line import parse_training_flags
-from sae_toolkit.settings.comparison import check_training_flags, parse_comparison_flags, with_few_tokens
+from sae_toolkit.settings.comparison import (
+    check_training_flags,
+    parse_comparison_flags,
+    with_few_tokens,
+    without_target_l0,
+)
 from sae_toolkit.terminal.console import run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
@@ -58,6 +63,7 @@ def main() -> int:
     check_training_flags(words, training)
     if settings.run.quick:
         words = with_few_tokens(words, training)
+    words = without_target_l0(words)
     n_cores, parallel = len(os.sched_getaffinity(0)), settings.run.parallel
     if parallel > n_cores:
         raise UserError(f"--parallel {parallel}: there are {n_cores} cores here; give at most {n_cores}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.command_line import typed_flags
+from sae_toolkit.settings.command_line import parse_training_flags, training_words, typed_flags
 from sae_toolkit.settings.fields import as_text, build_parser, flag, from_flags
 from sae_toolkit.settings.training import TrainingSettings
 from sae_toolkit.settings.values import Positive
@@ -103,10 +103,23 @@ def check_training_flags(words: Sequence[str], training: TrainingSettings) -> No
         raise UserError(
             "--resume, --shard_features: not for a comparison, which resumes without a flag; leave them out"
         )
+    if (seeds := training.optimization.seeds) > 1:  # of a flag file or --like; a typed one is the comparison's
+        raise UserError(
+            f"--seeds {seeds}: of a flag file or --like, where it makes one run of several SAEs; leave it out there,"
+            " and give --seeds itself"
+        )
     typed = typed_flags(words)
     for name, instead in _SET_BY_COMPARISON.items():
         if name in typed:
             raise UserError(f"--{name} {as_text(training.as_flags()[name])}: the comparison sets it; {instead}")
+
+
+def without_target_l0(words: Sequence[str]) -> list[str]:
+    """Returns the words without a --target_l0 of a flag file or --like, which the kinds with a k would refuse."""
+    settings = parse_training_flags(words)
+    if settings.sae.target_l0 is None:
+        return list(words)
+    return training_words(settings.as_flags(), leave_out=("target_l0", "like", "preset"))
 
 
 def with_few_tokens(words: Sequence[str], training: TrainingSettings) -> list[str]:

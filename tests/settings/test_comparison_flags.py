@@ -1,12 +1,13 @@
 """A comparison refuses flags that it would not obey, and knows which flags a person typed."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.command_line import parse_training_flags
-from sae_toolkit.settings.comparison import check_training_flags, with_few_tokens
+from sae_toolkit.settings.comparison import check_training_flags, with_few_tokens, without_target_l0
 
 
 @pytest.fixture
@@ -49,5 +50,14 @@ def test_a_flag_that_the_comparison_sets_is_refused_if_a_person_typed_it(typed, 
 
 def test_a_flag_file_may_have_flags_that_the_comparison_sets(preset):
     check_training_flags([preset], parse_training_flags([preset]))
+    expected = replace(parse_training_flags([preset]).sae, target_l0=None)
+    assert parse_training_flags(without_target_l0([preset])).sae == expected  # kinds with a k refuse it
     with pytest.raises(UserError, match="--target_l0 16.0: the comparison sets it; use --l0"):
         check_training_flags([preset, "--target_l0", "16"], parse_training_flags([preset, "--target_l0", "16"]))
+
+
+def test_several_seeds_of_a_flag_file_are_refused(tmp_path):
+    flags = tmp_path / "flags.args"
+    flags.write_text("--seeds 3\n")
+    with pytest.raises(UserError, match="--seeds 3: of a flag file"):
+        check_training_flags([f"@{flags}"], parse_training_flags([f"@{flags}"]))
