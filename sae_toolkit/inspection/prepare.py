@@ -18,6 +18,7 @@ from sae_toolkit.evaluation.stability.prepare import prepare_stability
 from sae_toolkit.inspection.explanations.local import find_judge
 from sae_toolkit.inspection.latents import WINDOW
 from sae_toolkit.inspection.neuronpedia import layer_of
+from sae_toolkit.inspection.results import check_directory
 from sae_toolkit.inspection.run import check_memory
 from sae_toolkit.reports.results import directory_of_results
 from sae_toolkit.settings.evaluation import EvaluationSettings, EvaluationTextSettings, MeasurementSettings
@@ -135,5 +136,6 @@ def choose_directories(output: Path | None, groups: Sequence[PreparedEvaluation]
             raise UserError(f"--output {directory}: cannot be made: {one_line(error)}; name another one") from None
         if not os.access(directory, os.W_OK):
             raise UserError(f"--output {directory}: cannot be written to; name another directory")
+        check_directory(directory)
     remaining = iter(directories)
     return [[next(remaining) for _ in group.saes] for group in groups]

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from pyarrow import ArrowException
 
+from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
 from sae_toolkit.evaluation.stability.measure import is_same
 from sae_toolkit.evaluation.stability.partners import nearest_cosines
@@ -80,10 +82,36 @@ def write_results(
         yield explained
 
 
+def check_directory(directory: Path) -> None:
+    """Checks that an inspection into a directory would replace nothing but what an earlier one wrote there.
+
+    Raises:
+        UserError: it would.
+    """
+    path = directory / features_file.FILENAME
+    if path.exists():
+        try:
+            features_file.read_description(path)
+        except (OSError, ArrowException, KeyError, TypeError, ValueError):
+            raise UserError(
+                f"--output {directory}: {path.name} was not written by this script, and would be replaced; name another"
+                " directory"
+            ) from None
+        return
+    if foreign := next((name for name in _MADE_FROM_FEATURES if (directory / name).exists()), None):
+        raise UserError(
+            f"--output {directory}: {foreign} is there without a {path.name}, and would be replaced; name another"
+            " directory"
+        )
+
+
 def _remove_what_was_made_from_features(directory: Path) -> None:
     for name in _MADE_FROM_FEATURES:
         earlier = directory / name
+        if not earlier.exists():
+            continue
+        log.info("%s is removed: it was made from other examples", earlier)
         if earlier.is_dir():
             shutil.rmtree(earlier)
         else:
-            earlier.unlink(missing_ok=True)
+            earlier.unlink()

@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -269,4 +270,8 @@ def _save(each: InspectedSAE, about: dict[str, Any]) -> None:
 
 def remove_saves(each: InspectedSAE) -> None:
     """Removes what was saved of a pass, once its results are written."""
-    shutil.rmtree(each.directory / _UNFINISHED, ignore_errors=True)
+    unfinished = each.directory / _UNFINISHED
+    for save in unfinished.glob("[0-9]*"):
+        shutil.rmtree(save, ignore_errors=True)
+    with suppress(OSError):  # there is none, or somebody has put something else there
+        unfinished.rmdir()

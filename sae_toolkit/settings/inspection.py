@@ -18,6 +18,7 @@ _QUANTILES = 10  # of the strengths of activations, which delphi draws examples 
 
 _LARGEST_VALUE = 1e10  # far above any activation, far below what overflows in float32
 _LEAST_TEMPERATURE = 1e-3
+_MOST_PROMOTED = 1000
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ def parse_inspection_flags(description: str, argv: Sequence[str] | None = None) 
     check_hook_flags(settings.saes)
     _check_steering(settings)
     _check_explanations(settings.explanations)
+    if (promoted := settings.features.promoted) > _MOST_PROMOTED:
+        raise UserError(f"--promoted {promoted}: these are listed for every feature; give {_MOST_PROMOTED:,} at most")
     if settings.run.effects and not settings.features.examples + settings.features.drawn_examples:
         raise UserError(
             f"--effects {settings.run.effects}: turns features in their examples, and --examples 0 --drawn_examples 0"

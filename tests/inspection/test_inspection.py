@@ -167,6 +167,7 @@ def test_a_killed_pass_goes_on_to_the_same_file(trained, tmp_path):
         (("--sae_path", "nowhere"), "nowhere"),
         (("--sae_path", "SAE", "--examples", "-1"), "argument --examples"),
         (("--sae_path", "SAE", "--output", "README.md"), "--output README.md: cannot be made"),
+        (("--sae_path", "SAE", "--promoted", "999999"), "--promoted 999999: these are listed for every feature"),
         (("--sae_path", "SAE", "--num_samples", "3"), "unrecognized arguments: --num_samples 3"),
     ],
 )
@@ -183,6 +184,18 @@ def test_examples_that_do_not_fit_into_memory_are_refused(script, trained, tmp_p
     assert not (tmp_path / "out").exists()
     assert "--examples 4 --drawn_examples 3: 128 features" in done.error_lines[0]
     assert done.error_lines[0].endswith("; lower them")
+
+
+@pytest.mark.parametrize("name", ["features.parquet", "delphi", "neuronpedia"])
+@pytest.mark.parametrize("is_directory", [True, False])
+def test_what_no_inspection_wrote_is_not_replaced(script, trained, tmp_path, name, is_directory):
+    theirs = tmp_path / name / "setup.py" if is_directory else tmp_path / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("theirs")
+    done = script("inspect_sae_features.py", "--sae_path", trained, *FLAGS, "--output", tmp_path)
+    assert (done.status, len(done.error_lines)) == (2, 1), done.stderr
+    assert f"--output {tmp_path}: {name} " in done.error_lines[0]
+    assert theirs.read_text() == "theirs"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(script, trained, disk_of):
