@@ -10,7 +10,6 @@ from typing import Any
 from sae_toolkit.activations.cache import CachedActivations
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
 from sae_toolkit.evaluation.stability.measure import Stability
-from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.steps.memory import HELD_OUT_ROWS_AT_ONCE
@@ -40,6 +39,5 @@ def stability_of_seeds(training: Training, final: Path) -> dict[str, Mapping[str
     (hook_name,) = run.hook_names
     group = HeldOutText(run, source).prepare(hook_name, *saes)
     model = source.model if isinstance(source, CachedActivations) else source
-    at_hook = LanguageModel(model.model, hook_name)
-    measured = Stability(saes).measure(group, at_hook, HELD_OUT_ROWS_AT_ONCE)
+    measured = Stability(saes).measure(group, model, HELD_OUT_ROWS_AT_ONCE)
     return {name: each.results for name, each in zip(run.sae_names, measured, strict=True)}
