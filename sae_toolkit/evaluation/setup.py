@@ -62,7 +62,8 @@ def prepare_evaluations(
         UserError: an evaluation could not succeed.
     """
     device = choose_device(sae_settings.device)
-    files = find_saes(list(sae_settings.sae_path), layer=sae_settings.layer)
+    flag = "--stability" if sae_settings.sae_path == measurements.stability else "--sae_path"
+    files = find_saes(list(sae_settings.sae_path), layer=sae_settings.layer, flag=flag)
     models: dict[_ModelKey, ModelSource] = {}
     widths: dict[_ModelKey, dict[str, int]] = {}
     groups: dict[_GroupKey, _Group] = {}

@@ -59,7 +59,7 @@ examples:
   # go on with an interrupted run: found by its flags, by its directory, or from one of its checkpoints
   python sae_lens_train.py @presets/demo.args --resume
   python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0
-  python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250880
+  python sae_lens_train.py --resume checkpoints/demo_1a2b3c4d/k3j2h1g0/250368
 
 models: a Hugging Face id, a directory, a .gguf file, {EMBEDDED_MODEL}, or synthetic:small
 data:   a Hugging Face id, {EMBEDDED_TEXT}, synthetic:small, or a file or directory (txt, md, rst, html,

@@ -108,6 +108,8 @@ def check_training_flags(words: Sequence[str], training: TrainingSettings) -> No
             f"--seeds {seeds}: of a flag file or --like, where it makes one run of several SAEs; leave it out there,"
             " and give --seeds itself"
         )
+    if training.text.held_out_fraction == 0:
+        raise UserError("--held_out_fraction 0: leaves no text to measure the SAEs on; use 0.1")
     typed = typed_flags(words)
     for name, instead in _SET_BY_COMPARISON.items():
         if name in typed:

@@ -262,7 +262,7 @@ class Skipped:
         if self.n_bad > self.n_records / 2:
             raise UserError(
                 f"{self.name}: {self.n_bad:,} of its first {self.n_records:,} records cannot be used; the first is"
-                f" {self._first}; correct the data, or choose another column with --text_column"
+                f" {self._first}; correct the data, or choose another of its columns"
             )
 
     def warn(self) -> None:

@@ -47,8 +47,17 @@ def special_tokens(exclude: bool | list[int], tokenizer: PreTrainedTokenizerBase
         tokenizer: the language model's tokenizer.
         is_chat: whether the text holds conversations. SAELens knows the tokens that stand at the start, at the end and
             between texts. Those that a chat template writes around messages are special tokens too.
+
+    Raises:
+        UserError: an id is none of the tokenizer's.
     """
     if exclude is not True:
+        unknown = [i for i in exclude or () if not 0 <= i < len(tokenizer)]
+        if unknown:
+            raise UserError(
+                f"--exclude_special_tokens {unknown[0]}: the tokenizer has the ids 0 to {len(tokenizer) - 1:,}; give"
+                " ids of it"
+            )
         return tuple(exclude or ())
     of_template = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special) if is_chat else ()
     return tuple(sorted({*get_special_token_ids(tokenizer), *of_template}))

@@ -205,7 +205,9 @@ def decoder_init_norm(factor: int, *, fitted_hooks: bool) -> float:
 def _choose_steps(choice: _Choice, d_sae: int, n_ranks: int) -> None:
     tokens = choice.optimization.training_tokens
     least = choice.settings.text.context_size if choice.optimization.finetune_loss != "none" else 1
-    choice.choose("train_batch_size_tokens", batch_size(tokens, least, n_ranks), f"for {_STEPS} steps or more")
+    batch = batch_size(tokens, least, n_ranks)
+    why = f"for {_STEPS} steps or more" if tokens // batch >= _STEPS else "the smallest, for the most steps"
+    choice.choose("train_batch_size_tokens", batch, why)
     batch = choice.optimization.train_batch_size_tokens
     n_steps = max(tokens // batch, 1)
     rate, why = least_learning_rate(n_steps, d_sae), f"for {n_steps:,} steps and {d_sae:,} features"

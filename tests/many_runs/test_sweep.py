@@ -16,6 +16,7 @@ from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
 from support.processes import ROOT
 
 DEMO = [f"@{ROOT}/presets/demo.args"]
+NOTHING_HELD_OUT = ("--held_out_fraction", "0", "--eval_every", "0")
 
 
 def trials(tmp_path, *grids, base=DEMO, **more):
@@ -68,6 +69,7 @@ def test_a_sample_is_drawn_from_ranges_and_values_and_is_the_same_each_time(tmp_
         ([], {"ranges": ["lr=1e-2:1e-4"], "n_samples": 2}, "must be NAME=LOW:HIGH, with 0 < LOW < HIGH"),
         ([], {"ranges": ["lr=low:high"], "n_samples": 2}, "must be NAME=LOW:HIGH"),
         (["k=32"], {"base": [*DEMO, "--layers", "1", "2"]}, "a trial trains one SAE"),
+        (["k=32"], {"base": [*DEMO, *NOTHING_HELD_OUT]}, "--held_out_fraction 0: leaves no text to measure the trials"),
     ],
 )
 def test_what_cannot_be_swept_is_said_before_anything_starts(tmp_path, grids, more, says):

@@ -40,6 +40,7 @@ def test_a_quick_comparison_takes_fewer_tokens_than_a_flag_file_says_with_the_de
         (["--architecture", "gated", "--target_l0", "16"], "--architecture gated: "),
         (["--checkpoint_path", "runs"], "--checkpoint_path runs: the comparison sets it; use --comparison_dir"),
         (["--eval_every", "100"], "--eval_every 100: the comparison sets it; leave it out"),
+        (["--held_out_fraction", "0"], "--held_out_fraction 0: leaves no text to measure the SAEs on"),
         (["--layers", "1", "2"], "--layers, --hook_names: a comparison is of one hook"),
     ],
 )

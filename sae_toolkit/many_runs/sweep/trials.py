@@ -144,6 +144,8 @@ def _trial(number: int, values: dict[str, str], base: Sequence[str], directory: 
         raise UserError(
             f"--seeds {settings.optimization.seeds}: a trial trains one SAE; sweep them, as in --grid seed=42,43,44"
         )
+    if settings.text.held_out_fraction == 0:
+        raise UserError("--held_out_fraction 0: leaves no text to measure the trials on; use 0.1")
     given = settings.as_flags()
     cache = directory / "activations" / _hash({name: given[name] for name in _OF_ACTIVATIONS}) if caches else None
     return Trial(number, values, flags, directory / "trials" / _hash(_swept(settings) | {"cached": caches}), cache)
