@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measures sparse autoencoders on real activations of their language model, against published standards.
 
-    python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
+    python evaluate_sae_real_activations.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500224
     python evaluate_sae_real_activations.py --sae_path ./my_sae --model_name ./my_model --layer 12 --dataset wikitext
 
     # SAEBench's protocol, and SAEBench itself

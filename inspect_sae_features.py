@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Looks at every feature of sparse autoencoders: how often and how strongly it fires, on what text, what it promotes.
 
-    python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
+    python inspect_sae_features.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500224
     python inspect_sae_features.py --sae_path ./my_sae --tokens 10000000 --examples 50 --drawn_examples 50
 
     # other text than what was held out of the training

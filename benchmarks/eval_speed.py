@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times this project's evaluation against sae-lens's `run_evals`, and several SAEs together against one by one.
 
-    python benchmarks/eval_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
+    python benchmarks/eval_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500224
     python benchmarks/eval_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0 --repeats 5
 
 Every contender measures the same rows, in the same dtype, at the same batch size, in a process of its own. The clock

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times the pass of inspect_sae_features.py against the model and the encoder alone, which keep nothing of features.
 
-    python benchmarks/inspection_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736
+    python benchmarks/inspection_speed.py --sae_path checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500224
     python benchmarks/inspection_speed.py --random 131072 --tokens 20000  # random weights in 576 dimensions
 
 The two take turns on the same rows, in one process. The first rows, where every example is new, are run before the

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Prints what each tool reports of one SAE on the same rows: the table of docs/metrics.md.
 
-    python benchmarks/metric_differences.py --sae_path checkpoints/demo_topk_1a2b3c4d/k3j2h1g0/final_500736
+    python benchmarks/metric_differences.py --sae_path checkpoints/demo_topk_1a2b3c4d/k3j2h1g0/final_500224
 
 The SAE must be a TopK SAE, since every tool can represent these: sparsify's SparseCoder and dictionary_learning's
 AutoEncoderTopK take its weights unchanged. Every number comes from the tool's own code. SAEBench and

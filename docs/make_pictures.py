@@ -2,7 +2,7 @@
 """Makes the pictures of the README from a real run: docs/training.png and docs/report.png.
 
     python docs/make_pictures.py                                                     # runs the demo, makes both
-    python docs/make_pictures.py --sae checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500736    # report.png alone
+    python docs/make_pictures.py --sae checkpoints/demo_1a2b3c4d/k3j2h1g0/final_500224    # report.png alone
 
 training.png is the terminal in the middle of the training. report.png is the verdict and the first plots of the
 report.html that the evaluation writes, without the tables between them. This needs two programs that the project does

@@ -112,9 +112,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     assert exit_info.value.code == 0
     (final,) = directory.glob("runs/*/*/final_*")
     shutil.copytree(final.parent, directory / "unfinished", ignore=shutil.ignore_patterns("final_*"))
-    for other in ("checkpoints/demo_5e6f7a8b/z9y8x7w6/final_500736", "seed_43", "seed_44"):
+    for other in ("checkpoints/demo_5e6f7a8b/z9y8x7w6/final_500224", "seed_43", "seed_44"):
         shutil.copytree(final, directory / other)
-    (final.parent / "final_500736").symlink_to(final.name)
+    (final.parent / "final_500224").symlink_to(final.name)
     _link(directory / "my_sae", final)
     _link(directory / "checkpoints/demo_1a2b3c4d/k3j2h1g0", final.parent)
     _link(directory / "sweeps/demo/trials/4e5f6a7b/demo_1a2b3c4d/k3j2h1g0", final.parent)
