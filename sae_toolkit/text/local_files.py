@@ -31,7 +31,7 @@ def local_splits(path: Path, what: str, streaming: bool) -> dict[str, Callable[[
         streaming: read the files as needed.
 
     Raises:
-        UserError: the file, or all files of the directory, are of unknown kinds.
+        UserError: there is no such file, or it, or all files of the directory, are of unknown kinds.
     """
     if path.is_file():
         if not kind_of(path):
@@ -45,6 +45,8 @@ def local_splits(path: Path, what: str, streaming: bool) -> dict[str, Callable[[
         return {"train": lambda: read_files(files, what, "document", parse_text, streaming=streaming)}
     if path.is_dir():
         _check_kinds(path, what)
+    elif kind_of(path) and (len(path.parts) != 2 or path.parent.is_dir()):  # an OWNER/NAME may be on the Hub
+        raise UserError(f"{what}: no such file")
     return {}
 
 

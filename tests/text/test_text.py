@@ -131,7 +131,7 @@ def test_the_text_column_is_found_or_refused(tmp_path):
 def test_a_fallback_is_taken_only_where_it_was_allowed(tmp_path):
     file = tmp_path / "other.txt"
     file.write_text("Some text.")
-    with pytest.raises(UserError, match=r"--dataset nowhere\.jsonl"):
+    with pytest.raises(UserError, match=r"--dataset nowhere\.jsonl: no such file"):
         open_text("nowhere.jsonl", flag="--dataset")
     source = open_text("nowhere.jsonl", flag="--dataset", fallback=str(file))
     assert (source.name, source.fallback_from) == (str(file), "nowhere.jsonl")
