@@ -54,13 +54,7 @@ def failed_allocation(error: BaseException) -> BaseException | None:
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # As pyarrow and safetensors quote the system, and as torch.save says it.
-_NO_ROOM_WORDS = (
-    "no space left on device",
-    "disk quota exceeded",
-    "file too large",
-    "pytorchstreamwriter",
-    "unexpected pos",
-)
+_NO_ROOM_WORDS = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter", "unexpected pos")
 
 
 def is_disk_full(error: BaseException) -> bool:
