@@ -110,7 +110,6 @@ def test_neighbors_and_promoted_tokens_are_those_of_the_weights(features, traine
         assert feature["encoder_cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
-@pytest.mark.faults
 def prepared(trained, tmp_path, *flags):
     words = ["--sae_path", str(trained), *FLAGS, "--output", str(tmp_path), *flags]
     settings = parse_inspection_flags("", words)
@@ -140,6 +139,7 @@ def test_what_is_not_finite_where_nothing_is_measured_does_not_count(trained, tm
         assert measured_BT.sum() == 8
 
 
+@pytest.mark.faults
 def test_a_killed_pass_goes_on_to_the_same_file(trained, tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("\n\n".join(f"{i}: " + " ".join(str(i * j) for j in range(40)) for i in range(3000)))
