@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,17 +23,33 @@ def flags(tiny_model, text_file, tmp_path):
     return of
 
 
-@pytest.mark.parametrize("context_size", ["64", pytest.param("512", marks=pytest.mark.scale)])
-def test_two_processes_make_the_sae_of_one(trainings, flags, context_size):
-    """With contexts of 512 the held-out text has fewer rows than the processes would share."""
-    own = ["--context_size", context_size]
+def test_two_processes_make_the_sae_of_one(trainings, flags):
+    status, _ = trainings.run(flags("one"))
+    assert status == 0, trainings.shown()
+    one = trainings.finished_sae()
+    two = Launch(2, flags("two")).finished_sae()
+    assert_close(two, one)
+    assert calibrated_on(two) == calibrated_on(one) > 0
+
+
+def calibrated_on(sae: Path) -> int:
+    return json.loads((sae / "cfg.json").read_text())["metadata"]["calibrated_on_tokens"]
+
+
+@pytest.mark.scale
+def test_held_out_text_of_a_few_long_contexts_counts_once(trainings, flags, tiny_model, tmp_path):
+    """Five contexts are too few for two processes to share, so that each runs all of them."""
+    longer = tmp_path / "longer"
+    shutil.copytree(tiny_model, longer)
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    own = ["--model_name", str(longer), "--context_size", "2048", "--training_tokens", "16384"]
     status, _ = trainings.run([*flags("one"), *own])
     assert status == 0, trainings.shown()
     one = trainings.finished_sae()
     two = Launch(2, [*flags("two"), *own]).finished_sae()
     assert_close(two, one)
-    ours, theirs = (json.loads((sae / "cfg.json").read_text())["metadata"] for sae in (two, one))
-    assert ours["calibrated_on_tokens"] == theirs["calibrated_on_tokens"] > 0
+    assert calibrated_on(two) == calibrated_on(one) > 0
 
 
 @pytest.mark.scale
