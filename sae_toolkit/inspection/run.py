@@ -21,7 +21,13 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.massive_activations import measure_norm_limits
 from sae_toolkit.evaluation.metrics import chunk_length
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.files.whole_directory import NotSaved, check_manifest, is_about, whole_directory
+from sae_toolkit.files.whole_directory import (
+    NotSaved,
+    check_manifest,
+    is_about,
+    remove_partial_directories,
+    whole_directory,
+)
 from sae_toolkit.inspection.statistics import FeatureStatistics
 from sae_toolkit.model.devices import free_memory, out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
@@ -273,5 +279,6 @@ def remove_saves(each: InspectedSAE) -> None:
     unfinished = each.directory / _UNFINISHED
     for save in unfinished.glob("[0-9]*"):
         shutil.rmtree(save, ignore_errors=True)
+    remove_partial_directories(unfinished)
     with suppress(OSError):  # there is none, or somebody has put something else there
         unfinished.rmdir()

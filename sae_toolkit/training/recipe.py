@@ -155,9 +155,11 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
     why = "the middle of the healthy range, 40 to 120"
     if "topk" in choice.sae.architecture:
         choice.choose("k", _L0, why)
-    elif _OWN_TARGET in choice.optimization.set:
-        pass
-    elif (weight := SPARSITY_WEIGHTS.get(choice.sae.architecture)) and not choice.is_given(weight):
+    elif (
+        (weight := SPARSITY_WEIGHTS.get(choice.sae.architecture))
+        and not choice.is_given(weight)
+        and _OWN_TARGET not in choice.optimization.set
+    ):
         choice.choose("target_l0", float(_L0), why)
     if choice.sae.init_from is None:
         tokens = choice.optimization.training_tokens

@@ -153,6 +153,7 @@ def test_a_killed_pass_goes_on_to_the_same_file(trained, tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+    (killed / "unfinished/.7.partial").mkdir(exist_ok=True)  # of a kill in the middle of a save
     done = run_process(*command, "--output", killed)
     assert done.status == 0, done.stderr
     assert "going on after " in done.stderr
