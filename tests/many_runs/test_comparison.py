@@ -35,6 +35,16 @@ def test_a_penalty_is_found_within_four_trainings_where_l0_is_a_power_of_it(a, p
     assert abs(math.log(tried[-1][1] / 64)) < math.log(1.1), tried
 
 
+@pytest.mark.parametrize(("a", "power"), [(3.0, -1.4), (0.5, -0.6), (80.0, -2.5)])
+def test_a_search_with_another_learning_rate_begins_at_the_penalty_of_the_first(a, power):
+    elsewhere = [(penalty, a * penalty**power) for penalty in (0.01, 0.03, 0.08)]
+    begin = next_penalty([], 64, first=1e6, elsewhere=elsewhere)
+    assert a * begin**power == pytest.approx(64)
+    # With this rate every L0 is a quarter lower. The slope of the other rate is what one trial does not tell.
+    second = next_penalty([(begin, 0.75 * 64)], 64, first=1e6, elsewhere=elsewhere)
+    assert 0.75 * a * second**power == pytest.approx(64)
+
+
 def test_the_front_has_those_that_no_other_beats():
     points = [(60, 0.97), (30, 0.90), (61, 0.95), (20, 0.91), (100, 0.97), (120, 0.99)]
     assert pareto_front(points) == [3, 0, 5]
@@ -317,3 +327,12 @@ def test_dictionary_learning_trains_here_by_its_own_code(compare, tmp_path):
         assert (Path(outcome["trained"]["sae"]) / "ae.pt").is_file()
     exact = [o["metrics"]["l0"] for o in outcomes if o["contender"]["architecture"] == "topk"]
     assert exact == [4, 8]
+    # A search that was stopped after its trainings does not train again.
+    (searched,) = (directory / "saes").glob("dictionary_learning-standard-l0_8-*")
+    trained = {file: file.stat().st_mtime_ns for file in searched.glob("trial*/trainer_0/ae.pt")}
+    found = json.loads((searched / "result.json").read_text())
+    (searched / "result.json").unlink()
+    done = compare(directory, "--l0", 4, 8, "--libraries", *libraries)
+    assert done.status == 0, done.stderr
+    assert json.loads((searched / "result.json").read_text()) == found
+    assert {file: file.stat().st_mtime_ns for file in searched.glob("trial*/trainer_0/ae.pt")} == trained

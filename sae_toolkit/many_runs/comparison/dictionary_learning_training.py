@@ -15,7 +15,7 @@ from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.learning_rates import DEMO_LR, DEMO_STEPS
 from sae_toolkit.many_runs.comparison.library_trainings import Batches, run_training
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
-from sae_toolkit.many_runs.directories import read_result
+from sae_toolkit.many_runs.directories import read_result, write_result
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
 
     Returns:
         The result that `train_saelens` describes, for the training whose L0 is nearest to the target. A search adds
-        `penalty` and `l0` of this training, and `tried`: penalty and L0 of all trainings of the same kind so far,
-        those of other entries included.
+        `penalty` and `l0` of this training, and `tried`: penalty and L0 of all trainings of the same kind and learning
+        rate so far, those of other entries included.
     """
     first = _FIRST_PENALTIES.get(entry.contender.architecture)
     if first is None:
         result, _ = _train(entry, shared, entry.directory / "trial1", None)
         return result
-    tried = _tried_before(entry)
+    tried, elsewhere = _tried_before(entry)
     best: dict[str, Any] = {}
     for trial in range(1, _MAX_TRIALS + 1):
-        penalty = next_penalty(tried, entry.l0, first)
+        penalty = next_penalty(tried, entry.l0, first, elsewhere)
         result, l0 = _train(entry, shared, entry.directory / f"trial{trial}", penalty)
         tried.append((penalty, l0))
         log.info("%s: a penalty of %.3g gives an L0 of %.1f", entry.name, penalty, l0)
@@ -65,11 +65,17 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
 
 
 def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> tuple[dict[str, Any], float]:
-    """Trains once, on this project's batches. Returns the result as `train_saelens` does, and the L0."""
+    """Trains once, on this project's batches. Returns the result as `train_saelens` does, and the L0.
+
+    A training that an earlier search, which was stopped, has finished with the same settings is not repeated.
+    """
     python = DICTIONARY_LEARNING.python()
+    job = _job(entry, shared, directory, penalty)
+    before = read_result(directory)
+    if before and before["job"] == job:
+        return before["result"], before["l0"]
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    job = _job(entry, shared, directory, penalty)
     job_file = directory / "job.json"
     job_file.write_text(json.dumps(job, indent=1))
     batches = Batches(shared, entry.seed, [job["norm_batches"], job["steps"]])
@@ -88,6 +94,7 @@ def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None)
         "peak_bytes": trained["peak_bytes"] or peak,
         "lr": job["arguments"]["lr"],
     }
+    write_result(directory, {"job": job, "result": result, "l0": trained["l0"]})
     return result, trained["l0"]
 
 
@@ -95,35 +102,59 @@ def _distance(l0: float, target: float) -> float:
     return abs(math.log(max(l0, 1e-3) / target))
 
 
-def _tried_before(entry: Entry) -> list[tuple[float, float]]:
-    """Returns penalty and L0 of all earlier trainings of the same kind, whatever their target L0 and seed."""
+def _tried_before(entry: Entry) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Returns penalty and L0 of all earlier trainings of the same kind, whatever their target L0 and seed.
+
+    First those with the same learning rate, then those with others.
+    """
+    same: list[tuple[float, float]] = []
+    others: list[tuple[float, float]] = []
     kind = entry.directory.name.partition("-l0_")[0]
-    results = [read_result(path) for path in sorted(entry.directory.parent.glob(f"{kind}-l0_*"))]
-    return [(penalty, l0) for result in results if result for penalty, l0 in result.get("tried", [])]
+    for path in sorted(entry.directory.parent.glob(f"dictionary_learning-{entry.contender.architecture}-*")):
+        of_rate = same if path.name.startswith(f"{kind}-l0_") else others
+        of_rate += [(penalty, l0) for penalty, l0 in (read_result(path) or {}).get("tried", [])]
+    return same, others
 
 
-def next_penalty(tried: Sequence[tuple[float, float]], target: float, first: float) -> float:
+def next_penalty(
+    tried: Sequence[tuple[float, float]],
+    target: float,
+    first: float,
+    elsewhere: Sequence[tuple[float, float]] = (),
+) -> float:
     """Returns the sparsity penalty to try next, read off a line of log penalty over log L0 at the target.
 
     The line goes through the trial with the L0 nearest to the target. Its slope comes from the next nearest trial that
-    fits it, with a lower L0 at a higher penalty. The slope is -1 if there is none, and is limited to [-3, -0.2].
+    fits it, with a lower L0 at a higher penalty. If there is none, it comes from `elsewhere` in the same way, and else
+    is -1. It is limited to [-3, -0.2].
 
     Args:
         tried: pairs of penalty and L0.
         target: the L0 that is wanted.
         first: the penalty to begin with.
+        elsewhere: pairs of penalty and L0 with other learning rates, where the search begins if `tried` is empty.
     """
-    if not tried:
+    points = _nearest_first(tried or elsewhere, target)
+    if not points:
         return first
+    l0, penalty = points[0]
+    slope = _slope(points) or _slope(_nearest_first(elsewhere, target)) or -1.0
+    return math.exp(penalty + min(max(slope, -3.0), -0.2) * (math.log(target) - l0))
+
+
+def _nearest_first(tried: Sequence[tuple[float, float]], target: float) -> list[tuple[float, float]]:
+    """Returns log L0 and log penalty of each trial, that with the L0 nearest to the target first."""
     points = {(math.log(max(l0, 1e-3)), math.log(penalty)) for penalty, l0 in tried}
-    wanted = math.log(target)
-    (l0, penalty), *others = sorted(points, key=lambda point: (abs(point[0] - wanted), point))
-    slope = -1.0
-    for other_l0, other_penalty in others:
-        if abs(other_l0 - l0) > 0.05 and (other_penalty - penalty) * (other_l0 - l0) < 0:
-            slope = (other_penalty - penalty) / (other_l0 - l0)
-            break
-    return math.exp(penalty + min(max(slope, -3.0), -0.2) * (wanted - l0))
+    return sorted(points, key=lambda point: (abs(point[0] - math.log(target)), point))
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Returns the slope from the first point to the next with which it falls; None if there is no such point."""
+    for l0, penalty in points[1:]:
+        run, rise = l0 - points[0][0], penalty - points[0][1]
+        if abs(run) > 0.05 and rise * run < 0:
+            return rise / run
+    return None
 
 
 def _job(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> dict[str, Any]:
