@@ -69,11 +69,11 @@ def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None)
 
     A training that an earlier search, which was stopped, has finished with the same settings is not repeated.
     """
-    python = DICTIONARY_LEARNING.python()
     job = _job(entry, shared, directory, penalty)
     before = read_result(directory)
-    if before and before["job"] == job:
+    if before and before["job"] == job and Path(before["result"]["sae"]).is_dir():
         return before["result"], before["l0"]
+    python = DICTIONARY_LEARNING.python()
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
     job_file = directory / "job.json"
