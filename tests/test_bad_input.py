@@ -100,7 +100,7 @@ TRAINING_MISTAKES = {
     "no run to resume": ({"resume": ""}, "--resume"),
     "--set without a value": ({"set": "adam_beta1"}, "--set adam_beta1: must be KEY=VALUE"),
     "--set of no field": ({"set": "sae.nonsense=1"}, "--set sae.nonsense: StandardTrainingSAEConfig has no such field"),
-    "--set of a flag's field": ({"set": "sae.d_sae=64"}, "--set sae.d_sae: use --expansion_factor"),
+    "--set of a flag's field": ({"set": "sae.d_sae=64"}, "--set sae.d_sae: use --d_sae"),
     "--set of a field not honoured": ({"set": "use_cached_activations=true"}, "--set use_cached_activations: a field"),
     "--set of where to begin": ({"set": "from_pretrained_path=x"}, "--set from_pretrained_path: use --init_from"),
     "nothing to begin with": ({"init_from": "nowhere"}, "--init_from nowhere: no such directory"),

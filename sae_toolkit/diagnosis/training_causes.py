@@ -292,7 +292,7 @@ def _too_few_tokens(e: Evidence) -> Finding | None:
     if not (each < _PLENTY_OF_TOKENS or (gain is not None and gain > 0.3)):
         return None
     fewer = max(tokens // (2 * _PLENTY_OF_TOKENS * e.d_in), 1)
-    if fewer < history.settings.sae.expansion_factor:
+    if fewer * e.d_in < e.d_sae:
         flags: tuple[str, ...] = ("--expansion_factor", str(fewer))
     else:
         more = max(2 * _PLENTY_OF_TOKENS * e.d_sae, 2 * tokens)
@@ -318,8 +318,7 @@ def _duplicates(e: Evidence) -> Finding | None:
         says += f"; they came with the weights that the training began with ({init_from})"
         flags: tuple[str, ...] = ("--init_from", "none")
     else:
-        factor = e.flag("expansion_factor") or e.d_sae // e.d_in
-        flags = ("--expansion_factor", str(max(factor // 2, 1)))
+        flags = ("--expansion_factor", str(max(e.d_sae // (2 * e.d_in), 1)))
     return Finding("features that are the same", ("decoder_absorption",), says, flags, e.probes.twins)
 
 

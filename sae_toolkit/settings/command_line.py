@@ -50,6 +50,9 @@ examples:
   # the flags of an earlier run, except for the flags that are given
   python sae_lens_train.py --like checkpoints/demo_1a2b3c4d/k3j2h1g0 --lr 1e-3
 
+  # 4,096 features, which is no multiple of the model's 576 dimensions
+  python sae_lens_train.py @presets/demo.args --d_sae 4096
+
   # other fields of SAELens's configuration
   python sae_lens_train.py @presets/demo.args --set sae.aux_loss_coefficient=0.5 --set adam_beta1=0
 

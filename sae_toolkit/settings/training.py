@@ -6,6 +6,7 @@ those that a healthy SAE needs.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Mapping
@@ -133,14 +134,28 @@ class TextSettings:
     """do not train on activations whose norm is more than this many times the median norm; 0 keeps all"""
 
 
+class _InsteadOfDSae(argparse.Action):
+    """Keeps the value, and forgets the --d_sae before it, such as that of a flag file or of another run."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.d_sae = None
+
+
 @dataclass(frozen=True)
 class SAESettings:
     """Sparse autoencoder."""
 
     architecture: Architecture = "standard"
     """kind of sparse autoencoder, by the name that SAELens gives it"""
-    expansion_factor: Positive = 32
+    expansion_factor: Positive = flag(32, action=_InsteadOfDSae)
     """number of features of the SAE for each dimension of the activations"""
+    d_sae: Positive | None = flag(None, is_later=True)
+    """number of features of the SAE, which need not be a multiple of the dimensions (default: by --expansion_factor;
+    the later of the two flags counts)
+    """
     l1_coefficient: NonNegativeFloat = 5.0
     """weight of the sparsity loss; a higher weight makes fewer features active (standard, gated)"""
     l0_coefficient: NonNegativeFloat = 1.0
@@ -179,6 +194,17 @@ class SAESettings:
     """begin with the weights of this SAE, not with random ones: all that --sae_path of the evaluation takes, such as a
     finished SAE, a run, a checkpoint, or an SAE of another library or the Hub; none for random weights
     """
+
+    def n_features(self, d_in: int) -> int:
+        """Returns the number of features for activations of width `d_in`."""
+        return self.expansion_factor * d_in if self.d_sae is None else self.d_sae
+
+    @property
+    def width_words(self) -> tuple[str, str]:
+        """The flag that sets the number of features, and its value."""
+        if self.d_sae is None:
+            return "--expansion_factor", str(self.expansion_factor)
+        return "--d_sae", str(self.d_sae)
 
 
 @dataclass(frozen=True)

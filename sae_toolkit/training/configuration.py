@@ -47,7 +47,7 @@ _OWNED = {
     "logger.run_name": "--run_name",
     "sae.architecture": "--architecture",
     "sae.d_in": "--model_name and --hook_name",
-    "sae.d_sae": "--expansion_factor",
+    "sae.d_sae": "--d_sae",
     "sae.k": "--k",
     "sae.l1_coefficient": "--l1_coefficient",
     "sae.l0_coefficient": "--l0_coefficient",
@@ -242,11 +242,9 @@ def _n_whole_batches(optimization: OptimizationSettings) -> int:
 
 
 def _sae_fields(settings: SAESettings, hook_name: str, d_in: int, device: str) -> dict[str, Any]:
-    d_sae = settings.expansion_factor * d_in
+    d_sae = settings.n_features(d_in)
     if d_sae * d_in > _LARGEST:
-        raise UserError(
-            f"--expansion_factor {settings.expansion_factor}: {d_sae:,} features do not fit into memory; lower it"
-        )
+        raise UserError(f"{' '.join(settings.width_words)}: {d_sae:,} features do not fit into memory; lower it")
     if settings.target_l0 is not None and settings.target_l0 > d_sae:
         raise UserError(f"--target_l0 {settings.target_l0:g}: more than the {d_sae:,} features; lower it")
     return {
@@ -283,8 +281,8 @@ def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, 
     elif architecture in _TOPK_FAMILY:
         if settings.k > d_sae:
             raise UserError(
-                f"--k {settings.k}: more than the {d_sae} features (--expansion_factor {settings.expansion_factor} x"
-                f" {d_in}); lower it"
+                f"--k {settings.k}: more than the {d_sae} features ({' '.join(settings.width_words)}, for activations"
+                f" of width {d_in}); lower it"
             )
         if settings.normalize_activations in ("layer_norm", "constant_norm_rescale"):
             raise UserError(

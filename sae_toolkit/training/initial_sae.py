@@ -174,8 +174,8 @@ def _check_fits(source: SAE[Any], file: SAEFile, cfg: TrainingSAEConfig, hook_na
         )
     if theirs.d_sae != d_sae:
         factor, rest = divmod(theirs.d_sae, d_in)
-        what = "name another SAE" if rest else f"use --expansion_factor {factor}"
-        raise UserError(f"{where}: it has {theirs.d_sae:,} features, and the run {d_sae:,}; {what}")
+        flag = f"--d_sae {theirs.d_sae}" if rest else f"--expansion_factor {factor}"
+        raise UserError(f"{where}: it has {theirs.d_sae:,} features, and the run {d_sae:,}; use {flag}")
     _check_normalization(source, cfg, where)
     _check_norms(source, cfg, where)
     widths, ours = training_detail(source, "matryoshka_widths"), getattr(cfg, "matryoshka_widths", None)

@@ -314,8 +314,9 @@ class PreparedRun:
             ),
         )
         flags = " ".join(lowered.flags) if lowered.peak <= free else ""
+        largest = self.sae.width_words[0] if plan.largest_flag == "--expansion_factor" else plan.largest_flag
         message = (
-            f"{plan.largest_flag}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
+            f"{largest}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
             f" {free / 2**30:.1f} GiB free; " + (f"it would fit with {flags}" if flags else "a smaller model is needed")
         )
         if plan.surely_above(free):

@@ -90,7 +90,7 @@ def with_recipe(settings: TrainingSettings, d_in: int, n_ranks: int = 1) -> Reci
         return Recipe(settings)
     choice = _Choice(settings)
     _choose_sae(choice, d_in)
-    _choose_steps(choice, choice.sae.expansion_factor * d_in, n_ranks)
+    _choose_steps(choice, choice.sae.n_features(d_in), n_ranks)
     check_chosen(choice.settings)
     return Recipe(choice.settings, tuple(choice.reasons))
 
@@ -163,11 +163,12 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
         choice.choose("target_l0", float(_L0), why)
     if choice.sae.init_from is None:
         tokens = choice.optimization.training_tokens
-        choice.choose("expansion_factor", expansion_factor(tokens, d_in), f"{tokens:,} tokens suffice for it")
+        if choice.sae.d_sae is None:
+            choice.choose("expansion_factor", expansion_factor(tokens, d_in), f"{tokens:,} tokens suffice for it")
         if "topk" in choice.sae.architecture:
             if choice.sae.normalize_activations in _CENTERED:
                 choice.choose("b_dec_init_method", "mean", "the features begin with what differs between activations")
-            norm = decoder_init_norm(choice.sae.expansion_factor, fitted_hooks=choice.has_fitted_hooks)
+            norm = decoder_init_norm(choice.sae.n_features(d_in) / d_in, fitted_hooks=choice.has_fitted_hooks)
             choice.assign(_INIT_NORM_KEY, norm, "features grow more evenly than with SAELens's 0.1")
 
 
@@ -193,7 +194,7 @@ def expansion_factor(tokens: int, d_in: int) -> int:
     return int(min(max(2 ** math.floor(math.log2(max(affordable, 1))), _NARROWEST), _WIDEST))
 
 
-def decoder_init_norm(factor: int, *, fitted_hooks: bool) -> float:
+def decoder_init_norm(factor: float, *, fitted_hooks: bool) -> float:
     """Returns the norm of the decoder vectors at the first step.
 
     Args:

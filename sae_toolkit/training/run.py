@@ -177,7 +177,7 @@ def _out_of_memory_answered(run: PreparedRun) -> AbstractContextManager[None]:
     """Returns a context manager that answers an error about memory that has run out before a run's next step."""
     if run.resume_from is None:
         return out_of_memory_answered(
-            f"--expansion_factor {run.sae.expansion_factor}: creating the SAE on {run.cfg.device}",
+            f"{' '.join(run.sae.width_words)}: creating the SAE on {run.cfg.device}",
             "lower it or --n_batches_in_buffer, or free memory there",
         )
     return out_of_memory_answered(

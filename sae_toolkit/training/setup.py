@@ -166,7 +166,7 @@ def _build_configurations(
             "--set activations_mixing_fraction=0: without mixing, each batch would be on a single process; leave it out"
         )
     if settings.sae.shard_features:
-        _check_shards(settings.sae.expansion_factor, cfgs, ranks)
+        _check_shards(settings.sae, cfgs, ranks)
     for cfg in cfgs:
         cfg.checkpoint_path = str(directory)  # a run that is resumed may have been moved
     return cfgs
@@ -257,7 +257,7 @@ def _choose_directory(settings: TrainingSettings) -> tuple[RunDirectory, Path | 
     return find_resumption(settings.run.resume, settings.output_directory) or (new, None)
 
 
-def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
+def _check_shards(sae: SAESettings, cfgs: Sequence[LanguageModelSAERunnerConfig[Any]], ranks: Ranks) -> None:
     if ranks.is_alone:
         log.warning("--shard_features: the only process holds all features; ./run_simple.sh NUM_GPUS starts several")
     for cfg in cfgs:
@@ -266,7 +266,7 @@ def _check_shards(expansion_factor: int, cfgs: Sequence[LanguageModelSAERunnerCo
         if cfg.sae.d_sae % ranks.size:
             raise UserError(
                 f"--shard_features: {ranks.size} processes do not divide {cfg.sae.d_sae:,} features evenly; use another"
-                f" number of processes, or another --expansion_factor than {expansion_factor}"
+                f" number of processes, or another value than {' '.join(sae.width_words)}"
             )
 
 

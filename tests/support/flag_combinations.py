@@ -108,6 +108,7 @@ FLAGS = {
     "max_activation_norm_multiple": _numbers(0, 1.0001, 2, 10),
     "architecture": st.sampled_from(ARCHITECTURES),
     "expansion_factor": _integers(1, 2, 8),
+    "d_sae": _integers(1, 8, 100, 128),
     "l1_coefficient": _numbers(0, 1, 5),
     "l0_coefficient": _numbers(0, 1, 5),
     "k": _integers(1, 8, 32, 64, 128),

@@ -56,6 +56,7 @@ OTHER: dict[str, tuple[str, ...]] = {
     "max_activation_norm_multiple": ("1.2",),
     "architecture": ("topk",),
     "expansion_factor": ("8",),
+    "d_sae": ("100",),
     "l1_coefficient": ("7", "--architecture", "standard"),
     "l0_coefficient": ("7", "--architecture", "jumprelu"),
     "target_l0": ("9", "--architecture", "standard"),

@@ -214,7 +214,7 @@ def test_a_batchtopk_sae_that_goes_on_with_another_k_has_the_threshold_of_that_k
         ({}, {"architecture": "jumprelu"}, "its architecture is batchtopk, and that of the run jumprelu; use --arch"),
         ({}, {"d_in": 2 * D}, f"for activations of width {D}, and those at {HOOK} have {2 * D}; name another SAE"),
         ({}, {"d_sae": 2 * F}, f"it has {F} features, and the run {2 * F}; use --expansion_factor {F // D}"),
-        ({"d_sae": F + 1}, {}, f"it has {F + 1} features, and the run {F}; name another SAE"),
+        ({"d_sae": F + 1}, {}, f"it has {F + 1} features, and the run {F}; use --d_sae {F + 1}"),
         (
             {"architecture": "standard", "normalization": "layer_norm"},
             {"architecture": "standard"},

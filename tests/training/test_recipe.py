@@ -42,6 +42,27 @@ def test_a_given_flag_is_kept_and_the_others_follow_from_it() -> None:
     assert windows[1] == pytest.approx(2 * windows[0], abs=1)  # twice as many features fire half as often
 
 
+def test_the_width_is_the_factor_or_the_number_whichever_is_given_later() -> None:
+    number, factor = ("--d_sae", 4096), ("--expansion_factor", 4)
+    auto = ("--recipe", "auto")
+
+    assert chosen(*number).sae.n_features(768) == 4096
+    assert chosen(*factor, *number).sae.n_features(768) == 4096
+    assert chosen(*number, *factor).sae.n_features(768) == 3072
+    same = [chosen(*auto, *words) for words in (factor, ("--d_sae", 4 * D_IN))]
+    assert same[0].optimization == same[1].optimization
+    assert [settings.sae.n_features(D_IN) for settings in same] == [4 * D_IN, 4 * D_IN]
+    assert chosen(*auto, *number).optimization.lr < same[0].optimization.lr
+
+
+def test_another_run_like_it_has_its_number_of_features_unless_a_factor_is_given(tmp_path) -> None:
+    save_flags(chosen("--d_sae", 4096, "--k", 5).as_flags(), tmp_path)
+
+    assert chosen("--like", tmp_path).sae.width_words == ("--d_sae", "4096")
+    assert chosen("--like", tmp_path, "--expansion_factor", 2).sae.width_words == ("--expansion_factor", "2")
+    assert training_words(chosen("--d_sae", 4096, "--expansion_factor", 2).as_flags()) == ["--expansion_factor", "2"]
+
+
 def test_a_field_that_is_set_is_kept() -> None:
     settings = chosen("--recipe", "auto", "--set", "sae.decoder_init_norm=0.7")
 

@@ -113,7 +113,7 @@ def train_saelens(entry: Entry, shared: Shared) -> dict[str, Any]:
     words += ["--checkpoint_path", str(entry.directory), "--seed", str(entry.seed)]
     words += ["--held_out_seed", str(shared.run.metadata()["held_out_seed"])]
     words += ["--target_l0" if kind in ("standard", "gated", "jumprelu") else "--k", str(entry.l0)]
-    words += ["--expansion_factor", str(shared.run.cfg.sae.d_sae // shared.run.cfg.sae.d_in)]
+    words += shared.run.sae.width_words
     words += ["--train_batch_size_tokens", str(shared.run.cfg.train_batch_size_tokens)]
     if entry.lr is not None:
         words += ["--lr", str(entry.lr)]

@@ -106,9 +106,8 @@ def share(words: Sequence[str], directory: Path, highest_l0: int, *, halves: boo
     if run.held_out_NT is None and settings.text.held_out_fraction:  # kinds whose threshold is set on it will need it
         run = prepare_run(parse_training_flags([*words, "--architecture", "batchtopk", "--k", "1"]))
     if highest_l0 > run.cfg.sae.d_sae:
-        raise UserError(
-            f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features (--expansion_factor); give a lower one"
-        )
+        width = " ".join(run.sae.width_words)
+        raise UserError(f"--l0 {highest_l0}: more than the {run.cfg.sae.d_sae:,} features ({width}); give a lower one")
     if halves:
         _check_halves(run)
     activations = open_activations(run)
