@@ -318,7 +318,8 @@ def _duplicates(e: Evidence) -> Finding | None:
         says += f"; they came with the weights that the training began with ({init_from})"
         flags: tuple[str, ...] = ("--init_from", "none")
     else:
-        flags = ("--expansion_factor", str(max(e.d_sae // (2 * e.d_in), 1)))
+        factor, rest = divmod(e.d_sae, 2 * e.d_in)
+        flags = ("--d_sae", str(e.d_sae // 2)) if rest else ("--expansion_factor", str(factor))
     return Finding("features that are the same", ("decoder_absorption",), says, flags, e.probes.twins)
 
 
