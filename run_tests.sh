@@ -5,7 +5,7 @@
 #   ./run_tests.sh --gpu        the CUDA device against the CPU: minutes, and no network once the packages are there
 #   ./run_tests.sh --cuda-shapes
 #                               more kinds and sizes of SAEs on the CUDA path, on fake tensors: minutes
-#   ./run_tests.sh --parity     agreement with SAEBench, sae-probes and dictionary_learning, in their environments
+#   ./run_tests.sh --parity     agreement with SAELens, SAEBench, sae-probes and dictionary_learning
 #   ./run_tests.sh --models     every class of language model and every hook; writes docs/models.md: ten minutes
 #   ./run_tests.sh --scale      many ranks, machines and trials: about half an hour
 #   ./run_tests.sh --diagnosis  SAEs that are unhealthy on purpose, and the advice for them: about half an hour
