@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.comparison import sparsify_worker
-from sae_toolkit.many_runs.comparison.contenders import Contender, parse_contenders
-from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty
+from sae_toolkit.many_runs.comparison.contenders import Contender, Entry, parse_contenders
+from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty, tried_before
 from sae_toolkit.many_runs.comparison.learning_rates import own_rate
 from sae_toolkit.many_runs.page import pareto_front
 from support.processes import run_process
@@ -43,6 +43,20 @@ def test_a_search_with_another_learning_rate_begins_at_the_penalty_of_the_first(
     # With this rate every L0 is a quarter lower. The slope of the other rate is what one trial does not tell.
     second = next_penalty([(begin, 0.75 * 64)], 64, first=1e6, elsewhere=elsewhere)
     assert 0.75 * a * second**power == pytest.approx(64)
+
+
+def test_a_training_that_several_searches_report_counts_once(tmp_path):
+    reported = {  # penalty and L0: each search adds its own trainings to those before it
+        "lr0.002-l0_80-seed42": [(0.02, 100.0), (0.03, 81.0)],
+        "lr0.002-l0_80-seed43": [(0.02, 100.0), (0.03, 81.0), (0.031, 79.0)],
+        "lr0.004-l0_80-seed42": [(0.04, 80.0)],
+    }
+    for name, tried in reported.items():
+        (directory := tmp_path / f"dictionary_learning-gated-{name}").mkdir()
+        (directory / "result.json").write_text(json.dumps({"tried": tried}))
+    third = tmp_path / "dictionary_learning-gated-lr0.002-l0_80-seed44"
+    entry = Entry(Contender("dictionary_learning", "gated"), 80, 0.002, 44, third)
+    assert tried_before(entry) == ([(0.02, 100.0), (0.03, 81.0), (0.031, 79.0)], [(0.04, 80.0)])
 
 
 def test_the_front_has_those_that_no_other_beats():

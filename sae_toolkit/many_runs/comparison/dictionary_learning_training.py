@@ -50,7 +50,7 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
     if first is None:
         result, _ = _train(entry, shared, entry.directory / "trial1", None)
         return result
-    tried, elsewhere = _tried_before(entry)
+    tried, elsewhere = tried_before(entry)
     best: dict[str, Any] = {}
     for trial in range(1, _MAX_TRIALS + 1):
         penalty = next_penalty(tried, entry.l0, first, elsewhere)
@@ -102,10 +102,11 @@ def _distance(l0: float, target: float) -> float:
     return abs(math.log(max(l0, 1e-3) / target))
 
 
-def _tried_before(entry: Entry) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+def tried_before(entry: Entry) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Returns penalty and L0 of all earlier trainings of the same kind, whatever their target L0 and seed.
 
-    First those with the same learning rate, then those with others.
+    First those with the same learning rate, then those with others, each training once: the results of two searches
+    can hold the same earlier one.
     """
     same: list[tuple[float, float]] = []
     others: list[tuple[float, float]] = []
@@ -113,7 +114,7 @@ def _tried_before(entry: Entry) -> tuple[list[tuple[float, float]], list[tuple[f
     for path in sorted(entry.directory.parent.glob(f"dictionary_learning-{entry.contender.architecture}-*")):
         of_rate = same if path.name.startswith(f"{kind}-l0_") else others
         of_rate += [(penalty, l0) for penalty, l0 in (read_result(path) or {}).get("tried", [])]
-    return same, others
+    return list(dict.fromkeys(same)), list(dict.fromkeys(others))
 
 
 def next_penalty(
