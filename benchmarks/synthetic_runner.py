@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sae_toolkit.synthetic.directory import synthetic_directory
+from sae_toolkit.terminal.console import run_script, set_up_logging
 
 KINDS = ("batchtopk", "matryoshka_batchtopk")
 SCORES = {"f1": "F1", "mcc": "MCC", "uniqueness": "uniqueness", "explained_variance": "explained variance", "l0": "L0"}
@@ -60,18 +61,18 @@ def train_there(args: argparse.Namespace, model: Path, kind: str, seed: int) -> 
 
 def train_here(args: argparse.Namespace, model: Path, kind: str, seed: int) -> SAE:
     """Trains by sae_lens_train.py."""
-    flags = f"""
-        --model_name synthetic:{model} --dataset_path synthetic:{model} --layer 0 --lm_dtype float32
-        --context_size 1024 --skip_positions 0 --max_activation_norm_multiple 0 --normalize_activations none
-        --architecture {kind} --d_sae {args.d_sae} --k {args.k}
-        --training_tokens {args.samples} --train_batch_size_tokens {args.batch}
-        --lr {args.lr} --lr_warm_up_steps 0 --lr_decay_steps 0 --dead_feature_window 1000
-        --seed {seed} --device cpu --eval_every 0 --wandb_mode disabled --checkpoint_path {args.directory / "here"}
-    """
+    name = f"synthetic:{model}"
+    flags: list[object] = [
+        *("--model_name", name, "--dataset_path", name, "--layer", 0, "--lm_dtype", "float32", "--context_size", 1024),
+        *("--skip_positions", 0, "--max_activation_norm_multiple", 0, "--normalize_activations", "none"),
+        *("--architecture", kind, "--d_sae", args.d_sae, "--k", args.k, "--lr", args.lr),
+        *("--lr_warm_up_steps", 0, "--lr_decay_steps", 0, "--dead_feature_window", 1000, "--device", "cpu"),
+        *("--training_tokens", args.samples, "--train_batch_size_tokens", args.batch, "--seed", seed),
+        *("--eval_every", 0, "--wandb_mode", "disabled", "--checkpoint_path", args.directory / "here"),
+    ]
     if kind == "matryoshka_batchtopk":
-        flags += f"--matryoshka_widths {' '.join(map(str, args.matryoshka_widths))}"
-        flags += " --set sae.use_matryoshka_aux_loss=true"
-    command = [sys.executable, str(ROOT / "sae_lens_train.py"), *flags.split()]
+        flags += ["--matryoshka_widths", *args.matryoshka_widths, "--set", "sae.use_matryoshka_aux_loss=true"]
+    command = [sys.executable, str(ROOT / "sae_lens_train.py"), *map(str, flags)]
     return SAE.load_from_disk(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
@@ -118,9 +119,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
+    set_up_logging()  # making a synthetic model is announced
     args.directory = args.directory.absolute()
+    model = synthetic_directory(f"synthetic:{args.model}", "--model").absolute()
     args.directory.mkdir(parents=True, exist_ok=True)
-    model = Path(synthetic_directory(f"synthetic:{args.model}", "--model")).absolute()
     file = args.directory / "results.json"
     settings = {name: value for name, value in vars(args).items() if name not in ("directory", "kinds", "seeds")}
     kept = json.loads(file.read_text()) if file.exists() else {"settings": settings, "results": {}}
@@ -138,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
