@@ -187,7 +187,7 @@ def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
     assert sae.cfg.metadata.held_out_seed == results[0]["held_out"]["seed"]
 
 
-@pytest.mark.parametrize("hookpoint", ["layers.1", "layers.1.mlp"])
+@pytest.mark.parametrize("hookpoint", ["layers.1", pytest.param("layers.1.mlp", marks=pytest.mark.parity)])
 def test_sparsify_trains_on_batches_what_it_trains_on_the_model_that_they_come_from(
     sparsify, tiny_model, tmp_path, hookpoint
 ):

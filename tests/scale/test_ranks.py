@@ -76,7 +76,8 @@ def test_a_process_that_dies_ends_the_run_with_its_reason(flags, tmp_path):
     assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("topk", marks=pytest.mark.scale), "batchtopk"])
+@pytest.mark.scale
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_features_spread_over_processes_make_the_sae_of_one(trainings, flags, architecture):
     status, _ = trainings.run([*flags("one"), "--architecture", architecture])
     assert status == 0, trainings.shown()
