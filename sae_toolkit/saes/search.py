@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -113,14 +114,16 @@ def _inside(directory: Path) -> set[str]:
     """Returns the relative paths of all SAEs in a directory and below it."""
     first_files = {files[0] for files in FILES.values()}
     saes: set[Path] = set()
-    for file in directory.rglob("*"):
-        path = file.parent if file.name in first_files else file
-        # Checkpoints of a dictionary whose training has ended are taken only if they are named.
-        has_ended = is_dictionary_checkpoint(path) and library_of(path.parents[1]) is not None
-        if (file.name in first_files or file.is_file()) and library_of(path) is not None and not has_ended:
-            saes.add(path.relative_to(directory))
-    # Hidden directories are left over from processes that were killed while they wrote.
-    return {str(path) for path in saes if not any(part.startswith(".") for part in path.parts)}
+    for parent, directories, names in os.walk(directory):  # passes over what a run has just renamed, unlike Path.rglob
+        # Hidden directories are being written, or are left over from processes that were killed while they wrote.
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        for name in names:
+            path = Path(parent) if name in first_files else Path(parent, name)
+            # Checkpoints of a dictionary whose training has ended are taken only if they are named.
+            has_ended = is_dictionary_checkpoint(path) and library_of(path.parents[1]) is not None
+            if (name in first_files or path.is_file()) and library_of(path) is not None and not has_ended:
+                saes.add(path.relative_to(directory))
+    return {str(path) for path in saes if not path.name.startswith(".")}
 
 
 def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
