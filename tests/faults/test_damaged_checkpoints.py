@@ -11,7 +11,7 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.files.whole_directory import MANIFEST_FILENAME, check_manifest
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.training.directory import RunDirectory
-from support.trainings import assert_same, run_flags
+from support.trainings import assert_same, paths_in, run_flags
 
 pytestmark = pytest.mark.faults
 RANGES = 16  # of each file
@@ -23,7 +23,7 @@ def stopped_run(trainings, tiny_model, text_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp("stopped")
 
     def kill(pid):
-        while len(list(directory.glob("*/*/[1-9]*"))) < 2:
+        while len(paths_in(directory)) < 2:
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.trainings import assert_same, run_flags
+from support.trainings import assert_same, paths_in, run_flags
 
 ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "standard", "gated")
 
@@ -31,7 +31,7 @@ def inside_a_checkpoint(directory: Path, number: int, delay: float, killed: list
     def kill(pid: int) -> None:
         seen: set[Path] = set()
         while Path(f"/proc/{pid}").exists():
-            for partial in directory.glob("*/*/.[1-9]*.partial"):
+            for partial in paths_in(directory, "*/*/.[1-9]*.partial"):
                 if partial not in seen:
                     seen.add(partial)
                     if len(seen) >= number:
@@ -49,7 +49,7 @@ def inside_a_checkpoint(directory: Path, number: int, delay: float, killed: list
 def after_the_next_checkpoint(directory: Path, delay: float) -> Callable[[int], None]:
     def kill(pid: int) -> None:
         def newest() -> int:
-            return max((int(path.name) for path in directory.glob("*/*/[1-9]*")), default=0)
+            return max((int(path.name) for path in paths_in(directory)), default=0)
 
         before = newest()
         while Path(f"/proc/{pid}").exists() and newest() == before:

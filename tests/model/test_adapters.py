@@ -60,9 +60,7 @@ def assert_computes_what_peft_does(directory: Path, adapted: peft.PeftModel, tok
 
 
 def test_the_embedded_model_with_an_adapter_has_the_logits_of_peft_on_real_text(language_model, tokenizer, tmp_path):
-    config = copy.deepcopy(language_model.config)
-    del config.quantization_config
-    base = LlamaForCausalLM._from_config(config, dtype=torch.float32)
+    base = LlamaForCausalLM._from_config(language_model.config, dtype=torch.float32)
     base.load_state_dict(language_model.model.state_dict())
     base.save_pretrained(tmp_path / "base")
     adapted = save_adapter(tmp_path / "base", tmp_path / "adapter")

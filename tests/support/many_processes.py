@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.processes import HANGS, ROOT
+from support.trainings import paths_in
 
 
 class Launch:
@@ -53,7 +54,7 @@ class Launch:
 
 def after_a_checkpoint(launch: Launch, directory: Path, action: Callable[[], None]) -> float:
     """Does something as soon as a run has written a checkpoint; returns when."""
-    while not any(directory.glob("*/*/[1-9]*")):
+    while not paths_in(directory):
         assert launch.process.poll() is None, launch.finish()
         time.sleep(0.01)
     action()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import subprocess
@@ -106,6 +107,14 @@ def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: 
         "set": "n_batches_for_norm_estimate=1",
     }
     return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def paths_in(directory: Path, pattern: str = "*/*/[1-9]*") -> list[Path]:
+    """Returns the checkpoints, or what else fits a pattern, under a directory, also while runs rename theirs there.
+
+    `Path.glob` fails if a directory is gone that it has just seen.
+    """
+    return [directory / name for name in glob.glob(pattern, root_dir=directory)]  # noqa: PTH207
 
 
 def assert_same(one: Path, other: Path, but: Collection[str] = ()) -> None:

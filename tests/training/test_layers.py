@@ -14,7 +14,7 @@ from sae_toolkit.diagnosis.history import load_history
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.text.positions import PositionFilter
-from support.trainings import assert_same, run_flags
+from support.trainings import assert_same, paths_in, run_flags
 
 
 def final(done):
@@ -84,7 +84,7 @@ def test_a_run_of_several_saes_that_is_stopped_goes_on_to_the_same_saes(
         return [*run_flags(tiny_model, text_file, tmp_path / name), *several]
 
     def stop_after_a_checkpoint(pid):
-        while not any((tmp_path / "stopped").glob("*/*/[1-9]*")):
+        while not paths_in(tmp_path / "stopped"):
             time.sleep(0.001)
         os.kill(pid, signal.SIGTERM)
 

@@ -20,7 +20,7 @@ from sae_toolkit import ROOT
 from sae_toolkit.settings.values import Interval
 from sae_toolkit.terminal.stop_signals import TERMINATIONS, Stopped, hear_stop_signals
 from support.processes import HANGS, run_process
-from support.trainings import assert_same, run_flags
+from support.trainings import assert_same, paths_in, run_flags
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def stopped_run(trainings, flags, tmp_path):
     """Directory of a run that was killed with two checkpoints."""
 
     def kill(pid):
-        while len(list(tmp_path.glob("*/*/[1-9]*"))) < 2:
+        while len(paths_in(tmp_path)) < 2:
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
 
@@ -151,7 +151,7 @@ def test_the_launcher_passes_a_termination_on(flags, tmp_path, record_fault):
         stdout=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not list(tmp_path.glob("*/*/run.log")):
+    while process.poll() is None and not paths_in(tmp_path, "*/*/run.log"):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=HANGS)
@@ -163,7 +163,7 @@ def test_the_launcher_passes_a_termination_on(flags, tmp_path, record_fault):
 
 def test_a_run_with_the_same_flags_is_found_and_one_without_a_checkpoint_begins_anew(trainings, flags, whole, tmp_path):
     def kill(pid):
-        while not list(tmp_path.glob("*/*/run.log")):
+        while not paths_in(tmp_path, "*/*/run.log"):
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
 
@@ -198,7 +198,7 @@ def test_a_sparsity_weight_that_is_adjusted_goes_on_where_it_was(trainings, tiny
     assert json.loads((whole / "cfg.json").read_text())["metadata"]["l1_coefficient"] != 5.0
 
     def stop(pid):
-        while not list(tmp_path.glob("*/*/[1-9]*")):
+        while not paths_in(tmp_path):
             time.sleep(0.001)
         os.kill(pid, signal.SIGTERM)
 
@@ -250,7 +250,7 @@ def test_a_run_that_another_process_is_writing_to_is_refused(trainings, flags, t
     refused = []
 
     def resume_as_well(pid):
-        while not list(tmp_path.glob("*/*/[1-9]*")):
+        while not paths_in(tmp_path):
             time.sleep(0.001)
         (run,) = tmp_path.glob("*/*")
         os.kill(pid, signal.SIGSTOP)
@@ -305,7 +305,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_checkpoint_costs_that_checkpoint_a
     """A limit on the size of files stands for a quota: there is room, and then there is none."""
 
     def limit(pid):
-        while not list(tmp_path.glob("*/*/[1-9]*")):
+        while not paths_in(tmp_path):
             time.sleep(0.001)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
         while "not saved" not in trainings.shown():
