@@ -15,6 +15,7 @@ def benchmark(script, monkeypatch):
     return lambda name, *flags: script(f"benchmarks/{name}", *flags)
 
 
+@pytest.mark.parity
 def test_the_training_benchmark_prints_contenders_floors_and_ratios(benchmark):
     done = benchmark(
         *("train_speed.py", "--job", "tiny", "--repeats", 1, "--steps", 4, "--warm_up", 2),

@@ -212,6 +212,7 @@ def test_a_model_cut_after_its_hook_gives_the_same_activations(tiny_model):
     torch.testing.assert_close(model.activations(TOKENS), whole, rtol=0, atol=0)
 
 
+@pytest.mark.cuda_shapes  # half a minute of compiling
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_layers_compute_the_same_and_can_be_replaced(tiny_model):
     model = load_language_model(find_model(str(tiny_model)), "blocks.1.mlp.hook_post", "cpu", torch.float32)

@@ -73,7 +73,11 @@ def test_a_token_that_is_massive_at_one_hook_is_left_out_at_all(tiny_model):
 @pytest.mark.parametrize(
     ("several", "names"),
     [
-        (["--layers", "0", "2"], ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")),
+        pytest.param(
+            ["--layers", "0", "2"],
+            ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post"),
+            marks=pytest.mark.scale,
+        ),
         (["--seeds", "2"], ("seed_42", "seed_43")),
     ],
 )
