@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def test_a_search_with_another_learning_rate_begins_at_the_penalty_of_the_first(
     # With this rate every L0 is a quarter lower. The slope of the other rate is what one trial does not tell.
     second = next_penalty([(begin, 0.75 * 64)], 64, first=1e6, elsewhere=elsewhere)
     assert 0.75 * a * second**power == pytest.approx(64)
+
+
+def test_a_search_does_not_try_a_penalty_twice_where_l0_does_not_fall_with_it():
+    """As it was with the gated SAEs of dictionary_learning at a learning rate of 8e-3."""
+    before, own = [(0.12, 25.0), (0.158, 19.9)], [(0.157, 13.4), (0.127, 7.4)]
+    for _ in range(4):
+        own.append((next_penalty([*before[:1], *own], 20, 0.024, before, own), 5.0))
+    penalties = sorted(penalty for penalty, _ in own)
+    assert all(b > 1.01 * a for a, b in pairwise(penalties)), penalties
+
+
+def test_a_search_whose_seed_differs_from_the_last_one_goes_on_from_its_own_trainings():
+    before, own = [(0.1, 20.0)], [(0.1, 30.0)]
+    assert next_penalty([*before, *own], 20, 0.024, (), own) == pytest.approx(0.15)
 
 
 def test_a_training_that_several_searches_report_counts_once(tmp_path):

@@ -51,11 +51,13 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
         result, _ = _train(entry, shared, entry.directory / "trial1", None)
         return result
     tried, elsewhere = tried_before(entry)
+    own: list[tuple[float, float]] = []
     best: dict[str, Any] = {}
     for trial in range(1, _MAX_TRIALS + 1):
-        penalty = next_penalty(tried, entry.l0, first, elsewhere)
+        penalty = next_penalty(tried, entry.l0, first, elsewhere, own)
         result, l0 = _train(entry, shared, entry.directory / f"trial{trial}", penalty)
         tried.append((penalty, l0))
+        own.append((penalty, l0))
         log.info("%s: a penalty of %.3g gives an L0 of %.1f", entry.name, penalty, l0)
         if not best or _distance(l0, entry.l0) < _distance(best["l0"], entry.l0):
             best = result | {"penalty": penalty, "l0": l0}
@@ -122,25 +124,41 @@ def next_penalty(
     target: float,
     first: float,
     elsewhere: Sequence[tuple[float, float]] = (),
+    own: Sequence[tuple[float, float]] = (),
 ) -> float:
     """Returns the sparsity penalty to try next, read off a line of log penalty over log L0 at the target.
 
     The line goes through the trial with the L0 nearest to the target. Its slope comes from the next nearest trial that
     fits it, with a lower L0 at a higher penalty. If there is none, it comes from `elsewhere` in the same way, and else
-    is -1. It is limited to [-3, -0.2].
+    is -1. It is limited to [-3, -0.2]. A penalty that the search itself has tried is not tried again: where L0 does not
+    fall with the penalty, the search goes on from its own nearest trial, by further steps of the same size.
 
     Args:
         tried: pairs of penalty and L0.
         target: the L0 that is wanted.
         first: the penalty to begin with.
         elsewhere: pairs of penalty and L0 with other learning rates, where the search begins if `tried` is empty.
+        own: the pairs among `tried` that this search has trained, none of them near enough to the target to end it.
     """
     points = _nearest_first(tried or elsewhere, target)
     if not points:
         return first
-    l0, penalty = points[0]
-    slope = _slope(points) or _slope(_nearest_first(elsewhere, target)) or -1.0
-    return math.exp(penalty + min(max(slope, -3.0), -0.2) * (math.log(target) - l0))
+    slope = min(max(_slope(points) or _slope(_nearest_first(elsewhere, target)) or -1.0, -3.0), -0.2)
+
+    def step_from(point: tuple[float, float]) -> float:
+        return slope * (math.log(target) - point[0])
+
+    proposed = points[0][1] + step_from(points[0])
+    if own and _is_among(proposed, own):
+        nearest_own = _nearest_first(own, target)[0]
+        proposed = nearest_own[1] + step_from(nearest_own)
+        while _is_among(proposed, own):
+            proposed += step_from(nearest_own)
+    return math.exp(proposed)
+
+
+def _is_among(log_penalty: float, tried: Sequence[tuple[float, float]]) -> bool:
+    return any(abs(math.log(penalty) - log_penalty) < 0.01 for penalty, _ in tried)
 
 
 def _nearest_first(tried: Sequence[tuple[float, float]], target: float) -> list[tuple[float, float]]:
