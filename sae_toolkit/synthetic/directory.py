@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub import snapshot_download
 from sae_lens.synthetic import (
     FeatureDictionary,
     FoldedNormalMagnitudeConfig,
@@ -30,6 +30,7 @@ from sae_lens.synthetic.synthetic_model import (
 )
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.files.assets import assets
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
@@ -119,8 +120,9 @@ _FILES = (SYNTHETIC_MODEL_CONFIG_FILENAME, SYNTHETIC_MODEL_WEIGHTS_FILENAME)
 def _made_here(name: str, where: str) -> Path:
     cfg = MADE_HERE[name]
     digest = hashlib.sha256(json.dumps(cfg.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-    directory = cached_assets_path("sae_toolkit", namespace="synthetic", subfolder="models") / f"{name}-{digest}"
+    directory = assets("synthetic", "models", f"{name}-{digest}")
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_suffix(".lock")):
             if directory.exists():
                 check_manifest(directory, where)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from huggingface_hub import cached_assets_path
 
+from sae_toolkit.files.assets import assets
 from sae_toolkit.synthetic.language_model import ROW_LENGTH, SyntheticForCausalLM, load_synthetic, samples_of_row
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def rows_of_text(directory: Path) -> Iterator[np.ndarray]:
         directory: as `synthetic_directory` returns it.
     """
     model = _model_of_text(directory)
-    kept = cached_assets_path("sae_toolkit", namespace="synthetic", subfolder=f"text-{_digest(directory)}")
+    kept = assets("synthetic", f"text-{_digest(directory)}")
     for first in range(0, model.config.vocab_size, _ROWS_IN_FILE):
         file = kept / f"{first}.npy"
         try:
@@ -39,6 +39,7 @@ def rows_of_text(directory: Path) -> Iterator[np.ndarray]:
         except (OSError, ValueError):  # not there yet, or cut off
             rows_NT = np.stack([_row(model, row) for row in range(first, first + _ROWS_IN_FILE)])
             with suppress(OSError):  # without room they are drawn again
+                kept.mkdir(parents=True, exist_ok=True)
                 partial = file.with_name(f"{first}.{os.getpid()}.npy")
                 np.save(partial, rows_NT)
                 partial.replace(file)

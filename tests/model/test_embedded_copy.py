@@ -1,6 +1,7 @@
 """The embedded model is unpacked once, and its copy is the model of the GGUF file."""
 
 import logging
+from pathlib import Path
 
 import gguf
 import pytest
@@ -94,5 +95,11 @@ def test_without_room_for_a_copy_the_file_is_read(disk_of, caplog, small_file):
     disk = disk_of("32k")
     with caplog.at_level(logging.WARNING):
         assert embedded_copy(small_file, disk) is None
-    assert f"{disk}: no room for the unpacked model" in caplog.text
+    assert f"{disk}: the unpacked model cannot be kept there" in caplog.text
     assert not [file for file in disk.iterdir() if file.suffix != ".lock"]
+
+
+def test_where_no_directory_can_be_made_the_file_is_read(caplog, small_file):
+    with caplog.at_level(logging.WARNING):
+        assert embedded_copy(small_file, Path("/proc/cache")) is None
+    assert "/proc/cache: the unpacked model cannot be kept there" in caplog.text

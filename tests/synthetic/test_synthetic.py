@@ -184,3 +184,18 @@ def test_another_model_does_not_get_synthetic_text(script, name, tiny_run):
     done = script("sae_lens_train.py", *tiny_run, "--dataset_path", name)
     assert done.status == 2
     assert f"--dataset_path {name}: not the text of" in done.error_lines[0]
+
+
+def test_a_cache_that_cannot_be_written_is_named_in_one_line(script, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", "/proc/cache")
+    name = "synthetic:small"
+    done = script("sae_lens_train.py", "--model_name", name, "--dataset_path", name, "--dry_run")
+    assert (done.status, len(done.error_lines)) == (2, 1)
+    assert "synthetic:small: cannot be kept in /proc/cache/sae_toolkit/synthetic/models" in done.error_lines[0]
+    assert done.error_lines[0].endswith("set HF_HOME")
+
+
+def test_text_that_cannot_be_kept_is_drawn_again(tiny_synthetic, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", "/proc/cache")
+    once, again = (next(iter(rows_of_text(tiny_synthetic))) for _ in range(2))
+    assert np.array_equal(once, again)
