@@ -17,7 +17,8 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["SAE_TOOLKIT_RETRY_WAIT"] = "0.01"
 os.environ["WANDB_DIR"] = tempfile.mkdtemp(prefix="wandb-of-tests-")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one for all workers
-    os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="assets-of-tests-")
+    _assets = tempfile.TemporaryDirectory(prefix="assets-of-tests-", ignore_cleanup_errors=True)
+    os.environ["HF_ASSETS_CACHE"] = _assets.name
 
 import torch
 from sae_lens.synthetic import (
