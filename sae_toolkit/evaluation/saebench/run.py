@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def check_evals(evals: Sequence[str], groups: Sequence[PreparedEvaluation]) -> N
 def refuse_what_cannot_run(
     evals: Sequence[str], *, model_name: str, n_parameters: int, hook_name: str, architectures: Iterable[str] = ()
 ) -> None:
-    """Checks that evals can run, before any of them starts. Looks up their data sets on the Hugging Face Hub.
+    """Checks that evals can run, before any of them starts.
+
+    The data sets of an eval are looked up on the Hugging Face Hub if nothing else refuses it.
 
     Args:
         evals: names in `EVALS`.
@@ -162,13 +165,12 @@ def refuse_what_cannot_run(
         architectures: architectures of the SAEs, by SAELens's names.
 
     Raises:
-        UserError: an eval cannot run. The message lists every such eval with all its reasons.
+        UserError: an eval cannot run. The message lists every such eval with its reasons.
     """
     unknown = sorted(set(architectures) - set(SAE_CLASS_REGISTRY))
     if unknown:
         raise UserError(f"--saebench: sae-bench does not know SAEs of the architecture {unknown[0]}; leave it out")
-    datasets = dict.fromkeys(dataset for name in evals for dataset in EVALS[name].datasets)
-    why_missing = {dataset: why for dataset in datasets if (why := _why_missing(dataset))}
+    why_missing = cache(_why_missing)  # without a connection each lookup takes half a minute
     refusals = []
     for name in evals:
         needs = EVALS[name]
@@ -177,9 +179,8 @@ def refuse_what_cannot_run(
             reasons.append(f"its judge needs the environment variable {needs.api_key}")
         if needs.file and not needs.file[0].is_file():
             reasons.append(f"no file {needs.file[0]} (got {needs.file[1]})")
-        missing = [dataset for dataset in needs.datasets if dataset in why_missing]
-        if missing:
-            reasons.append(f"cannot read {', '.join(missing)} ({why_missing[missing[0]]})")
+        if not reasons:
+            reasons = next(([f"cannot read {data}: {why}"] for data in needs.datasets if (why := why_missing(data))), [])
         if reasons:
             refusals.append(f"{name}: {', '.join(reasons)}")
     if refusals:
@@ -219,7 +220,7 @@ def _why_missing(dataset: str) -> str | None:
     try:
         check_repository(dataset, "dataset", "--saebench")
     except UserError as error:
-        return str(error).removeprefix(f"--saebench {dataset}: ").split(";")[0]
+        return str(error).removeprefix(f"--saebench {dataset}: ").rsplit(";", 1)[0]
     return None
 
 

@@ -77,9 +77,17 @@ def test_what_cannot_run_is_said_in_one_line_with_each_reason(monkeypatch):
     assert said.startswith("--saebench: cannot run here: absorption: HookedTransformer does not know the model embed")
     assert "absorption: " in said and "135 M parameters, under 1 B; autointerp: " in said
     assert "OPENAI_API_KEY" in said
-    assert "cannot read monology/pile-uncopyrighted (the Hugging Face Hub cannot be reached" in said
+    assert "cannot read" not in said  # its data set was not looked up, as it could not run with it either
     assert f"ravel: it supports only google/gemma-2-2b and EleutherAI/pythia-160m-deduped, not {EMBEDDED_MODEL}" in said
     assert "core:" not in said
+
+
+def test_a_data_set_that_cannot_be_read_is_named_with_the_cause_and_asked_for_once(caplog):
+    said = refusal("scr,tpp", "gpt2", 124_000_000)
+    cause = "cannot read LabHC/bias_in_bios: the Hugging Face Hub cannot be reached ("
+    assert said.startswith(f"--saebench: cannot run here: scr: {cause}")
+    assert f"; tpp: {cause}" in said and said.count("(") == said.count(")")
+    assert len(caplog.messages) == len(set(caplog.messages))
 
 
 def test_an_eval_is_refused_only_for_what_it_lacks():
