@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def refuse_what_cannot_run(
         if needs.file and not needs.file[0].is_file():
             reasons.append(f"no file {needs.file[0]} (got {needs.file[1]})")
         if not reasons:
-            reasons = next(([f"cannot read {data}: {why}"] for data in needs.datasets if (why := why_missing(data))), [])
+            missing = ((data, why) for data in needs.datasets if (why := why_missing(data)))
+            reasons = [f"cannot read {data}: {why}" for data, why in islice(missing, 1)]
         if reasons:
             refusals.append(f"{name}: {', '.join(reasons)}")
     if refusals:
