@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from sae_toolkit.many_runs.comparison.contenders import Contender, Entry
-from sae_toolkit.many_runs.comparison.dictionary_learning_training import next_penalty, tried_before
+from sae_toolkit.many_runs.comparison.penalty_search import next_penalty, tried_before
 
 
 @pytest.mark.parametrize(("a", "power"), [(3.0, -1.4), (0.5, -0.6), (80.0, -2.5)])

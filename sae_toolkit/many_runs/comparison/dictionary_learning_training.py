@@ -1,4 +1,4 @@
-"""Trains one SAE of a comparison with dictionary_learning's own trainer, and searches the penalty for its target L0."""
+"""Trains one SAE of a comparison with dictionary_learning's own trainer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from sae_toolkit.files.own_environments import OwnEnvironment
 from sae_toolkit.many_runs.comparison.contenders import Entry
 from sae_toolkit.many_runs.comparison.learning_rates import DEMO_LR, DEMO_STEPS
 from sae_toolkit.many_runs.comparison.library_trainings import Batches, run_training
+from sae_toolkit.many_runs.comparison.penalty_search import MAX_TRIALS, TOLERANCE, distance, next_penalty, tried_before
 from sae_toolkit.many_runs.comparison.shared_activations import Shared
 from sae_toolkit.many_runs.directories import read_result, write_result
 
@@ -35,7 +35,6 @@ _WARM_UP, _SPARSITY_WARM_UP, _THRESHOLD_START, _ANNEAL_START = 1000, 5000, 1000,
 _DECAY_START, _NORM_BATCHES, _MIN_MEMORY = 0.8, 100, 20
 # The first penalty of a search: the middle of those that dictionary_learning_demo tries.
 _FIRST_PENALTIES = {"standard": 0.03, "gated": 0.024, "p_anneal": 0.01}
-_MAX_TRIALS, _TOLERANCE = 4, 0.1
 
 
 def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
@@ -53,15 +52,15 @@ def train_dictionary_learning(entry: Entry, shared: Shared) -> dict[str, Any]:
     tried, elsewhere = tried_before(entry)
     own: list[tuple[float, float]] = []
     best: dict[str, Any] = {}
-    for trial in range(1, _MAX_TRIALS + 1):
+    for trial in range(1, MAX_TRIALS + 1):
         penalty = next_penalty(tried, entry.l0, first, elsewhere, own)
         result, l0 = _train(entry, shared, entry.directory / f"trial{trial}", penalty)
         tried.append((penalty, l0))
         own.append((penalty, l0))
         log.info("%s: a penalty of %.3g gives an L0 of %.1f", entry.name, penalty, l0)
-        if not best or _distance(l0, entry.l0) < _distance(best["l0"], entry.l0):
+        if not best or distance(l0, entry.l0) < distance(best["l0"], entry.l0):
             best = result | {"penalty": penalty, "l0": l0}
-        if _distance(l0, entry.l0) <= math.log(1 + _TOLERANCE):
+        if distance(l0, entry.l0) <= math.log(1 + TOLERANCE):
             break
     return best | {"tried": tried}
 
@@ -98,82 +97,6 @@ def _train(entry: Entry, shared: Shared, directory: Path, penalty: float | None)
     }
     write_result(directory, {"job": job, "result": result, "l0": trained["l0"]})
     return result, trained["l0"]
-
-
-def _distance(l0: float, target: float) -> float:
-    return abs(math.log(max(l0, 1e-3) / target))
-
-
-def tried_before(entry: Entry) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """Returns penalty and L0 of all earlier trainings of the same kind, whatever their target L0 and seed.
-
-    First those with the same learning rate, then those with others, each training once: the results of two searches
-    can hold the same earlier one.
-    """
-    same: list[tuple[float, float]] = []
-    others: list[tuple[float, float]] = []
-    kind = entry.directory.name.partition("-l0_")[0]
-    for path in sorted(entry.directory.parent.glob(f"dictionary_learning-{entry.contender.architecture}-*")):
-        of_rate = same if path.name.startswith(f"{kind}-l0_") else others
-        of_rate += [(penalty, l0) for penalty, l0 in (read_result(path) or {}).get("tried", [])]
-    return list(dict.fromkeys(same)), list(dict.fromkeys(others))
-
-
-def next_penalty(
-    tried: Sequence[tuple[float, float]],
-    target: float,
-    first: float,
-    elsewhere: Sequence[tuple[float, float]] = (),
-    own: Sequence[tuple[float, float]] = (),
-) -> float:
-    """Returns the sparsity penalty to try next, read off a line of log penalty over log L0 at the target.
-
-    The line goes through the trial with the L0 nearest to the target. Its slope comes from the next nearest trial that
-    fits it, with a lower L0 at a higher penalty. If there is none, it comes from `elsewhere` in the same way, and else
-    is -1. It is limited to [-3, -0.2]. A penalty that the search itself has tried is not tried again: where L0 does not
-    fall with the penalty, the search goes on from its own nearest trial, by further steps of the same size.
-
-    Args:
-        tried: pairs of penalty and L0.
-        target: the L0 that is wanted.
-        first: the penalty to begin with.
-        elsewhere: pairs of penalty and L0 with other learning rates, where the search begins if `tried` is empty.
-        own: the pairs among `tried` that this search has trained, none of them near enough to the target to end it.
-    """
-    points = _nearest_first(tried or elsewhere, target)
-    if not points:
-        return first
-    slope = min(max(_slope(points) or _slope(_nearest_first(elsewhere, target)) or -1.0, -3.0), -0.2)
-
-    def step_from(point: tuple[float, float]) -> float:
-        return slope * (math.log(target) - point[0])
-
-    proposed = points[0][1] + step_from(points[0])
-    if own and _is_among(proposed, own):
-        nearest_own = _nearest_first(own, target)[0]
-        proposed = nearest_own[1] + step_from(nearest_own)
-        while _is_among(proposed, own):
-            proposed += step_from(nearest_own)
-    return math.exp(proposed)
-
-
-def _is_among(log_penalty: float, tried: Sequence[tuple[float, float]]) -> bool:
-    return any(abs(math.log(penalty) - log_penalty) < 0.01 for penalty, _ in tried)
-
-
-def _nearest_first(tried: Sequence[tuple[float, float]], target: float) -> list[tuple[float, float]]:
-    """Returns log L0 and log penalty of each trial, that with the L0 nearest to the target first."""
-    points = {(math.log(max(l0, 1e-3)), math.log(penalty)) for penalty, l0 in tried}
-    return sorted(points, key=lambda point: (abs(point[0] - math.log(target)), point))
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float | None:
-    """Returns the slope from the first point to the next with which it falls; None if there is no such point."""
-    for l0, penalty in points[1:]:
-        run, rise = l0 - points[0][0], penalty - points[0][1]
-        if abs(run) > 0.05 and rise * run < 0:
-            return rise / run
-    return None
 
 
 def _job(entry: Entry, shared: Shared, directory: Path, penalty: float | None) -> dict[str, Any]:
