@@ -162,6 +162,19 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     ],
     # How few tokens suffice.
     "bound": [*over(tokens=[6_000, 12_000, 25_000, 50_000], factor=4), *over(tokens=50_000, factor=[8, 16, 32])],
+    # What other trainers have: more active features at the beginning, other momentum, another scale of the encoder.
+    "others": [
+        *over(tokens=500_000, factor=4, seed=[0, 1, 2]),
+        *over(tokens=500_000, factor=4, k_from=[128, 256], seed=[0, 1, 2]),
+        *over(tokens=500_000, factor=4, beta1=[0.0, 0.5], seed=[0, 1, 2]),
+        *over(tokens=500_000, factor=4, encoder=[0.5, 2.0], seed=[0, 1, 2]),
+    ],
+    "others wide": [
+        *over(tokens=500_000, factor=32, seed=0),
+        *over(tokens=500_000, factor=32, k_from=256, seed=0),
+        *over(tokens=500_000, factor=32, beta1=0.0, seed=0),
+        *over(tokens=500_000, factor=32, encoder=0.5, seed=0),
+    ],
     "kinds": over(tokens=[100_000, 500_000], factor=4, architecture=["topk", "matryoshka_batchtopk"]),
 }
 
@@ -182,6 +195,8 @@ def flags_of(run: dict[str, Any]) -> list[str]:
         words += ["--lr_warm_up_steps", str(max(1, round(0.04 * n_steps))), "--lr_decay_steps", str(decay)]
         words += ["--dead_feature_window", str(window), "--set", f"sae.decoder_init_norm={run['init_norm']}"]
         words += ["--b_dec_init_method", run.get("b_dec", "zeros")]
+    if "beta1" in run:
+        words += ["--set", f"adam_beta1={run['beta1']}"]
     if "aux" in run:
         words += ["--set", f"sae.aux_loss_coefficient={run['aux']}"]
     return words
@@ -243,7 +258,10 @@ def train(run: dict[str, Any], directory: Path) -> dict[str, Any]:
     trainer.activation_scaler.scaling_factor = math.sqrt(d_in) / first_ND.norm(dim=-1).mean().item()
     _begin(sae, run, settings, first_ND * trainer.activation_scaler.scaling_factor, generator)
     started = time.perf_counter()
-    for batch_rows in order[: n_steps * batch].split(batch):
+    k_end = sae.cfg.k
+    for step, batch_rows in enumerate(order[: n_steps * batch].split(batch)):
+        if "k_from" in run:  # falls evenly over the first half of the steps
+            sae.cfg.k = max(k_end, run["k_from"] + (k_end - run["k_from"]) * 2 * step / n_steps)
         trainer.step(pool_ND[batch_rows].float())
         trainer.n_training_steps += 1
     seconds = time.perf_counter() - started
@@ -268,6 +286,7 @@ def _begin(
         mixed_FD = torch.nn.functional.normalize(share * data_FD + (1 - share) * noise_FD, dim=-1)
         sae.W_dec.copy_(mixed_FD * sae.cfg.decoder_init_norm)
         sae.W_enc.copy_(sae.W_dec.t())
+    sae.W_enc.mul_(run.get("encoder", 1.0))
 
 
 @torch.no_grad()
