@@ -20,6 +20,7 @@ from gpu_model import save_model
 from repository_text import ROOT, write_documents
 
 from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.training.needs import memory_plan
 from sae_toolkit.training.setup import prepare_run
 
 # The times of every 16th step are exact, and the buffer is filled every 16 steps. Held-out text is measured after those
@@ -50,7 +51,7 @@ def run_scripts(bench: Bench) -> None:
     if not text.exists():
         write_documents(text, 200 if bench.size["context"] < 1000 else 3000)
     flags = training_flags(bench, text)
-    plan = prepare_run(parse_training_flags(flags)).plan_memory()
+    plan = memory_plan(prepare_run(parse_training_flags(flags)))
     table = Table("stage", "seconds", "tokens/s", "peak, GiB", "planned, GiB", "off by")
 
     def show(stage: str, done: _Done, planned: int, rate: float | None = None) -> None:

@@ -25,8 +25,10 @@ from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.trainer import Trainer
+from sae_toolkit.training.description import describe
 from sae_toolkit.training.finetuning import prediction_loss
 from sae_toolkit.training.initial_sae import lineage_warnings
+from sae_toolkit.training.needs import check_disk, check_memory
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.run import create_sae, load_model
@@ -49,11 +51,11 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     """
     if not run.ranks.is_main:
         return
-    log.info(run.describe(details=settings.dry_run or run.recording.verbose))
+    log.info(describe(run, details=settings.dry_run or run.recording.verbose))
     for line in flags_without_effect(run.sae):
         log.warning("warning %s", line)
-    run.check_memory()
-    run.check_disk()
+    check_memory(run)
+    check_disk(run)
     if run.resume_from is None:
         begins_trained = bool(run.initialized_from)
         warnings = []

@@ -1,10 +1,9 @@
-"""A training run that is ready to start, and checks that it fits into memory and on the disk."""
+"""A training run that is ready to start."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,19 +17,15 @@ from sae_lens.util import dtype_to_str
 
 from sae_toolkit.activations.cache import holds_rows
 from sae_toolkit.distributed.ranks import ALONE, Ranks
-from sae_toolkit.errors import UserError
-from sae_toolkit.model.devices import choose_lm_dtype, free_memory
+from sae_toolkit.model.devices import choose_lm_dtype
 from sae_toolkit.model.hook_width import parameters_up_to_hook
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.settings.training import OptimizationSettings, RecordingSettings, RunSettings, SAESettings
-from sae_toolkit.settings.values import Interval
 from sae_toolkit.steps.activation_sample import LEAST_HELD_OUT
-from sae_toolkit.steps.memory import MemoryPlan, plan_memory
 from sae_toolkit.text.positions import PositionFilter
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT, TOKENS, RunDirectory
 from sae_toolkit.training.initial_sae import InitialSAE
-from sae_toolkit.training.lowered_run import lower_peak
 from sae_toolkit.training.phases import Phases
 
 log = logging.getLogger(__name__)
@@ -159,10 +154,10 @@ class PreparedRun:
         if not self.ranks.is_main:
             return
         if not self.directory.exists():
-            self.run_directory.create(self.flags, self.text, self._arrays(), self.initialized_from)
+            self.run_directory.create(self.flags, self.text, self.arrays(), self.initialized_from)
         self.run_directory.open_log()
 
-    def _arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays that the directory of the run keeps, by the names of their files."""
         arrays = {
             TOKENS: self.rows_NT,
@@ -239,35 +234,14 @@ class PreparedRun:
         """Whether the run measures on held-out text during training, on this rank."""
         return self.recording.eval_every > 0 and self.ranks.is_main
 
-    def plan_memory(
-        self, cfg: LanguageModelSAERunnerConfig[Any] | None = None, evaluates: bool | None = None
-    ) -> MemoryPlan:
-        """Returns the memory that one rank needs.
-
-        Args:
-            cfg: a configuration to plan for instead of that of the run.
-            evaluates: whether to plan for measurements on held-out text, instead of what the run does.
-        """
-        return plan_memory(
-            self.share_of_rank(cfg or self.cfg),
-            self.model,
-            self.lm_dtype,
-            n_parameters=self._n_parameters,
-            cached=self.is_cached or not self._shares_device,
-            cfgs=self.cfgs,
-            evaluates=self.evaluates if evaluates is None else evaluates,
-            finetune_loss=self.optimization.finetune_loss,
-            has_target_l0=self.sae.target_l0 is not None,
-        )
-
     @property
-    def _shares_device(self) -> bool:
+    def shares_device(self) -> bool:
         """Whether the language model and the SAE are on the same device."""
         both = (torch.device(name) for name in (self.llm_device, self.cfg.device))
         return len({(device.type, device.index or 0) for device in both}) == 1
 
     @cached_property
-    def _n_parameters(self) -> tuple[int, int]:
+    def n_parameters(self) -> tuple[int, int]:
         """Number of parameters of the language model, and of its part up to the hooks."""
         return self.model.n_parameters, parameters_up_to_hook(
             self.model.config, self.hook_names, self.model.trust_remote_code
@@ -282,160 +256,3 @@ class PreparedRun:
         """
         directory = self.cache_directory
         return directory is not None and holds_rows(directory, self.cache_parameters(), self.all_rows_NT)
-
-    def check_memory(self) -> None:
-        """Warns if the run is not predicted to fit into memory, and says which flags to lower so that it does.
-
-        Raises:
-            UserError: the run surely does not fit. On a CPU the kernel would kill the process without a message.
-        """
-        if not self._shares_device and not self.is_cached:
-            takes, there = self._n_parameters[0] * self.lm_dtype.itemsize, free_memory(self.llm_device)
-            if takes > there * self.n_devices:
-                log.warning(
-                    "--llm_device %s: the language model takes about %.1f GiB, and %.1f GiB are free there",
-                    self.llm_device,
-                    takes / 2**30,
-                    there / 2**30,
-                )
-        if self.is_sharded:
-            self._check_memory_of_host()
-        plan, free = self.plan_memory(), self._free_memory()
-        if plan.peak <= free:
-            return
-        lowered = lower_peak(
-            self.cfg,
-            lambda *other: self.plan_memory(*other).peak,
-            free,
-            evaluates=self.evaluates,
-            given=(
-                *(("expansion_factor",) if self.initialized_from else ()),
-                *(("train_batch_size_tokens",) if self.finetunes else ()),  # it must be a context or more
-            ),
-        )
-        flags = " ".join(lowered.flags) if lowered.peak <= free else ""
-        largest = self.sae.width_words[0] if plan.largest_flag == "--expansion_factor" else plan.largest_flag
-        message = (
-            f"{largest}: this run takes about {plan.peak / 2**30:.1f} GiB, and {self.cfg.device} has"
-            f" {free / 2**30:.1f} GiB free; " + (f"it would fit with {flags}" if flags else "a smaller model is needed")
-        )
-        if plan.surely_above(free):
-            raise UserError(message)
-        log.warning(message)
-
-    def _check_memory_of_host(self) -> None:
-        """Warns if the host of rank 0 has no room for all features, which a checkpoint gathers there."""
-        plan = self.plan_memory()
-        # weights, Adam's moments, and a copy of the encoder while it is written
-        gathers, there = self.ranks.size * (3 * plan.sae // 2 + plan.adam), free_memory("cpu")
-        if gathers > there:
-            log.warning(
-                "--shard_features: for a checkpoint rank 0 gathers all features with Adam's moments in its host's"
-                " memory, about %.1f GiB, and %.1f GiB are free there",
-                gathers / 2**30,
-                there / 2**30,
-            )
-
-    def _free_memory(self) -> int:
-        """Returns the bytes that one rank may use. Ranks of a machine share its memory, but each has its own GPU."""
-        free = free_memory(self.cfg.device)
-        return free // self.ranks.local_size if torch.device(self.cfg.device).type == "cpu" else free
-
-    def disk_plan(self) -> dict[str, int]:
-        """Returns an upper bound of the bytes that the run takes on disk, by item."""
-        memory = self.plan_memory()
-        sae, adam = (n * (self.ranks.size if self.is_sharded else 1) for n in (memory.sae, memory.adam))
-        sample = 0 if self.calibrates_on_held_out else memory.sample
-        checkpoint = sae + adam + self.ranks.size * memory.buffer + sample
-        n_checkpoints = min(self.cfg.n_checkpoints, self.cfg.total_training_steps)
-        if Interval.parse(self.saving.checkpoint_every) != Interval():
-            n_checkpoints += self.saving.keep + 1  # one more: an old one is deleted when the new one is complete
-        plan = {"final SAE": sae, "checkpoints": n_checkpoints * checkpoint}
-        if self.resume_from is None:
-            plan["tokens"] = sum(array.nbytes for array in self._arrays().values())
-        return {item: size for item, size in plan.items() if size}
-
-    def check_disk(self) -> None:
-        """Warns if the disk has no room for all checkpoints.
-
-        Raises:
-            UserError: the disk has no room for the final SAE.
-        """
-        plan, free = self.disk_plan(), free_disk(Path(self.saving.checkpoint_path))
-        least = sum(size for item, size in plan.items() if item != "checkpoints")
-        if least > free:
-            raise UserError(
-                f"--checkpoint_path {self.saving.checkpoint_path}: the final SAE and the run's tokens take"
-                f" {_size(least)}, and {_size(free)} are free there; make room or name another disk"
-            )
-        if sum(plan.values()) > free:
-            log.warning(
-                "--n_checkpoints %d --keep %d: the checkpoints take up to %s, and %s are free on the disk; lower them",
-                self.cfg.n_checkpoints,
-                self.saving.keep,
-                _size(plan["checkpoints"]),
-                _size(free),
-            )
-
-    def describe(self, *, details: bool) -> str:
-        """Returns about ten lines that describe the run, and the memory and disk space that it needs.
-
-        Args:
-            details: whether the memory is listed item by item.
-        """
-        cfg, sae = self.cfg, self.cfg.sae
-        n_steps = -(-cfg.training_tokens // cfg.train_batch_size_tokens)
-        left_out = [
-            *(["what others than the assistant say"] if self.positions.chat_tokens == "assistant" else []),
-            *(["special tokens"] if self.positions.special_token_ids else []),
-            *([f"the first {n} position{'s' if n > 1 else ''}"] if (n := self.positions.skip_positions) else []),
-            *([f"norms above {m:g} x the median"] if (m := self.max_norm_multiple) else []),
-        ]
-        memory, disk = self.plan_memory(), self.disk_plan()
-        disk_items = ", ".join(f"{item} {_size(size)}" for item, size in disk.items())
-        hooks = " ".join(self.hook_names)
-        passes = f", for {self.passes:.2g} passes over the text" if self.passes > 1 else ""
-        saes = sae.architecture() if len(self.cfgs) == 1 else f"{len(self.cfgs)} x {sae.architecture()}"
-        return "\n".join(
-            (
-                f"model   {self.model.name}, {hooks}, {dtype_to_str(self.lm_dtype)} on {self.llm_device}",
-                f"text    {self.text.name}"
-                + (f" ({self.text.config})" if self.text.config else "")
-                + f", {self.text.described()}, {len(self.rows_NT):,} contexts of {cfg.context_size},"
-                f" {self.held_out.fraction:.0%} of documents held out",
-                f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
-                *(f"from    {each['name']}" for each in self.initialized_from.values()),
-                f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"
-                f" lr {cfg.lr:g}" + self._processes(),
-                *(f"{'recipe  ' if not i else ' ' * 8}{line}" for i, line in enumerate(self.recipe)),
-                f"without {', '.join(left_out) or 'leaving anything out'}",
-                f"into    {self.directory}",
-                f"tokens  {cfg.training_tokens:,} needed, {self.n_positions:,} there{passes};"
-                f" {cfg.training_tokens / sae.d_sae:,.3g} for each feature",
-                memory.describe()
-                if details
-                else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {self._free_memory() / 2**30:.1f} free"
-                + ("" if self.ranks.is_alone else ", for each process"),
-                f"disk    up to {_size(sum(disk.values()))} ({disk_items}),"
-                f" {_size(free_disk(Path(self.saving.checkpoint_path)))} free",
-            )
-        )
-
-    def _processes(self) -> str:
-        if self.ranks.is_alone:
-            return ""
-        return f", on {self.ranks.size} processes" + (" that share its features" if self.is_sharded else "")
-
-
-def existing(directory: Path) -> Path:
-    """Returns the directory if it exists, and otherwise the nearest directory above it that exists."""
-    return next(path for path in (directory, *directory.absolute().parents) if path.exists())
-
-
-def free_disk(directory: Path) -> int:
-    """Returns the bytes that are free on the disk of a directory, which need not exist yet."""
-    return shutil.disk_usage(existing(directory)).free
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"

@@ -27,7 +27,8 @@ from sae_toolkit.settings.training import ModelSettings, SAESettings, TrainingSe
 from sae_toolkit.training.configuration import build_runner_configs
 from sae_toolkit.training.directory import RunDirectory, find_resumption
 from sae_toolkit.training.initial_sae import InitialSAE, open_initial_saes
-from sae_toolkit.training.prepared_run import PreparedRun, existing
+from sae_toolkit.training.needs import existing
+from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe import with_recipe
 from sae_toolkit.training.text import RunText, held_out_split, kept_positions, read_text, saved_text
 

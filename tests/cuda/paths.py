@@ -46,6 +46,7 @@ from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.training import preflight
 from sae_toolkit.training.held_out import HeldOutText
+from sae_toolkit.training.needs import memory_plan
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.run import Training, create_sae, open_activations
 from sae_toolkit.training.setup import prepare_run
@@ -97,7 +98,7 @@ def run_case(directory: Path, case: str) -> dict[str, Any]:
         with FAULTS[fault]() if fault else patch.object(sae_toolkit.training.run, "load_language_model", random_model):
             walk.steps_alone() if steps_only else walk.whole()
     parts = {name: asdict(part) for name, part in walk.parts.items()}
-    plan = run.plan_memory()
+    plan = memory_plan(run)
     planned = {"stepping": plan.sae + plan.adam + plan.gradients + plan.step}  # without a language model
     if not steps_only:
         planned = plan.peaks | {"evaluation": plan.evaluation_peak, "peak": plan.peak}

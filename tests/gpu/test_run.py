@@ -7,6 +7,7 @@ import torch
 
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.training.held_out import HeldOutText
+from sae_toolkit.training.needs import memory_plan
 from sae_toolkit.training.run import Training, open_activations
 from sae_toolkit.training.setup import prepare_run
 from support.many_processes import Launch, assert_close
@@ -83,7 +84,7 @@ def run_of_gigabytes(run_flags, model, architecture="batchtopk"):
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
 def test_a_run_takes_the_memory_that_was_planned(cuda, script, wide_model, run_flags, architecture):
     flags = run_of_gigabytes(run_flags, wide_model, architecture)
-    planned = prepare_run(parse_training_flags(flags)).plan_memory().peak
+    planned = memory_plan(prepare_run(parse_training_flags(flags))).peak
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     done = script("sae_lens_train.py", *flags)
