@@ -45,6 +45,12 @@ def test_a_search_whose_seed_differs_from_the_last_one_goes_on_from_its_own_trai
     assert next_penalty([*before, *own], 20, 0.024, (), own) == pytest.approx(0.15)
 
 
+def test_a_search_does_not_jump_from_a_training_that_collapsed():
+    """As it was with a standard SAE of dictionary_learning at a learning rate of 8e-3."""
+    before, own = [(0.0191, 147.2), (0.018, 143.2), (0.0167, 151.1)], [(0.0153, 2.0)]
+    assert next_penalty([*before, *own], 160, 0.03, (), own) == pytest.approx(0.0153 / 2)
+
+
 def test_a_training_that_several_searches_report_counts_once(tmp_path):
     reported = {  # penalty and L0: each search adds its own trainings to those before it
         "lr0.002-l0_80-seed42": [(0.02, 100.0), (0.03, 81.0)],

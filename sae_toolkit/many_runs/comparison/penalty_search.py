@@ -44,7 +44,8 @@ def next_penalty(
     The line goes through the trial with the L0 nearest to the target. Its slope comes from the next nearest trial that
     fits it, with a lower L0 at a higher penalty. If there is none, it comes from `elsewhere` in the same way, and else
     is -1. It is limited to [-3, -0.2]. A penalty that the search itself has tried is not tried again: where L0 does not
-    fall with the penalty, the search goes on from its own nearest trial, by further steps of the same size.
+    fall with the penalty, or is far from that of other seeds, the search goes on from its own nearest trial, by further
+    steps of the same size, each to between half and twice the penalty.
 
     Args:
         tried: pairs of penalty and L0.
@@ -64,9 +65,10 @@ def next_penalty(
     proposed = points[0][1] + step_from(points[0])
     if own and _is_among(proposed, own):
         nearest_own = _nearest_first(own, target)[0]
-        proposed = nearest_own[1] + step_from(nearest_own)
+        step = min(max(step_from(nearest_own), -math.log(2)), math.log(2))
+        proposed = nearest_own[1] + step
         while _is_among(proposed, own):
-            proposed += step_from(nearest_own)
+            proposed += step
     return math.exp(proposed)
 
 
