@@ -45,10 +45,20 @@ def test_a_search_whose_seed_differs_from_the_last_one_goes_on_from_its_own_trai
     assert next_penalty([*before, *own], 20, 0.024, (), own) == pytest.approx(0.15)
 
 
-def test_a_search_does_not_jump_from_a_training_that_collapsed():
+def test_a_search_does_not_jump_from_trainings_that_collapsed():
     """As it was with a standard SAE of dictionary_learning at a learning rate of 8e-3."""
-    before, own = [(0.0191, 147.2), (0.018, 143.2), (0.0167, 151.1)], [(0.0153, 2.0)]
-    assert next_penalty([*before, *own], 160, 0.03, (), own) == pytest.approx(0.0153 / 2)
+    before, own = [(0.0191, 147.2), (0.018, 143.2), (0.0167, 151.1)], []
+    for _ in range(4):
+        own.append((next_penalty([*before, *own], 160, 0.03, (), own), 2.0))
+    penalties = [penalty for penalty, _ in own]
+    assert all(0.49 < b / a < 1 for a, b in pairwise(penalties)), penalties
+
+
+def test_trainings_that_collapsed_do_not_lead_a_search():
+    """As it was with the gated SAEs of dictionary_learning at a learning rate of 4e-3."""
+    tried = [(0.15, 21.0), (0.024, 158.7), (0.0238, 3.9), (0.0008, 41.0), (0.0002, 52.0)]
+    assert next_penalty(tried, 40, 0.024) == pytest.approx(next_penalty(tried[:2], 40, 0.024))
+    assert next_penalty(tried, 160, 0.024) == pytest.approx(0.024)  # the one that led there
 
 
 def test_a_training_that_several_searches_report_counts_once(tmp_path):

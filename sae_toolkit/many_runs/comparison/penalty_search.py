@@ -41,11 +41,14 @@ def next_penalty(
 ) -> float:
     """Returns the sparsity penalty to try next, read off a line of log penalty over log L0 at the target.
 
-    The line goes through the trial with the L0 nearest to the target. Its slope comes from the next nearest trial that
-    fits it, with a lower L0 at a higher penalty. If there is none, it comes from `elsewhere` in the same way, and else
-    is -1. It is limited to [-3, -0.2]. A penalty that the search itself has tried is not tried again: where L0 does not
-    fall with the penalty, or is far from that of other seeds, the search goes on from its own nearest trial, by further
-    steps of the same size, each to between half and twice the penalty.
+    The line goes through the trial with the L0 nearest to the target. If that is within 3% of the target, its penalty
+    is tried as it is. The slope comes from the next nearest trial that fits it, with a lower L0 at a higher penalty.
+    If there is none, it comes from `elsewhere` in the same way, and else is -1. It is limited to [-3, -0.2]. Trainings
+    that collapsed do not count: those with a lower L0 at a lower penalty than another.
+
+    A penalty that the search itself has tried is not tried again: where L0 does not fall with the penalty, or is far
+    from that of other seeds, the search goes on from its own nearest trial, by further steps of the same size, each to
+    between half and twice the penalty.
 
     Args:
         tried: pairs of penalty and L0.
@@ -54,15 +57,17 @@ def next_penalty(
         elsewhere: pairs of penalty and L0 with other learning rates, where the search begins if `tried` is empty.
         own: the pairs among `tried` that this search has trained, none of them near enough to the target to end it.
     """
-    points = _nearest_first(tried or elsewhere, target)
+    same, others = (_nearest_first(_not_collapsed(trials), target) for trials in (tried, elsewhere))
+    points = same or others
     if not points:
         return first
-    slope = min(max(_slope(points) or _slope(_nearest_first(elsewhere, target)) or -1.0, -3.0), -0.2)
+    slope = min(max(_slope(points) or _slope(others) or -1.0, -3.0), -0.2)
 
     def step_from(point: tuple[float, float]) -> float:
         return slope * (math.log(target) - point[0])
 
-    proposed = points[0][1] + step_from(points[0])
+    fits = bool(same) and abs(same[0][0] - math.log(target)) <= math.log(1.03)
+    proposed = points[0][1] + (0 if fits else step_from(points[0]))
     if own and _is_among(proposed, own):
         nearest_own = _nearest_first(own, target)[0]
         step = min(max(step_from(nearest_own), -math.log(2)), math.log(2))
@@ -70,6 +75,11 @@ def next_penalty(
         while _is_among(proposed, own):
             proposed += step
     return math.exp(proposed)
+
+
+def _not_collapsed(tried: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the trials without those that have both a lower penalty and a lower L0 than another."""
+    return [one for one in tried if not any(penalty > one[0] and l0 > one[1] for penalty, l0 in tried)]
 
 
 def _is_among(log_penalty: float, tried: Sequence[tuple[float, float]]) -> bool:
