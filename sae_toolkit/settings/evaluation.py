@@ -203,7 +203,8 @@ def parse_evaluation_flags(description: str, argv: Sequence[str] | None = None) 
         without = MeasurementSettings()
         for name in ("probing_text_column", "probing_label_column", "probing_examples", "probing_keep_repeated"):
             if (value := getattr(measurements, name)) != getattr(without, name):
-                raise UserError(f"--{name} {as_text(value)}: is about the tasks of --probing; give both, or none")
+                given = f"--{name}" if value is True else f"--{name} {as_text(value)}"
+                raise UserError(f"{given}: is about the tasks of --probing; give both, or none")
     push_to_hub = settings.results.push_to_hub
     if push_to_hub and settings.measurements.protocol != "health":
         raise UserError(f"--push_to_hub {push_to_hub}: the model card shows the results of --protocol health; use that")

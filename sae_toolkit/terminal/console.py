@@ -157,8 +157,9 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries would fill a file with carriage returns
     if not verbose:
         warnings.filterwarnings("ignore")
-        for library in ("transformers", "datasets", "huggingface_hub"):
+        for library in ("transformers", "huggingface_hub"):
             logging.getLogger(library).setLevel(logging.ERROR)
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs the errors that it raises
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -187,6 +188,8 @@ def _report(error: BaseException | None) -> int:
     if isinstance(error, Stopped):  # the signal came while the script was ending, perhaps by an error
         return _report(error.__context__) or error.exit_status
     if isinstance(error, KeyboardInterrupt):
+        with suppress(OSError):
+            print("stopped (Ctrl-C)", file=sys.stderr)
         return 130
     if not isinstance(error, Exception):
         return 0

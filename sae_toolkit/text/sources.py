@@ -105,6 +105,12 @@ class TextSource:
             skipped.warn()
 
 
+_WHAT_TO_DO = {
+    "codec can't decode": "; save it as UTF-8",
+    "No columns to parse": "; the file is empty, use another one",
+}
+
+
 @contextmanager
 def _errors_of_readers(name: str) -> Iterator[None]:
     """Context manager that turns errors of `datasets`, pyarrow, pandas and fsspec into a `UserError`."""
@@ -113,7 +119,9 @@ def _errors_of_readers(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}: cannot be read: {one_line(error)}") from error
+        why = one_line(error)
+        to_do = next((advice for words, advice in _WHAT_TO_DO.items() if words in why), "")
+        raise UserError(f"{name}: cannot be read: {why}{to_do}") from error
 
 
 def _readable(name: str, records: Iterable[T]) -> Iterator[T]:

@@ -44,7 +44,7 @@ def describe(run: PreparedRun, *, details: bool) -> str:
             f"without {', '.join(left_out) or 'leaving anything out'}",
             f"into    {run.directory}",
             f"tokens  {cfg.training_tokens:,} needed, {run.n_positions:,} there{passes};"
-            f" {cfg.training_tokens / sae.d_sae:,.3g} for each feature",
+            f" {_rounded(cfg.training_tokens / sae.d_sae)} for each feature",
             memory.describe()
             if details
             else f"memory  {memory.peak / 2**30:.2f} GiB at the peak, {free_memory_of_rank(run) / 2**30:.1f} free"
@@ -53,6 +53,10 @@ def describe(run: PreparedRun, *, details: bool) -> str:
             f" {size_in_words(free_disk(Path(run.saving.checkpoint_path)))} free",
         )
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _processes(run: PreparedRun) -> str:

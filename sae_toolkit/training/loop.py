@@ -248,7 +248,8 @@ class TrainingLoop:
             f"{n} steps in a row had a loss or gradient that is not finite"
             f" ({'' if trainer.is_single else name + ', '}loss {outputs[name].loss.item():g}, learning rate"
             f" {trainer.first.optimizer.param_groups[0]['lr']:g}, after {trainer.n_training_samples:,} tokens) and were"
-            " not applied; lower --lr, or look at the activations (--lm_dtype, --max_activation_norm_multiple); the"
+            " not applied; lower --lr, or look at the activations (--lm_dtype, --max_activation_norm_multiple)"
+            f"{', or give --dtype float32' if trainer.first.sae.dtype == torch.float16 else ''}; the"
             f" last good checkpoint is {checkpoints.newest}"
         )
 

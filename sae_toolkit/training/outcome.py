@@ -16,6 +16,8 @@ from sae_toolkit.training.run import Training
 
 log = logging.getLogger(__name__)
 
+_LEAST_OF_K = 0.97  # an L0 below this share of k is not k
+
 
 def log_outcome(training: Training, readings: Mapping[str, Mapping[str, Any]]) -> None:
     """Logs the outcome of a run before its SAEs are saved. A problem is a warning.
@@ -25,7 +27,7 @@ def log_outcome(training: Training, readings: Mapping[str, Mapping[str, Any]]) -
         readings: the readings of the last step, by the SAE's name.
     """
     _log_what_was_left_out(training)
-    _log_l0(training.trainer)
+    _log_l0(training.trainer, readings)
     for name, cfg in zip(training.run.sae_names, training.run.cfgs, strict=True):
         if reading := readings.get(name):
             where = "" if training.trainer.is_single else f"{name}: "
@@ -68,8 +70,8 @@ def _log_what_was_left_out(training: Training) -> None:
         log.info(stream.source.describe())
 
 
-def _log_l0(trainers: MultiTrainer) -> None:
-    """Logs the L0 that the finished SAEs have, and warns if it is far from --target_l0."""
+def _log_l0(trainers: MultiTrainer, readings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Logs the L0 that the finished SAEs have, and warns if it is far from --target_l0 or below --k."""
     calibrations = trainers.calibrate()
     for name, trainer in trainers.trainers.items():
         where = "" if trainers.is_single else f"{name}: "
@@ -85,7 +87,8 @@ def _log_l0(trainers: MultiTrainer) -> None:
                 control.l0,
                 weight,
                 value,
-                f"; not within {FURTHEST:.0%}, so the SAE is left as it is: train longer, or raise --lr"
+                f"; not within {FURTHEST:.0%}, so the SAE is left as it is: train longer, raise --lr, or ask for"
+                " another L0"
                 if missed
                 else "",
             )
@@ -98,4 +101,14 @@ def _log_l0(trainers: MultiTrainer) -> None:
                 calibration.l0,
                 f"{next(iter(calibration.tensors))} was calibrated",
                 calibration.l0_before,
+            )
+        k, reading = getattr(trainer.sae.cfg, "k", None), readings.get(name)
+        l0 = calibration.l0 if calibration else reading["metrics/l0"] if reading else None
+        if k is not None and l0 is not None and l0 < _LEAST_OF_K * k:
+            log.warning(
+                "warning %s--k %g: the SAE ended with an L0 of %.1f, as no more features are positive on a token;"
+                " lower --k, or train a wider SAE",
+                where,
+                k,
+                l0,
             )

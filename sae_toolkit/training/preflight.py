@@ -60,7 +60,13 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
         begins_trained = bool(run.initialized_from)
         warnings = []
         for cfg in {cfg.sae.d_sae: cfg for cfg in reversed(run.cfgs)}.values():
-            warnings += recipe_warnings(cfg, run.held_out.fraction, run.passes, begins_trained=begins_trained)
+            warnings += recipe_warnings(
+                cfg,
+                run.held_out.fraction,
+                run.passes,
+                begins_trained=begins_trained,
+                target_l0=run.sae.target_l0,
+            )
         warnings = list(dict.fromkeys(warnings))
         for hook_name, lineage in run.initialized_from.items():
             warnings += lineage_warnings(lineage, run.model.name, hook_name)

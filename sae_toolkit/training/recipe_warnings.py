@@ -73,6 +73,7 @@ def recipe_warnings(
     passes: float = 1.0,
     *,
     begins_trained: bool = False,
+    target_l0: float | None = None,
 ) -> list[str]:
     """Returns the warnings that follow from the settings and the shapes.
 
@@ -81,11 +82,12 @@ def recipe_warnings(
         held_out_fraction: share of the documents that are held out, in [0, 1].
         passes: how many passes over the text the run makes.
         begins_trained: whether the run begins with the weights of a trained SAE, and need not be long.
+        target_l0: the value of --target_l0; None if it is not given.
     """
     n_steps = cfg.total_training_steps
     found = [
         None if begins_trained else _too_few_tokens(cfg),
-        _too_many_or_few_active(cfg),
+        _too_many_or_few_active(cfg, target_l0),
         *_learning_rate(cfg, n_steps, begins_trained=begins_trained),
         _dead_feature_window(cfg, n_steps),
         _nothing_held_out(held_out_fraction),
@@ -133,11 +135,11 @@ def _too_few_tokens(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
     )
 
 
-def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any]) -> str | None:
-    k = getattr(cfg.sae, "k", None)
-    if k is None or _LOWEST_L0 <= k <= _HIGHEST_L0:
+def _too_many_or_few_active(cfg: LanguageModelSAERunnerConfig[Any], target_l0: float | None) -> str | None:
+    flag, l0 = ("--k", getattr(cfg.sae, "k", None)) if target_l0 is None else ("--target_l0", target_l0)
+    if l0 is None or _LOWEST_L0 <= l0 <= _HIGHEST_L0:
         return None
-    return f"--k {k}: the SAE will end with this L0, which is unhealthy outside {_LOWEST_L0} to {_HIGHEST_L0}; use 64"
+    return f"{flag} {l0:g}: the L0 that is asked for is unhealthy outside {_LOWEST_L0} to {_HIGHEST_L0}; use 64"
 
 
 def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begins_trained: bool) -> list[str]:
@@ -151,7 +153,8 @@ def _learning_rate(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int, *, begi
         found.append(
             f"--lr {cfg.lr:g}: {n_steps} steps can turn a feature by {turn:.2g} times its length, and at 4.1 times 22%"
             " of the features ended dead; "
-            + (f"raise it to about {enough:g}, or train longer" if enough <= most else "train longer")
+            + (f"raise it to about {enough:g}, or " if enough <= most else "")
+            + "take more steps (--training_tokens, or a smaller --train_batch_size_tokens)"
         )
     elif hasattr(cfg.sae, "k") and n_steps <= _FITTED_STEPS and not begins_trained:
         fitted = least_learning_rate(n_steps, cfg.sae.d_sae)

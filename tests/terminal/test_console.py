@@ -19,7 +19,7 @@ from sae_toolkit.terminal.stop_signals import hear_stop_signals
     [
         (UserError("--k 0: must be 1 or more"), 2, "error: --k 0: must be 1 or more\n"),
         (RunFailed("rank 0: another rank is gone"), 1, "error: rank 0: another rank is gone\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped (Ctrl-C)\n"),
         (None, 128 + signal.SIGTERM, ""),
     ],
 )

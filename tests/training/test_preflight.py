@@ -32,7 +32,9 @@ def warnings(*words, d_in=576, measured=FILTERED, passes=1.0):
     """The flags that are warned of, with the lines."""
     settings = with_recipe(parse_training_flags([str(word) for word in words]), d_in).settings
     cfg = build_runner_config(settings, HOOK, d_in=d_in, device="cpu", run_id="run")
-    lines = recipe_warnings(cfg, settings.text.held_out_fraction, passes) + activation_warnings(
+    lines = recipe_warnings(
+        cfg, settings.text.held_out_fraction, passes, target_l0=settings.sae.target_l0
+    ) + activation_warnings(
         cfg,
         measured,
         finds_weight=settings.sae.target_l0 is not None,
@@ -82,6 +84,7 @@ def test_the_seeds_recipe_on_the_embedded_model_draws_what_its_evaluation_found(
         (("--expansion_factor", 256), "training_tokens", "3.4 tokens a feature"),
         (("--k", 300), "k", "20 to 200"),
         (("--k", 8), "k", "20 to 200"),
+        (("--architecture", "gated", "--target_l0", 0.001), "target_l0", "20 to 200"),
         (("--lr", 1e-4), "lr", "raise it to about 0.0005"),
         (("--lr", 7e-4), "lr", "raise it to 0.0014"),
         (("--lr", 0.1), "lr", "one step can turn a feature by 2.4 times its length"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -27,7 +28,9 @@ from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.saes.formats import SAEFile
 
 _CHUNK_VALUES = 2**24  # features and projections of a chunk of tokens: 64 MiB each
-_DIFFERENCES = ("d_sae", "library", "architecture", "normalize_activations")
+_DIFFERENCES = ("d_sae", "library", "architecture", "normalize_activations", "tokens in a step", "settings of the SAE")
+# Of the training's settings of the SAE, those that an SAE of another L0 has otherwise.
+_OF_L0 = {"k", "l0_coefficient", "l1_coefficient", "l0_warm_up_steps", "l1_warm_up_steps"}
 _MOST_TOKENS_RATIO = 1.05  # batches of other sizes end at other numbers
 _LEAST_DIRECTIONS = 3  # for pairs, and so that 3/8 of them is one
 
@@ -60,7 +63,10 @@ def check_decoders(groups: Sequence[PreparedEvaluation]) -> None:
 def _check_comparable(one: EvaluatedSAE, other: EvaluatedSAE) -> None:
     pair = f"{one.file.name} and {other.file.name}"
     for name, a, b in zip(_DIFFERENCES, _traits(one), _traits(other), strict=True):
-        if a != b:
+        if a != b and None not in (a, b):
+            if isinstance(a, dict):
+                name = min(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+                a, b = a.get(name), b.get(name)
             raise UserError(
                 f"--l0_check: {pair} differ in {name}: {a} and {b}; name SAEs that differ in L0 and seed alone, as the"
                 " statistics also depend on the rest"
@@ -84,7 +90,20 @@ def _traits(evaluated: EvaluatedSAE) -> tuple[Any, ...]:
     """Returns the values of `_DIFFERENCES`."""
     cfg = evaluated.sae.cfg
     architecture = cfg.metadata.get("training_architecture") or cfg.architecture()
-    return cfg.d_sae, evaluated.file.library, architecture, cfg.normalize_activations
+    details = cfg.metadata.get("training_architecture_details") or {}
+    settings = {name: value for name, value in details.items() if name not in _OF_L0} or None
+    return (
+        *(cfg.d_sae, evaluated.file.library, architecture, cfg.normalize_activations),
+        *(_tokens_in_a_step(evaluated.file.path), settings),
+    )
+
+
+def _tokens_in_a_step(sae_path: Path) -> int | None:
+    """Returns the tokens of a training step, by SAELens's runner_cfg.json; None if the file is not there."""
+    try:
+        return int(json.loads((sae_path / "runner_cfg.json").read_text())["train_batch_size_tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _run_of(sae_path: Path) -> Path | None:

@@ -23,6 +23,7 @@ LEAST_PER_CLASS = 100
 _LABEL_COLUMNS = ("label", "labels", "target", "class")
 _ROWS_LOOKED_AT = 20
 _CLASSES_SHOWN = 5
+_KINDS = {str: "text", int: "integer", bool: "truth value"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def read_task(
     for place, row in enumerate(rows, 1):
         if isinstance(document := text_document(row, column.name), Bad):
             raise UserError(f"{what}: row {place:,}: {document.reason}; remove it")
-    labels = [value_at(row, label_column) for row in rows]
+    labels = [label.strip() if isinstance(label := value_at(row, label_column), str) else label for row in rows]
     _check_labels(what, label_column, labels)
     first: dict[str, int] = {}  # the place where each text occurs first
     again = [place for place, text in enumerate(texts) if first.setdefault(text, place) != place]
@@ -134,6 +135,12 @@ def _check_labels(what: str, column: str, labels: Sequence[Any]) -> None:
             raise UserError(
                 f"{what}: row {place:,} has {found} in the column {column}; labels are text, integers, true or false"
             )
+        if type(label) is not type(labels[0]):  # Python takes True and 1 for equal, and "1" and 1 look alike
+            kinds = [f"the {_KINDS[type(each)]} {each}" for each in (label, labels[0])]
+            raise UserError(
+                f"{what}: row {place:,} has {kinds[0]} in the column {column}, and row 1 has {kinds[1]}; write all"
+                " labels in one way"
+            )
 
 
 def _classes(what: str, column: str, labels: Sequence[Any], why: str) -> tuple[np.ndarray, tuple[str, str]]:
@@ -146,11 +153,11 @@ def _classes(what: str, column: str, labels: Sequence[Any], why: str) -> tuple[n
         raise UserError(
             f"{what}: its column {column} has {n_classes} ({shown}), and probing tells two apart; {to_do}{why}"
         )
-    ordered = sorted(counts, key=str if len({type(label) for label in counts}) > 1 else None)
+    ordered = sorted(counts)
     rare = min(ordered, key=lambda label: counts[label])
     if counts[rare] < LEAST_PER_CLASS:
         raise UserError(
-            f"{what}: only {counts[rare]} different texts are labelled {rare}; probing needs at least"
+            f"{what}: {counts[rare]} different texts labelled {rare}; probing needs at least"
             f" {LEAST_PER_CLASS} of each class{why}"
         )
     return np.array([label == ordered[1] for label in labels], dtype=np.int64), (str(ordered[0]), str(ordered[1]))

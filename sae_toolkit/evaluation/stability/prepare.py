@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.stability.measure import Stability, is_same
@@ -51,7 +53,15 @@ def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEva
                 f"{flag}: there is only one SAE, {each.file.name}; name another one, such as one that was trained with"
                 " another --seed"
             )
+        if copy := next((other for other in others if other is not each and _has_weights_of(other, each)), None):
+            raise UserError(
+                f"{flag}: {copy.file.name} is a copy of {each.file.name}; name SAEs that were trained by themselves"
+            )
     return Stability(tuple(others))
+
+
+def _has_weights_of(one: EvaluatedSAE, other: EvaluatedSAE) -> bool:
+    return not is_same(one.file, other.file) and torch.equal(one.sae.W_dec, other.sae.W_dec)
 
 
 def _load(file: SAEFile, groups: Sequence[PreparedEvaluation], settings: EvaluationSettings) -> EvaluatedSAE | None:

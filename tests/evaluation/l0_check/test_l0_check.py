@@ -1,5 +1,6 @@
 """--l0_check points to the L0 of synthetic data or says why it points to none, and refuses SAEs not to be compared."""
 
+import copy
 import json
 from dataclasses import replace
 from itertools import islice
@@ -208,6 +209,12 @@ def test_one_sae_alone_is_told_nothing_of_its_l0(prepared, tmp_path):
     assert command in shown.how_to_read
 
 
+def trained_with(evaluated, details):
+    sae = copy.deepcopy(evaluated.sae)
+    sae.cfg.metadata["training_architecture_details"] = details
+    return replace(evaluated, sae=sae)
+
+
 def test_saes_that_cannot_be_compared_are_refused(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings, group, _ = prepared
@@ -231,7 +238,24 @@ def test_saes_that_cannot_be_compared_are_refused(prepared, tmp_path, monkeypatc
     ]
     seeds = [at(one, tmp_path / "final_2000/seed_42"), at(other, tmp_path / "final_2000/seed_43")]
     prepare_further_evaluations(settings, [replace(group, saes=tuple(seeds))])
+    of_other_l0 = (
+        trained_with(one, {"k": 4, "aux_loss_coefficient": 1.0}),
+        trained_with(other, {"k": 64, "aux_loss_coefficient": 1.0}),
+    )
+    prepare_further_evaluations(settings, [replace(group, saes=of_other_l0)])
+    steps = []
+    for run, batch in (("small_batches", 512), ("large_batches", 1024)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "runner_cfg.json").write_text(json.dumps({"train_batch_size_tokens": batch}))
+        steps.append(replace(one, file=replace(one.file, path=tmp_path / run, name=run)))
+    details = {"k": 4, "rescale_acts_by_decoder_norm": True}
+    unlike = {"k": 8, "rescale_acts_by_decoder_norm": False}
     mistakes = [
+        ([replace(group, saes=tuple(steps))], "differ in tokens in a step: 512 and 1024"),
+        (
+            [replace(group, saes=(trained_with(one, details), trained_with(other, unlike)))],
+            "differ in rescale_acts_by_decoder_norm: True and False",
+        ),
         ([replace(group, saes=(wide, other))], "differ in d_sae: 600 and 256; name SAEs that differ in L0 and seed"),
         ([replace(group, saes=(foreign, other))], "differ in library: sparsify and SAELens"),
         ([replace(group, saes=tuple(checkpoints))], "1000 and final_2000 are checkpoints of one run"),

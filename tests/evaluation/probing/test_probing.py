@@ -108,6 +108,8 @@ def test_a_text_that_occurs_again_is_in_the_task_once_unless_it_is_asked_for(tmp
     [
         ({"text": "half a pair \ud800", "label": 1}, "row 301: its 'text' is not valid Unicode; remove it"),
         ({"text": "a text", "label": " "}, "row 301 has no label in the column label"),
+        ({"text": "a text", "label": 1}, "row 301 has the integer 1 in the column label, and row 1 has the text 0"),
+        ({"text": "a text", "label": True}, "row 301 has the truth value True in the column label"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(tmp_path, row, says):
@@ -126,7 +128,7 @@ MISTAKES = {
     ),
     "few of a class": (
         ("text,label", "{i} is a number,{rare}"),
-        "only 3 different texts are labelled True; probing needs",
+        "3 different texts labelled True; probing needs",
     ),
     "no labels": (("text,colour", "{i} is a number,{odd}"), "has no column of labels among text, colour; name one by"),
     "labels twice": (

@@ -190,7 +190,8 @@ def saes(tmp_path_factory):
         "same": save("same", order=torch.randperm(96)),
         "other": save("other", seed=1),
         "wide": save("wide", d_in=64),
-        "nowhere": save("nowhere", max_activation_norm=1e-9),
+        "nowhere": save("nowhere", seed=2, max_activation_norm=1e-9),
+        "copy": save("copy"),
         "elsewhere": save("elsewhere", hook="blocks.1.hook_resid_post"),
     }
 
@@ -228,7 +229,7 @@ def test_the_script_finds_the_features_of_an_sae_in_another_order_and_none_in_an
 def test_a_damaged_sae_of_a_pattern_is_left_out_and_what_another_left_out_too_counts_for_both(evaluate, saes, tmp_path):
     names = {name: tmp_path / "saes" / name for name in ("damaged", "other", "special")}
     for name, path in names.items():
-        shutil.copytree(saes["one" if name == "special" else "other"], path)
+        shutil.copytree(saes["same" if name == "special" else "other"], path)
     weights = names["damaged"] / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     config = json.loads((names["special"] / "cfg.json").read_text())
@@ -274,6 +275,10 @@ def test_saes_named_by_stability_alone_are_evaluated_and_compared_with_each_othe
     [
         (["--stability", "one"], "there is only one SAE, one; name another one"),
         (["--sae_path", "one", "--stability", "one"], "there is only one SAE, one; name another one"),
+        (
+            ["--sae_path", "one", "--stability", "other", "copy"],
+            "copy is a copy of one; name SAEs that were trained",
+        ),
         (["--sae_path", "one", "--stability", "wide"], "an SAE of width 64, and one has the width 32"),
         (
             ["--sae_path", "one", "--stability", "elsewhere"],
