@@ -54,8 +54,9 @@ def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEva
                 " another --seed"
             )
         if copy := next((other for other in others if other is not each and _has_weights_of(other, each)), None):
-            raise UserError(
-                f"{flag}: {copy.file.name} is a copy of {each.file.name}; name SAEs that were trained by themselves"
+            log.warning(
+                "%s: %s is a copy of %s, in which all features are found again; name SAEs of other trainings",
+                *(flag, copy.file.name, each.file.name),
             )
     return Stability(tuple(others))
 
