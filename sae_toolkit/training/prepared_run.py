@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +26,6 @@ from sae_toolkit.text.sources import HeldOutSplit, TextSource
 from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTANT, TOKENS, RunDirectory
 from sae_toolkit.training.initial_sae import InitialSAE
 from sae_toolkit.training.phases import Phases
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
