@@ -22,7 +22,9 @@ from sae_toolkit.terminal.console import terminal
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_OF_RATE = 15.0  # the speed is the average over these last seconds
+_SECONDS_OF_RATE = 15.0  # the speed is the average over these last seconds,
+_WAITS_OF_RATE = 20  # or over as many times the longest wait: work comes in bursts where a buffer is filled in between
+_WAITS_UNTIL_SURE = 3  # as many times the longest wait must have passed before the time left is shown
 
 
 class Progress:
@@ -62,6 +64,7 @@ class Progress:
         self._speaks = speaks
         self._started = time.monotonic()
         self._points = deque([(self._started, done)])
+        self._longest_wait = 0.0  # between two calls of `advance`
         self._line_at = -_SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> Progress:
@@ -81,7 +84,7 @@ class Progress:
 
     @property
     def per_second(self) -> float:
-        """The speed over the last 15 seconds, in `unit` per second; 0 before it is known."""
+        """The speed over the last 15 seconds or 20 longest waits, in `unit` per second; 0 before it is known."""
         (then, before), (now, done) = self._points[0], self._points[-1]
         return (done - before) / (now - then) if now > then else 0.0
 
@@ -94,8 +97,10 @@ class Progress:
         """
         now = time.monotonic()
         self.done += n
+        self._longest_wait = max(self._longest_wait, now - self._points[-1][0])
         self._points.append((now, self.done))
-        while len(self._points) > 2 and now - self._points[1][0] > _SECONDS_OF_RATE:
+        seconds = max(_SECONDS_OF_RATE, _WAITS_OF_RATE * self._longest_wait)
+        while len(self._points) > 2 and now - self._points[1][0] > seconds:
             self._points.popleft()
         if readings is not None:
             self.readings = readings
@@ -130,7 +135,12 @@ class Progress:
         return min(self.done / self.total, 1.0) if self.total else 1.0
 
     def _seconds_left(self) -> float | None:
-        return max(self.total - self.done, 0) / self.per_second if self.per_second else None
+        """Returns the time left; None while it cannot be told, such as at the first step after a buffer was filled."""
+        if self.done >= self.total:
+            return 0.0
+        seconds = self._points[-1][0] - self._points[0][0]
+        is_sure = seconds >= _WAITS_UNTIL_SURE * self._longest_wait
+        return (self.total - self.done) / self.per_second if self.per_second and is_sure else None
 
     @property
     def memory_gib(self) -> float:
