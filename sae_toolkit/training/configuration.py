@@ -1,16 +1,13 @@
-"""Builds SAELens's configuration of a run from the settings, and checks the fields that `--set` sets."""
+"""Builds SAELens's configuration of a run from the settings."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import pydantic
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import get_sae_training_class
@@ -22,80 +19,9 @@ from sae_toolkit.model.hooks import is_transformer_lens_name
 from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from sae_toolkit.training.phases import number_of_steps
+from sae_toolkit.training.set_flag import LARGEST, OF_RANDOM_WEIGHTS, assign
 
 log = logging.getLogger(__name__)
-
-# Fields of SAELens's configuration that a flag sets. `--set` refuses them and names the flag.
-_OWNED = {
-    **{
-        field: f"--{field}"
-        for field in (
-            "model_name hook_name dataset_path streaming context_size n_batches_in_buffer training_tokens"
-            " store_batch_size_prompts device seed dtype train_batch_size_tokens lr lr_warm_up_steps lr_decay_steps"
-            " dead_feature_window n_checkpoints checkpoint_path exclude_special_tokens"
-        ).split()
-    },
-    "seqpos_slice": "--skip_positions",
-    "resume_from_checkpoint": "--resume",
-    "from_pretrained_path": "--init_from",
-    "use_chat_formatting": "--text_column with a column of conversations",
-    "output_path": "--checkpoint_path and --output_name",
-    "autocast_lm": "--lm_dtype",
-    "logger.log_to_wandb": "--wandb_mode",
-    "logger.wandb_project": "--wandb_project",
-    "logger.wandb_entity": "--wandb_entity",
-    "logger.run_name": "--run_name",
-    "sae.architecture": "--architecture",
-    "sae.d_in": "--model_name and --hook_name",
-    "sae.d_sae": "--d_sae",
-    "sae.k": "--k",
-    "sae.l1_coefficient": "--l1_coefficient",
-    "sae.l0_coefficient": "--l0_coefficient",
-    "sae.matryoshka_widths": "--matryoshka_widths",
-    "sae.normalize_activations": "--normalize_activations",
-    "sae.dtype": "--dtype",
-    "sae.device": "--device",
-}
-# Fields that `--set` can set. It can also set the fields of `sae.` that have no flag. The remaining fields belong to
-# parts of SAELens that this project replaces: the activation store, the model loader, the evaluator.
-_HONOURED = set(
-    "adam_beta1 adam_beta2 lr_scheduler_name lr_end n_restart_cycles feature_sampling_window"
-    " n_batches_for_norm_estimate autocast compile_sae sae_compilation_mode compile_llm llm_compilation_mode"
-    " activations_mixing_fraction prepend_bos"
-    " sequence_separator_token disable_concat_sequences model_from_pretrained_kwargs"
-    " logger.wandb_log_frequency logger.log_weights_to_wandb".split()
-)
-_NOT_HONOURED_IN_SAE = {"metadata", "reshape_activations"}
-_OF_RANDOM_WEIGHTS = {"sae.decoder_init_norm", "sae.jumprelu_init_threshold"}  # without effect if there are others
-_LARGEST = 1e15  # far above any sensible value, far below what overflows in float32
-
-# Bounds of values that SAELens does not check: outside of them the run would fail later, or write NaN weights.
-_MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), ("0 or more and below 1", lambda v: 0 <= v < 1)),
-    **dict.fromkeys(
-        "feature_sampling_window n_batches_for_norm_estimate n_restart_cycles max_iterations"
-        " wandb_log_frequency".split(),
-        ("1 or more", lambda v: v >= 1),
-    ),
-    **dict.fromkeys(
-        "lp_norm decoder_init_norm jumprelu_bandwidth jumprelu_init_threshold jumprelu_tanh_scale".split(),
-        ("above 0", lambda v: v > 0),
-    ),
-    **dict.fromkeys(
-        "l1_warm_up_steps l0_warm_up_steps aux_loss_coefficient pre_act_loss_coefficient lr_end"
-        " residual_threshold".split(),
-        ("0 or more", lambda v: v >= 0),
-    ),
-    "topk_threshold_lr": ("above 0 and at most 1", lambda v: 0 < v <= 1),
-    "activations_mixing_fraction": ("in [0, 1]", lambda v: 0 <= v <= 1),
-    **dict.fromkeys(
-        ("sae_compilation_mode", "llm_compilation_mode"),
-        (
-            "default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
-            lambda v: v in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        ),
-    ),
-}
 
 _LEAST_READINGS = 10  # how often metrics are recorded in a short run
 _TOPK_FAMILY = {"topk", "abstopk", "batchtopk", "matryoshka_batchtopk"}
@@ -152,8 +78,8 @@ def build_runner_config(
         "sae": (sae, sae_config_class),
     }
     for assignment in assignments:
-        _assign(assignment, owners)
-        if sae_settings.init_from is not None and (key := assignment.partition("=")[0]) in _OF_RANDOM_WEIGHTS:
+        assign(assignment, owners)
+        if sae_settings.init_from is not None and (key := assignment.partition("=")[0]) in OF_RANDOM_WEIGHTS:
             raise UserError(f"--set {key}: for random weights, and --init_from gives others; leave one of them out")
     try:
         cfg = LanguageModelSAERunnerConfig(sae=sae_config_class(**sae), logger=LoggingConfig(**logger), **fields)
@@ -243,7 +169,7 @@ def _n_whole_batches(optimization: OptimizationSettings) -> int:
 
 def _sae_fields(settings: SAESettings, hook_name: str, d_in: int, device: str) -> dict[str, Any]:
     d_sae = settings.n_features(d_in)
-    if d_sae * d_in > _LARGEST:
+    if d_sae * d_in > LARGEST:
         raise UserError(f"{' '.join(settings.width_words)}: {d_sae:,} features do not fit into memory; lower it")
     if settings.target_l0 is not None and settings.target_l0 > d_sae:
         raise UserError(f"--target_l0 {settings.target_l0:g}: more than the {d_sae:,} features; lower it")
@@ -300,43 +226,6 @@ def _sparsity_fields(settings: SAESettings, d_in: int, d_sae: int) -> dict[str, 
             f"--matryoshka_widths: only for --architecture matryoshka_batchtopk, not {architecture}; leave it out"
         )
     return fields
-
-
-def _assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> None:
-    """Applies one `--set KEY=VALUE`.
-
-    Args:
-        owners: maps the part of KEY before the dot to the values that are set so far, and to the class of which they
-            are fields.
-    """
-    key, equals, text = assignment.partition("=")
-    prefix, _, name = key.rpartition(".")
-    if not equals or prefix not in owners:
-        raise UserError(f"--set {assignment}: must be KEY=VALUE, such as sae.aux_loss_coefficient=0.5")
-    values, config_class = owners[prefix]
-    known = {field.name for field in dataclasses.fields(config_class)}
-    if key in _OWNED:
-        raise UserError(f"--set {key}: use {_OWNED[key]}")
-    if name not in known:
-        raise UserError(f"--set {key}: {config_class.__name__} has no such field; leave it out")
-    settable = name not in _NOT_HONOURED_IN_SAE if prefix == "sae" else key in _HONOURED
-    if not settable:
-        raise UserError(f"--set {key}: a field of SAELens that this project does not use; leave it out")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    hint = typing.get_type_hints(config_class)[name]
-    try:
-        value = pydantic.TypeAdapter(hint).validate_python(value)
-    except pydantic.ValidationError as error:
-        raise UserError(f"--set {assignment}: {error.errors()[0]['msg']}") from None
-    if isinstance(value, int | float) and not abs(value) <= _LARGEST:
-        raise UserError(f"--set {assignment}: must be a number of at most {_LARGEST:g}")
-    wanted, holds = _MUST_BE.get(name, ("", lambda _: True))
-    if value is not None and not holds(value):
-        raise UserError(f"--set {assignment}: must be {wanted}")
-    values[name] = value
 
 
 def _check(cfg: LanguageModelSAERunnerConfig[TrainingSAEConfig]) -> None:

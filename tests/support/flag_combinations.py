@@ -11,7 +11,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_toolkit.settings.training import ARCHITECTURES
-from sae_toolkit.training.configuration import _HONOURED
+from sae_toolkit.training.set_flag import HONOURED
 
 # What a shell can pass on, but for "/" and "~": nonsense must not become a path out of the test's directory.
 _TEXT = st.text(st.characters(exclude_characters="\0/~"), max_size=12)
@@ -37,7 +37,7 @@ def _numbers(*sane):
 
 
 _COMPILING = {"compile_sae", "compile_llm"}  # which take minutes
-_HONOURED_FIELDS = set(_HONOURED) - _COMPILING
+_HONOURED_FIELDS = set(HONOURED) - _COMPILING
 _SAE_FIELDS = {
     f"sae.{field.name}"
     for architecture in ARCHITECTURES

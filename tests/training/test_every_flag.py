@@ -22,9 +22,10 @@ from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.training import ARCHITECTURES, TRAINING_FLAGS, SAESettings, TrainingSettings
 from sae_toolkit.text.sources import open_text
 from sae_toolkit.training import setup, text
-from sae_toolkit.training.configuration import _HONOURED, _NOT_HONOURED_IN_SAE, _OWNED, build_runner_config
+from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.record import start
 from sae_toolkit.training.run import Training, create_sae, open_activations
+from sae_toolkit.training.set_flag import HONOURED, NOT_HONOURED_IN_SAE, OWNED
 
 HOOK = "blocks.1.hook_resid_post"
 # Another value for each flag. After a comma: the flags that it needs beside it, in both runs that are compared.
@@ -150,11 +151,11 @@ TRAINED = ("batchtopk", "standard", "jumprelu", "matryoshka_batchtopk", "matchin
 
 def fields_of_set() -> dict[str, str]:
     """Each field that --set takes, with an architecture that has it."""
-    found = dict.fromkeys(sorted(_HONOURED), TRAINED[0])
+    found = dict.fromkeys(sorted(HONOURED), TRAINED[0])
     for architecture in ARCHITECTURES:
         for field in dataclasses.fields(get_sae_training_class(architecture)[1]):
             key = f"sae.{field.name}"
-            if key not in _OWNED and field.name not in _NOT_HONOURED_IN_SAE:
+            if key not in OWNED and field.name not in NOT_HONOURED_IN_SAE:
                 found.setdefault(key, architecture)
     return found
 
