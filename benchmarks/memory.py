@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sae_lens_train.py"
 
-# The constants of sae_toolkit/steps/memory.py come from runs with 4 to 16 times as many features as dimensions, batch
-# 1,024 and context 256.
+# The constants of sae_toolkit/steps/step_memory.py come from runs with 4 to 16 times as many features as dimensions,
+# batch 1,024 and context 256.
 CONFIGURATIONS = [
     "--architecture batchtopk --expansion_factor 32 --k 40 --train_batch_size_tokens 2048",
     "--architecture standard --expansion_factor 12 --train_batch_size_tokens 2048 --context_size 128",
