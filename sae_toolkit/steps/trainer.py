@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import is_out_of_memory
 from sae_toolkit.steps.activation_sample import ActivationSample
 from sae_toolkit.steps.calibration import Calibration, calibrate, has_calibration
+from sae_toolkit.steps.delayed_counts import STEPS_BEHIND, DelayedCounts
 from sae_toolkit.steps.finetune_loss import PredictionLoss, backward_with
 from sae_toolkit.steps.selection import select_among
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
@@ -29,9 +28,6 @@ from sae_toolkit.steps.target_l0 import L0Control
 
 _ADJUSTED = ("l0", "l1")  # SAELens's schedules of the sparsity weights l0_coefficient and l1_coefficient
 _COUNTS = {"n_not_finite", "n_not_finite_in_a_row", "finetune_weight"}
-
-# How many steps pass between counting the dead features and using the count.
-_STEPS_BEHIND = 4
 
 
 class Trainer(SAETrainer[Any, Any]):
@@ -92,7 +88,7 @@ class Trainer(SAETrainer[Any, Any]):
         self.n_not_finite = torch.zeros((), dtype=torch.long, device=cfg.device)
         self.n_not_finite_in_a_row = torch.zeros_like(self.n_not_finite)
         self.finetune_weight = torch.zeros((), dtype=torch.float, device=cfg.device)
-        self._counts_of_dead: deque[Callable[[], list[int]]] = deque()  # of the last steps, oldest first
+        self._counts_of_dead = DelayedCounts()
         self.calibration: Calibration | None = None
         # On how many tokens `calibrate` was called last since the last step, and what it found.
         self._latest: tuple[int | None, Calibration | None] | None = None
@@ -278,7 +274,7 @@ class Trainer(SAETrainer[Any, Any]):
         """Returns the part of the state that SAELens's `save_trainer_state` does not save."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _COUNTS}
         # The next steps' bounds set the shapes of products, and so the rounding of a resumed run.
-        state["counts_of_dead"] = [values() for values in self._counts_of_dead]
+        state["counts_of_dead"] = self._counts_of_dead.state()
         if self.l0_control:
             state["l0_control"] = self.l0_control.state_dict()
         if self.sample is not None:
@@ -293,8 +289,7 @@ class Trainer(SAETrainer[Any, Any]):
         for name in _COUNTS & state.keys():  # checkpoints of earlier versions have no finetune_weight
             setattr(self, name, state[name].to(self.cfg.device))
         if self._is_on_cuda:
-            counts = state.get("counts_of_dead", [])
-            self._counts_of_dead.extend(partial(list[int], both) for both in counts)
+            self._counts_of_dead.load(state.get("counts_of_dead", []))
         if self.l0_control:
             self.l0_control.load_state_dict(state["l0_control"])
         if self.sample is not None and "sample" in state:  # checkpoints of earlier versions have none
@@ -433,12 +428,9 @@ class Trainer(SAETrainer[Any, Any]):
         """
         if not self._is_on_cuda:
             return None
-        soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - _STEPS_BEHIND
-        self._counts_of_dead.append(_Reading(self._count(soon)).values)
-        if len(self._counts_of_dead) <= _STEPS_BEHIND:
-            return None
-        total, most = self._counts_of_dead.popleft()()
-        return total, most
+        soon = self.n_forward_passes_since_fired > self.cfg.dead_feature_window - STEPS_BEHIND
+        counts = self._counts_of_dead.exchange(self._count(soon))
+        return None if counts is None else (counts[0], counts[1])
 
     def _count(self, features_F: torch.Tensor) -> torch.Tensor:
         """Returns how many of the features [F] are true, [2]: on all ranks together, and on the rank with the most."""
@@ -468,19 +460,3 @@ def _fast_products(device: torch.device, in_bfloat16: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-class _Reading:
-    """Integers that are being copied from a CUDA device while the program goes on."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        with torch.cuda.device(numbers.device):
-            self._host.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def values(self) -> list[int]:
-        """Waits for the copy and returns the integers."""
-        self._arrived.synchronize()
-        return self._host.tolist()

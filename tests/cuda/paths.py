@@ -40,7 +40,7 @@ from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.saes.checkpoints import finished_copy
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.command_line import parse_training_flags
-from sae_toolkit.steps import trainer as trainer_module
+from sae_toolkit.steps import delayed_counts
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.trainer import Trainer
@@ -280,7 +280,7 @@ def _copy_too_many() -> Iterator[None]:
 
 @contextmanager
 def _reading_at_once() -> Iterator[None]:
-    with patch.object(trainer_module, "_STEPS_BEHIND", 0):
+    with patch.object(delayed_counts, "STEPS_BEHIND", 0):
         yield
 
 

@@ -11,7 +11,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, SAETrainer, Tr
 from sae_lens.registry import get_sae_training_class
 from safetensors.torch import load_file
 
-from sae_toolkit.steps import trainer as trainer_module
+from sae_toolkit.steps import delayed_counts
 from sae_toolkit.steps.active_features import ActiveFeatures
 from sae_toolkit.steps.selection import largest, largest_by_blocks, largest_of_rows
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, bfloat16_linear, sparse_class
@@ -179,7 +179,7 @@ class ReadAtOnce:
 def test_a_resumed_trainer_bounds_the_dead_features_as_if_undisturbed(acts_ND, tmp_path, monkeypatch):
     """On a CUDA device, where the bounds set the shapes of products and so their rounding. Here on a CPU: tests/gpu
     compares resumed runs bit for bit."""
-    monkeypatch.setattr(trainer_module, "_Reading", ReadAtOnce)
+    monkeypatch.setattr(delayed_counts, "_Reading", ReadAtOnce)
     monkeypatch.setattr(Trainer, "_is_on_cuda", True)
     (_, undisturbed), (_, resumed) = (trainers("topk", torch.float32, 5) for _ in range(2))
     losses(undisturbed, acts_ND, 7)
