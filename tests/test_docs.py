@@ -78,7 +78,7 @@ COMMANDS = sorted({command for page in PAGES for command in commands_in(page.rea
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase, text_file: Path) -> Path:
-    """Directory with the files that the pages name; its model has 20 layers of width 32."""
+    """Directory with the files that the pages name; its model has 30 layers, as the embedded model, of width 32."""
     directory = tmp_path_factory.mktemp("workplace")
     for name in ("presets", "requirements", "constraints.txt", "examples"):
         (directory / name).symlink_to(ROOT / name)
@@ -87,7 +87,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=20,
+        num_hidden_layers=30,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
