@@ -89,8 +89,12 @@ def assign(assignment: str, owners: dict[str, tuple[dict[str, Any], type]]) -> N
     """Applies one `--set KEY=VALUE`.
 
     Args:
+        assignment: KEY=VALUE.
         owners: maps the part of KEY before the dot to the values that are set so far, and to the class of which they
             are fields.
+
+    Raises:
+        UserError: the field does not exist or is not for `--set`, or the value does not fit it.
     """
     key, equals, text = assignment.partition("=")
     prefix, _, name = key.rpartition(".")
