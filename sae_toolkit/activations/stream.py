@@ -38,8 +38,12 @@ class ActivationStream(Iterator[torch.Tensor]):
     `mix_fraction` is 0). They go through the language model up to its hook. The positions that the filter leaves out
     are dropped, and the rest is mixed in a `ShuffleBuffer`. A second pass over the rows starts when the first one is
     used up, in another order. With several ranks, each rank runs its own share of the rows, and the ranks' batches
-    together equal the batches of a single rank. The activations of several hooks are concatenated along D. If a token's
-    activation is massive at one hook, the token is dropped at all hooks.
+    together equal the batches of a single rank.
+
+    The activations of several hooks are concatenated along D. A token that is massive at every hook is dropped. Where
+    it is massive at some, the next token's activations take its place there, so that the SAEs at the others are trained
+    on it. (After the last of a rank's rows, the token before takes its place, so that ranks can differ from a single
+    one there.)
 
     Args:
         source: the language model, or a cache in front of it.
@@ -62,7 +66,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         row_ids: the ids of the rows to use; None for all.
     """
 
-    _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "rows_at_once")
+    _COUNTS = ("epoch", "next_row", "n_kept", "n_massive", "n_replaced", "rows_at_once")
 
     def __init__(
         self,
@@ -113,7 +117,8 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.epoch = 0
         self.next_row = 0
         self.n_kept = 0
-        self.n_massive = 0
+        self.n_massive = 0  # tokens that are dropped
+        self.n_replaced = 0  # activations at one hook in whose place there are others
         self._order = self._row_order()
 
     def _row_order(self) -> np.ndarray:
@@ -212,7 +217,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         pieces = []
         with Progress("held-out text", len(mine), unit="contexts", speaks=self.ranks.is_main) as progress:
             for n_rows, acts_ND in self._pieces(rows_NT, assistant_NT, mine):
-                pieces.append(self._without_massive(acts_ND).to("cpu", dtype))
+                pieces.append(self._without_massive(acts_ND)[0].to("cpu", dtype))
                 progress.advance(n_rows)
         return torch.cat(pieces)
 
@@ -243,21 +248,32 @@ class ActivationStream(Iterator[torch.Tensor]):
         added = []
         for acts_ND in chunks:
             n_all = len(acts_ND)
-            acts_ND = self._without_massive(acts_ND)
-            counts = self.ranks.counts(len(acts_ND), n_all - len(acts_ND))
-            self.n_kept += sum(kept for kept, _ in counts)
-            self.n_massive += sum(massive for _, massive in counts)
-            self.buffer.add(acts_ND, [kept for kept, _ in counts])
+            acts_ND, n_replaced = self._without_massive(acts_ND)
+            kept, massive, replaced = zip(
+                *self.ranks.counts(len(acts_ND), n_all - len(acts_ND), n_replaced), strict=True
+            )
+            self.n_kept += sum(kept)
+            self.n_massive += sum(massive)
+            self.n_replaced += sum(replaced)
+            self.buffer.add(acts_ND, kept)
             added.append(acts_ND)
         self.buffer.serve_if_full()
         return added[0] if len(added) == 1 else torch.cat(added)
 
-    def _without_massive(self, acts_ND: torch.Tensor) -> torch.Tensor:
-        """Returns the activations whose norms are not above the limits, if there are limits."""
+    def _without_massive(self, acts_ND: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Returns activations whose norms are not above the limits, if there are limits, and how many were replaced."""
         if self.max_activation_norms is None:
-            return acts_ND
+            return acts_ND, 0
         norms_HN = self._norms(acts_ND)
-        return acts_ND[(norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None]).all(dim=0)]
+        fits_HN = (norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None])[:: self.saes_per_hook]
+        if not fits_HN.any(dim=1).all():
+            return acts_ND[:0], 0
+        kept_N = fits_HN.any(dim=0)
+        if not (n_replaced := int((kept_N & ~fits_HN).sum())):
+            return acts_ND[kept_N], 0
+        at_hooks = self.at_each_hook(acts_ND)[:: self.saes_per_hook]
+        fitting = [acts[_next_true(fits_N)[kept_N]] for acts, fits_N in zip(at_hooks, fits_HN, strict=True)]
+        return torch.cat(fitting, dim=-1), n_replaced
 
     def at_each_hook(self, acts_ND: torch.Tensor) -> Sequence[torch.Tensor]:
         """Splits activations [N, D] into those of each hook, and returns them for each SAE that is trained there."""
@@ -343,3 +359,10 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.max_activation_norms = state["max_activation_norms"]
         self.median_norms = state.get("median_norms")  # older checkpoints have none
         self._order = self._row_order()
+
+
+def _next_true(where_N: torch.Tensor) -> torch.Tensor:
+    """Returns for each place the first at or after it that is true, or else the last one. At least one is true."""
+    ids_N = torch.arange(len(where_N), device=where_N.device)
+    next_N = ids_N.where(where_N, len(where_N)).flip(0).cummin(0).values.flip(0)
+    return next_N.clamp(max=ids_N[where_N][-1])

@@ -58,11 +58,13 @@ def unhealthy_end(cfg: LanguageModelSAERunnerConfig[Any], explained_variance: fl
 def _log_what_was_left_out(training: Training) -> None:
     stream = training.stream
     if stream.max_activation_norms is not None:
+        at_some = f"; {stream.n_replaced:,} massive at one hook and not at all were replaced there"
         log.info(
-            "left out %s of %s activations as massive (norm above %s)",
+            "left out %s of %s activations as massive (norm above %s)%s",
             f"{stream.n_massive:,}",
             f"{stream.n_massive + stream.n_kept:,}",
             " or ".join(dict.fromkeys(f"{norm:.4g}" for norm in stream.max_activation_norms)),
+            at_some if stream.n_replaced else "",
         )
     if n := training.trainer.n_not_finite:
         log.warning("%d steps had a loss or gradient that was not finite and were not applied", n)

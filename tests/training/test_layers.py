@@ -48,26 +48,49 @@ def test_hooks_of_several_widths_are_read_side_by_side(script, tiny_run):
         assert last[f"{hook}/sparsity/dead_share"] == n_dead / cfg["d_sae"]
 
 
-def test_a_token_that_is_massive_at_one_hook_is_left_out_at_all(tiny_model):
-    model = load_language_model(
-        find_model(str(tiny_model)), ["blocks.0.hook_resid_post", "blocks.3.hook_resid_post"], "cpu", torch.float32
-    )
-    rows_NT = torch.randint(3, 40_000, (64, 32), generator=torch.Generator().manual_seed(0)).numpy().astype("uint32")
-    settings = {"batch_size": 64, "buffer_size": 256, "mix_fraction": 0.0, "rows_per_forward": 4, "total": 10**6}
+@pytest.mark.parametrize(("context_size", "rows_per_forward"), [(32, 4), (2, 1)])
+def test_a_token_that_is_massive_at_one_hook_is_trained_on_at_the_others(tiny_model, context_size, rows_per_forward):
+    hooks = ["blocks.0.hook_resid_post", "blocks.3.hook_resid_post"]
+    model = load_language_model(find_model(str(tiny_model)), hooks, "cpu", torch.float32)
+    tokens_NT = torch.randint(3, 40_000, (500, context_size), generator=torch.Generator().manual_seed(0))
     stream = ActivationStream(
-        model, rows_NT, PositionFilter(), seed=0, dtype=torch.float32, widths=[32, 32], **settings
+        model,
+        tokens_NT.numpy().astype("uint32"),
+        PositionFilter(),
+        batch_size=64,
+        buffer_size=256,
+        mix_fraction=0.0,
+        rows_per_forward=rows_per_forward,
+        total=10**6,
+        seed=0,
+        dtype=torch.float32,
+        widths=[32, 32],
     )
     measured = stream.calibrate(10, max_norm_multiple=1.15)
     limits = stream.max_activation_norms
     assert len(limits) == 2 and limits[0] != limits[1]
-    for acts, limit in zip(stream.at_each_hook(measured), limits, strict=True):
-        assert acts.norm(dim=-1).max() <= limit
-    both = model.activations(torch.from_numpy(rows_NT.astype("int64"))).flatten(0, 1)
-    norms = [part.norm(dim=-1) for part in both.split([32, 32], dim=-1)]
-    only_at_one = (norms[0] > limits[0]) != (norms[1] > limits[1])
-    assert only_at_one.any()
-    left_out = (norms[0] > limits[0]) | (norms[1] > limits[1])
-    assert len(measured) == int((~left_out[: len(measured) + stream.n_massive]).sum())
+
+    unfiltered = model.activations(tokens_NT).flatten(0, 1)[: len(measured) + stream.n_massive]
+    at_each = unfiltered.split([32, 32], dim=-1)
+    fits = [(acts.norm(dim=-1) <= limit).tolist() for acts, limit in zip(at_each, limits, strict=True)]
+    taken, n_replaced, n_without = ([], []), 0, 0
+    chunk = context_size * rows_per_forward
+    for start in range(0, len(unfiltered), chunk):
+        places = range(start, start + chunk)
+        if not all(any(fits_here[place] for place in places) for fits_here in fits):
+            n_without += 1
+            continue
+        for token in places:
+            if not any(fits_here[token] for fits_here in fits):
+                continue
+            for of_hook, fits_here in zip(taken, fits, strict=True):
+                in_order = [*range(token, places.stop), *reversed(range(start, token))]
+                of_hook.append(next(place for place in in_order if fits_here[place]))
+                n_replaced += of_hook[-1] != token
+    assert stream.n_replaced == n_replaced > 0
+    assert (n_without > 0) == (context_size == 2)  # where no token fits at a hook, none can take another's place
+    for served, acts, of_hook in zip(stream.at_each_hook(measured), at_each, taken, strict=True):
+        torch.testing.assert_close(served, acts[of_hook])
 
 
 @pytest.mark.parametrize(
