@@ -266,6 +266,8 @@ class ActivationStream(Iterator[torch.Tensor]):
             return acts_ND, 0
         norms_HN = self._norms(acts_ND)
         fits_HN = (norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None])[:: self.saes_per_hook]
+        if len(fits_HN) == 1:
+            return acts_ND[fits_HN[0]], 0
         if not fits_HN.any(dim=1).all():
             return acts_ND[:0], 0
         kept_N = fits_HN.any(dim=0)

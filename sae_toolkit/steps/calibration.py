@@ -180,15 +180,16 @@ def _scores(sae: TrainingSAE[Any], acts_BD: Tensor) -> Tensor:
     sae_in_BD = sae.process_sae_in(acts_BD)
     if isinstance(sae, GatedTrainingSAE):
         product_BF = sae_in_BD @ sae.W_enc
-        is_positive_BF = product_BF * sae.r_mag.exp() + sae.b_mag > 0
-        return ((product_BF + sae.b_gate) * _norms(sae)).masked_fill_(~is_positive_BF, -torch.inf)
+        is_positive_BF = (product_BF * sae.r_mag.exp()).add_(sae.b_mag) > 0
+        scores_BF = product_BF.add_(sae.b_gate).mul_(_norms(sae))
+        return scores_BF.masked_fill_(is_positive_BF.logical_not_(), -torch.inf)
     assert isinstance(sae.b_enc, Tensor)
     pre_BF = torch.nn.functional.linear(sae_in_BD, sae.W_enc.t(), sae.b_enc)
     if isinstance(sae, JumpReLUTrainingSAE):
-        return pre_BF / sae.threshold.clamp(min=_SMALLEST)
+        return pre_BF.div_(sae.threshold.clamp(min=_SMALLEST))
     if isinstance(sae, BatchTopKTrainingSAE) and not sae.cfg.rescale_acts_by_decoder_norm:
         return pre_BF
-    return pre_BF * _norms(sae)
+    return pre_BF.mul_(_norms(sae))
 
 
 def _norms(sae: TrainingSAE[Any]) -> Tensor:
