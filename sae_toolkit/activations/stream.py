@@ -268,7 +268,7 @@ class ActivationStream(Iterator[torch.Tensor]):
         fits_HN = (norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None])[:: self.saes_per_hook]
         if len(fits_HN) == 1:
             return acts_ND[fits_HN[0]], 0
-        if not fits_HN.any(dim=1).all():
+        if not fits_HN.any(dim=1).all():  # at some hook there is nothing to take a token's place
             return acts_ND[:0], 0
         kept_N = fits_HN.any(dim=0)
         if not (n_replaced := int((kept_N & ~fits_HN).sum())):

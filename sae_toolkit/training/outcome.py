@@ -58,7 +58,7 @@ def unhealthy_end(cfg: LanguageModelSAERunnerConfig[Any], explained_variance: fl
 def _log_what_was_left_out(training: Training) -> None:
     stream = training.stream
     if stream.max_activation_norms is not None:
-        at_some = f"; {stream.n_replaced:,} massive at one hook and not at all were replaced there"
+        at_some = f"; replaced {stream.n_replaced:,} that are massive at some of the hooks only"
         log.info(
             "left out %s of %s activations as massive (norm above %s)%s",
             f"{stream.n_massive:,}",
