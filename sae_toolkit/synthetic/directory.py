@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from sae_lens.synthetic import (
     SyntheticModel,
     SyntheticModelConfig,
     ZipfianFiringProbabilityConfig,
-    orthogonal_initializer,
 )
 from sae_lens.synthetic.synthetic_model import (
     SYNTHETIC_MODEL_CONFIG_FILENAME,
@@ -34,9 +31,7 @@ from sae_toolkit.files.assets import assets
 from sae_toolkit.files.connection import retrying
 from sae_toolkit.files.hub import check_repository
 from sae_toolkit.files.whole_directory import NotSaved, check_manifest, whole_directory
-from sae_toolkit.terminal.progress import duration
-
-log = logging.getLogger(__name__)
+from sae_toolkit.synthetic.orthogonal import orthogonalize
 
 PREFIX = "synthetic:"
 
@@ -127,31 +122,20 @@ def _made_here(name: str, where: str) -> Path:
             if directory.exists():
                 check_manifest(directory, where)
                 return directory
-            log.info(
-                "making the synthetic model %s once, of %s features, in about %s of one core",
-                *(name, f"{cfg.num_features:,}", duration(_seconds_to_make(cfg))),
-            )
             with whole_directory(directory) as partial:
-                _make(cfg).save(partial)
+                make_model(cfg).save(partial)
     except (NotSaved, OSError) as error:
         raise UserError(f"{where}: cannot be kept in {directory.parent} ({one_line(error)}); set HF_HOME") from error
     return directory
 
 
-def _seconds_to_make(cfg: SyntheticModelConfig) -> float:
-    """The orthogonalization takes nearly all of it: 65 minutes for 100 steps of 16,384 features (Xeon at 2.5 GHz)."""
-    assert cfg.orthogonalization is not None
-    return 3900 * cfg.orthogonalization.num_steps / 100 * (cfg.num_features / 16_384) ** 2
-
-
-def _make(cfg: SyntheticModelConfig) -> SyntheticModel:
-    """Makes a synthetic model as SAELens does, with a bar for the orthogonalization in a terminal only."""
+def make_model(cfg: SyntheticModelConfig) -> SyntheticModel:
+    """Makes the synthetic model that SAELens makes by a configuration with orthogonalization, and sooner."""
     steps = cfg.orthogonalization
     assert steps is not None
-    initializer = orthogonal_initializer(
-        steps.num_steps, steps.lr, chunk_size=steps.chunk_size, show_progress=sys.stderr.isatty()
-    )
-    features = FeatureDictionary(
-        cfg.num_features, cfg.hidden_dim, bias=cfg.bias, initializer=initializer, seed=cfg.seed
-    )
+
+    def orthogonal(made: FeatureDictionary) -> None:
+        made.feature_vectors.data = orthogonalize(made.feature_vectors, steps.num_steps, steps.lr)
+
+    features = FeatureDictionary(cfg.num_features, cfg.hidden_dim, bias=cfg.bias, initializer=orthogonal, seed=cfg.seed)
     return SyntheticModel(cfg, feature_dict=features)

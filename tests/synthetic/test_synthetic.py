@@ -6,17 +6,18 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from sae_lens.synthetic import FoldedNormalMagnitudeConfig, SyntheticModel
+from sae_lens.synthetic import FeatureDictionary, FoldedNormalMagnitudeConfig, SyntheticModel
 from sae_lens.util import temporary_seed
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.model.loading import find_model, load_language_model
-from sae_toolkit.synthetic.directory import MADE_HERE, synthetic_directory
+from sae_toolkit.synthetic.directory import MADE_HERE, make_model, synthetic_directory
 from sae_toolkit.synthetic.language_model import ROW_LENGTH, samples_of_row
 from sae_toolkit.synthetic.text import rows_of_text
 from sae_toolkit.text.sources import open_text
@@ -102,6 +103,20 @@ def test_the_benchmark_is_made_by_the_published_configuration():
     assert cfg.hierarchy.scale_children_by_parent
     assert (cfg.correlation.rank, cfg.correlation.correlation_scale) == (25, 0.1)
     assert (cfg.orthogonalization.num_steps, cfg.orthogonalization.lr) == (100, 3e-4)
+
+
+def test_a_model_is_made_as_by_saelens():
+    """Its features are SAELens's but for rounding, and closer to orthogonal than they began; its bias is the same."""
+    cfg = replace(MADE_HERE["small"], num_features=1024, hidden_dim=64)
+    made, expected = make_model(cfg).feature_dict, SyntheticModel(cfg).feature_dict
+    assert torch.allclose(made.feature_vectors, expected.feature_vectors, rtol=0, atol=1e-5)
+    assert torch.equal(made.bias, expected.bias)
+    drawn = FeatureDictionary(1024, 64, initializer=None, seed=cfg.seed).feature_vectors
+    assert mean_cosine(made.feature_vectors) < 0.97 * mean_cosine(drawn)
+
+
+def mean_cosine(features_FD: torch.Tensor) -> float:
+    return (features_FD @ features_FD.T).fill_diagonal_(0).abs().mean().item()
 
 
 def test_a_model_on_the_hub_is_downloaded(tiny_synthetic, tmp_path):
