@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from sae_toolkit.activations.massive import without_massive
 from sae_toolkit.activations.shuffle_buffer import ShuffleBuffer, on_device
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError, is_out_of_memory
@@ -40,10 +41,8 @@ class ActivationStream(Iterator[torch.Tensor]):
     used up, in another order. With several ranks, each rank runs its own share of the rows, and the ranks' batches
     together equal the batches of a single rank.
 
-    The activations of several hooks are concatenated along D. A token that is massive at every hook is dropped. Where
-    it is massive at some, the next token's activations take its place there, so that the SAEs at the others are trained
-    on it. (After the last of a rank's rows, the token before takes its place, so that ranks can differ from a single
-    one there.)
+    The activations of several hooks are concatenated along D. Massive ones are left out by `without_massive`, on each
+    rank's share of the rows, so that ranks can differ from a single one at the last token of a share.
 
     Args:
         source: the language model, or a cache in front of it.
@@ -261,26 +260,18 @@ class ActivationStream(Iterator[torch.Tensor]):
         return added[0] if len(added) == 1 else torch.cat(added)
 
     def _without_massive(self, acts_ND: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Returns activations whose norms are not above the limits, if there are limits, and how many were replaced."""
         if self.max_activation_norms is None:
             return acts_ND, 0
-        norms_HN = self._norms(acts_ND)
-        fits_HN = (norms_HN <= norms_HN.new_tensor(self.max_activation_norms)[:, None])[:: self.saes_per_hook]
-        if len(fits_HN) == 1:
-            return acts_ND[fits_HN[0]], 0
-        if not fits_HN.any(dim=1).all():  # at some hook there is nothing to take a token's place
-            return acts_ND[:0], 0
-        kept_N = fits_HN.any(dim=0)
-        if not (n_replaced := int((kept_N & ~fits_HN).sum())):
-            return acts_ND[kept_N], 0
-        at_hooks = self.at_each_hook(acts_ND)[:: self.saes_per_hook]
-        fitting = [acts[_next_true(fits_N)[kept_N]] for acts, fits_N in zip(at_hooks, fits_HN, strict=True)]
-        return torch.cat(fitting, dim=-1), n_replaced
+        limits = self.max_activation_norms[:: self.saes_per_hook]
+        return without_massive(acts_ND, self._widths(acts_ND), limits)
 
     def at_each_hook(self, acts_ND: torch.Tensor) -> Sequence[torch.Tensor]:
         """Splits activations [N, D] into those of each hook, and returns them for each SAE that is trained there."""
-        at_hooks = [acts_ND] if self.widths is None else acts_ND.split(self.widths, dim=-1)
+        at_hooks = acts_ND.split(self._widths(acts_ND), dim=-1)
         return [acts for acts in at_hooks for _ in range(self.saes_per_hook)]
+
+    def _widths(self, acts_ND: torch.Tensor) -> list[int]:
+        return self.widths or [acts_ND.shape[-1]]
 
     def _norms(self, acts_ND: torch.Tensor) -> torch.Tensor:
         """Returns the L2 norms [H, N] at each of H hooks."""
@@ -361,10 +352,3 @@ class ActivationStream(Iterator[torch.Tensor]):
         self.max_activation_norms = state["max_activation_norms"]
         self.median_norms = state.get("median_norms")  # older checkpoints have none
         self._order = self._row_order()
-
-
-def _next_true(where_N: torch.Tensor) -> torch.Tensor:
-    """Returns for each place the first at or after it that is true, or else the last one. At least one is true."""
-    ids_N = torch.arange(len(where_N), device=where_N.device)
-    next_N = ids_N.where(where_N, len(where_N)).flip(0).cummin(0).values.flip(0)
-    return next_N.clamp(max=ids_N[where_N][-1])
