@@ -22,6 +22,7 @@ from sae_toolkit.steps.activation_sample import ActivationSample
 from sae_toolkit.steps.calibration import Calibration, calibrate, has_calibration
 from sae_toolkit.steps.delayed_counts import STEPS_BEHIND, DelayedCounts
 from sae_toolkit.steps.finetune_loss import PredictionLoss, backward_with
+from sae_toolkit.steps.fused_adam import clip_and_step, fuse
 from sae_toolkit.steps.selection import select_among
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE
 from sae_toolkit.steps.target_l0 import L0Control
@@ -74,7 +75,7 @@ class Trainer(SAETrainer[Any, Any]):
         if target_l0 is not None:
             turn = cfg.lr * math.sqrt(sae.cfg.d_in)
             self.l0_control = L0Control(target_l0, turn, cfg.device, sae.cfg.architecture(), cfg.total_training_steps)
-        self._fuse_optimizer()
+        fuse(self.optimizer)
         self.ranks = ranks
         self._sums: list[Any] = []  # the sums of gradients over the ranks that are still running
         if not ranks.is_alone:
@@ -195,18 +196,12 @@ class Trainer(SAETrainer[Any, Any]):
             buffers: copies of the SAE's buffers from before the step.
         """
         grad_norm = self._grad_norm()
-        self._clip(grad_norm)
         share = self._share(n_tokens)
         firings_F, loss = self._over_whole_batch(_count_firings(output.feature_acts), output.loss.detach(), share)
         not_finite = ~(loss + grad_norm).isfinite()
         self.n_not_finite += not_finite
         self.n_not_finite_in_a_row = (self.n_not_finite_in_a_row + 1) * not_finite
-        self._lay_out_gradients()
-        if self._is_fused:
-            self.optimizer.found_inf = not_finite.float()  # the kernel skips the step, as under torch's GradScaler
-            self.optimizer.step()
-        elif not not_finite.item():
-            self.optimizer.step()
+        clip_and_step(self.optimizer, grad_norm, not_finite)
         self.optimizer.zero_grad()
         for buffer, before in zip(self.sae.buffers(), buffers, strict=True):
             buffer.copy_(torch.where(not_finite, before, buffer))
@@ -227,7 +222,7 @@ class Trainer(SAETrainer[Any, Any]):
         """Prepares the trainer for the state that was loaded into it."""
         self._counts_of_dead.clear()
         self._latest = None
-        self._fuse_optimizer()
+        fuse(self.optimizer)
 
     def load_checkpoint(self, checkpoint_path: Path) -> None:
         """Loads the weights and the trainer's state that SAELens saved."""
@@ -327,49 +322,10 @@ class Trainer(SAETrainer[Any, Any]):
         for name, value in found.items():
             self.sae.cfg.metadata[name] = value
 
-    @property
-    def _is_fused(self) -> bool:
-        """Whether Adam is fused. The fused kernel of mps does not skip steps that are not finite."""
-        return self.act_freq_scores.device.type != "mps"
-
-    def _fuse_optimizer(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["fused"] = self._is_fused
-        for parameter, state in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel needs the parameter's layout in memory
-                moment = state[name]
-                if moment.device != parameter.device or moment.stride() != parameter.stride():
-                    state[name] = torch.empty_like(parameter).copy_(moment)
-
-    def _lay_out_gradients(self) -> None:
-        """Views column-major gradients, such as that of `sparse_topk`'s W_enc, as row-major ones. This saves a copy.
-
-        The fused kernel of a CPU goes through the memory of weight and gradient in order, so they still match. It would
-        make a row-major copy of a column-major gradient, and then not use that copy.
-        """
-        for weight in self.sae.parameters():
-            grad = weight.grad
-            if grad is None or grad.ndim != 2 or grad.device.type != "cpu":
-                continue
-            if grad.t().is_contiguous() and weight.t().is_contiguous():
-                weight.grad = grad.t().view(grad.shape)
-
     def _grad_norm(self) -> torch.Tensor:
         # The norm of a matrix is computed from the norms of its features, which takes half the time on a CPU.
         norms = [p.grad.norm(dim=p.grad.stride().index(1)) for p in self.sae.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(norms)
-
-    @property
-    def _clips_in_adam(self) -> bool:
-        """Whether the fused Adam divides gradients by their norm while it reads them. It takes the norm in float32."""
-        return self._is_on_cuda and all(parameter.dtype == torch.float32 for parameter in self.sae.parameters())
-
-    def _clip(self, grad_norm: torch.Tensor) -> None:
-        """Clips the gradients to norm 1."""
-        if self._clips_in_adam:
-            self.optimizer.grad_scale = (grad_norm + 1e-6).clamp(min=1.0).float()  # 1e-6 as in clip_grads_with_norm_
-        else:
-            torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), 1.0, grad_norm)
 
     @torch.no_grad()
     def _over_whole_batch(

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_toolkit.activations.contexts import split_rows
 from sae_toolkit.model.language_model import LanguageModel
+from sae_toolkit.steps import fused_adam
 from sae_toolkit.steps.finetune_loss import PredictionLoss, cross_entropy, kl_divergence
 from sae_toolkit.steps.sparse_topk import SparseTopKTrainingSAE, sparse_class
 from sae_toolkit.steps.trainer import Trainer
@@ -141,10 +142,10 @@ def test_gradients_are_those_of_autograd_through_the_whole_model(
     prediction_loss = PredictionLoss(LanguageModel(tiny_llama, hook_name), kind, POSITIONS, rows_at_once=4)
     found = {}
 
-    def note():  # where the clipped gradients are complete, and before they are laid out for Adam
+    def note(_):  # where the clipped gradients are complete, and before they are laid out for Adam
         found.update({name: parameter.grad.clone() for name, parameter in trainer.sae.named_parameters()})
 
-    monkeypatch.setattr(trainer, "_lay_out_gradients", note)
+    monkeypatch.setattr(fused_adam, "_lay_out_gradients", note)
     output = trainer.step(prediction_loss.read(tokens_RT, POSITIONS.keeps_tokens(tokens_RT)), prediction_loss)
 
     assert output.losses[f"{kind}_loss"].item() == pytest.approx(loss, rel=1e-6)
