@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """How long does making a synthetic model take, and are its features those that SAELens makes?
 
-python benchmarks/make_synthetic.py                               # `small`, 2 minutes
-python benchmarks/make_synthetic.py synth-sae-bench-16k --runs 1  # hours, nearly all of them SAELens's
+    python benchmarks/make_synthetic.py                               # `small`, 2 minutes
+    python benchmarks/make_synthetic.py synth-sae-bench-16k --runs 1  # hours, nearly all of them SAELens's
+
+It prints the median processor time of each, and by how much a coordinate of a feature differs at most.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def fuse(optimizer: torch.optim.Optimizer) -> None:
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor, not_finite: torch.Tensor) -> None:
-    """Clips the gradients to norm 1 and takes a step of Adam, without waiting for the device.
+    """Clips the gradients to norm 1 and takes a step of Adam. It waits for the device on mps only.
 
     Args:
         optimizer: Adam, after `fuse`.

@@ -12,14 +12,14 @@ from sae_toolkit.terminal.progress import Progress
 def orthogonalize(features_FD: torch.Tensor, n_steps: int, lr: float) -> torch.Tensor:
     """Returns F directions of unit length [F, D] that are closer to orthogonal than the ones given.
 
-    It is the descent of SAELens's `orthogonalize_embeddings`: Adam on the sum of the squared cosines of all pairs, plus
-    F times the squared distance of each squared length from 1. SAELens takes the gradient of F x F products by
+    It is the descent of SAELens's `orthogonalize_embeddings`: Adam on the sum of the squared products of all pairs,
+    plus F times the squared distance of each squared length from 1. SAELens takes the gradient of F x F products by
     autograd. For directions w, the rows of W [F, D], it has a closed form,
 
         4 [ W (W^T W) + (F (|w|^2 - 1) - |w|^2) w ],
 
-    which takes D / F of the operations: 16,384 features of 768 dimensions are made in minutes instead of more than an
-    hour. The directions are SAELens's but for rounding.
+    which takes about D / F of the operations: 16,384 features of 768 dimensions are made in minutes instead of more
+    than an hour. The directions are SAELens's but for rounding.
 
     Args:
         features_FD: directions of any length but 0.
