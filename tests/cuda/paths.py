@@ -93,7 +93,7 @@ def run_case(directory: Path, case: str) -> dict[str, Any]:
     architecture, d_sae, *more = case.split(":")
     steps_only, fault = "steps" in more, next((name for name in FAULTS if name in more), None)
     with fake_cuda() as recorder:
-        run = prepared(directory, architecture, int(d_sae))
+        run = prepared(directory, architecture, int(d_sae), 100_000 if steps_only else 600_000)
         walk = Walk(recorder, run)
         with FAULTS[fault]() if fault else patch.object(sae_toolkit.training.run, "load_language_model", random_model):
             walk.steps_alone() if steps_only else walk.whole()
@@ -106,8 +106,8 @@ def run_case(directory: Path, case: str) -> dict[str, Any]:
     return {"parts": parts, "planned": planned, "layouts": walk.layouts, "passes": walk.passes}
 
 
-def prepared(directory: Path, architecture: str, d_sae: int) -> PreparedRun:
-    """Returns a run of the preset for Llama-3-8B, with the given SAE."""
+def prepared(directory: Path, architecture: str, d_sae: int, training_tokens: int) -> PreparedRun:
+    """Returns a run of the preset for Llama-3-8B, with the given SAE. 600,000 tokens fill the buffer a few times."""
     preset = [line for line in PRESET.read_text().splitlines() if line and not line.startswith(("#", "--dataset"))]
     flags = {
         "model_name": directory,
@@ -117,7 +117,7 @@ def prepared(directory: Path, architecture: str, d_sae: int) -> PreparedRun:
         "expansion_factor": d_sae // 4096,
         "device": "cuda",
         "wandb_mode": "disabled",
-        "training_tokens": 600_000,  # a few buffers; memory does not depend on it
+        "training_tokens": training_tokens,  # memory does not depend on it
         "train_batch_size_tokens": 4096,  # as for the preset's 50 M tokens
         "dead_feature_window": 250,
         "lr_warm_up_steps": 10,
