@@ -213,4 +213,8 @@ def test_what_is_measured_on_held_out_text_is_recorded_too(finished, recorded):
     assert 2.5 < line["held_out/ce_clean"] < line["held_out/ce_sae"]
     (row,) = (row for row in training.history if "held_out/loss_recovered" in row)
     assert float(row["held_out/loss_recovered"]) == line["held_out/loss_recovered"]
-    assert "held out after 10,240 tokens: loss recovered " in trained.stderr
+    assert re.search(
+        r"^held out after 10,240 tokens: loss recovered .*, dead [\d.]+% \(over 4,0\d\d tokens\)$",
+        trained.stderr,
+        re.MULTILINE,
+    )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from sae_toolkit.activations.cache import CachedActivations
+from sae_toolkit.evaluation.measurement import Evaluation
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.evaluation.run import measure_saes
 from sae_toolkit.model.devices import random_states_restored
@@ -45,8 +46,8 @@ class HeldOutText:
         trainer: MultiTrainer,
         calibrations: Mapping[str, Calibration | None],
         max_norms: Mapping[str, float | None],
-    ) -> dict[str, dict[str, float]]:
-        """Returns the evaluation's metrics of each SAE, by its name.
+    ) -> dict[str, Evaluation]:
+        """Returns the evaluation of each SAE, by its name.
 
         Args:
             trainer: trainer of the SAEs.
@@ -54,7 +55,7 @@ class HeldOutText:
             max_norms: by the SAE's name, the norm above which activations are left out; None leaves none out.
         """
         model = self.source.model if isinstance(self.source, CachedActivations) else self.source
-        metrics = {}
+        measured = {}
         with random_states_restored(str(self.run.cfg.device), self.run.llm_device):
             for (name, each), cfg in zip(trainer.trainers.items(), self.run.cfgs, strict=True):
                 evaluated = EvaluatedSAE(
@@ -63,9 +64,8 @@ class HeldOutText:
                     replace(self.run.positions, max_activation_norm=max_norms[name]),
                 )
                 prepared, at_hook = self.prepare(cfg.hook_name, evaluated), LanguageModel(model.model, cfg.hook_name)
-                (evaluation,) = measure_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
-                metrics[name] = evaluation.metrics
-        return metrics
+                (measured[name],) = measure_saes(prepared, at_hook, batch_size=HELD_OUT_ROWS_AT_ONCE)
+        return measured
 
     def prepare(self, hook_name: str, *saes: EvaluatedSAE) -> PreparedEvaluation:
         """Returns the evaluation of SAEs at one hook on the text of the readings."""

@@ -14,6 +14,7 @@ import torch
 from sae_lens.saes.sae import TrainStepOutput
 
 from sae_toolkit.errors import RunFailed, UserError, is_out_of_memory, one_line
+from sae_toolkit.evaluation.measurement import Evaluation
 from sae_toolkit.files.names import HELD_OUT_METRICS_FILENAME
 from sae_toolkit.model.devices import release_memory
 from sae_toolkit.steps.trainer import Trainer
@@ -219,21 +220,24 @@ class TrainingLoop:
                 release_memory()
         self.ranks.wait()
 
-    def _record_held_out(self, measured: Mapping[str, Mapping[str, float]]) -> None:
+    def _record_held_out(self, measured: Mapping[str, Evaluation]) -> None:
         step, n_tokens = self.trainer.n_training_steps - 1, self.trainer.n_training_samples
-        found = {name: of_held_out(metrics) for name, metrics in measured.items()}
+        found = {name: of_held_out(evaluation.metrics) for name, evaluation in measured.items()}
         self.record.log(panels(found), step)
-        for name, metrics in measured.items():
+        for name, evaluation in measured.items():
+            metrics = evaluation.metrics
             line = {"n_training_samples": n_tokens, "hook_name": name} | found[name]
             self.run.run_directory.record_metrics(step, line, HELD_OUT_METRICS_FILENAME)
             log.info(
-                "held out%s after %s tokens: loss recovered %.2f%%, L0 %.1f, explained variance %.3f, dead %.1f%%",
+                "held out%s after %s tokens: loss recovered %.2f%%, L0 %.1f, explained variance %.3f, dead %.1f%% (over"
+                " %s tokens)",
                 "" if self.trainer.is_single else f", {name},",
                 f"{n_tokens:,}",
                 100 * metrics["loss_recovered"],
                 metrics["l0"],
                 metrics["explained_variance"],
                 100 * metrics["dead_features"],
+                f"{evaluation.dead.tokens:,}",
             )
 
     def _check_losses(self, outputs: Mapping[str, TrainStepOutput]) -> None:
