@@ -109,20 +109,26 @@ set_up_environment() {
     fi
     echo "Setting up $venv on $("$base" --version); the first time this takes some minutes" >&2
     [[ -x "$PYTHON" ]] || "$base" -m venv "$venv"
-    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check) constraints="$root/constraints.txt"
+    # pip would compile on one core. It is done at the end, on all of them.
+    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile) constraints="$root/constraints.txt"
     if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
         install_torch "${pip[@]}"
         constraints="$venv/constraints.txt" # without the version of triton, which each build of torch chooses for itself
         grep -v '^triton==' "$root/constraints.txt" >"$constraints"
     fi
     pip+=(--constraint "$constraints")
+    local whole=() alone=() # with what their packages need, and without
     for file in "${files[@]}"; do
         if [[ "$file" == *embedded* || "$file" == *explanations* ]]; then
-            "${pip[@]}" --no-deps --requirement "$file"
+            alone+=(--requirement "$file")
         else
-            "${pip[@]}" --requirement "$file"
+            whole+=(--requirement "$file")
         fi
     done
+    "${pip[@]}" "${whole[@]}"
+    [[ ${#alone[@]} == 0 ]] || "${pip[@]}" --no-deps "${alone[@]}"
+    # Some packages bring files for other versions of Python, which do not compile.
+    "$PYTHON" -m compileall -q -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null || true
     has_requirements "$PYTHON" "${files[@]}" || { echo "error: $venv is incomplete; delete it and try again" >&2; exit 2; }
 }
 

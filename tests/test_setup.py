@@ -1,6 +1,6 @@
 """setup_environment.sh takes torch from TORCH_INDEX_URL and the rest from the machine's index, or PYTHON as it is.
 
-Real pip, real environments and real indexes on loopback. The packages are empty, so that a test takes seconds.
+Real pip, real environments and real indexes on loopback. The packages are all but empty, so that a test takes seconds.
 """
 
 import http.server
@@ -34,7 +34,7 @@ ASKED_FOR = (
 
 
 def write_wheel(directory: Path, name: str, version: str, requires: tuple[str, ...] = ()) -> None:
-    """Writes an empty package where an index has it: {directory}/{name}/{wheel}."""
+    """Writes a package of one empty module where an index has it: {directory}/{name}/{wheel}."""
     project, stem = directory / name.lower().replace("_", "-"), f"{name.replace('-', '_')}-{version}"
     project.mkdir(parents=True, exist_ok=True)
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -42,8 +42,10 @@ def write_wheel(directory: Path, name: str, version: str, requires: tuple[str, .
         files = {
             "METADATA": metadata + "".join(f"Requires-Dist: {each}\n" for each in requires),
             "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-            "RECORD": "".join(f"{stem}.dist-info/{file},,\n" for file in ("METADATA", "WHEEL", "RECORD")),
+            "RECORD": "".join(f"{stem}.dist-info/{file},,\n" for file in ("METADATA", "WHEEL", "RECORD"))
+            + f"{name}.py,,\n",
         }
+        wheel.writestr(f"{name}.py", "")
         for file, content in files.items():
             wheel.writestr(f"{stem}.dist-info/{file}", content)
 
@@ -133,6 +135,7 @@ def test_torch_comes_from_its_index_and_the_rest_from_the_machines(machine):
     assert done.stdout.strip() == str(machine.clone / ".venv/bin/python")
     installed = machine.installed()
     assert installed["torch"] == CUDA_TORCH
+    assert list(machine.clone.glob(".venv/lib/python*/site-packages/__pycache__/torch.*.pyc"))  # compiled
     for name in ("filelock", "fsspec", "sympy", "networkx"):
         assert installed[name] == PINS[name]
     assert (installed["nvidia_cublas"], installed["triton"]) == ("13.1.0.3", "3.7.0")
