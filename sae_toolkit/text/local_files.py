@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.text.kinds import JSON_LINES, KNOWN_KINDS, PLAIN_TEXT, TABLES, kind_of
@@ -45,6 +48,9 @@ def local_splits(path: Path, what: str, streaming: bool) -> dict[str, Callable[[
         return {"train": lambda: read_files(files, what, "document", parse_text, streaming=streaming)}
     if path.is_dir():
         _check_kinds(path, what)
+        for file in path.rglob("*"):
+            if TABLES.get(kind_of(file)) == "csv" and file.is_file():
+                _check_columns(file, f"{what}: {file.relative_to(path)}")
     elif kind_of(path) and (len(path.parts) != 2 or path.parent.is_dir()):  # an OWNER/NAME may be on the Hub
         raise UserError(f"{what}: no such file")
     return {}
@@ -104,6 +110,24 @@ def _load_file(path: Path, what: str, streaming: bool) -> Records:
     options: dict[str, Any] = {}
     if TABLES[kind] == "csv":
         # Without this, pandas would read NA and empty fields as missing values instead of text.
-        options = {"keep_default_na": False, "sep": "\t" if kind == ".tsv" else ","}
+        options = {"keep_default_na": False, "sep": _separator(kind)}
+        _check_columns(path, what)
     data = datasets.load_dataset(TABLES[kind], data_files=str(path), split="train", streaming=streaming, **options)
     return Records(data, what)
+
+
+def _separator(kind: str) -> str:
+    return "\t" if kind == ".tsv" else ","
+
+
+def _check_columns(table: Path, what: str) -> None:
+    """Refuses a table in which columns have the same name. pandas would rename all but the first, without a word."""
+    with fsspec.open(str(table), "rt", compression="infer", encoding="utf-8-sig", errors="replace", newline="") as file:
+        lines = csv.reader(file, delimiter=_separator(kind_of(table)))
+        try:
+            header = next((names for names in lines if names), [])
+        except csv.Error:  # a field as long as a book, which is no name
+            return
+    name, n = next(iter(Counter(filter(None, header)).most_common(1)), ("", 0))
+    if n > 1:
+        raise UserError(f"{what}: {n} columns are called {name}; rename or remove all but one")

@@ -1,5 +1,6 @@
 """Text is found by name in every form it comes in, and the documents held out of training stay out of it."""
 
+import gzip
 import json
 import random
 import re
@@ -126,6 +127,19 @@ def test_the_text_column_is_found_or_refused(tmp_path):
         open_text(str(file), flag="--dataset_path", column="story")
     with pytest.raises(UserError, match="--text_column id: .* it holds int"):
         open_text(str(file), flag="--dataset_path", column="id")
+
+
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_columns_of_one_name_are_refused(tmp_path, name, between):
+    """pandas would call the second one text.1, and the first would be taken."""
+    rows = [("id", "text", "text"), *((i, f"One, {i}", f"Another, {i}") for i in range(9))]
+    content = "\n".join(between.join(f'"{field}"' for field in row) for row in rows).encode()
+    file = tmp_path / "table" / name
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    for path in (file, file.parent):
+        with pytest.raises(UserError, match="^--dataset_path .*: 2 columns are called text; rename or remove all but"):
+            open_text(str(path), flag="--dataset_path")
 
 
 def test_a_fallback_is_taken_only_where_it_was_allowed(tmp_path):
