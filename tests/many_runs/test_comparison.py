@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.many_runs.comparison import sparsify_worker
+from sae_toolkit.many_runs.comparison import library_trainings, sparsify_worker
 from sae_toolkit.many_runs.comparison.contenders import Contender, parse_contenders
 from sae_toolkit.many_runs.comparison.learning_rates import own_rate
 from sae_toolkit.many_runs.page import pareto_front
-from support.processes import run_process
 
 
 def test_the_front_has_those_that_no_other_beats():
@@ -150,7 +149,8 @@ def test_all_are_measured_on_the_same_rows_which_none_was_trained_on(compared):
     assert sae.cfg.metadata.held_out_seed == results[0]["held_out"]["seed"]
 
 
-@pytest.mark.parametrize("hookpoint", ["layers.1", pytest.param("layers.1.mlp", marks=pytest.mark.parity)])
+@pytest.mark.parity
+@pytest.mark.parametrize("hookpoint", ["layers.1", "layers.1.mlp"])
 def test_sparsify_trains_on_batches_what_it_trains_on_the_model_that_they_come_from(
     sparsify, tiny_model, tmp_path, hookpoint
 ):
@@ -199,16 +199,14 @@ def test_the_same_command_goes_on_with_what_is_missing(compared, compare):
     assert json.loads((directory / "comparison.json").read_text()) == before
 
 
-def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, tmp_path):
+def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, script, monkeypatch, tmp_path):
     """The other libraries have their rows even if one is not installed."""
     directory = tmp_path / "comparison"
     shutil.copytree(compared[0], directory)
     words = of_comparison(tiny_args, directory, "--libraries", "saelens:jumprelu", "sparsify@1e-4,2e-4", "sparsify@5")
-    done = run_process(
-        *(sys.executable, "compare_sae_libraries.py", *words),
-        timeout=600,
-        PYTHONPATH=str(hidden_sparsify(tmp_path)),
-    )
+    assert library_trainings.find_spec("sparsify") is not None
+    monkeypatch.setattr(library_trainings, "find_spec", lambda _: None)
+    done = script("compare_sae_libraries.py", *words)
     assert done.status == 0, done.stderr
     said = "not installed: python -m pip install -c constraints.txt -r requirements/comparison.txt"
     for name in ("sparsify topk, lr 0.0001", "sparsify topk, lr 0.0002", "sparsify topk, lr 5"):
@@ -216,18 +214,6 @@ def test_a_library_that_is_not_there_is_a_row_that_says_so(compared, tiny_args, 
     trained, *missing = json.loads((directory / "comparison.json").read_text())
     assert trained["metrics"]["l0"] > 0
     assert [each["metrics"] for each in missing] == [None, None]
-
-
-def hidden_sparsify(tmp_path: Path) -> Path:
-    """Returns a directory that, on PYTHONPATH, hides sparsify from Python."""
-    hiding = tmp_path / "hiding"
-    hiding.mkdir()
-    (hiding / "sitecustomize.py").write_text(
-        "import importlib.util\n"
-        "found = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *more: None if name == 'sparsify' else found(name, *more)\n"
-    )
-    return hiding
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def weights(sae):
 
 @pytest.mark.parametrize("eval_every", [0, 1024])  # without readings the model's upper layers are not kept
 def test_the_first_is_that_of_a_run_of_its_own_and_the_run_ends_with_what_they_share(script, tiny_run, eval_every):
-    flags = ["--architecture", "batchtopk", "--k", 8, "--held_out_fraction", 0.2, "--eval_every", eval_every]
+    flags = ["--architecture", "batchtopk", "--k", 8, "--held_out_fraction", 0.02, "--eval_every", eval_every]
     done = script("sae_lens_train.py", *tiny_run, *flags, "--seeds", 3)
     assert done.status == 0, done.stderr
     together = Path(done.stdout.strip())

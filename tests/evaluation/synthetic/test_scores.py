@@ -139,16 +139,14 @@ def test_too_many_features_for_the_memory_are_refused(trained, script, monkeypat
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_synthetic, tmp_path_factory):
+def trained(trainings, tiny_synthetic, tmp_path_factory):
     """An SAE that sae_lens_train.py trained on a synthetic model."""
     name = f"synthetic:{tiny_synthetic}"
-    command = [
-        *(sys.executable, "sae_lens_train.py", "@presets/synthetic.args", "--model_name", name, "--dataset_path", name),
-        *("--k", "4", "--expansion_factor", "2", "--training_tokens", "60000", "--held_out_fraction", "0.5"),
-        *("--checkpoint_path", str(tmp_path_factory.mktemp("trained")), "--wandb_mode", "disabled"),
-        *("--eval_every", "0"),
-    ]
-    done = run_process(*command)
+    done = trainings.script(
+        *("sae_lens_train.py", "@presets/synthetic.args", "--model_name", name, "--dataset_path", name),
+        *("--k", 4, "--expansion_factor", 2, "--training_tokens", 60_000, "--held_out_fraction", 0.5),
+        *("--checkpoint_path", tmp_path_factory.mktemp("trained"), "--wandb_mode", "disabled", "--eval_every", 0),
+    )
     assert done.status == 0, done.stderr
     return Path(done.stdout.strip())
 

@@ -18,7 +18,7 @@ def train(trainings, tiny_model, text_file, tmp_path):
     """Trains the short demo, on the tiny model and its text, and returns the finished SAE."""
     own = [
         *("--model_name", tiny_model, "--layer", 1, "--dataset_path", text_file, "--context_size", 64, "--k", 8),
-        *("--eval_every", 6_000, "--checkpoint_path", tmp_path),
+        *("--held_out_fraction", 0.02, "--eval_every", 6_000, "--checkpoint_path", tmp_path),
     ]
 
     def run(*flags: object) -> Path:
