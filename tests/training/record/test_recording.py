@@ -1,9 +1,10 @@
 """A run is recorded in TensorBoard as in wandb, and measuring held-out text changes nothing of it.
 
-What wandb records of the demo is in tests/test_end_to_end.py.
+What else wandb records, of the demo, is in tests/test_end_to_end.py.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from support.short_demo import PANELS, SHORT_DEMO
+from support.wandb_reader import read_offline_runs
+
+OF_FINETUNING = {"learning/kl_loss", "learning/finetune_weight"}
 
 
 @pytest.fixture
@@ -29,12 +33,23 @@ def train(trainings, tiny_model, text_file, tmp_path):
     return run
 
 
-def test_an_sae_is_measured_on_the_same_held_out_text_each_time_which_changes_nothing_of_it(train):
-    measured = train("--wandb_mode", "disabled")
+def test_an_sae_is_measured_on_the_same_held_out_text_each_time_which_changes_nothing_of_it(train, tmp_path):
+    measured = train("--wandb_mode", "offline")
     one, other = (json.loads(line) for line in (measured.parent / "held_out.jsonl").read_text().splitlines())
     assert (one["n_training_samples"], other["n_training_samples"]) == (6_144, 12_288)
     assert one["held_out/ce_clean"] == other["held_out/ce_clean"]
     assert one["held_out/ce_sae"] != other["held_out/ce_sae"]
+    (record,) = read_offline_runs(tmp_path)
+    recorded = [float(row["held_out/loss_recovered"]) for row in record.history if "held_out/loss_recovered" in row]
+    assert recorded == [line["held_out/loss_recovered"] for line in (one, other)]
+    names = {name.removesuffix("/bins") for row in record.history for name in row}
+    assert len(PANELS) > 20
+    assert set(PANELS) - OF_FINETUNING <= names
+    assert re.search(
+        r" held out after 6,144 tokens: loss recovered .*, dead [\d.]+% \(over [\d,]+ tokens\)$",
+        (measured.parent / "run.log").read_text(),
+        re.MULTILINE,
+    )
     not_measured = train("--eval_every", 0, "--wandb_mode", "disabled")
     assert not (not_measured.parent / "held_out.jsonl").exists()
     ours, theirs = (load_file(path / "sae_weights.safetensors") for path in (measured, not_measured))
