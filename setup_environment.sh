@@ -127,8 +127,8 @@ set_up_environment() {
     done
     "${pip[@]}" "${whole[@]}"
     [[ ${#alone[@]} == 0 ]] || "${pip[@]}" --no-deps "${alone[@]}"
-    # Some packages bring files for other versions of Python, which do not compile.
-    "$PYTHON" -m compileall -q -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null || true
+    # Some packages bring files for other versions of Python, which do not compile, or are warned of.
+    "$PYTHON" -m compileall -q -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &>/dev/null || true
     has_requirements "$PYTHON" "${files[@]}" || { echo "error: $venv is incomplete; delete it and try again" >&2; exit 2; }
 }
 

@@ -40,7 +40,7 @@ def kept_directory(directory: Path, what: str, about: dict[str, Any], make: Call
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_name(f"{directory.name}.lock")):
             if not is_about(directory, about):
-                log.info("keeping %s, once, in %s", what, directory)
+                log.info("making %s once, in %s", what, directory)
                 with whole_directory(directory, about=about) as partial:
                     make(partial)
     except (NotSaved, OSError) as error:

@@ -49,7 +49,7 @@ def local_splits(path: Path, what: str, streaming: bool) -> dict[str, Callable[[
     if path.is_dir():
         _check_kinds(path, what)
         for file in path.rglob("*"):
-            if TABLES.get(kind_of(file)) == "csv" and file.is_file():
+            if TABLES.get(kind_of(file)) == "csv" and file.is_file() and not _is_hidden(file.relative_to(path)):
                 _check_columns(file, f"{what}: {file.relative_to(path)}")
     elif kind_of(path) and (len(path.parts) != 2 or path.parent.is_dir()):  # an OWNER/NAME may be on the Hub
         raise UserError(f"{what}: no such file")

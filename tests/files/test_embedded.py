@@ -34,4 +34,4 @@ def test_a_damaged_copy_is_made_again(articles, directory, caplog):
     with caplog.at_level(logging.INFO):
         assert list(embedded_articles(directory)) == articles
     assert pages.read_bytes() == whole
-    assert "keeping the embedded text, once, in" in caplog.text
+    assert "making the embedded text once, in" in caplog.text

@@ -140,6 +140,9 @@ def test_columns_of_one_name_are_refused(tmp_path, name, between):
     for path in (file, file.parent):
         with pytest.raises(UserError, match="^--dataset_path .*: 2 columns are called text; rename or remove all but"):
             open_text(str(path), flag="--dataset_path")
+    file.rename(file.with_name(f".{name}"))  # hidden files are not read
+    (file.parent / "b.jsonl").write_text('{"text": "Some text."}\n')
+    assert list(open_text(str(file.parent), flag="--dataset_path").documents()) == ["Some text."]
 
 
 def test_a_fallback_is_taken_only_where_it_was_allowed(tmp_path):
