@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def kept_directory(directory: Path, what: str, about: dict[str, Any], make: Call
         with FileLock(directory.with_name(f"{directory.name}.lock")):
             if not is_about(directory, about):
                 log.info("making %s once, in %s", what, directory)
+                if directory.exists():  # `whole_directory` would keep one that has no manifest
+                    shutil.rmtree(directory)
                 with whole_directory(directory, about=about) as partial:
                     make(partial)
     except (NotSaved, OSError) as error:

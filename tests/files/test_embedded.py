@@ -27,10 +27,14 @@ def test_what_is_kept_is_what_gensim_makes(articles, directory, monkeypatch, dis
     assert list(embedded_articles(directory)) == articles
 
 
-def test_a_damaged_copy_is_made_again(articles, directory, caplog):
+@pytest.mark.parametrize("lacks", [(), ("manifest.json",), ("manifest.json", "pages.jsonl")], ids=len)
+def test_a_damaged_copy_is_made_again(articles, directory, caplog, lacks):
+    """One that was changed, and one of which files were removed, as cleaners of caches do."""
     (pages,) = directory.glob("*/pages.jsonl")
     whole = pages.read_bytes()
     pages.write_bytes(whole.replace(b"the", b"teh", 1))
+    for name in lacks:
+        pages.with_name(name).unlink()
     with caplog.at_level(logging.INFO):
         assert list(embedded_articles(directory)) == articles
     assert pages.read_bytes() == whole
