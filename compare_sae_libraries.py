@@ -49,7 +49,7 @@ from sae_toolkit.settings.comparison import (
     with_few_tokens,
     without_target_l0,
 )
-from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.console import importing, run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 
@@ -79,13 +79,14 @@ def main() -> int:
         return 0
 
     # Imported here because torch and SAELens take seconds to import, and --help and a mistyped flag do not need them.
-    from rich.console import Console
+    with importing("torch and SAELens"):
+        from rich.console import Console
 
-    from sae_toolkit.many_runs.comparison.notes import describe
-    from sae_toolkit.many_runs.comparison.report import render_comparison, summary_table, write_comparison
-    from sae_toolkit.many_runs.comparison.run import choose_learning_rates, train_and_evaluate
-    from sae_toolkit.many_runs.comparison.shared_activations import share
-    from sae_toolkit.training.record.start import record_runs
+        from sae_toolkit.many_runs.comparison.notes import describe
+        from sae_toolkit.many_runs.comparison.report import render_comparison, summary_table, write_comparison
+        from sae_toolkit.many_runs.comparison.run import choose_learning_rates, train_and_evaluate
+        from sae_toolkit.many_runs.comparison.shared_activations import share
+        from sae_toolkit.training.record.start import record_runs
 
     with claimed(directory, "--comparison_dir"):
         chooses = n_rates is not None or any(contender.rates for contender in contenders)

@@ -38,7 +38,7 @@ import logging
 import sys
 
 from sae_toolkit.settings.evaluation import parse_evaluation_flags
-from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.console import importing, run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 
@@ -48,19 +48,20 @@ def main() -> int:
     set_up_logging(settings.results.verbose, settings.results.quiet)
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
-    from rich.console import Console
-    from sae_lens.util import dtype_to_str
+    with importing("SAELens"):
+        from rich.console import Console
+        from sae_lens.util import dtype_to_str
 
-    from sae_toolkit.evaluation.further import prepare_further_evaluations
-    from sae_toolkit.evaluation.massive_activations import measure_norm_limits
-    from sae_toolkit.evaluation.run import evaluate_saes
-    from sae_toolkit.evaluation.saebench.run import check_evals, parse_evals, run_saebench
-    from sae_toolkit.evaluation.setup import prepare_evaluations
-    from sae_toolkit.model.devices import choose_lm_dtype
-    from sae_toolkit.model.loading import LanguageModels
-    from sae_toolkit.reports.publish import check_may_publish, publish
-    from sae_toolkit.reports.results import Result, choose_outputs, write_over_layers, write_results
-    from sae_toolkit.reports.tables import render, render_several
+        from sae_toolkit.evaluation.further import prepare_further_evaluations
+        from sae_toolkit.evaluation.massive_activations import measure_norm_limits
+        from sae_toolkit.evaluation.run import evaluate_saes
+        from sae_toolkit.evaluation.saebench.run import check_evals, parse_evals, run_saebench
+        from sae_toolkit.evaluation.setup import prepare_evaluations
+        from sae_toolkit.model.devices import choose_lm_dtype
+        from sae_toolkit.model.loading import LanguageModels
+        from sae_toolkit.reports.publish import check_may_publish, publish
+        from sae_toolkit.reports.results import Result, choose_outputs, write_over_layers, write_results
+        from sae_toolkit.reports.tables import render, render_several
 
     evals = parse_evals(settings.measurements.saebench) if settings.measurements.saebench is not None else ()
     if settings.results.push_to_hub:

@@ -37,7 +37,7 @@ from __future__ import annotations
 import logging
 
 from sae_toolkit.settings.inspection import parse_inspection_flags
-from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.console import importing, run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
 
 log = logging.getLogger("sae_toolkit")
@@ -57,12 +57,13 @@ def inspect(signals: StopSignals) -> int:
     set_up_logging(settings.run.verbose, settings.run.quiet)
 
     # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
-    from sae_toolkit.inspection.prepare import choose_directories, in_passes, prepare_inspection, prepare_others
-    from sae_toolkit.inspection.results import write_results
-    from sae_toolkit.inspection.run import inspect_features, remove_saves
-    from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
-    from sae_toolkit.model.devices import choose_lm_dtype
-    from sae_toolkit.model.loading import LanguageModels
+    with importing("SAELens"):
+        from sae_toolkit.inspection.prepare import choose_directories, in_passes, prepare_inspection, prepare_others
+        from sae_toolkit.inspection.results import write_results
+        from sae_toolkit.inspection.run import inspect_features, remove_saves
+        from sae_toolkit.inspection.steering import check_steering, show_steering, write_with_and_without
+        from sae_toolkit.model.devices import choose_lm_dtype
+        from sae_toolkit.model.loading import LanguageModels
 
     groups = prepare_inspection(settings)
     if steers := settings.steering.steers:

@@ -16,7 +16,7 @@ import logging
 
 from sae_toolkit.distributed.torchrun import rank_in_environment, was_restarted
 from sae_toolkit.settings.command_line import after_restart, parse_training_flags
-from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.console import importing, run_script, set_up_logging
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals, hear_stop_signals
 
 log = logging.getLogger("sae_toolkit")
@@ -36,14 +36,15 @@ def train(signals: StopSignals) -> int:
         set_up_logging(settings.recording.verbose, settings.recording.quiet, speaks=rank_in_environment() == 0)
 
         # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
-        from sae_toolkit.distributed.ranks import join_ranks
-        from sae_toolkit.reports.seeds import show_seeds
-        from sae_toolkit.training.card import show_fit
-        from sae_toolkit.training.loop import fit
-        from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
-        from sae_toolkit.training.record.start import start_record
-        from sae_toolkit.training.run import Training, open_activations
-        from sae_toolkit.training.setup import prepare_run
+        with importing("SAELens"):
+            from sae_toolkit.distributed.ranks import join_ranks
+            from sae_toolkit.reports.seeds import show_seeds
+            from sae_toolkit.training.card import show_fit
+            from sae_toolkit.training.loop import fit
+            from sae_toolkit.training.preflight import check_activations, check_before_loading, dry_run
+            from sae_toolkit.training.record.start import start_record
+            from sae_toolkit.training.run import Training, open_activations
+            from sae_toolkit.training.setup import prepare_run
 
         if settings.run.device_memory is not None:
             show_fit(settings)

@@ -31,7 +31,7 @@ from sae_toolkit.many_runs.directories import claimed, read_result
 from sae_toolkit.many_runs.sweep.trials import make_trials
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.sweep import parse_sweep_flags
-from sae_toolkit.terminal.console import run_script, set_up_logging
+from sae_toolkit.terminal.console import importing, run_script, set_up_logging
 
 log = logging.getLogger("sae_toolkit")
 
@@ -62,11 +62,12 @@ def main() -> int:
         install = f"{sys.executable} -m pip install -c constraints.txt -r requirements/sweep.txt"
         raise UserError(f"sweep_saes.py: Ray is not installed here: {install}")
     # Imported here because Ray and torch take seconds to import, and --help and a mistyped flag do not need them.
-    from rich.console import Console
+    with importing("Ray and torch"):
+        from rich.console import Console
 
-    from sae_toolkit.many_runs.sweep.report import render_sweep, sweep_table, write_sweep
-    from sae_toolkit.many_runs.sweep.run import ray_cluster, run_trials
-    from sae_toolkit.training.record.start import record_runs
+        from sae_toolkit.many_runs.sweep.report import render_sweep, sweep_table, write_sweep
+        from sae_toolkit.many_runs.sweep.run import ray_cluster, run_trials
+        from sae_toolkit.training.record.start import record_runs
 
     with claimed(directory, "--sweep_dir"), ray_cluster(settings.run.address):
         outcomes = run_trials(

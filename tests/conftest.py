@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_toolkit.terminal.console import importing
+
 # No test reaches the network: a closed port stands where the hub would be.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["SAE_TOOLKIT_RETRY_WAIT"] = "0.01"
@@ -21,24 +23,25 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # one for all workers
     _assets = tempfile.TemporaryDirectory(prefix="assets-of-tests-", ignore_cleanup_errors=True)
     os.environ["HF_ASSETS_CACHE"] = _assets.name
 
-import torch
-from sae_lens.synthetic import (
-    HierarchyConfig,
-    LowRankCorrelationConfig,
-    OrthogonalizationConfig,
-    SyntheticModel,
-    SyntheticModelConfig,
-    ZipfianFiringProbabilityConfig,
-)
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+with importing("SAELens"):
+    import torch
+    from sae_lens.synthetic import (
+        HierarchyConfig,
+        LowRankCorrelationConfig,
+        OrthogonalizationConfig,
+        SyntheticModel,
+        SyntheticModelConfig,
+        ZipfianFiringProbabilityConfig,
+    )
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
-from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.model.loading import ModelSource, find_model, load_language_model
-from sae_toolkit.model.tokenizer import load_tokenizer
-from sae_toolkit.text.sources import open_text
-from support.processes import HOOK, ROOT, Outcome
-from support.trainings import Trainings
+    from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
+    from sae_toolkit.model.language_model import LanguageModel
+    from sae_toolkit.model.loading import ModelSource, find_model, load_language_model
+    from sae_toolkit.model.tokenizer import load_tokenizer
+    from sae_toolkit.text.sources import open_text
+    from support.processes import HOOK, ROOT, Outcome
+    from support.trainings import Trainings
 
 # The files that take longest. They come first, so that no worker has one left to do when the others are done.
 LONGEST = (

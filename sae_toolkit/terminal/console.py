@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import shlex
@@ -10,8 +11,8 @@ import sys
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
@@ -160,6 +161,24 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
         for library in ("transformers", "huggingface_hub"):
             logging.getLogger(library).setLevel(logging.ERROR)
         logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs the errors that it raises
+
+
+@contextmanager
+def importing(libraries: str) -> Iterator[None]:
+    """Shows that libraries are being imported, which takes seconds, if the terminal can take the line back.
+
+    Python does not look for garbage meanwhile, and later not in what was imported: a tenth of the time of an import.
+    """
+    if "torch" in sys.modules:  # a process that runs a script once more
+        yield
+        return
+    gc.disable()
+    try:
+        with terminal.console.status(f"importing {libraries}") if terminal.is_live else nullcontext():
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_script(main: Callable[[], int | None]) -> None:

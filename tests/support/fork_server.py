@@ -11,13 +11,7 @@ import runpy
 import signal
 import sys
 
-import transformers.models.llama.modeling_llama  # noqa: F401
-
-# What a run imports; nothing has computed when the fork happens, so no thread is lost in it.
-import sae_toolkit.evaluation.run
-import sae_toolkit.reports.results
-import sae_toolkit.training.run
-import sae_toolkit.training.setup  # noqa: F401
+from sae_toolkit.terminal.console import importing
 
 
 def run(script: str, flags: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
@@ -43,6 +37,13 @@ def run(script: str, flags: list[str], environment: dict[str, str], stdout: str,
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
+    with importing("SAELens"):  # nothing has computed when the fork happens, so no thread is lost in it
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+        import sae_toolkit.evaluation.run
+        import sae_toolkit.reports.results
+        import sae_toolkit.training.run
+        import sae_toolkit.training.setup  # noqa: F401
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

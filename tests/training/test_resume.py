@@ -132,6 +132,7 @@ def test_a_terminal_that_closes_costs_nothing(tiny_model, text_file, tmp_path, r
     while not re.search(rb"training \d+%", shown):
         shown += os.read(ours, 1000)
     os.close(ours)
+    assert shown.index(b"importing SAELens") < shown.index(b"model ")
     assert process.wait(60) == 128 + signal.SIGHUP
     (run,) = tmp_path.glob("*/*")
     assert len(checkpoints(run)) == 1
