@@ -9,12 +9,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.trainings import assert_same, paths_in, run_flags
 
 ARCHITECTURES = ("batchtopk", "topk", "jumprelu", "standard", "gated")
+
+
+def flags_of_a_run(*args: Any) -> list[str]:
+    """With ten checkpoints, so that there is time to kill it in."""
+    return [*run_flags(*args), "--training_tokens", "40960"]
 
 
 def after(seconds: float) -> Callable[[int], None]:
@@ -83,15 +89,15 @@ def kill_evenly(trainings, tiny_model, text_file, tmp_path, architecture, n_kill
     """Kills at times spread evenly over an undisturbed run's, and inside checkpoints until there are so many of these;
     how many there were of all, and of these. A kill misses where the run, or the checkpoint, is done by then.
     """
-    flags = run_flags(tiny_model, text_file, tmp_path / "whole", architecture)
+    flags = flags_of_a_run(tiny_model, text_file, tmp_path / "whole", architecture)
     status, _ = trainings.run(flags)
     assert status == 0, trainings.shown()
     whole = trainings.finished_sae()
-    _, seconds = trainings.run(run_flags(tiny_model, text_file, tmp_path / "timed", architecture))
+    _, seconds = trainings.run(flags_of_a_run(tiny_model, text_file, tmp_path / "timed", architecture))
 
     n_killed, inside = 0, list[Path]()
     for i in range(n_kills):
-        flags = run_flags(tiny_model, text_file, tmp_path / f"{i}", architecture)
+        flags = flags_of_a_run(tiny_model, text_file, tmp_path / f"{i}", architecture)
         n, sae = kill_and_resume(trainings, flags, [after(seconds * (i + 0.5) / n_kills)])
         n_killed += n
         assert_same(whole, sae)
@@ -100,7 +106,7 @@ def kill_evenly(trainings, tiny_model, text_file, tmp_path, architecture, n_kill
             break
         directory = tmp_path / f"inside_{i}"
         kill = inside_a_checkpoint(directory, 1 + i % 8, random.Random(i).uniform(0, 0.015), inside)
-        n, sae = kill_and_resume(trainings, run_flags(tiny_model, text_file, directory, architecture), [kill])
+        n, sae = kill_and_resume(trainings, flags_of_a_run(tiny_model, text_file, directory, architecture), [kill])
         n_killed += n
         assert_same(whole, sae)
     return n_killed, len(inside)
@@ -124,10 +130,10 @@ def test_two_hundred_kills_end_in_the_same_sae(trainings, tiny_model, text_file,
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_sae(
     trainings, tiny_model, text_file, tmp_path, record_fault
 ):
-    assert trainings.run(run_flags(tiny_model, text_file, tmp_path / "whole"))[0] == 0, trainings.shown()
+    assert trainings.run(flags_of_a_run(tiny_model, text_file, tmp_path / "whole"))[0] == 0, trainings.shown()
     whole, directory = trainings.finished_sae(), tmp_path / "killed"
     kills = [after_the_next_checkpoint(directory, random.Random(i).uniform(0, 0.03)) for i in range(8)]
-    n, sae = kill_and_resume(trainings, run_flags(tiny_model, text_file, directory), kills)
+    n, sae = kill_and_resume(trainings, flags_of_a_run(tiny_model, text_file, directory), kills)
     assert n >= 5
     assert_same(whole, sae)
     record_fault("SIGKILL again and again in one run", n, "resumed each time; every tensor equal", "nothing")

@@ -15,7 +15,7 @@ from support.trainings import assert_same, run_flags
 
 @pytest.fixture
 def flags(tiny_model, text_file, tmp_path):
-    """Of a run of 40 steps that is saved every 4, in the directory of that name."""
+    """Of a run of 20 steps that is saved every 4, in the directory of that name."""
 
     def of(name: str) -> list[object]:
         return [*run_flags(tiny_model, text_file, tmp_path / name), "--dtype", "float64", "--lr", "1e-4"]

@@ -85,7 +85,7 @@ class Trainings:
 
 
 def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: str = "batchtopk") -> list[str]:
-    """Of a run of a second or two that is saved every 4,096 tokens; a checkpoint takes a few hundredths of one."""
+    """Of a run of a second that is saved every 4,096 tokens; a checkpoint takes a few hundredths of one."""
     flags = {
         "model_name": tiny_model,
         "layer": 1,
@@ -95,7 +95,7 @@ def run_flags(tiny_model: Path, text_file: Path, directory: Path, architecture: 
         "k": 8,
         "expansion_factor": 32,
         "normalize_activations": "expected_average_only_in",
-        "training_tokens": 40960,
+        "training_tokens": 20480,
         "n_batches_in_buffer": 64,
         "lr": 1e-3,
         "dead_feature_window": 5,

@@ -25,7 +25,7 @@ def test_a_small_text_is_trained_on_as_often_as_asked_also_after_a_kill(training
     """With a cache of activations, which the second pass reads."""
 
     def flags(name):
-        more = ["--epochs", "4", "--cache_activations", str(tmp_path / f"cache_{name}")]
+        more = ["--training_tokens", "40960", "--epochs", "4", "--cache_activations", str(tmp_path / f"cache_{name}")]
         return [*run_flags(tiny_model, small_text, tmp_path / name), *more]
 
     assert trainings.run(flags("whole"))[0] == 0, trainings.shown()
