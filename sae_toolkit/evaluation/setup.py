@@ -6,8 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
-from sae_toolkit.evaluation.text import EvaluationText, collect_rows, open_text_of, with_context
+from sae_toolkit.evaluation.text import EvaluationText, collect_rows, may_have_trained_on, open_text_of, with_context
 from sae_toolkit.files.trust import model_kwargs_of_sae
 from sae_toolkit.model.devices import choose_device
 from sae_toolkit.model.hook_width import hook_width
@@ -42,12 +41,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Group:
-    """SAEs that are evaluated together: at the same hook of the same model, on the same text."""
+    """SAEs that are evaluated together: at the same hook of the same model, on the same text.
+
+    Beside each SAE is the record that says how to measure it: its own, or that of the SAE that --like names.
+    """
 
     model: ModelSource
     hook_name: str
     text: EvaluationText
-    members: list[EvaluatedSAE]
+    members: list[tuple[EvaluatedSAE, SAEMetadata]] = field(default_factory=list)
 
 
 def prepare_evaluations(
@@ -70,40 +72,64 @@ def prepare_evaluations(
     like = _record_of(sae_settings.like, sae_settings, text_settings) if sae_settings.like else None
     for file, sae in _load_saes(files):
         _check_features(measurements.features, sae, file)
-        if like is not None:
-            sae.cfg.metadata = copy(like)
-        elif file.is_download:
+        own = sae.cfg.metadata
+        record = own if like is None else like
+        if like is None and file.is_download:
             where = f"--sae_path {file.name}"
             check_names_of_download(sae, where, model_name=sae_settings.model_name, dataset=text_settings.dataset)
-        model_key = _find_model(sae, file, sae_settings, models)
+        model_key = _find_model(record, file, sae_settings, models)
         model = models[model_key]
-        hook_name = _find_hook(sae, file, sae_settings, model, widths.setdefault(model_key, {}))
+        hook_name = _find_hook(record, sae, file, sae_settings, model, widths.setdefault(model_key, {}))
         with _of_the_sae(file, unless=None):
-            _check_separator(sae, model)
+            _check_separator(record, model)
         with _of_the_sae(file, unless=text_settings.dataset):
-            source, held_out = open_text_of(sae.cfg.metadata, text_settings)
+            source, held_out = open_text_of(record, text_settings)
         of_context = text_settings.context_length, text_settings.skip_positions
         with _of_the_sae(file, unless=next((flag for flag in of_context if flag is not None), None)):
-            text = with_context(source, held_out, sae.cfg.metadata, text_settings, model)
-        group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text, []))
-        sources = _sources(sae.cfg.metadata, sae_settings, text_settings, is_chat=source.is_chat)
+            text = with_context(source, held_out, record, text_settings, model)
+        if record is not own:
+            _warn_of_own_record(own, file, hook_name, sae_settings, text)
+        group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text))
+        sources = _sources(record, sae_settings, text_settings, is_chat=source.is_chat)
         multiple = text_settings.max_activation_norm_multiple
-        limit = sae.cfg.metadata.max_activation_norm if multiple is None else None
+        limit = record.max_activation_norm if multiple is None else None
         positions = PositionFilter((), text.skip_positions, limit, text.chat_tokens)
-        group.members.append(EvaluatedSAE(file, sae, positions, multiple or None, sources))
+        is_seen = may_have_trained_on(own, text)
+        group.members.append((EvaluatedSAE(file, sae, positions, multiple or None, sources, is_seen), record))
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
     return [_prepare_group(group, text_settings, measurements, device) for group in groups.values()]
 
 
+def _warn_of_own_record(
+    own: SAEMetadata, file: SAEFile, hook_name: str, sae_settings: EvaluatedSAESettings, text: EvaluationText
+) -> None:
+    """Warns where an SAE that is measured as another one was trained elsewhere, or on the text.
+
+    Args:
+        own: what the SAE's own files record.
+        hook_name: where it is measured.
+        text: what it is measured on.
+    """
+    if own.hook_name and own.hook_name != hook_name:
+        log.warning("%s: was trained at %s; --like evaluates it at %s", file.name, own.hook_name, hook_name)
+    if may_have_trained_on(own, text):
+        log.warning(
+            "%s: may have been trained on these documents of %s, which are not those that it holds out itself; give"
+            " other text by --dataset, or train the SAEs with one --held_out_seed",
+            file.name,
+            text.source.name,
+        )
+
+
 def _find_model(
-    sae: SAE[Any], file: SAEFile, settings: EvaluatedSAESettings, models: dict[_ModelKey, ModelSource]
+    record: SAEMetadata, file: SAEFile, settings: EvaluatedSAESettings, models: dict[_ModelKey, ModelSource]
 ) -> _ModelKey:
     """Adds the model of an SAE to the models, if it is not there, and returns its key."""
-    name = settings.model_name or sae.cfg.metadata.model_name
+    name = settings.model_name or record.model_name
     if not name:
         raise UserError(f"--model_name: the SAE {file.name} does not say which model it is for; name it")
-    kwargs = {} if settings.model_name else _model_kwargs(sae, file)
+    kwargs = {} if settings.model_name else _model_kwargs(record, file)
     key = name, tuple(sorted(kwargs.items()))
     if key not in models:
         with _of_the_sae(file, unless=settings.model_name):
@@ -135,7 +161,12 @@ def _sources(
 
 
 def _find_hook(
-    sae: SAE[Any], file: SAEFile, settings: EvaluatedSAESettings, model: ModelSource, widths: dict[str, int]
+    record: SAEMetadata,
+    sae: SAE[Any],
+    file: SAEFile,
+    settings: EvaluatedSAESettings,
+    model: ModelSource,
+    widths: dict[str, int],
 ) -> str:
     """Returns the hook of an SAE, after checking that the SAE has the width of the activations there.
 
@@ -143,7 +174,7 @@ def _find_hook(
         widths: the widths of the model's activations by hook, as far as they are known. A new one is added.
     """
     with _of_the_sae(file, unless=settings.layer if settings.hook_name is None else settings.hook_name):
-        hook_name = settings.hook_name or _hook_name(sae, settings.layer)
+        hook_name = settings.hook_name or _hook_name(record, settings.layer)
         if hook_name not in widths:
             flag = "--hook_name" if settings.hook_name else None
             widths[hook_name] = hook_width(model.config, hook_name, model.trust_remote_code, flag)
@@ -195,9 +226,9 @@ def _load_saes(files: Sequence[SAEFile]) -> Iterator[tuple[SAEFile, SAE[Any]]]:
         raise first_error
 
 
-def _model_kwargs(sae: SAE[Any], file: SAEFile) -> dict[str, str]:
+def _model_kwargs(record: SAEMetadata, file: SAEFile) -> dict[str, str]:
     """Returns the arguments of `from_pretrained` that choose the model's weights. Others in the file are ignored."""
-    kwargs, left_out = model_kwargs_of_sae(sae.cfg.metadata.model_from_pretrained_kwargs or {})
+    kwargs, left_out = model_kwargs_of_sae(record.model_from_pretrained_kwargs or {})
     if left_out:
         log.info("%s: %s in its model_from_pretrained_kwargs are ignored", file.name, ", ".join(left_out))
     return kwargs
@@ -222,8 +253,8 @@ def _check_features(features: Sequence[int], sae: SAE[Any], file: SAEFile) -> No
             raise UserError(f"--features {feature}: {file.name} has the features 0 to {sae.cfg.d_sae - 1}")
 
 
-def _check_separator(sae: SAE[Any], model: ModelSource) -> None:
-    token, n_tokens = sae.cfg.metadata.get("sequence_separator_token"), model.config.get_text_config().vocab_size
+def _check_separator(record: SAEMetadata, model: ModelSource) -> None:
+    token, n_tokens = record.get("sequence_separator_token"), model.config.get_text_config().vocab_size
     if isinstance(token, int) and not 0 <= token < n_tokens:
         raise UserError(
             f"metadata.sequence_separator_token in cfg.json is {token}, and {model.name} has the tokens 0 to"
@@ -243,7 +274,7 @@ def _why_apart(groups: dict[_GroupKey, _Group]) -> str:
         if len(values) > 1
     ]
     names = "; ".join(
-        f"{model_key[0]} {hook_name}: {', '.join(member.file.name for member in group.members)}"
+        f"{model_key[0]} {hook_name}: {', '.join(member.file.name for member, _ in group.members)}"
         for (model_key, hook_name, _), group in groups.items()
     )
     return f"SAEs of different {' and '.join(differing)}, evaluated in {len(groups)} passes ({names})"
@@ -254,7 +285,7 @@ def _prepare_group(
 ) -> PreparedEvaluation:
     tokenizer = load_tokenizer(group.model)
     rows_NT, assistant_NT, document_N, n_loss_rows, n_sae_rows = collect_rows(
-        group.text, group.members[0].positions, tokenizer, text_settings, group.model
+        group.text, group.members[0][0].positions, tokenizer, text_settings, group.model
     )
     if measurements.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of SAEBench's passes read the same rows
@@ -262,8 +293,10 @@ def _prepare_group(
     by_document = n_documents >= LEAST_DOCUMENTS and not group.text.source.tokenized
     return PreparedEvaluation(
         saes=tuple(
-            _with_special_tokens(member, tokenizer, group.text.source.is_chat, text_settings.exclude_special_tokens)
-            for member in group.members
+            _with_special_tokens(
+                member, record, tokenizer, group.text.source.is_chat, text_settings.exclude_special_tokens
+            )
+            for member, record in group.members
         ),
         protocol=measurements.protocol,
         device=device,
@@ -290,23 +323,28 @@ def _prepare_group(
 
 
 def _with_special_tokens(
-    evaluated: EvaluatedSAE, tokenizer: PreTrainedTokenizerBase, is_chat: bool, exclude: bool | list[int] | None
+    evaluated: EvaluatedSAE,
+    record: SAEMetadata,
+    tokenizer: PreTrainedTokenizerBase,
+    is_chat: bool,
+    exclude: bool | list[int] | None,
 ) -> EvaluatedSAE:
     """Returns an SAE whose positions leave out special tokens.
 
     Args:
+        record: says how the SAE is measured.
         is_chat: whether the text holds conversations.
         exclude: which, as --exclude_special_tokens says; None for those that the SAE's training left out.
     """
     if exclude is None:
-        exclude = evaluated.sae.cfg.metadata.get("exclude_special_tokens", False)
+        exclude = record.get("exclude_special_tokens", False)
     special_token_ids = special_tokens(exclude, tokenizer, is_chat=is_chat)
     return replace(evaluated, positions=replace(evaluated.positions, special_token_ids=special_token_ids))
 
 
-def _hook_name(sae: SAE[Any], layer: int | None) -> str:
+def _hook_name(record: SAEMetadata, layer: int | None) -> str:
     """Returns the hook that the SAE was trained at, or the same kind of hook at `layer` if that is given."""
-    hook_name = sae.cfg.metadata.hook_name
+    hook_name = record.hook_name
     if not hook_name:
         if layer is None:
             raise UserError(

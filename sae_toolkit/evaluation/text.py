@@ -89,6 +89,19 @@ def open_text_of(
     return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed, text_settings.held_out_part)
 
 
+def may_have_trained_on(metadata: SAEMetadata, text: EvaluationText) -> bool:
+    """Returns whether an SAE's record says that documents of a text were among those that it could be trained on.
+
+    They were if it was trained on that data set and holds out none of it, or others. Without the split of the data set
+    in the record it is not known, and then False is returned.
+    """
+    source, held_out, fraction = text.source, text.held_out, metadata.held_out_fraction
+    trained_on = metadata.dataset_config, metadata.dataset_split
+    if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
+        return False
+    return held_out is None or held_out.seed != metadata.held_out_seed or held_out.fraction > (fraction or 0)
+
+
 def _all_of(source: TextSource, text_settings: EvaluationTextSettings) -> tuple[TextSource, None]:
     """Returns a text of which no documents are known to be held out."""
     if (part := text_settings.held_out_part) is not None:

@@ -46,6 +46,7 @@ def summarize(prepared: PreparedEvaluation, evaluated: EvaluatedSAE, evaluation:
         "text": prepared.text.described(),
         "fallback_from": prepared.text.fallback_from,
         "held_out": prepared.held_out and asdict(prepared.held_out),
+        "text_may_be_trained_on": evaluated.is_text_seen,
         "context_length": prepared.context.context_size,
         "positions": asdict(evaluated.positions) if prepared.protocol == "health" else None,
         "sources": dict(evaluated.sources),

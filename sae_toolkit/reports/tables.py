@@ -106,8 +106,11 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 def documents(summary: Mapping[str, Any]) -> str:
     """Returns a phrase that says which documents of the data set were used."""
     if not (held_out := summary["held_out"]):
-        return f"split {summary['dataset_split']}"
+        seen = ", on which this SAE may have been trained" if summary["text_may_be_trained_on"] else ""
+        return f"split {summary['dataset_split']}{seen}"
     half = f"{part} half of the " if (part := held_out.get("part")) else ""
+    if summary["text_may_be_trained_on"]:
+        return f"{half}documents held out of another SAE's training; this SAE may have been trained on them"
     return f"{half}documents held out of training"
 
 
@@ -248,11 +251,10 @@ def beside_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ("Silent here, alive there", f"{training['dead_here_alive_there']:.2%}", ""),
         ]
     sampled = "exact" if cosines["exact"] else f"from {cosines['rows']:,} features"
-    rows += [
-        ("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}", "theory"),
-        ("Decoder absorption, 95th percentile", f"{cosines['p95']:.3f}", sampled),
-        ("Decoder pairs with a cosine above 0.9", f"{cosines['near_duplicate_pairs']:,.0f}", sampled),
-    ]
+    rows.append(("Decoder absorption of random directions", f"{cosines['random_directions']:.3f}", "theory"))
+    if cosines["p95"] is not None:  # there are two features or more
+        rows.append(("Decoder absorption, 95th percentile", f"{cosines['p95']:.3f}", sampled))
+    rows.append(("Decoder pairs with a cosine above 0.9", f"{cosines['near_duplicate_pairs']:,.0f}", sampled))
     if cosines["alive_mean"] is not None:
         rows.append(("Decoder absorption among features that fire", f"{cosines['alive_mean']:.3f}", sampled))
     return rows

@@ -265,6 +265,37 @@ def test_an_sae_that_says_nothing_is_measured_as_another_one(evaluate, tmp_path)
         assert ours[name] == theirs[name], name
 
 
+def test_an_sae_that_is_measured_as_another_one_keeps_its_own_record(evaluate, script, tiny_model, rows, tmp_path):
+    """Documents that the other holds out may be among those that this one was trained on, which is said."""
+    of_training = {"dataset_path": str(rows[0]), "dataset_split": "train", "held_out_fraction": 0.9}
+    like, same, *others = (
+        save_sae(tmp_path / name, seed=i, **of_training | of_sae)
+        for i, (name, of_sae) in enumerate(
+            {
+                "like": {"held_out_seed": 0},
+                "same": {"held_out_seed": 0},
+                "seed": {"held_out_seed": 1, "hook_name": "blocks.1.hook_resid_post"},
+                "less": {"held_out_seed": 0, "held_out_fraction": 0.5},
+            }.items()
+        )
+    )
+    done = evaluate("--sae_path", like, same, *others, "--like", like)
+    assert [result_of(path)["text_may_be_trained_on"] for path in (like, same, *others)] == [False, False, True, True]
+    said = re.findall(r"(\S+): may have been trained on these documents of \S+saved,", done.stderr)
+    assert said == [path.name for path in others]
+    assert f"{others[0].name}: was trained at blocks.1.hook_resid_post; --like evaluates it at blocks.2" in done.stderr
+    for path, words in ((same, "documents held out of training"), (others[0], "SAE may have been trained on them")):
+        assert words in (path / "report.md").read_text()
+    done = evaluate("--sae_path", others[0], "--like", save_sae(tmp_path / "silent"))
+    assert "on which this SAE may have been trained" in " ".join(done.stdout.split())
+
+    dense = save_sae(tmp_path / "dense", k=8)
+    flags = ("--l0_check", "--like", like, "--model_name", tiny_model, "--dataset", rows[0], "--device", "cpu")
+    done = script("evaluate_sae_real_activations.py", "--sae_path", like, dense, *flags)
+    assert done.status == 2
+    assert "differ in architecture: standard and topk" in done.error_lines[0]
+
+
 def test_half_of_the_held_out_documents_is_measured_on(evaluate, script, tiny_model, tmp_path, rows):
     trained_on = {"dataset_path": str(rows[0]), "dataset_split": "train", "held_out_fraction": 0.9, "held_out_seed": 0}
     path = save_sae(tmp_path / "sae", **trained_on)

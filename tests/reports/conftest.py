@@ -49,6 +49,7 @@ def summary(sae):
         "dataset_split": "train",
         "fallback_from": None,
         "held_out": {"fraction": 0.2, "seed": 42},
+        "text_may_be_trained_on": False,
         "context_length": 256,
         "positions": {"special_token_ids": [0, 1, 2], "skip_positions": 1, "max_activation_norm": 1418.0},
         "massive_first_position": None,
