@@ -128,7 +128,7 @@ def measure_cosines(W_FD: torch.Tensor, alive_F: torch.Tensor, *, seed: int) -> 
         random_directions=random_largest_cosine(n_features, d_in),
         rows=n_rows,
         exact=exact,
-        histogram=histogram(largest_R, 0.0, 1.0, 50),
+        histogram=histogram(largest_R[largest_R.isfinite()], 0.0, 1.0, 50),  # of no value, if there is one direction
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sae_toolkit import ROOT
 from sae_toolkit.evaluation.shown import Shown
 from sae_toolkit.reports.tables import format_value
+from sae_toolkit.synthetic.directory import PREFIX
 
 REFERENCES = ROOT / "presets" / "reference_saes.json"
 
@@ -109,8 +110,11 @@ def size_of(parameters: int) -> str:
 def is_placed(summary: Mapping[str, Any]) -> bool:
     """Returns whether an evaluation has what a place among the references needs.
 
-    Under SAEBench's protocol it has not: there the SAE stands in at every position.
+    Under SAEBench's protocol it has not: there the SAE stands in at every position. Nor has an SAE of a synthetic
+    model, which is no language model.
     """
+    if summary["model"].startswith(PREFIX):
+        return False
     l0, loss_recovered = summary["metrics"]["l0"], summary["metrics"]["loss_recovered"]
     return summary["protocol"] == "health" and bool(l0) and loss_recovered is not None
 

@@ -242,6 +242,13 @@ def _check_steering(settings: InspectionSettings) -> None:
         for name in (each.name for each in fields(group) if each.name not in ("verbose", "quiet")):
             if (value := getattr(group, name)) != getattr(default, name):
                 raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")
+    if settings.text.max_activation_norm_multiple is None:
+        for name in ("held_out_part", "context_length"):
+            if (value := getattr(settings.text, name)) != getattr(without.text, name):
+                raise UserError(
+                    f"--{name} {as_text(value)}: --steer reads no text without --max_activation_norm_multiple; leave"
+                    " it out"
+                )
     if 0 < steering.temperature < _LEAST_TEMPERATURE:
         raise UserError(f"--temperature {steering.temperature:g}: give 0, or at least {_LEAST_TEMPERATURE:g}")
     assert steering.steers  # their form is checked here

@@ -181,6 +181,10 @@ def test_the_script_prints_both(made_for_a_word, script):
         (("--steer", "0=1"), "give --prompt TEXT"),
         (("--prompt", "x"), "--prompt x: is about --steer"),
         (("--steer", "0=1", "--prompt", "x", "--tokens", "5"), "--tokens 5: --steer reads no text"),
+        (
+            ("--steer", "0=1", "--prompt", "x", "--context_length", "7"),
+            "--steer reads no text without",
+        ),
         (("--steer", "0=1", "--prompt", "x", "--continuations", "2"), "give --temperature too"),
     ],
 )

@@ -80,7 +80,9 @@ def test_the_page_holds_the_point_of_the_sae_and_the_source_of_each_other(summar
         assert shown.replace("<br>", "").endswith(reference.source)
 
 
-@pytest.mark.parametrize("change", [{"protocol": "saebench"}, {"metrics": {"loss_recovered": None, "l0": 61.4}}])
+@pytest.mark.parametrize(
+    "change", [{"protocol": "saebench"}, {"metrics": {"loss_recovered": None}}, {"model": "synthetic:m"}]
+)
 def test_an_sae_without_a_comparable_loss_recovered_is_not_placed(summary, plots, change):
     metrics = summary["metrics"] | change.get("metrics", {})
     page = render_html(summary | change | {"metrics": metrics}, plots, [])

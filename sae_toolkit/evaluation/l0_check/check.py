@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.saes.formats import SAEFile
 
+log = logging.getLogger(__name__)
+
 _CHUNK_VALUES = 2**24  # features and projections of a chunk of tokens: 64 MiB each
 _DIFFERENCES = ("d_sae", "library", "architecture", "normalize_activations", "tokens in a step", "settings of the SAE")
 # Of the training's settings of the SAE, those that an SAE of another L0 has otherwise.
 _OF_L0 = {"k", "l0_coefficient", "l1_coefficient", "l0_warm_up_steps", "l1_warm_up_steps"}
+_MOST_LR_RATIO = 2  # --recipe auto chooses a rate for each k
 _MOST_TOKENS_RATIO = 1.05  # batches of other sizes end at other numbers
 _LEAST_DIRECTIONS = 3  # for pairs, and so that 3/8 of them is one
 
@@ -51,6 +55,7 @@ def check_decoders(groups: Sequence[PreparedEvaluation]) -> None:
                 )
         for one, other in combinations(group.saes, 2):
             _check_comparable(one, other)
+        _warn_of_trainings(group.saes)
     for one_group, other_group in combinations(groups, 2):
         if (one_group.model.name, one_group.hook_name) == (other_group.model.name, other_group.hook_name):
             one, other = one_group.saes[0], other_group.saes[0]
@@ -94,16 +99,32 @@ def _traits(evaluated: EvaluatedSAE) -> tuple[Any, ...]:
     settings = {name: value for name, value in details.items() if name not in _OF_L0} or None
     return (
         *(cfg.d_sae, evaluated.file.library, architecture, cfg.normalize_activations),
-        *(_tokens_in_a_step(evaluated.file.path), settings),
+        *(_runner_settings(evaluated.file.path).get("train_batch_size_tokens"), settings),
     )
 
 
-def _tokens_in_a_step(sae_path: Path) -> int | None:
-    """Returns the tokens of a training step, by SAELens's runner_cfg.json; None if the file is not there."""
+def _runner_settings(sae_path: Path) -> Mapping[str, Any]:
+    """Returns the settings of the training, by SAELens's runner_cfg.json; none if the file is not there."""
     try:
-        return int(json.loads((sae_path / "runner_cfg.json").read_text())["train_batch_size_tokens"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        settings = json.loads((sae_path / "runner_cfg.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _warn_of_trainings(saes: Sequence[EvaluatedSAE]) -> None:
+    """Warns if SAEs at one hook were trained on other texts, or with learning rates that are far apart."""
+    settings = [_runner_settings(each.file.path) for each in saes]
+    for name in ("dataset_path", "lr"):
+        known = [(each.file.name, of[name]) for each, of in zip(saes, settings, strict=True) if of.get(name)]
+        for (one, a), (other, b) in combinations(known, 2):
+            near = isinstance(a, float) and isinstance(b, float) and max(a, b) <= _MOST_LR_RATIO * min(a, b)
+            if a != b and not near:
+                log.warning(
+                    "--l0_check: %s and %s were trained with --%s %s and %s, and the statistics also depend on that",
+                    *(one, other, name, a, b),
+                )
+                break
 
 
 def _run_of(sae_path: Path) -> Path | None:

@@ -47,6 +47,7 @@ class _Activations:
     X_test_MD: torch.Tensor
     y_test_M: np.ndarray
     weight_RM: np.ndarray
+    n_trained_on: int  # test examples whose text is among those of the training too
     seed: int
 
     def scored(self, X_train: np.ndarray, X_test: np.ndarray, penalty: Any) -> tuple[dict[str, float], _Draws]:
@@ -120,7 +121,7 @@ def measure_probing(
             train, test = activations.X_train_ND.numpy(), activations.X_test_MD.numpy()
             baseline, baseline_draws = activations.scored(train, test, "l2")
             for i, evaluated in enumerate(group.saes):
-                of_k, draws_of_k, features = _probe_sae(evaluated.sae, group.device, activations)
+                of_k, draws_of_k, features = _probe_sae(evaluated.file.name, evaluated.sae, group.device, activations)
                 measured = {
                     **_described(activations),
                     "baseline": with_intervals(baseline, baseline_draws),
@@ -159,26 +160,38 @@ def _activations(
             f"--probing: {task.name}: only {n_least} training or test texts of a class have a position that all SAEs"
             " are measured at; use longer texts, or other SAEs"
         )
-    document_M = None if task.document_N is None else task.document_N[both[test]]
+    texts = [task.texts[n] for n in both]
+    in_training = {texts[n] for n in train}
     return _Activations(
         task=task,
         X_train_ND=acts_ND[train],
         y_train_N=y_N[train],
         X_test_MD=acts_ND[test],
         y_test_M=y_N[test],
-        weight_RM=resampled_weights(len(test), document_M, seed=seed + number),
+        weight_RM=resampled_weights(len(test), _units(task, both[test]), seed=seed + number),
+        n_trained_on=sum(texts[n] in in_training for n in test),
         seed=seed,
     )
 
 
+def _units(task: Task, numbers_M: np.ndarray) -> np.ndarray:
+    """Returns the number of the unit that each text belongs to: its document, or the text where it occurs again."""
+    if task.document_N is not None:
+        return task.document_N[numbers_M]
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(task.texts[n], place) for place, n in enumerate(numbers_M)])
+
+
 def _probe_sae(
-    sae: SAE[Any], device: str, activations: _Activations
+    name: str, sae: SAE[Any], device: str, activations: _Activations
 ) -> tuple[list[dict[str, Any]], dict[str, _Draws], list[int]]:
     """Returns the scores for each k, those in each draw, and the best features."""
     sae.to(device)
     features_K = rank_features(sae, activations.X_train_ND, activations.y_train_N)[: KS[-1]]
     train_NK, test_MK = (feature_columns(sae, X, features_K) for X in (activations.X_train_ND, activations.X_test_MD))
     sae.to("cpu")
+    if not train_NK.any():
+        log.warning("--probing: %s: no feature of %s fires at the last tokens", activations.task.name, name)
     of_k, draws_of_k = [], {}
     for k in KS:
         if k <= sae.cfg.d_sae:
@@ -196,6 +209,7 @@ def _described(activations: _Activations) -> dict[str, Any]:
         "classes": list(task.classes),
         "n_train": len(activations.y_train_N),
         "n_test": len(activations.y_test_M),
+        "n_test_trained_on": activations.n_trained_on,
     }
     if task.document_N is not None:
         described["n_documents"] = len(np.unique(task.document_N))

@@ -29,7 +29,7 @@ def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEva
 
     Raises:
         UserError: an SAE has another width, hook or model than those that are evaluated, these are at several hooks,
-            or there is no second SAE.
+            there is no second SAE, or an SAE's decoder vectors are zero.
     """
     names = settings.measurements.stability
     flag = f"--stability {' '.join(names)}"
@@ -47,6 +47,9 @@ def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEva
         if other is not None:
             _check_conversations(other, groups)
             others.append(other)
+    for each in (*evaluated, *others):
+        if not each.sae.W_dec.any():
+            raise UserError(f"{flag}: all decoder vectors of {each.file.name} are zero; leave that SAE out")
     for each in evaluated:
         if all(is_same(other.file, each.file) for other in others):
             raise UserError(
@@ -55,7 +58,7 @@ def prepare_stability(settings: EvaluationSettings, groups: Sequence[PreparedEva
             )
         if copy := next((other for other in others if other is not each and _has_weights_of(other, each)), None):
             log.warning(
-                "%s: %s is a copy of %s, in which all features are found again; name SAEs of other trainings",
+                "%s: %s has the decoder of %s, so that all features are found again; name SAEs of other trainings",
                 *(flag, copy.file.name, each.file.name),
             )
     return Stability(tuple(others))

@@ -274,6 +274,26 @@ def test_saes_that_cannot_be_compared_are_refused(prepared, tmp_path, monkeypatc
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"dataset_path": "some/text", "lr": 4e-4}, "--dataset_path other/text and some/text, and the statistics also"),
+        ({"dataset_path": "other/text", "lr": 1e-3}, "--lr 0.0004 and 0.001, and the statistics also depend on that"),
+        ({"dataset_path": "other/text", "lr": 7e-4}, None),
+        ({}, None),
+    ],
+)
+def test_other_texts_and_learning_rates_of_the_trainings_are_said(prepared, tmp_path, caplog, settings, says):
+    evaluation, group, _ = prepared
+    saes = []
+    for evaluated, of_training in zip(group.saes, ({"dataset_path": "other/text", "lr": 4e-4}, settings), strict=False):
+        (tmp_path / evaluated.file.name).mkdir()
+        (tmp_path / evaluated.file.name / "runner_cfg.json").write_text(json.dumps(of_training))
+        saes.append(at(evaluated, tmp_path / evaluated.file.name))
+    prepare_further_evaluations(evaluation, [replace(group, saes=tuple(saes))])
+    assert says in caplog.text if says else not caplog.text
+
+
 def test_several_saes_have_one_table_in_the_terminal_and_each_report(script, tiny_model, text_file, tmp_path):
     """On a tiny model of random weights: the way through the script is the point."""
     for k in (2, 4):

@@ -7,6 +7,7 @@ numbers are compared with scikit-learn here, and with sae-probes in test_parity.
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,9 @@ from sae_toolkit.evaluation.probing.activations import last_activations
 from sae_toolkit.evaluation.probing.embedded_tasks import embedded_tasks
 from sae_toolkit.evaluation.probing.features import feature_columns, rank_features
 from sae_toolkit.evaluation.probing.probe import resampled_weights, scores
-from sae_toolkit.evaluation.probing.run import measure_probing, read_tasks
+from sae_toolkit.evaluation.probing.run import _units, measure_probing, read_tasks
 from sae_toolkit.evaluation.probing.split import split
+from sae_toolkit.evaluation.probing.table import show_probing
 from sae_toolkit.evaluation.probing.tasks import Task, read_task
 from sae_toolkit.model.loading import find_model, load_language_model
 from sae_toolkit.model.tokenizer import load_tokenizer
@@ -239,7 +241,7 @@ def at_a_hook(tiny_model):
     source = find_model(str(tiny_model))
     positions = PositionFilter(special_token_ids=(2,), skip_positions=2)
     prepared = SimpleNamespace(
-        saes=(EvaluatedSAE(None, topk_sae(32, 96, 4), positions),),
+        saes=(EvaluatedSAE(SimpleNamespace(name="sae"), topk_sae(32, 96, 4), positions),),
         protocol="health",
         device="cpu",
         model=source,
@@ -267,6 +269,30 @@ def test_a_task_whose_texts_have_no_position_of_the_sae_is_refused(at_a_hook):
     task = Task("letters", "", tuple(letters * 10), np.arange(260) % 2, ("0", "1"))
     with pytest.raises(UserError, match="--probing: letters: only 0 training or test texts of a class have a position"):
         measure_probing([task], *at_a_hook, 8)
+
+
+def test_the_same_text_in_training_and_test_is_counted_and_drawn_as_one(at_a_hook):
+    """A bootstrap over its copies would be far too sure."""
+    texts = [f"A list that has the number {i}" for i in range(120)]
+    y_N = np.arange(120) % 2
+    task = Task("again", "", tuple(8 * texts), np.tile(y_N, 8), ("0", "1"))
+    units_M = _units(task, np.array([0, 5, 120, 7, 125]))
+    assert units_M.tolist() == [0, 1, 0, 3, 1]
+    (measured,) = measure_probing([task], *at_a_hook, 8)
+    (of_task,) = measured.results["tasks"]
+    assert of_task["n_test_trained_on"] > 0.9 * of_task["n_test"]
+    ((name, *_),) = show_probing(measured.results).rows
+    assert re.fullmatch(r"again \(\d+% of the test texts were trained on\)", name)
+
+
+def test_an_sae_of_which_no_feature_fires_is_named(at_a_hook, caplog):
+    prepared, model = at_a_hook
+    sae = topk_sae(32, 96, 4)
+    sae.b_enc.data.fill_(-1e4)
+    silent = SimpleNamespace(**vars(prepared) | {"saes": (replace(prepared.saes[0], sae=sae),)})
+    texts = tuple(f"A list that has the number {i}" for i in range(240))
+    measure_probing([Task("numbers", "", texts, np.arange(240) % 2, ("0", "1"))], silent, model, 8)
+    assert "--probing: numbers: no feature of sae fires at the last tokens" in caplog.text
 
 
 def test_131072_features_take_a_few_hundred_megabytes_beside_the_sae():

@@ -171,9 +171,9 @@ def saes(tmp_path_factory):
     """An SAE of random weights, the same with its features in another order, another seed, another width and hook."""
     directory = tmp_path_factory.mktemp("saes")
 
-    def save(name, *, d_in=32, hook="blocks.2.hook_resid_post", order=None, seed=0, max_activation_norm=None):
+    def save(name, *, d_in=32, d_sae=96, hook="blocks.2.hook_resid_post", order=None, seed=0, max_activation_norm=None):
         torch.manual_seed(seed)
-        sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=96, apply_b_dec_to_input=True))
+        sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=True))
         for parameter in sae.parameters():
             parameter.data = torch.randn_like(parameter) * 0.2
         if order is not None:
@@ -182,6 +182,8 @@ def saes(tmp_path_factory):
         sae.cfg.metadata.hook_name = hook
         if max_activation_norm is not None:
             sae.cfg.metadata.max_activation_norm = max_activation_norm
+        if name == "zero":
+            sae.W_dec.data.zero_()
         sae.save_model(directory / name)
         return directory / name
 
@@ -192,6 +194,8 @@ def saes(tmp_path_factory):
         "wide": save("wide", d_in=64),
         "nowhere": save("nowhere", seed=2, max_activation_norm=1e-9),
         "copy": save("copy"),
+        "zero": save("zero"),
+        "single": save("single", d_sae=1),
         "elsewhere": save("elsewhere", hook="blocks.1.hook_resid_post"),
     }
 
@@ -262,11 +266,17 @@ def test_other_saes_of_other_widths_each_have_their_random_directions(evaluate, 
     assert "random, for other" in report and "random, for fewer" in report
 
 
-def test_a_copy_is_said_to_be_one(evaluate, saes):
+def test_an_sae_of_one_feature_is_compared_too(evaluate, saes):
+    done = evaluate("--sae_path", saes["single"], "--stability", saes["one"])
+    assert done.status == 0, done.stderr
+    assert "95th percentile" not in (saes["single"] / "report.md").read_text()
+
+
+def test_a_decoder_that_is_a_copy_is_said_to_be_one(evaluate, saes):
     done = evaluate("--sae_path", saes["one"], "--stability", saes["copy"], saes["same"])
     assert done.status == 0, done.stderr
-    assert "copy is a copy of one, in which all features are found again" in done.stderr
-    assert "same is a copy" not in done.stderr
+    assert "copy has the decoder of one, so that all features are found again" in done.stderr
+    assert "same has the decoder" not in done.stderr
 
 
 def test_saes_named_by_stability_alone_are_evaluated_and_compared_with_each_other(evaluate, saes):
@@ -288,6 +298,7 @@ def test_saes_named_by_stability_alone_are_evaluated_and_compared_with_each_othe
             "an SAE of blocks.1.hook_resid_post, and one is at blocks.2",
         ),
         (["--stability", "one", "elsewhere"], "compares SAEs of one hook, and these are at blocks.2.hook_resid_post"),
+        (["--sae_path", "one", "--stability", "zero"], "all decoder vectors of zero are zero; leave that SAE out"),
         (["--sae_path", "one", "--stability", "nowhere"], "no token of the text is at a position that all of the SAEs"),
         ([], "--sae_path: names no SAE"),
     ],
