@@ -15,9 +15,11 @@ from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings import fields
 from sae_toolkit.settings.checks import check_paths, check_settings
-from sae_toolkit.settings.fields import Scope
+from sae_toolkit.settings.fields import Scope, as_text
 from sae_toolkit.settings.training import RECIPE_FLAGS, TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.console import Parser
+
+_HOOK_FLAGS = ("hook_name", "hook_names", "layers")
 
 _EPILOG = f"""\
 examples:
@@ -198,6 +200,13 @@ def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
     of_command = {name: defaults[name] for name in flags_with(Scope.COMMAND) - {"preset"}}
     was_chosen = saved["chosen"]
     before = saved | {name: defaults[name] for name in was_chosen if name in defaults} | of_command
+    if (hooks := saved["hook_name"] or saved["hook_names"]) and given.get("layer") is not None:
+        raise UserError(
+            f"--layer {given['layer']}: is for the residual stream, and the run {like} is at {as_text(hooks)}; give"
+            " --hook_name instead"
+        )
+    if any(given.get(name) for name in _HOOK_FLAGS):
+        before |= dict.fromkeys(_HOOK_FLAGS)
     values = before | given | {"set": [*_not_chosen(saved["set"], was_chosen), *given.get("set", [])]}
     kept = {
         name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sae_toolkit.settings import fields
-from sae_toolkit.settings.fields import Scope, flag
+from sae_toolkit.settings.fields import Scope, as_text, flag
 from sae_toolkit.settings.values import (
     Fraction,
     IntervalText,
@@ -45,13 +45,29 @@ Architecture = Literal[
 ]
 
 
+class _InsteadOfLayers(argparse.Action):
+    """Keeps the layer, and forgets the --layers before it. After a hook it is refused: it is about another place."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: str | None = None
+    ) -> None:
+        for name in ("hook_name", "hook_names"):
+            if hooks := getattr(namespace, name, None):
+                parser.error(
+                    f"argument --layer {values}: --{name} {as_text(hooks)} chooses the place, and --layer is for the"
+                    " residual stream; leave one of them out"
+                )
+        setattr(namespace, self.dest, values)
+        namespace.layers = None
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """Language model."""
 
     model_name: str = "meta-llama/Meta-Llama-3-8B"
     """language model: a Hugging Face id, a directory, a .gguf file, embedded:smollm2-135m or synthetic:small"""
-    layer: NonNegative = 12
+    layer: NonNegative = flag(12, action=_InsteadOfLayers)
     """train on the residual stream after this layer; the first layer is 0"""
     hook_name: str | None = None
     """train on the activations at this TransformerLens hook (default: blocks.LAYER.hook_resid_post)"""

@@ -7,7 +7,7 @@ import pytest
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.command_line import default_flags, parse_training_flags, training_words
+from sae_toolkit.settings.command_line import default_flags, parse_training_flags, save_flags, training_words
 from sae_toolkit.settings.document import flags_page
 from sae_toolkit.settings.fields import Scope
 from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
@@ -83,3 +83,45 @@ def test_settings_cannot_be_changed():
 def test_verbose_and_quiet_exclude_one_another():
     with pytest.raises(UserError, match="--quiet: not allowed with argument --verbose"):
         parse_training_flags(["--verbose", "--quiet"])
+
+
+SEVERAL = ["--hook_names", "blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hooks"),
+    [
+        (["--layer", "3", "--hook_name", "blocks.1.hook_mlp_out"], ["blocks.1.hook_mlp_out"]),  # as after a preset
+        (["--layer", "3", *SEVERAL], SEVERAL[1:]),
+        (["--layers", "2", "3", "--layer", "1"], ["blocks.1.hook_resid_post"]),
+        (["--hook_name", "blocks.1.hook_mlp_out", "--layer", "3"], "argument --layer 3: --hook_name blocks.1.hook_mlp"),
+        ([*SEVERAL, "--layer", "3"], "argument --layer 3: --hook_names blocks.1.hook_mlp_out,blocks.2.hook_mlp_out"),
+        (["--hook_name", "blocks.1.hook_mlp_out", "--layers", "2"], "--hook_name and --layers: only one of them can"),
+    ],
+)
+def test_a_layer_is_taken_or_refused_and_never_without_effect(words, hooks):
+    if isinstance(hooks, list):
+        assert parse_training_flags(words).model.all_hook_names == hooks
+    else:
+        with pytest.raises(UserError, match=hooks):
+            parse_training_flags(words)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words", "hooks"),
+    [
+        (["--layers", "2", "3"], ["--layer", "1"], ["blocks.1.hook_resid_post"]),
+        (["--layers", "2", "3"], ["--hook_name", "blocks.1.hook_mlp_out"], ["blocks.1.hook_mlp_out"]),
+        (["--hook_name", "blocks.1.hook_mlp_out"], SEVERAL, SEVERAL[1:]),
+        (SEVERAL, ["--layers", "2"], ["blocks.2.hook_resid_post"]),
+        (SEVERAL, [], SEVERAL[1:]),
+        (["--hook_name", "blocks.1.hook_mlp_out"], ["--layer", "3"], "--layer 3: is for the residual stream, and the"),
+    ],
+)
+def test_a_place_takes_that_of_the_run_that_like_names(tmp_path, saved, words, hooks):
+    save_flags(parse_training_flags(saved).as_flags(), tmp_path)
+    if isinstance(hooks, list):
+        assert parse_training_flags(["--like", str(tmp_path), *words]).model.all_hook_names == hooks
+    else:
+        with pytest.raises(UserError, match=hooks):
+            parse_training_flags(["--like", str(tmp_path), *words])
