@@ -22,9 +22,9 @@ else
 fi
 echo "$("$PYTHON" --version), $PYTHON"
 case "${1:-}" in
-"") # two at a time, each on one core: starting Python takes most of the time
+"") # three at a time, each on one core, since each often waits
     export OMP_NUM_THREADS=1
-    set -- -n 2 --dist loadfile --no-loadscope-reorder --durations 20 # in the order of tests/conftest.py
+    set -- -n 3 --dist loadfile --no-loadscope-reorder --durations 20 # in the order of tests/conftest.py
     ;;
 --gpu) set -- tests/gpu --device cuda "${@:2}" ;;
 --faults) # three at a time: waiting takes most of the time

@@ -11,7 +11,7 @@ from sae_toolkit.activations.shuffle_buffer import on_device
 from sae_toolkit.distributed.ranks import ALONE, Ranks
 
 CAPACITY = 16_384  # activations that were trained on, on all ranks together
-DTYPE = torch.bfloat16
+DTYPE = torch.float32  # of a sample of what was trained on
 # Of held-out text: as much as the evaluation measures on. Contexts differ: over 4,096 tokens L0 is 1.5% to 3% off that
 # over all of them, in the mean, and over half of them 0.3% to 0.6%.
 _MOST_HELD_OUT, LEAST_HELD_OUT = 52_500, 8192
@@ -58,7 +58,7 @@ class ActivationSample:
 
     @property
     def acts_ND(self) -> torch.Tensor:
-        """The activations [N, D] that this rank keeps, in bfloat16. Those of steps that were not finite are included.
+        """The activations [N, D] that this rank keeps. Those of steps that were not finite are included.
 
         It is only allowed if there are any.
         """
@@ -73,12 +73,12 @@ class ActivationSample:
     def hold(self, acts_ND: torch.Tensor) -> None:
         """Takes activations of held-out text, in place of what there is. What is added later is left out.
 
-        They stay on the CPU.
+        They stay on the CPU, in the dtype that they have: a rounding of large ones would change which features fire.
 
         Args:
             acts_ND: this rank's share of the raw activations.
         """
-        self._storage = acts_ND.to("cpu", DTYPE, copy=True)
+        self._storage = acts_ND.to("cpu", copy=True)
         self._n, self._n_seen, self.is_held_out = len(acts_ND), 0, True
 
     def first(self, n: int | None) -> torch.Tensor:

@@ -205,7 +205,8 @@ def plan_memory(
     measured = math.ceil(cfg.n_batches_for_norm_estimate * batch / kept_of_pass) * kept_of_pass  # in whole passes
     parameters = [n_parameters_of_sae(one) * sae_bytes for one in each]
     calibrates = has_calibration(cfg.sae, 1.0 if has_target_l0 else None)
-    sample = max(CAPACITY, held_out_tokens(cfg.training_tokens)) if on_cpu else CAPACITY
+    held_out = held_out_tokens(cfg.training_tokens) if on_cpu else 0  # they stay on the CPU
+    sample = max(CAPACITY * DTYPE.itemsize, held_out * acts_bytes)
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
     longer = [copy.copy(one) for one in each]
     for one in longer:
@@ -219,7 +220,7 @@ def plan_memory(
         forward_pass=tokens * (d_in * acts_bytes if cached else width * lm_bytes),
         buffer=(max(mixed, batch) + tokens) * d_in * acts_bytes,
         norm_estimate=measured * d_in * (2 * acts_bytes + max(4, sae_bytes)),
-        sample=calibrates * sample * sum(one.sae.d_in for one in each) * DTYPE.itemsize,
+        sample=calibrates * sample * sum(one.sae.d_in for one in each),
         sae=sum(parameters),
         gradients=max(parameters),
         adam=2 * sum(parameters),

@@ -22,7 +22,7 @@ from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
 from sae_toolkit.saes.training_form import load_weights, unfold_normalization
-from sae_toolkit.steps import activation_sample
+from sae_toolkit.steps.activation_sample import LEAST_HELD_OUT
 from sae_toolkit.steps.multi_trainer import MultiTrainer
 from sae_toolkit.steps.sharded_sae import shard_sae
 from sae_toolkit.steps.sparse_topk import sparse_class
@@ -34,7 +34,7 @@ from sae_toolkit.training.prepared_run import PreparedRun
 log = logging.getLogger(__name__)
 
 _ROWS_OF_RANK = 4  # of held-out text, at least
-_LEAST_KEPT = 1024  # of the activations of held-out text
+_LEAST_KEPT = LEAST_HELD_OUT // 2  # activations of held-out text
 
 
 def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
@@ -152,9 +152,8 @@ class Training:
         assert run.held_out_NT is not None
         # A shard needs all activations. Where rows are few, each rank runs all of them too: none must be without any.
         shares = not run.is_sharded and len(run.held_out_NT) >= _ROWS_OF_RANK * self.ranks.size
-        acts_ND = self.stream.of_other_rows(
-            run.held_out_NT, run.held_out_assistant_NT, activation_sample.DTYPE, shares=shares
-        )
+        dtype = self.stream.source.dtype
+        acts_ND = self.stream.of_other_rows(run.held_out_NT, run.held_out_assistant_NT, dtype, shares=shares)
         if not shares and not run.is_sharded:
             acts_ND = acts_ND[self.ranks.rank :: self.ranks.size]  # each activation counts once
         if sum(n for (n,) in self.ranks.counts(len(acts_ND))) < _LEAST_KEPT:  # if the assistant hardly speaks there

@@ -33,6 +33,7 @@ from sae_toolkit.training.directory import ASSISTANT, HELD_OUT, HELD_OUT_ASSISTA
 log = logging.getLogger(__name__)
 
 _TOKENS_OF_READING, _LEAST_ROWS_OF_READING = 4096, 4
+_LEAST_SPOKEN = 1 / 16  # share of the assistant's tokens, so that held-out text does not take most of a run
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def read_text(
     read = RunText(text, *split_marks(marked_NT, positions))
     check_token_ids(read.rows_NT, model, f"--dataset_path {text.name}")
     usable = cfg.context_size - positions.skip_positions
-    if n_rows := _held_out_rows(settings, cfg, usable):
+    spoken = 1.0 if read.assistant_NT is None else max(float(read.assistant_NT.mean()), _LEAST_SPOKEN)
+    if n_rows := _held_out_rows(settings, cfg, usable * spoken):
         # The rows that the evaluation measures on where nobody chooses others, so that L0 is k there. Which they are
         # does not depend on the seed of the run.
         eval_every = settings.recording.eval_every
@@ -120,8 +122,12 @@ def rows_of_reading(context_size: int) -> int:
     return max(_TOKENS_OF_READING // context_size, _LEAST_ROWS_OF_READING)
 
 
-def _held_out_rows(settings: TrainingSettings, cfg: LanguageModelSAERunnerConfig[Any], usable: int) -> int:
-    """Returns how many rows of held-out text a run needs, for its readings and for the calibration of its L0."""
+def _held_out_rows(settings: TrainingSettings, cfg: LanguageModelSAERunnerConfig[Any], usable: float) -> int:
+    """Returns how many rows of held-out text a run needs, for its readings and for the calibration of its L0.
+
+    Args:
+        usable: how many positions of a row are kept, in the mean.
+    """
     compares_seeds = settings.optimization.seeds > 1 and settings.text.held_out_fraction > 0
     n_rows = rows_of_reading(cfg.context_size) if settings.recording.eval_every or compares_seeds else 0
     if settings.text.held_out_fraction and has_calibration(cfg.sae, settings.sae.target_l0):

@@ -103,6 +103,27 @@ def test_the_stream_serves_what_the_assistant_says(sae):
     assert next(stream).flatten().tolist() == rows_NT[kept_NT].tolist()
 
 
+def test_l0_is_set_on_many_tokens_where_the_assistant_says_little(trainings, tiny_model, tmp_path):
+    """More rows of held-out text are read then."""
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for i in range(3000):
+            contents = {
+                "user": " ".join(str(i * j) for j in range(9)),
+                "assistant": f"The number is {i} times {i % 7}.",
+            }
+            messages = [{"role": role, "content": content} for role, content in contents.items()]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    flags = run_flags(tiny_model, tmp_path / "chat.jsonl", tmp_path)
+    own = "--chat_tokens assistant --held_out_fraction 0.5 --epochs 4 --checkpoint_every 0"
+    status, _ = trainings.run([*flags, *own.split()])
+    assert status == 0, trainings.shown()
+    sae = trainings.finished_sae()
+    assert np.load(sae.parent / "assistant.npy").mean() < 0.35
+    metadata = json.loads((sae / "cfg.json").read_text())["metadata"]
+    assert metadata["calibrated_on_text"] == "held-out"
+    assert 20480 / 2 * 0.8 < metadata["calibrated_on_tokens"] < 20480 / 2 * 1.25
+
+
 def test_a_resumed_run_trains_on_the_same(sae, trainings, tmp_path):
     run = shutil.copytree(sae.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("final_*"))
     status, _ = trainings.run(["--resume", str(run)])
