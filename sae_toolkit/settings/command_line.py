@@ -14,7 +14,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings import fields
-from sae_toolkit.settings.checks import check_paths, check_settings
+from sae_toolkit.settings.checks import SPARSITY_WEIGHTS, check_paths, check_settings
 from sae_toolkit.settings.fields import Scope, as_text
 from sae_toolkit.settings.training import RECIPE_FLAGS, TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.console import Parser
@@ -207,6 +207,8 @@ def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
         )
     if any(given.get(name) for name in _HOOK_FLAGS):
         before |= dict.fromkeys(_HOOK_FLAGS)
+    if "architecture" in given and given["architecture"] not in SPARSITY_WEIGHTS:
+        before["target_l0"] = None  # it has none to reach: k is its L0
     values = before | given | {"set": [*_not_chosen(saved["set"], was_chosen), *given.get("set", [])]}
     kept = {
         name

@@ -125,3 +125,12 @@ def test_a_place_takes_that_of_the_run_that_like_names(tmp_path, saved, words, h
     else:
         with pytest.raises(UserError, match=hooks):
             parse_training_flags(["--like", str(tmp_path), *words])
+
+
+def test_another_architecture_does_not_take_a_target_that_it_cannot_have(tmp_path):
+    save_flags(parse_training_flags(["--architecture", "gated", "--target_l0", "40"]).as_flags(), tmp_path)
+    words = ["--like", str(tmp_path), "--architecture"]
+    assert parse_training_flags([*words, "batchtopk"]).sae.target_l0 is None
+    assert parse_training_flags([*words, "jumprelu"]).sae.target_l0 == 40
+    with pytest.raises(UserError, match="--target_l0 20: batchtopk has no sparsity weight"):
+        parse_training_flags([*words, "batchtopk", "--target_l0", "20"])
