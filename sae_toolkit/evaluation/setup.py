@@ -87,38 +87,32 @@ def prepare_evaluations(
         of_context = text_settings.context_length, text_settings.skip_positions
         with _of_the_sae(file, unless=next((flag for flag in of_context if flag is not None), None)):
             text = with_context(source, held_out, record, text_settings, model)
-        if record is not own:
-            _warn_of_own_record(own, file, hook_name, sae_settings, text)
         group = groups.setdefault((model_key, hook_name, text.key), _Group(model, hook_name, text))
         sources = _sources(record, sae_settings, text_settings, is_chat=source.is_chat)
         multiple = text_settings.max_activation_norm_multiple
         limit = record.max_activation_norm if multiple is None else None
         positions = PositionFilter((), text.skip_positions, limit, text.chat_tokens)
-        is_seen = may_have_trained_on(own, text)
-        group.members.append((EvaluatedSAE(file, sae, positions, multiple or None, sources, is_seen), record))
+        is_text_seen = may_have_trained_on(own, text)
+        evaluated = EvaluatedSAE(file, sae, positions, multiple or None, sources, is_text_seen)
+        if record is not own:
+            _warn_of_own_record(evaluated, model, hook_name, text)
+        group.members.append((evaluated, record))
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
     return [_prepare_group(group, text_settings, measurements, device) for group in groups.values()]
 
 
-def _warn_of_own_record(
-    own: SAEMetadata, file: SAEFile, hook_name: str, sae_settings: EvaluatedSAESettings, text: EvaluationText
-) -> None:
-    """Warns where an SAE that is measured as another one was trained elsewhere, or on the text.
-
-    Args:
-        own: what the SAE's own files record.
-        hook_name: where it is measured.
-        text: what it is measured on.
-    """
-    if own.hook_name and own.hook_name != hook_name:
-        log.warning("%s: was trained at %s; --like evaluates it at %s", file.name, own.hook_name, hook_name)
-    if may_have_trained_on(own, text):
+def _warn_of_own_record(evaluated: EvaluatedSAE, model: ModelSource, hook_name: str, text: EvaluationText) -> None:
+    """Warns where an SAE that is measured as another one was trained elsewhere, or on the text."""
+    own, name = evaluated.sae.cfg.metadata, evaluated.file.name
+    for trained, measured in ((own.model_name, model.name), (own.hook_name, hook_name)):
+        if trained and trained != measured:
+            log.warning("%s: was trained at %s; with --like it is evaluated at %s", name, trained, measured)
+    if evaluated.is_text_seen:
         log.warning(
             "%s: may have been trained on these documents of %s, which are not those that it holds out itself; give"
             " other text by --dataset, or train the SAEs with one --held_out_seed",
-            file.name,
-            text.source.name,
+            *(name, text.source.name),
         )
 
 

@@ -167,7 +167,7 @@ def set_up_logging(verbose: bool = False, quiet: bool = False, speaks: bool = Tr
 def importing(libraries: str) -> Iterator[None]:
     """Shows that libraries are being imported, which takes seconds, if the terminal can take the line back.
 
-    Python does not look for garbage meanwhile, and later not in what was imported: a tenth of the time of an import.
+    Python does not look for garbage meanwhile, and later not in what was imported: this took a third of a start.
     """
     if "torch" in sys.modules:  # a process that runs a script once more
         yield

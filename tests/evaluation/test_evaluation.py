@@ -283,7 +283,10 @@ def test_an_sae_that_is_measured_as_another_one_keeps_its_own_record(evaluate, s
     assert [result_of(path)["text_may_be_trained_on"] for path in (like, same, *others)] == [False, False, True, True]
     said = re.findall(r"(\S+): may have been trained on these documents of \S+saved,", done.stderr)
     assert said == [path.name for path in others]
-    assert f"{others[0].name}: was trained at blocks.1.hook_resid_post; --like evaluates it at blocks.2" in done.stderr
+    assert (
+        f"{others[0].name}: was trained at blocks.1.hook_resid_post; with --like it is evaluated at blocks.2"
+        in done.stderr
+    )
     for path, words in ((same, "documents held out of training"), (others[0], "SAE may have been trained on them")):
         assert words in (path / "report.md").read_text()
     done = evaluate("--sae_path", others[0], "--like", save_sae(tmp_path / "silent"))
