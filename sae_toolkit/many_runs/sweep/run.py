@@ -48,6 +48,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a trial where anything else runs
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each training keeps its own log
     if address is not None:
         _check_address(address)
