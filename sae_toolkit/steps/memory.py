@@ -206,7 +206,7 @@ def plan_memory(
     parameters = [n_parameters_of_sae(one) * sae_bytes for one in each]
     calibrates = has_calibration(cfg.sae, 1.0 if has_target_l0 else None)
     held_out = held_out_tokens(cfg.training_tokens) if on_cpu else 0  # they stay on the CPU
-    sample = max(CAPACITY * DTYPE.itemsize, held_out * acts_bytes)
+    sample = max(CAPACITY * DTYPE.itemsize, held_out * acts_bytes)  # bytes for each dimension
     whitens = cfg.sae.normalize_activations == "covariance_whitening"
     longer = [copy.copy(one) for one in each]
     for one in longer:
