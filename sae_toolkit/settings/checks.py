@@ -155,16 +155,6 @@ def _check_sae(sae: SAESettings) -> None:
         raise UserError(f"--{weight} 0: nothing to adjust for --target_l0; start above 0, such as with 1")
 
 
-def flags_without_effect(sae: SAESettings) -> list[str]:
-    """Returns a line for each flag that differs from its default and that the architecture has no use for."""
-    used = {SPARSITY_WEIGHTS.get(sae.architecture), "k" if "topk" in sae.architecture else None}
-    return [
-        f"--{name} {getattr(sae, name):g}: without effect, since --architecture {sae.architecture} has no {name}"
-        for name in ("k", "l1_coefficient", "l0_coefficient")
-        if name not in used and getattr(sae, name) != getattr(SAESettings, name)
-    ]
-
-
 def _check_held_out(settings: TrainingSettings) -> None:
     eval_every = settings.recording.eval_every
     if eval_every and settings.text.held_out_fraction == 0:

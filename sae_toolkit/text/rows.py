@@ -237,7 +237,7 @@ def collect_training_rows(
             if n_positions >= _MARGIN * training_tokens:
                 break
     if n_positions * epochs < training_tokens:
-        because = f"contexts of {context.context_size}, {held_out.fraction:.0%} held out"
+        because = f"contexts of {context.context_size}, {100 * held_out.fraction:.4g}% held out"
         if said := left_out.describe():
             because += f"; {said}"
         what_to_do = "lower --training_tokens, use more text"

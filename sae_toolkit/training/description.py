@@ -35,7 +35,7 @@ def describe(run: PreparedRun, *, details: bool) -> str:
             f"text    {run.text.name}"
             + (f" ({run.text.config})" if run.text.config else "")
             + f", {run.text.described()}, {len(run.rows_NT):,} contexts of {cfg.context_size},"
-            f" {run.held_out.fraction:.0%} of documents held out",
+            f" {100 * run.held_out.fraction:.4g}% of documents held out",
             f"SAE     {saes}, {sae.d_sae:,} features on {sae.d_in:,} dimensions, {sae.dtype}",
             *(f"from    {each['name']}" for each in run.initialized_from.values()),
             f"train   {cfg.training_tokens:,} tokens, {n_steps:,} steps of {cfg.train_batch_size_tokens:,},"

@@ -21,7 +21,6 @@ from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.massive_activations import MASSIVE
 from sae_toolkit.model.devices import out_of_memory_answered, random_states_restored, release_memory, with_float64
 from sae_toolkit.model.language_model import LanguageModel
-from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.training import RunSettings
 from sae_toolkit.steps.finetune_loss import PredictionLoss
 from sae_toolkit.steps.trainer import Trainer
@@ -32,6 +31,7 @@ from sae_toolkit.training.needs import check_disk, check_memory
 from sae_toolkit.training.prepared_run import PreparedRun
 from sae_toolkit.training.recipe_warnings import MeasuredActivations, activation_warnings, recipe_warnings
 from sae_toolkit.training.run import create_sae, load_model
+from sae_toolkit.training.without_effect import without_effect
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
     if not run.ranks.is_main:
         return
     log.info(describe(run, details=settings.dry_run or run.recording.verbose))
-    for line in flags_without_effect(run.sae):
+    for line in without_effect(run):
         log.warning("warning %s", line)
     check_memory(run)
     check_disk(run)

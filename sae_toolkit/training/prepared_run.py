@@ -122,6 +122,15 @@ class PreparedRun:
         return self.positions.keeps_tokens(self.rows_NT, self.assistant_NT)
 
     @property
+    def measures_first_activations(self) -> bool:
+        """Whether the run measures the first activations: for its norm limit, its normalization or its first bias."""
+        return (
+            self.max_norm_multiple is not None
+            or self.sae.b_dec_init_method == "mean"
+            or self.cfg.sae.normalize_activations in ("expected_average_only_in", "covariance_whitening")
+        )
+
+    @property
     def passes(self) -> float:
         """How many passes over the rows the training tokens take, before massive activations are left out."""
         return self.cfg.training_tokens / self.n_positions

@@ -128,8 +128,7 @@ class Training:
                     load_training_checkpoint(run.resume_from, self.trainer, self.stream)
                 log.info("resuming after %s tokens", f"{self.trainer.n_training_samples:,}")
             else:
-                centers = run.sae.b_dec_init_method == "mean"
-                _calibrate(cfg, self.trainer, self.stream, run.max_norm_multiple, centers=centers)
+                _calibrate(run, self.trainer, self.stream)
                 for each in self.trainer.trainers.values() if run.initialized_from else ():
                     unfold_normalization(each.sae, each.activation_scaler)
             self._hold_out_samples()
@@ -216,25 +215,18 @@ def create_sae(cfg: LanguageModelSAERunnerConfig[Any], initial_sae: InitialSAE |
     return sae
 
 
-def _calibrate(
-    cfg: LanguageModelSAERunnerConfig[Any],
-    trainer: MultiTrainer,
-    stream: ActivationStream,
-    max_norm_multiple: float | None,
-    *,
-    centers: bool,
-) -> None:
+def _calibrate(run: PreparedRun, trainer: MultiTrainer, stream: ActivationStream) -> None:
     """Measures the first batches of the stream, which the run also trains on.
 
-    They give the norm limits, the normalization and, if `centers`, the decoder's bias: their mean, once normalized.
+    They give the norm limits, the normalization and, if the run wants it, the decoder's bias: their mean, once
+    normalized.
     """
-    mode = cfg.sae.normalize_activations
-    estimated = centers or mode in ("expected_average_only_in", "covariance_whitening")
-    if max_norm_multiple is None and not estimated:
+    if not run.measures_first_activations:
         stream.calibrate(1, None)  # only to record the median norm
         return
+    cfg, mode = run.cfg, run.cfg.sae.normalize_activations
     log.info("measuring activation norms on %d batches", cfg.n_batches_for_norm_estimate)
-    acts_ND = stream.calibrate(cfg.n_batches_for_norm_estimate, max_norm_multiple)
+    acts_ND = stream.calibrate(cfg.n_batches_for_norm_estimate, run.max_norm_multiple)
     for each, acts in zip(trainer.trainers.values(), stream.at_each_hook(acts_ND), strict=True):
         if mode == "expected_average_only_in":  # SAELens uses only the norms
             batches = stream.ranks.gather(acts.norm(dim=-1, keepdim=True))
@@ -243,7 +235,7 @@ def _calibrate(
             gathered = stream.ranks.gather(acts.contiguous())
             batches = [piece for part in gathered for piece in part.split(cfg.train_batch_size_tokens)]
             each.activation_scaler.estimate_whitening(each.sae.cfg.d_in, iter(batches), len(batches))
-        if centers:
+        if run.sae.b_dec_init_method == "mean":
             sums_D = stream.ranks.sum(each.activation_scaler(acts).sum(dim=0, dtype=torch.float32))
             n = sum(n for (n,) in stream.ranks.counts(len(acts)))
             each.sae.b_dec.data.copy_(sums_D / n)

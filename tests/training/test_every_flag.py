@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_toolkit import ROOT
 from sae_toolkit.errors import UserError
-from sae_toolkit.settings.checks import flags_without_effect
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.settings.training import ARCHITECTURES, TRAINING_FLAGS, SAESettings, TrainingSettings
 from sae_toolkit.text.sources import open_text
@@ -26,6 +25,7 @@ from sae_toolkit.training.configuration import build_runner_config
 from sae_toolkit.training.record import start
 from sae_toolkit.training.run import Training, create_sae, open_activations
 from sae_toolkit.training.set_flag import HONOURED, NOT_HONOURED_IN_SAE, OWNED
+from sae_toolkit.training.without_effect import flags_of_other_architectures, without_effect
 
 HOOK = "blocks.1.hook_resid_post"
 # Another value for each flag. After a comma: the flags that it needs beside it, in both runs that are compared.
@@ -146,6 +146,7 @@ OTHER_FIELDS: dict[str, tuple[str, ...]] = {
     "sae.max_iterations": ("3",),
     "sae.stop_on_duplicate_support": ("false",),
 }
+NEEDING = ("lr_end", "n_restart_cycles", "sae_compilation_mode", "llm_compilation_mode")  # another field, as above
 TRAINED = ("batchtopk", "standard", "jumprelu", "matryoshka_batchtopk", "matching_pursuit")  # all fields are of one
 
 
@@ -237,7 +238,7 @@ class Bench:
             rates.append(trainer.optimizer.param_groups[0]["lr"])
         not_settings = ("checkpoint_path", "logger")
         yield self.found | {
-            "warned": flags_without_effect(run.sae),
+            "warned": without_effect(run),
             "checkpoints": (trainer.checkpoint_thresholds, training.checkpoints._every),
             "sae": [{k: v for k, v in s.cfg.to_dict().items() if k != "metadata"} for s in training.saes.values()],
             "optimizer": [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizer.param_groups],
@@ -330,8 +331,29 @@ def test_what_only_the_script_does_has_a_test():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_flag_that_the_architecture_has_no_use_for_is_said_to_be_without_effect(architecture):
     given = {"k": 5, "l1_coefficient": 7.0, "l0_coefficient": 7.0}
-    said = flags_without_effect(SAESettings(architecture, **given))
+    said = flags_of_other_architectures(SAESettings(architecture, **given))
     settings = TrainingSettings(sae=SAESettings(architecture, **given))
     cfg = build_runner_config(settings, HOOK, d_in=32, device="cpu", run_id="any")
     for name, value in given.items():
         assert (getattr(cfg.sae, name, None) == value) != any(line.startswith(f"--{name} ") for line in said), name
+
+
+@pytest.mark.parametrize(
+    ("words", "needs", "architecture"),
+    [
+        *((["--set", f"{name}={OTHER_FIELDS[name][0]}"], OTHER_FIELDS[name][1:], "batchtopk") for name in NEEDING),
+        (["--set", "n_batches_for_norm_estimate=1"], ("--max_activation_norm_multiple", "5"), "batchtopk"),
+        (["--set", "logger.log_weights_to_wandb=true"], ("--wandb_mode", "offline"), "batchtopk"),
+        (["--set", "sae.jumprelu_tanh_scale=2"], ("--set", "sae.jumprelu_sparsity_loss_mode=tanh"), "jumprelu"),
+        (["--set", "sae.target_l0=9"], ("--set", "sae.jumprelu_sparsity_loss_mode=quadratic"), "jumprelu"),
+        (["--held_out_seed", "7"], ("--held_out_fraction", "0.1"), "batchtopk"),
+    ],
+    ids=lambda value: value[-1].partition("=")[0] if isinstance(value, list) else "",
+)
+def test_what_only_counts_beside_another_flag_is_said_to_be_without_effect(bench, words, needs, architecture):
+    measures_nothing = "--max_activation_norm_multiple 0 --normalize_activations none"
+    without = f"{measures_nothing} --held_out_fraction 0 --wandb_mode disabled --architecture {architecture}".split()
+    for others, is_without_effect in ((without, True), ([*without, *needs], False)):
+        run = setup.prepare_run(parse_training_flags([*bench.base, *others, *words]))
+        said = [line for line in without_effect(run) if line.startswith(" ".join(words))]
+        assert bool(said) is is_without_effect, others
