@@ -14,7 +14,8 @@ from sae_lens.saes.sae import SAEMetadata
 
 from sae_toolkit.errors import UserError
 from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
-from sae_toolkit.evaluation.text import EvaluationText, may_have_trained_on, open_text_of, with_context
+from sae_toolkit.evaluation.seen_text import may_have_trained_on
+from sae_toolkit.evaluation.text import EvaluationText, open_text_of, with_context
 from sae_toolkit.files.trust import model_kwargs_of_sae
 from sae_toolkit.model.hook_width import hook_width
 from sae_toolkit.model.loading import ModelSource, find_model
@@ -83,10 +84,12 @@ class Placement:
         multiple = self._text.max_activation_norm_multiple
         limit = record.max_activation_norm if multiple is None else None
         positions = PositionFilter((), text.skip_positions, limit, text.chat_tokens)
-        is_text_seen = may_have_trained_on(own, text)
+        is_text_seen = may_have_trained_on(own, text.source, text.held_out)
         evaluated = EvaluatedSAE(file, sae, positions, multiple or None, sources, is_text_seen)
         if record is not own:
-            _warn_of_own_record(evaluated, model, hook_name, text)
+            _warn_of_other_place(evaluated, model, hook_name)
+        if text.held_out is not None:
+            _warn_of_seen_text(evaluated, text.source.name)
         return PlacedSAE(evaluated, record, model_key, model, hook_name, text)
 
     def _open_text(self, record: SAEMetadata, file: SAEFile, model: ModelSource) -> EvaluationText:
@@ -232,15 +235,24 @@ def _check_separator(record: SAEMetadata, model: ModelSource) -> None:
         )
 
 
-def _warn_of_own_record(evaluated: EvaluatedSAE, model: ModelSource, hook_name: str, text: EvaluationText) -> None:
-    """Warns where an SAE that is measured as another one was trained elsewhere, or on the text."""
+def _warn_of_other_place(evaluated: EvaluatedSAE, model: ModelSource, hook_name: str) -> None:
+    """Warns where an SAE that is measured as another one was trained on another model, or at another hook."""
     own, name = evaluated.sae.cfg.metadata, evaluated.file.name
     for trained, measured in ((own.model_name, model.name), (own.hook_name, hook_name)):
         if trained and trained != measured:
             log.warning("%s: was trained at %s; with --like it is evaluated at %s", name, trained, measured)
+
+
+def _warn_of_seen_text(evaluated: EvaluatedSAE, text_name: str) -> None:
+    """Warns where documents were held out of one training, and the SAE may have been trained on them in another."""
     if evaluated.is_text_seen:
         log.warning(
-            "%s: may have been trained on these documents of %s, which are not those that it holds out itself; give"
-            " other text by --dataset, or train the SAEs with one --held_out_seed",
-            *(name, text.source.name),
+            "%s: may have been trained on these documents of %s, which are not those that all of its training held out;"
+            " give other text by --dataset, or train the SAEs with one --held_out_seed",
+            *(evaluated.file.name, text_name),
+        )
+    elif evaluated.is_text_seen is None:
+        log.warning(
+            "%s: its files do not say what it was trained on, which may have been these documents of %s",
+            *(evaluated.file.name, text_name),
         )

@@ -26,7 +26,8 @@ class EvaluatedSAE:
             `positions` then has no limit. None if there is nothing to measure.
         sources: where `hook_name`, `exclude_special_tokens`, `skip_positions` and `max_activation_norm` come from:
             `flag`, `record` (the SAE's files), `--like` (the files of that SAE) or `default`. Empty during training.
-        is_text_seen: whether the SAE's own files say that it may have been trained on documents of the text.
+        is_text_seen: whether the SAE's own files say that it may have been trained on documents of the text; None if
+            they do not say what it was trained on.
     """
 
     file: SAEFile
@@ -34,7 +35,7 @@ class EvaluatedSAE:
     positions: PositionFilter
     max_norm_multiple: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
-    is_text_seen: bool = False
+    is_text_seen: bool | None = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from sae_lens.saes.sae import SAEMetadata
 from transformers import PreTrainedTokenizerBase
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.seen_text import same_data
 from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.loading import ModelSource
 from sae_toolkit.model.text_checks import check_fits_text, check_token_ids
@@ -64,7 +64,7 @@ def open_text_of(
     name = text_settings.dataset or metadata.dataset_path
     if not name:
         raise UserError("--dataset: the SAE's cfg.json does not say what it was trained on; name a data set")
-    is_own = _same_data(name, metadata.dataset_path)
+    is_own = same_data(name, metadata.dataset_path)
     source = open_text(
         name,
         flag="--dataset",
@@ -80,26 +80,16 @@ def open_text_of(
         log.warning("the SAE's cfg.json does not say which documents it trained on: it may have trained on these")
         return _all_of(source, text_settings)
     trained_on = (metadata.dataset_config, metadata.dataset_split)
-    if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
+    if not same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
+        return _all_of(source, text_settings)
+    if source.column != metadata.get("text_column", source.column):  # of another column, other documents are held out
+        log.warning("%s: the SAE was trained on the column %s of the same data set", name, metadata.text_column)
         return _all_of(source, text_settings)
     if not metadata.held_out_fraction:
         raise UserError(
             f"--dataset {name}: no documents of it were held out of the SAE's training; name another data set"
         )
     return source, HeldOutSplit(metadata.held_out_fraction, metadata.held_out_seed, text_settings.held_out_part)
-
-
-def may_have_trained_on(metadata: SAEMetadata, text: EvaluationText) -> bool:
-    """Returns whether an SAE's record says that documents of a text were among those that it could be trained on.
-
-    They were if it was trained on that data set and holds out none of it, or others. Without the split of the data set
-    in the record it is not known, and then False is returned.
-    """
-    source, held_out, fraction = text.source, text.held_out, metadata.held_out_fraction
-    trained_on = metadata.dataset_config, metadata.dataset_split
-    if not _same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
-        return False
-    return held_out is None or held_out.seed != metadata.held_out_seed or held_out.fraction > (fraction or 0)
 
 
 def _all_of(source: TextSource, text_settings: EvaluationTextSettings) -> tuple[TextSource, None]:
@@ -125,7 +115,7 @@ def with_context(
         UserError: the context is too long for the model, or leaves no next token to predict.
     """
     context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
-    if source.row_length and not _same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
+    if source.row_length and not same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
         context_size = min(context_size, source.row_length)  # no context has tokens of two rows
     context = ContextFormat(
         context_size=context_size,
@@ -220,13 +210,3 @@ def collect_rows(
     check_token_ids(rows_NT, model, f"--dataset {text.source.name}")
     log.debug("%d contexts of %d tokens", *rows_NT.shape)
     return rows_NT, assistant_NT, document_N, min(n_loss_rows, len(rows_NT)), min(n_sae_rows, len(rows_NT))
-
-
-def _same_data(name: str, other: str | None) -> bool:
-    """Returns whether two names are of the same data set: the same path, or the same id, with or without its owner."""
-    if other is None:
-        return False
-    if Path(name).exists() or Path(other).exists():
-        return Path(name).resolve() == Path(other).resolve()
-    (owner, _, ending), (other_owner, _, other_ending) = name.rpartition("/"), other.rpartition("/")
-    return ending == other_ending and (owner == other_owner or "" in (owner, other_owner))

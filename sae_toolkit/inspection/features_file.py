@@ -109,7 +109,7 @@ def describe(prepared: PreparedEvaluation, inspected: InspectedSAE, settings: Fe
         "dataset": prepared.text.name,
         "dataset_config": prepared.text.config,
         "dataset_split": prepared.text.split,
-        "held_out": prepared.held_out is not None and not inspected.evaluated.is_text_seen,
+        "held_out": prepared.held_out is not None and inspected.evaluated.is_text_seen is False,
         "context_size": prepared.context.context_size,
         "contexts": len(prepared.rows_NT),
         "tokens": inspected.statistics.n_tokens,

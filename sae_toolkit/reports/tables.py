@@ -105,12 +105,16 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 def documents(summary: Mapping[str, Any]) -> str:
     """Returns a phrase that says which documents of the data set were used."""
-    if not (held_out := summary["held_out"]):
-        seen = ", on which this SAE may have been trained" if summary["text_may_be_trained_on"] else ""
-        return f"split {summary['dataset_split']}{seen}"
+    held_out, seen = summary["held_out"], summary["text_may_be_trained_on"]
+    if not held_out:
+        said = {True: ", on which this SAE may have been trained", None: "; what this SAE was trained on is not known"}
+        return f"split {summary['dataset_split']}{said.get(seen, '')}"
     half = f"{part} half of the " if (part := held_out.get("part")) else ""
-    if summary["text_may_be_trained_on"]:
-        return f"{half}documents held out of another SAE's training; this SAE may have been trained on them"
+    of_one = f"{half}documents held out of one training"
+    if seen:
+        return f"{of_one}; in another this SAE may have been trained on them"
+    if seen is None:
+        return f"{of_one}; what else this SAE was trained on is not known"
     return f"{half}documents held out of training"
 
 

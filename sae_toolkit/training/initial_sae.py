@@ -14,6 +14,7 @@ from sae_lens import SAE
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_toolkit.errors import UserError
+from sae_toolkit.evaluation.seen_text import TEXT_OF_TRAINING, may_have_trained_on
 from sae_toolkit.saes.formats import SAEFile, load_sae_file
 from sae_toolkit.saes.metadata import check_metadata
 from sae_toolkit.saes.search import find_saes
@@ -25,6 +26,7 @@ from sae_toolkit.saes.training_form import (
     training_detail,
 )
 from sae_toolkit.settings.training import ARCHITECTURES
+from sae_toolkit.text.sources import HeldOutSplit, TextSource
 
 _FLAG = "--init_from"
 # Normalizations that the SAE computes itself for each activation. The others are folded into the weights.
@@ -124,22 +126,25 @@ def _lineage(source: SAE[Any], file: SAEFile, cfg: TrainingSAEConfig) -> dict[st
         "name": _name(file),
         "library": file.library,
         "architecture": architecture,
-        **{name: metadata.get(name) for name in ("model_name", "hook_name", "dataset_path")},
+        **{name: metadata.get(name) for name in ("model_name", "hook_name", *TEXT_OF_TRAINING)},
         "weights_sha256": weights.hexdigest(),
         "topk_threshold": threshold,
         "initialized_from": before if isinstance(before, dict) else None,
     }
 
 
-def lineage_warnings(lineage: Mapping[str, Any], model_name: str, hook_name: str) -> list[str]:
-    """Returns a warning if an SAE was trained on another model, or at another hook, than the run that goes on with it.
+def lineage_warnings(
+    lineage: Mapping[str, Any], model_name: str, hook_name: str, text: TextSource, held_out: HeldOutSplit
+) -> list[str]:
+    """Returns a warning if an SAE was trained on another model, or at another hook, than the run that goes on with it,
+    and one if it may have been trained on documents that the run holds out.
 
     A base model and a model that was trained further from it, such as `Llama-3-8B` and `Llama-3-8B-Instruct`, count as
     the same model.
 
     Args:
         lineage: `InitialSAE.lineage`.
-        model_name, hook_name: those of the run.
+        model_name, hook_name, text, held_out: those of the run.
     """
     found = []
     where, model, hook = f"{_FLAG} {lineage['name']}", lineage["model_name"], lineage["hook_name"]
@@ -152,6 +157,13 @@ def lineage_warnings(lineage: Mapping[str, Any], model_name: str, hook_name: str
         found.append(
             f"{where}: trained at {hook}, and this run trains at {hook_name}, whose activations may have nothing to do"
             " with its features; use that hook, or train an SAE from the start"
+        )
+    if held_out.fraction and may_have_trained_on(lineage, text, held_out):
+        share, seed = lineage.get("held_out_fraction"), lineage.get("held_out_seed")
+        use = f"--held_out_seed {seed} --held_out_fraction {share:g}, as it did" if share else "other text"
+        found.append(
+            f"{where}: may have been trained on documents of {text.name} that this run holds out to measure on; use"
+            f" {use}"
         )
     return found
 

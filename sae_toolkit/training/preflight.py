@@ -69,7 +69,7 @@ def check_before_loading(run: PreparedRun, settings: RunSettings) -> None:
             )
         warnings = list(dict.fromkeys(warnings))
         for hook_name, lineage in run.initialized_from.items():
-            warnings += lineage_warnings(lineage, run.model.name, hook_name)
+            warnings += lineage_warnings(lineage, run.model.name, hook_name, run.text, run.held_out)
         _warn(warnings, settings.strict)
         if warnings and run.optimization.recipe == "seed" and not begins_trained:
             log.warning("--recipe auto chooses what no flag gives, by the tokens, the width and k (docs/recipes.md)")

@@ -207,9 +207,13 @@ def _initial_saes(
     with out_of_memory_answered(what, "free memory"):
         initial_saes = open_initial_saes(name, {cfg.hook_name: cfg.sae for cfg in cfgs})
     initialized_from = {hook_name: each.lineage for hook_name, each in initial_saes.items()}
-    if before and before != initialized_from:
+    if before and _weights(before) != _weights(initialized_from):
         raise UserError(f"--init_from {name}: not the weights that the run was started with; start a new run")
     return initial_saes, initialized_from
+
+
+def _weights(initialized_from: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {hook_name: each["weights_sha256"] for hook_name, each in initialized_from.items()}
 
 
 def _choose_devices(settings: ModelSettings, ranks: Ranks) -> tuple[str, str]:

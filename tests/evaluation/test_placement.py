@@ -7,7 +7,7 @@ import shutil
 import pytest
 from sae_lens import SAE
 
-from sae_toolkit.evaluation.text import _same_data
+from sae_toolkit.evaluation.seen_text import same_data
 from sae_toolkit.saes.checkpoints import load_sae
 from support.evaluated import CONTEXT, result_of, save_sae
 from support.processes import ROOT
@@ -80,6 +80,42 @@ def test_an_sae_that_is_measured_as_another_one_keeps_its_own_record(evaluate, s
     done = script("evaluate_sae_real_activations.py", "--sae_path", like, dense, *flags)
     assert done.status == 2
     assert "differ in architecture: standard and topk" in done.error_lines[0]
+
+
+def test_an_sae_whose_files_do_not_say_what_it_was_trained_on_has_no_documents_held_out_of_training(
+    evaluate, tmp_path, rows
+):
+    of_training = {"dataset_path": str(rows[0])}
+    split = {"dataset_split": "train", "held_out_fraction": 0.9, "held_out_seed": 0}
+    like = save_sae(tmp_path / "like", **of_training, **split)
+    silent, own = save_sae(tmp_path / "silent"), save_sae(tmp_path / "own", **of_training)
+    done = evaluate("--sae_path", silent, own, "--like", like)
+    assert [result_of(path)["text_may_be_trained_on"] for path in (silent, own)] == [None, True]
+    assert "silent: its files do not say what it was trained on" in done.stderr
+    assert "what else this SAE was trained on is not known" in (silent / "report.md").read_text()
+    assert "held out of training" not in (silent / "report.md").read_text() + (own / "report.md").read_text()
+    done = evaluate("--sae_path", silent, own)  # all of the text
+    assert [result_of(path)["text_may_be_trained_on"] for path in (silent, own)] == [None, True]
+    for path, words in ((silent, "what this SAE was trained on is not known"), (own, "may have been trained")):
+        assert words in (path / "report.md").read_text()
+
+
+def test_another_column_of_the_data_set_of_the_training_is_not_held_out(evaluate, tmp_path):
+    """Documents are held out by their content, which is another one in another column."""
+    path = tmp_path / "two_columns.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"Line {i} " * 30, "b": f"# Line {i} " * 30}) + "\n" for i in range(60))
+    )
+    split = {"dataset_split": "train", "text_column": "text", "held_out_fraction": 0.5, "held_out_seed": 0}
+    sae = save_sae(tmp_path / "sae", dataset_path=str(path), **split)
+    evaluate("--sae_path", sae, dataset=path)
+    assert (result_of(sae)["held_out"], result_of(sae)["text_may_be_trained_on"]) == (
+        {"fraction": 0.5, "seed": 0, "part": None},
+        False,
+    )
+    done = evaluate("--sae_path", sae, "--text_column", "b", dataset=path)
+    assert (result_of(sae)["held_out"], result_of(sae)["text_may_be_trained_on"]) == (None, True)
+    assert "was trained on the column text" in done.stderr
 
 
 def test_half_of_the_held_out_documents_is_measured_on(evaluate, script, tiny_model, tmp_path, rows):
@@ -170,4 +206,4 @@ def test_an_error_about_the_data_set_of_an_sae_names_the_sae(script, tiny_model,
 )
 def test_a_data_set_is_known_by_any_of_its_names(monkeypatch, name, other, same):
     monkeypatch.chdir(ROOT)
-    assert _same_data(name, other) is same
+    assert same_data(name, other) is same

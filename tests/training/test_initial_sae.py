@@ -18,6 +18,7 @@ from sae_toolkit.saes.training_form import unfold_normalization
 from sae_toolkit.settings.command_line import parse_training_flags, save_flags
 from sae_toolkit.settings.training import ARCHITECTURES, TrainingSettings
 from sae_toolkit.steps.multi_trainer import MultiTrainer
+from sae_toolkit.text.sources import HeldOutSplit, open_text
 from sae_toolkit.training.initial_sae import lineage_warnings, open_initial_saes
 from sae_toolkit.training.run import create_sae
 from support.sae_files import (
@@ -269,15 +270,33 @@ def test_a_batchtopk_sae_whose_cfg_does_not_say_what_it_was_is_known_by_its_runn
     assert_begins_as(begin(configuration("batchtopk"), path), path)
 
 
-def test_another_model_or_hook_is_warned_of_and_an_instruct_model_is_not():
+def test_another_model_or_hook_is_warned_of_and_an_instruct_model_is_not(text_file):
+    of_text = open_text(str(text_file), flag="--dataset_path"), HeldOutSplit(0.1, 42)
     lineage = {"name": "some SAE", "model_name": "meta-llama/Meta-Llama-3-8B", "hook_name": HOOK}
-    assert lineage_warnings(lineage, "meta-llama/Meta-Llama-3-8B-Instruct", HOOK) == []
-    assert lineage_warnings(lineage | {"model_name": "google/gemma-2-2b"}, "google/gemma-2-2b-it", HOOK) == []
-    (model,) = lineage_warnings(lineage, "mistralai/Mistral-7B-v0.1", HOOK)
+    assert lineage_warnings(lineage, "meta-llama/Meta-Llama-3-8B-Instruct", HOOK, *of_text) == []
+    assert lineage_warnings(lineage | {"model_name": "google/gemma-2-2b"}, "google/gemma-2-2b-it", HOOK, *of_text) == []
+    (model,) = lineage_warnings(lineage, "mistralai/Mistral-7B-v0.1", HOOK, *of_text)
     assert "trained on meta-llama/Meta-Llama-3-8B, and this run's model is mistralai/Mistral-7B-v0.1" in model
-    (hook,) = lineage_warnings(lineage, "meta-llama/Meta-Llama-3-8B", "blocks.2.hook_resid_post")
+    (hook,) = lineage_warnings(lineage, "meta-llama/Meta-Llama-3-8B", "blocks.2.hook_resid_post", *of_text)
     assert f"trained at {HOOK}, and this run trains at blocks.2.hook_resid_post" in hook
-    assert lineage_warnings({"name": "x", "model_name": None, "hook_name": None}, "any", HOOK) == []
+    assert lineage_warnings({"name": "x", "model_name": None, "hook_name": None}, "any", HOOK, *of_text) == []
+
+
+def test_documents_that_the_first_sae_may_have_seen_are_warned_of_and_not_called_held_out(script, flags, tmp_path):
+    """Another seed holds out other documents, most of which the first run was trained on."""
+    first = finished(script("sae_lens_train.py", *flags, "--held_out_fraction", 0.3))
+    done = script("sae_lens_train.py", *flags, "--init_from", first, "--seed", 7)
+    said = f"--init_from {first}: may have been trained on documents of"
+    assert said in done.stderr
+    assert "use --held_out_seed 42 --held_out_fraction 0.3" in done.stderr
+    as_first = "--held_out_seed", 42, "--held_out_fraction", 0.3
+    same = script("sae_lens_train.py", *flags, "--init_from", first, "--seed", 7, *as_first)
+    assert said not in same.stderr
+    for tuned, is_seen in ((finished(done), True), (finished(same), False)):
+        evaluated = script("evaluate_sae_real_activations.py", "--sae_path", tuned, "--num_samples", 8)
+        assert evaluated.status == 0, evaluated.stderr
+        assert json.loads((tuned / "evaluation.json").read_text())["text_may_be_trained_on"] is is_seen
+        assert ("in another this SAE may have been trained on them" in " ".join(evaluated.stdout.split())) is is_seen
 
 
 def finished(done) -> Path:
