@@ -79,7 +79,7 @@ def main() -> int:
         of_group = write_results(group, evaluate_saes(group, model, batch_size=settings.saes.batch_size), paths)
         for result in of_group:
             if not settings.measurements.no_diagnosis and result.is_unhealthy:
-                result.diagnose(model, settings.saes.batch_size)
+                result.diagnose(model, settings)
         for each in further:
             of_each = each.measure(group, model, settings.saes.batch_size)
             for result, measured in zip(of_group, of_each, strict=True):

@@ -13,13 +13,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from sae_toolkit.diagnosis import evaluation_causes, training_causes
 from sae_toolkit.diagnosis.evidence import Evidence, Finding
+from sae_toolkit.diagnosis.history import TrainingHistory
+from sae_toolkit.errors import UserError
+from sae_toolkit.settings.command_line import parse_training_flags
+from sae_toolkit.settings.evaluation import EvaluatedSAESettings, EvaluationSettings, EvaluationTextSettings
+from sae_toolkit.settings.fields import as_flags, as_words
+from sae_toolkit.training.configuration import build_runner_config
 
+_HOOK_FLAGS = {"layer", "hook_name"}
 _TIERS = (evaluation_causes.CAUSES, training_causes.GIVEN, training_causes.SETTINGS)
 
 
@@ -39,15 +46,38 @@ def diagnose(evidence: Evidence) -> list[Finding]:
 
 def command(finding: Finding, evidence: Evidence) -> str:
     """Returns the command that applies the flags of a finding; only the flags if the training run is not known."""
-    history, sae_path = evidence.history, evidence.summary["sae"]["path"]
+    history = evidence.history
     if not finding.of_training:
-        return shlex.join(["python", "evaluate_sae_real_activations.py", "--sae_path", sae_path, *finding.flags])
-    if history is None:
+        return shlex.join(["python", "evaluate_sae_real_activations.py", *_words_of_evaluation(finding, evidence)])
+    if history is None or not _is_accepted(history, evidence, finding.flags):
         return f"in its training: {shlex.join(finding.flags)}"
     run = history.directory
     if run.is_relative_to(Path.cwd()):
         run = run.relative_to(Path.cwd())
     return shlex.join(["./run_saelens_training.sh", "--like", str(run), *finding.flags])
+
+
+def _words_of_evaluation(finding: Finding, evidence: Evidence) -> list[str]:
+    """Returns the flags of the evaluation that say what is measured, with what the finding changes of them."""
+    changed = {word[2:] for word in finding.flags if word.startswith("--")} | set(finding.leave_out)
+    if changed & _HOOK_FLAGS:
+        changed |= _HOOK_FLAGS
+    kept = {each.name for group in (EvaluatedSAESettings, EvaluationTextSettings) for each in fields(group)}
+    values = as_flags(evidence.evaluation)
+    leave_out = values.keys() - (kept - changed - {"sae_path"})
+    given = as_words(EvaluationSettings, values, leave_out=leave_out)
+    return ["--sae_path", evidence.sae_name, *given, *finding.flags]
+
+
+def _is_accepted(history: TrainingHistory, evidence: Evidence, flags: Sequence[str]) -> bool:
+    """Returns whether a training like that of the SAE takes these flags."""
+    try:
+        settings = parse_training_flags(["--like", str(history.directory), *flags])
+        hook_name = evidence.metadata.get("hook_name") or evidence.summary["hook_name"]
+        build_runner_config(settings, hook_name, d_in=evidence.d_in, device="cpu", run_id="any")
+    except UserError:
+        return False
+    return True
 
 
 def as_records(findings: Sequence[Finding], evidence: Evidence) -> list[dict[str, Any]]:

@@ -11,7 +11,15 @@ import re
 from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, percent, standard_of, titles
 from sae_toolkit.diagnosis.probes import MASSIVE
 from sae_toolkit.evaluation.health import LEAST_REPLACED_SHARE, LEAST_SEQUENCES
+from sae_toolkit.training.recipe_warnings import MOST_MASSIVE_SHARE
 
+# The flags that choose positions, and where each comes from in `sources`.
+_SOURCES = {
+    "exclude_special_tokens": "exclude_special_tokens",
+    "skip_positions": "skip_positions",
+    "max_activation_norm_multiple": "max_activation_norm",
+}
+_CONTEXT = 128  # tokens, where contexts are too short for one position to be left out
 # The median norms of a few thousand tokens of two texts differ by only a few percent.
 _NORM_TOLERANCE = math.log(1.15)
 
@@ -21,36 +29,37 @@ def _too_small_a_sample(e: Evidence) -> Finding | None:
     unsettled = [metric for metric in e.unhealthy if e.summary["health"][metric] == "unsettled"]
     if not unsettled or e.metrics["replaced_share"] < LEAST_REPLACED_SHARE:
         return None
-    rows, dead = e.summary["loss_sequences"], e.summary["dead_feature_estimates"]
-    factor = max((_rows_needed(e, metric) for metric in unsettled if metric != "dead_features"), default=1.0)
+    dead = e.summary["dead_feature_estimates"]
     flags: list[str] = []
-    if factor > 1:
-        flags += ["--num_samples", str(math.ceil(rows * factor))]
+    if by_rows := [metric for metric in unsettled if metric != "dead_features"]:
+        flags += ["--num_samples", str(max(e.summary["sequences"], *(_rows_needed(e, metric) for metric in by_rows)))]
     if "dead_features" in unsettled:
         flags += ["--dead_tokens", str(max(dead["tokens_to_settle"], 2 * dead["tokens"]))]
     only = len(unsettled) == len(e.unhealthy)
     return Finding(
         "the evaluated sample is too small",
         tuple(unsettled),
-        f"{rows} sequences, {dead['tokens']:,} tokens: {titles(unsettled)} could be of another status on more text",
-        tuple(flags) or ("--num_samples", str(4 * rows)),
+        f"{e.summary['loss_sequences']} sequences for the loss, {e.summary['sequences']} for the rest, and"
+        f" {dead['tokens']:,} tokens for dead features: {titles(unsettled)} could be of another status on more text",
+        tuple(flags),
         len(unsettled) / len(e.unhealthy) if only else 0.0,
         of_training=False,
     )
 
 
-def _rows_needed(e: Evidence, metric: str) -> float:
-    """Returns the factor by which to increase the rows so that a metric's interval crosses no limit, 1.5 to 16."""
+def _rows_needed(e: Evidence, metric: str) -> int:
+    """Returns how many rows to measure on so that a metric's interval crosses no limit: 1.5 to 16 times as many."""
+    rows = e.summary["loss_sequences" if metric == "loss_recovered" else "sequences"]
     few = LEAST_SEQUENCES / e.summary["loss_sequences"]
     if metric not in e.summary["intervals"]:
-        return max(4.0, few)
+        return math.ceil(max(4.0, few) * rows)
     low, high = e.summary["intervals"][metric]
     standard = standard_of(metric)
     value = e.metrics[metric]
     limits = [end for end in (*standard.healthy, *standard.borderline) if math.isfinite(end)]
     distance = min(abs(value - end) for end in limits)
     half = (high - low) / 2
-    return min(max(1.5 * (half / distance) ** 2 if distance else 16.0, few, 1.5), 16.0)
+    return math.ceil(min(max(1.5 * (half / distance) ** 2 if distance else 16.0, few, 1.5), 16.0) * rows)
 
 
 def _wrong_layer(e: Evidence) -> Finding | None:
@@ -131,25 +140,60 @@ def _wrong_model(e: Evidence) -> Finding | None:
 
 def _too_few_positions(e: Evidence) -> Finding | None:
     """The SAE replaces the activations of so few tokens that the evaluation gives no verdict."""
-    share = e.metrics["replaced_share"]
+    share, median = e.metrics["replaced_share"], e.probes.median_norm
     if not share < LEAST_REPLACED_SHARE:
         return None
-    positions = e.summary["positions"] or {}
-    limit = positions.get("max_activation_norm")
-    by_norm = limit is not None and limit < 4 * e.probes.median_norm
-    flags = ("--max_activation_norm_multiple", str(MASSIVE)) if by_norm else ("--skip_positions", "1")
+    positions, context = e.summary["positions"], e.summary["context_length"]
+    limit, skipped = positions["max_activation_norm"], positions["skip_positions"]
+    flag, value, source = "skip_positions", "1", "skip_positions"
+    says = f"{skipped} of {context} positions, at the start"
+    if limit is not None and limit < 4 * median:
+        flag, value, source = "max_activation_norm_multiple", str(MASSIVE), "max_activation_norm"
+        says = f"norms above {limit:.4g} where their median is {median:.4g}"
+    elif skipped == 1 and skipped > (1 - LEAST_REPLACED_SHARE) * context:
+        flag, value, source = "context_length", str(_CONTEXT), ""
+    elif skipped <= 1:
+        flag, value, source = "exclude_special_tokens", "false", "exclude_special_tokens"
+        says = "special tokens"
+    is_given, of_training = e.by_flag(source), flag != "context_length"
     return Finding(
         "it stands in at too few positions",
         ALL_METRICS,
-        f"at {percent(share)} of the tokens, for it leaves out "
-        + (
-            f"norms above {limit:.4g} where their median is {e.probes.median_norm:.4g}"
-            if by_norm
-            else f"{positions.get('skip_positions')} of {e.summary['context_length']} positions, at the start"
-        ),
-        flags,
+        f"at {percent(share)} of the tokens, for it leaves out {says}",
+        () if is_given else (f"--{flag}", value),
         1 - share,
+        of_training=of_training and not is_given,
+        leave_out=(flag,) if is_given else (),
     )
 
 
-CAUSES = (_too_small_a_sample, _wrong_layer, _massive_first_position, _wrong_model, _too_few_positions)
+def _at_positions_that_training_left_out(e: Evidence) -> Finding | None:
+    """Flags of the evaluation let activations in that the SAE was not trained on, which are most of the variance."""
+    massive = e.probes.massive_share
+    left_out = tuple(
+        flag
+        for flag, source in _SOURCES.items()
+        if e.by_flag(source) and e.flag(flag) and getattr(e.evaluation.text, flag) != e.flag(flag)
+    )
+    if massive <= MOST_MASSIVE_SHARE or not left_out:
+        return None
+    return Finding(
+        "evaluated at positions that its training left out",
+        ALL_METRICS,
+        f"a few activations of more than {MASSIVE} times the median norm are {massive:.1%} of the variance here, and"
+        f" its training left such positions out; leave out {' '.join(f'--{flag}' for flag in left_out)}",
+        (),
+        massive,
+        of_training=False,
+        leave_out=left_out,
+    )
+
+
+CAUSES = (
+    _too_small_a_sample,
+    _wrong_layer,
+    _massive_first_position,
+    _at_positions_that_training_left_out,
+    _wrong_model,
+    _too_few_positions,
+)

@@ -10,6 +10,7 @@ from typing import Any
 from sae_toolkit.diagnosis.history import TrainingHistory
 from sae_toolkit.diagnosis.probes import Probes
 from sae_toolkit.evaluation.health import STANDARDS, Standard
+from sae_toolkit.settings.evaluation import EvaluationSettings
 
 # The fields of an SAE's metadata that the causes read.
 METADATA = (
@@ -33,6 +34,7 @@ class Finding:
         flags: what to change, as words of a command line; at most three flags.
         effect: estimated share of the problem that this cause explains, in [0, 1].
         of_training: whether `flags` belong to the training; if not, they belong to the evaluation.
+        leave_out: names of flags of the evaluation that were given and should not be.
     """
 
     cause: str
@@ -41,6 +43,7 @@ class Finding:
     flags: tuple[str, ...]
     effect: float
     of_training: bool = True
+    leave_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,16 @@ class Evidence:
         probes: measurements made for the diagnosis.
         metadata: the fields of the SAE's cfg.json that `METADATA` lists.
         history: history of the training; None if no run of this project trained the SAE.
+        sae_name: what --sae_path takes for the SAE.
+        evaluation: settings of the evaluation.
     """
 
     summary: Mapping[str, Any]
     probes: Probes
     metadata: Mapping[str, Any]
     history: TrainingHistory | None
+    sae_name: str
+    evaluation: EvaluationSettings
 
     @property
     def unhealthy(self) -> tuple[str, ...]:
@@ -80,6 +87,10 @@ class Evidence:
     def flag(self, name: str) -> Any:
         """Returns the value of a flag of the training; None if there is no history."""
         return None if self.history is None else self.history.settings.as_flags()[name]
+
+    def by_flag(self, name: str) -> bool:
+        """Whether a flag of the evaluation, and not the SAE's record, gave one of the `sources`."""
+        return self.summary["sources"].get(name) == "flag"
 
     @property
     def architecture(self) -> str:

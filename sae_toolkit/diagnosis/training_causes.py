@@ -13,6 +13,7 @@ from sae_toolkit.diagnosis.evidence import ALL_METRICS, Evidence, Finding, outsi
 from sae_toolkit.diagnosis.history import TrainingHistory
 from sae_toolkit.diagnosis.probes import MASSIVE, STRONGEST
 from sae_toolkit.evaluation.decoder_cosines import NEAR_DUPLICATE
+from sae_toolkit.training.recipe import OWN_TARGET
 from sae_toolkit.training.recipe_warnings import (
     LARGEST_WINDOW_SHARE,
     MOST_MASSIVE_SHARE,
@@ -39,18 +40,23 @@ def _massive_activations(e: Evidence) -> Finding | None:
     if massive <= MOST_MASSIVE_SHARE:
         return None
     on = {
-        "--max_activation_norm_multiple": (str(MASSIVE), not e.flag("max_activation_norm_multiple")),
+        "--max_activation_norm_multiple": (
+            str(MASSIVE),
+            not 0 < (e.flag("max_activation_norm_multiple") or 0) <= MASSIVE,
+        ),
         "--skip_positions": ("1", not e.flag("skip_positions")),
         "--exclude_special_tokens": ("true", e.flag("exclude_special_tokens") is False),
     }
     flags = [word for flag, (value, off) in on.items() if off for word in (flag, value)]
+    if not flags:
+        return None  # its training left all of them out: these come from the flags of the evaluation
     return Finding(
         "massive activations",
         ALL_METRICS,
         f"{massive:.1%} of the variance that it was trained on is that of a few activations of more than {MASSIVE}"
         f" times the median norm; of all others it explains {percent(e.probes.explained_of_others)}, where the whole"
         f" says {percent(e.probes.explained)}",
-        tuple(flags) or ("--max_activation_norm_multiple", str(MASSIVE)),
+        tuple(flags),
         massive,
     )
 
@@ -87,12 +93,22 @@ def _sparsity(e: Evidence) -> Finding | None:
     if e.flag("normalize_activations") == "none":
         normalize = ("--normalize_activations", "expected_average_only_in")
     if "decoder_absorption" in e.unhealthy and weight == "l1_coefficient":
-        flags = ("--architecture", "batchtopk", "--k", str(_TARGET_L0), *normalize)
+        flags = _to_batchtopk(e, *normalize)
         says += "; and an L1 penalty keeps features alike, so the number of active ones is better set than weighed"
         metrics: tuple[str, ...] = ("l0", "decoder_absorption")
+    elif OWN_TARGET in (e.flag("set") or ()):
+        flags, metrics = ("--set", f"sae.target_l0={_TARGET_L0}", *normalize), ("l0",)
     else:
         flags, metrics = ("--target_l0", str(_TARGET_L0), *normalize), ("l0",)
     return Finding("the sparsity weight does not fit", metrics, says, flags, outside(l0, low, high))
+
+
+def _to_batchtopk(e: Evidence, *normalize: str) -> tuple[str, ...]:
+    """Returns the flags that train BatchTopK instead, without what it does not take."""
+    if e.flag("normalize_activations") in ("layer_norm", "constant_norm_rescale"):
+        normalize = ("--normalize_activations", "expected_average_only_in")
+    begin = ("--init_from", "none") if e.flag("init_from") else ()
+    return "--architecture", "batchtopk", "--k", str(_TARGET_L0), *normalize, *begin
 
 
 def _l1_penalty(e: Evidence) -> Finding | None:
@@ -106,7 +122,7 @@ def _l1_penalty(e: Evidence) -> Finding | None:
         f"{e.probes.twins:.1%} of the features have a twin with a cosine above {NEAR_DUPLICATE:g}, and the mean"
         f" largest cosine is {absorption:.2f}, where random directions have"
         f" {e.summary['decoder_cosines']['random_directions']:.2f}",
-        ("--architecture", "batchtopk", "--k", str(_TARGET_L0)),
+        _to_batchtopk(e),
         (absorption - limit) / (1 - limit),
     )
 
@@ -275,7 +291,7 @@ def _died_later(e: Evidence) -> Finding | None:
         "features died in training",
         ("dead_features",),
         f"{dead:.0%} of the features fired at first, and never again; {e.architecture} has nothing that revives them",
-        ("--architecture", "batchtopk", "--k", str(_TARGET_L0)),
+        _to_batchtopk(e),
         dead,
     )
 

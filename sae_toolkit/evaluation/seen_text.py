@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from sae_lens.saes.sae import SAEMetadata
+from typing import Any, Protocol
 
 from sae_toolkit.text.sources import HeldOutSplit, TextSource
 
@@ -14,7 +12,12 @@ from sae_toolkit.text.sources import HeldOutSplit, TextSource
 TEXT_OF_TRAINING = (
     *("dataset_path", "dataset_config", "dataset_split", "text_column", "held_out_fraction", "held_out_seed"),
 )
-_Record = SAEMetadata | Mapping[str, Any]
+
+
+class _Record(Protocol):
+    """What an SAE's files say of its training, by name: SAELens's metadata, or a mapping in them."""
+
+    def get(self, name: str, /) -> Any: ...
 
 
 def may_have_trained_on(record: _Record, source: TextSource, held_out: HeldOutSplit | None) -> bool | None:
@@ -38,7 +41,8 @@ def may_have_trained_on(record: _Record, source: TextSource, held_out: HeldOutSp
 def _trainings(record: _Record) -> Iterator[_Record]:
     """Yields the record of an SAE, and those of the SAEs that its training began with, one after the other."""
     yield record
-    while isinstance(record := record.get("initialized_from"), dict):
+    while isinstance(before := record.get("initialized_from"), dict):
+        record = before
         yield record
 
 
@@ -53,7 +57,8 @@ def _one_training(record: _Record, source: TextSource, held_out: HeldOutSplit | 
     if (source.config, source.split) != (record.get("dataset_config"), split):
         return False
     # Documents are held out by their content, so of another column others are.
-    if held_out is None or not fraction or source.column != record.get("text_column", source.column):
+    other_column = record.get("text_column") not in (None, source.column)
+    if held_out is None or other_column or not isinstance(fraction, int | float):
         return True
     return held_out.seed != record.get("held_out_seed") or held_out.fraction > fraction
 

@@ -30,6 +30,7 @@ from sae_toolkit.reports.page import render_html, render_markdown
 from sae_toolkit.reports.summary import summarize, without_nan
 from sae_toolkit.reports.tables import diagnosis_table, feature_table, health_table
 from sae_toolkit.saes.formats import SAEFile
+from sae_toolkit.settings.evaluation import EvaluationSettings
 from sae_toolkit.training.record.start import record_of_training
 
 log = logging.getLogger(__name__)
@@ -163,15 +164,16 @@ class Result:
         health = self.summary["health"]
         return self.group.protocol == "health" and health["healthy"] != health["of"]
 
-    def diagnose(self, model: LanguageModel, batch_size: int) -> None:
+    def diagnose(self, model: LanguageModel, settings: EvaluationSettings) -> None:
         """Finds out why the SAE is unhealthy, adds the causes to the summary, and writes the results again.
 
         If memory runs out, this logs a warning, and the results stay as they are.
 
         Args:
             model: language model that the SAE was evaluated on.
-            batch_size: rows in one forward pass.
+            settings: settings of the evaluation.
         """
+        batch_size = settings.saes.batch_size
         sae, path = self.evaluated.sae, self.evaluated.file.path
         history = load_history(path, sae)
         if history is None or not history.readings:
@@ -187,7 +189,7 @@ class Result:
             sae.to("cpu")
             return
         metadata = {name: sae.cfg.metadata.get(name) for name in METADATA}
-        evidence = Evidence(self.summary, probes, metadata, history)
+        evidence = Evidence(self.summary, probes, metadata, history, self.evaluated.file.given_name, settings)
         self.summary["diagnosis"] = without_nan(as_records(diagnose(evidence), evidence))
         self.write()
 

@@ -93,6 +93,13 @@ class SAEFile:
     one_of_many: bool = False  # whether a run directory or a pattern led to it, instead of its own name
 
     @property
+    def given_name(self) -> str:
+        """The name by which --sae_path and --init_from find the SAE from the same directory."""
+        if self.release is not None:
+            return ":".join(self.release)
+        return self.name if self.is_download else str(self.path)
+
+    @property
     def is_download(self) -> bool:
         """Whether the SAE is in the Hub's cache."""
         return self.release is not None or self.path.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def after_restart(settings: TrainingSettings) -> TrainingSettings:
     """
     resume = settings.run.resume
     newest = "auto" if resume in (None, "auto") else str(run_directory_of(Path(resume)))
-    return replace(settings, run=replace(settings.run, resume=newest))
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, resume=newest))
 
 
 def default_flags() -> dict[str, Any]:
@@ -209,13 +209,33 @@ def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
         before |= dict.fromkeys(_HOOK_FLAGS)
     if "architecture" in given and given["architecture"] not in SPARSITY_WEIGHTS:
         before["target_l0"] = None  # it has none to reach: k is its L0
-    values = before | given | {"set": [*_not_chosen(saved["set"], was_chosen), *given.get("set", [])]}
+    architecture = given.get("architecture", saved["architecture"])
+    if architecture != saved["architecture"] or given.keys() & {"expansion_factor", "d_sae"}:
+        before["matryoshka_widths"] = None  # those of another kind, or of another width
+    inherited = _not_chosen(saved["set"], was_chosen)
+    if architecture != saved["architecture"]:
+        inherited = _of_architecture(inherited, architecture)
+    values = before | given | {"set": [*inherited, *given.get("set", [])]}
     kept = {
         name
         for name in RECIPE_FLAGS
         if name not in was_chosen and (saved["recipe"] == "auto" or saved[name] != defaults[name])
     }
     return TrainingSettings.from_flags(values | _open_to_recipe(values, kept | given.keys()))
+
+
+def _of_architecture(assignments: Sequence[str], architecture: str) -> list[str]:
+    """Returns the values of --set without fields that SAEs of an architecture do not have."""
+    if not any(assignment.startswith("sae.") for assignment in assignments):
+        return list(assignments)
+    from sae_lens.registry import get_sae_training_class  # here, since --help need not wait for it
+
+    fields_there = {field.name for field in dataclasses.fields(get_sae_training_class(architecture)[1])}
+    return [
+        assignment
+        for assignment in assignments
+        if not assignment.startswith("sae.") or assignment.partition("=")[0].removeprefix("sae.") in fields_there
+    ]
 
 
 def given_flags(argv: Sequence[str] | None) -> dict[str, Any]:

@@ -107,12 +107,6 @@ def _find(name: str, hook_names: Sequence[str]) -> dict[str, SAEFile]:
     return {hook_name: of_hooks[hook_name] for hook_name in hook_names}
 
 
-def _name(file: SAEFile) -> str:
-    if file.release is not None:
-        return ":".join(file.release)
-    return file.name if file.is_download else str(file.path)
-
-
 def _lineage(source: SAE[Any], file: SAEFile, cfg: TrainingSAEConfig) -> dict[str, Any]:
     metadata = source.cfg.metadata
     weights = hashlib.sha256()
@@ -123,7 +117,7 @@ def _lineage(source: SAE[Any], file: SAEFile, cfg: TrainingSAEConfig) -> dict[st
     threshold = threshold_to_begin_with(source, cfg.k) if architecture in BATCHTOPK_KINDS else None
     before = metadata.initialized_from
     return {
-        "name": _name(file),
+        "name": file.given_name,
         "library": file.library,
         "architecture": architecture,
         **{name: metadata.get(name) for name in ("model_name", "hook_name", *TEXT_OF_TRAINING)},
@@ -175,7 +169,7 @@ def _family(model_name: str) -> str:
 
 def _check_fits(source: SAE[Any], file: SAEFile, cfg: TrainingSAEConfig, hook_name: str) -> None:
     """Raises a UserError, with the flag to change, if a run cannot go on with an SAE as it is."""
-    where = f"{_FLAG} {_name(file)}"
+    where = f"{_FLAG} {file.given_name}"
     check_metadata(source, where)
     _check_architecture(source, file, cfg, where)
     theirs, d_in, d_sae = source.cfg, cfg.d_in, cfg.d_sae

@@ -58,7 +58,7 @@ _FITTED_HOOKS = re.compile(
 _OTHER_HOOKS_NORM = 1.6
 # The scalings with which the mean of the activations can be measured.
 _CENTERED = ("none", "expected_average_only_in", "expected_average_in_and_out", "covariance_whitening")
-_OWN_TARGET = "sae.jumprelu_sparsity_loss_mode=quadratic"  # this loss has an L0 of its own as its target
+OWN_TARGET = "sae.jumprelu_sparsity_loss_mode=quadratic"  # this loss has an L0 of its own as its target
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _choose_sae(choice: _Choice, d_in: int) -> None:
     elif (
         (weight := SPARSITY_WEIGHTS.get(choice.sae.architecture))
         and not choice.is_given(weight)
-        and _OWN_TARGET not in choice.optimization.set
+        and OWN_TARGET not in choice.optimization.set
     ):
         choice.choose("target_l0", float(_L0), why)
     if choice.sae.init_from is None:

@@ -1,6 +1,7 @@
 """Both protocols, several SAEs in one pass, and refusals, on a tiny model of random weights."""
 
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sae_toolkit.reports.results import choose_outputs
 from sae_toolkit.saes.checkpoints import load_sae
 from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.saes.search import find_saes
+from sae_toolkit.settings.evaluation import parse_evaluation_flags
 from support.evaluated import BATCH, BOS, CONTEXT, EOS, N_ROWS, result_of, save_sae
 
 
@@ -336,3 +338,16 @@ def test_a_link_or_directory_in_the_place_of_a_result_is_not_written_through(scr
         assert done.status == 2
         assert f"{name}: is not a file that can be replaced" in done.error_lines[0]
         assert not (path / "evaluation.json").exists()
+
+
+def test_its_command_measures_an_sae_of_no_record_again(evaluate, tmp_path):
+    """Without what was given, it would be refused."""
+    path = save_sae(tmp_path / "sae")
+    evaluate("--sae_path", path, "--num_samples", 8, "--skip_positions", 1)
+    before = result_of(path)
+    found = [each["command"] for each in before["diagnosis"] if each["command"].startswith("python ")]
+    assert found
+    for words in map(shlex.split, found):
+        settings = parse_evaluation_flags("", words[2:])
+        assert (settings.saes.model_name, settings.text.dataset) == (before["model"], before["dataset"])
+        assert settings.text.skip_positions == 1

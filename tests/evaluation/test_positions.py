@@ -91,10 +91,10 @@ def test_it_is_measured_with_and_without_the_massive_first_position(group, langu
         assert note in text
 
     assert without["massive_first_position"] is None
-    finding = _massive_first_position(Evidence(summary, None, {}, None))
+    finding = _massive_first_position(Evidence(summary, None, {}, None, "./sae", None))
     assert finding is not None
     assert (finding.of_training, finding.flags) == (False, ("--skip_positions", "1"))
-    assert _massive_first_position(Evidence(without, None, {}, None)) is None
+    assert _massive_first_position(Evidence(without, None, {}, None, "./sae", None)) is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from sae_toolkit.settings.command_line import default_flags, parse_training_flag
 from sae_toolkit.settings.document import flags_page
 from sae_toolkit.settings.fields import Scope
 from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
+from sae_toolkit.training.configuration import build_runner_config
 
 OTHER = {
     "model_name": "embedded:smollm2-135m",
@@ -134,3 +135,32 @@ def test_another_architecture_does_not_take_a_target_that_it_cannot_have(tmp_pat
     assert parse_training_flags([*words, "jumprelu"]).sae.target_l0 == 40
     with pytest.raises(UserError, match="--target_l0 20: batchtopk has no sparsity weight"):
         parse_training_flags([*words, "batchtopk", "--target_l0", "20"])
+
+
+@pytest.mark.parametrize(
+    ("saved", "changed"),
+    [
+        (["--architecture", "standard", "--set", "sae.l1_warm_up_steps=10"], ["--architecture", "batchtopk"]),
+        (
+            ["--architecture", "jumprelu", "--set", "sae.jumprelu_sparsity_loss_mode=quadratic", "sae.target_l0=9"],
+            ["--architecture", "topk"],
+        ),
+        (
+            ["--architecture", "matryoshka_batchtopk", "--matryoshka_widths", "8", "128", "--expansion_factor", "4"],
+            ["--architecture", "batchtopk"],
+        ),
+        (
+            ["--architecture", "matryoshka_batchtopk", "--matryoshka_widths", "8", "128", "--expansion_factor", "4"],
+            ["--expansion_factor", "2"],
+        ),
+    ],
+)
+def test_like_leaves_out_what_another_architecture_or_width_does_not_take(tmp_path, saved, changed):
+    """What came from the earlier run cannot be left out by hand."""
+    words = [word for part in saved for word in (["--set", part] if "=" in part else [part]) if part != "--set"]
+    save_flags(parse_training_flags([*words, "--k", "8", "--set", "adam_beta1=0.5"]).as_flags(), tmp_path)
+    for then in ([], [*changed, "--set", "sae.decoder_init_norm=0.3"]):
+        settings = parse_training_flags(["--like", str(tmp_path), *then])
+        cfg = build_runner_config(settings, "blocks.1.hook_resid_post", d_in=32, device="cpu", run_id="any")
+        assert cfg.adam_beta1 == 0.5
+    assert cfg.sae.decoder_init_norm == 0.3
