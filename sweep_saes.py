@@ -78,6 +78,7 @@ def main() -> int:
             gpus_per_trial=settings.run.gpus_per_trial,
             early_stop=settings.run.early_stop,
             evaluation_flags=["--num_samples", str(settings.run.num_samples)] if settings.run.num_samples else [],
+            trust_remote_code=training.model.trust_remote_code,
         )
     page = write_sweep(outcomes, directory)
     saes = {f"trial {trial.number}: {trial.name}": Path(o["sae"]) for trial, o in outcomes if "sae" in o}

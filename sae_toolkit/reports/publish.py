@@ -183,18 +183,19 @@ def model_card(repository: str, ids: Mapping[str, Result]) -> str:
         repository: owner/name.
         ids: evaluations of the SAEs, by their id in the repository.
     """
-    first = next(iter(ids.values())).summary
-    model, dataset = first["model"], first["dataset"]
+    models, datasets = _of_trainings(ids, "model_name"), _of_trainings(ids, "dataset_path")
+    hub_models, hub_datasets = list(filter(_is_hub_id, models)), list(filter(_is_hub_id, datasets))
+    measured = sorted({result.summary["model"] for result in ids.values()})
     data = ModelCardData(
         library_name="saelens",
         tags=["sparse-autoencoder", "mechanistic-interpretability", "saelens"],
-        base_model=model if _is_hub_id(model) else None,
-        datasets=[dataset] if _is_hub_id(dataset) else None,
+        base_model=hub_models[0] if len(hub_models) == 1 else hub_models or None,
+        datasets=hub_datasets or None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repository.partition('/')[2]}",
-        f"Sparse autoencoders of {model}, for [SAELens](https://github.com/decoderesearch/SAELens).",
+        f"Sparse autoencoders of {' and '.join(models or measured)}, for [SAELens](https://github.com/decoderesearch/SAELens).",
         *(part for sae_id, result in ids.items() for part in _section(repository, sae_id, result)),
         f"## Definitions\n\n{_DEFINITIONS}",
         f"{_CARD_MARK}, on text that was held out of the training where the table says so.",
@@ -202,13 +203,22 @@ def model_card(repository: str, ids: Mapping[str, Result]) -> str:
     return ModelCard("\n\n".join(parts) + "\n").content
 
 
+def _of_trainings(ids: Mapping[str, Result], name: str) -> list[str]:
+    """Returns what the records of the SAEs say of their trainings: each value once, none where they are silent."""
+    values = (result.evaluated.sae.cfg.metadata.get(name) for result in ids.values())
+    return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+
+
 def _section(repository: str, sae_id: str, result: Result) -> list[str]:
     """Returns the card's paragraphs about one SAE."""
-    summary = result.summary
+    summary, tokens = result.summary, _unfinished_after(result.evaluated.file.path)
+    fallback = f" (in place of {summary['fallback_from']})" if summary["fallback_from"] else ""
     parts = [
         f"## {sae_id}",
-        f"**{verdict(summary)}**. {shape(summary)}; measured on {summary['tokens']:,} tokens of"
-        f" {summary['dataset']}, {documents(summary)}.",
+        *([f"**Not finished**: its run saved it after {tokens:,} tokens."] if tokens is not None else []),
+        f"**{verdict(summary)}**. {shape(summary)}; measured with {summary['model']} on {summary['dataset']}{fallback},"
+        f" {documents(summary)}: L0 on {summary['tokens']:,} tokens, losses on {summary['loss_tokens']:,}, dead"
+        f" features on {summary['dead_feature_estimates']['tokens']:,}.",
         f"Hook: {place(summary)}. Positions: {positions(summary)}. {first_position_note(summary)}".strip(),
         "\n".join(markdown_table(*health_table(summary))),
         f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
@@ -216,8 +226,16 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
     if isinstance(began := result.evaluated.sae.cfg.metadata.initialized_from, dict):
         parts.append(_lineage(began))
     if recipe := training_recipe(Path(summary["sae"]["path"])):
-        parts.append(f"Trained with\n\n```bash\npython sae_lens_train.py {recipe}\n```")
+        trained = "Trained with" if tokens is None else "Its run is"
+        parts.append(f"{trained}\n\n```bash\npython sae_lens_train.py {recipe}\n```")
     return parts
+
+
+def _unfinished_after(path: Path) -> int | None:
+    """Returns after how many tokens a run saved an SAE before its end; None for other SAEs."""
+    run = find_run_directory(path)
+    checkpoint = next((each for each in (path.absolute(), path.absolute().parent) if each.parent == run), None)
+    return int(checkpoint.name) if checkpoint and checkpoint.name.isdigit() else None
 
 
 def _lineage(began: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _RESUME_FILENAME, _RESUME_FORMAT = "resume.pt", 2
 _HISTORY_FILENAME = "firing_history.safetensors"
+_FOLDED = ("expected_average_only_in", "covariance_whitening")  # scales that are measured, and saved beside the weights
 
 
 def save_training_checkpoint(
@@ -230,12 +231,23 @@ def load_sae(path: str | Path, device: str, flag: str = "--sae_path") -> SAE[Any
     architecture = json.loads((path / SAE_CFG_FILENAME).read_text()).get("architecture", "standard")
     if architecture in SAE_CLASS_REGISTRY:
         sae = SAE.load_from_disk(path, device=device, converter=partial(read_saelens, where=f"{flag} {path}"))
+        _warn_of_missing_scale(sae, path, flag)
         _fold_normalization(sae, _load_scaler(path))
         sae.turn_off_forward_pass_hook_z_reshaping()  # this project flattens heads
         return sae.eval()
     if architecture in SAE_TRAINING_CLASS_REGISTRY:
-        return _inference_form(path, device)
+        return _inference_form(path, device, flag)
     raise UserError(f"{flag} {path}: SAELens has no architecture {architecture!r} (cfg.json)")
+
+
+def _warn_of_missing_scale(sae: SAE[Any] | TrainingSAE[Any], path: Path, flag: str) -> None:
+    mode = sae.cfg.normalize_activations
+    if mode in _FOLDED and not (path / ACTIVATION_SCALER_CFG_FILENAME).is_file():
+        log.warning(
+            "%s %s: trained on activations that were normalized by %s, and %s, which has their scale, is missing: the"
+            " SAE gets them as they are in the model, which is right only if its weights already hold the scale",
+            *(flag, path, mode, ACTIVATION_SCALER_CFG_FILENAME),
+        )
 
 
 def _load_scaler(path: Path) -> ActivationScaler:
@@ -246,9 +258,10 @@ def _load_scaler(path: Path) -> ActivationScaler:
     return scaler
 
 
-def _inference_form(path: Path, device: str) -> SAE[Any]:
+def _inference_form(path: Path, device: str, flag: str) -> SAE[Any]:
     """Converts a training checkpoint whose architecture exists for training only, such as BatchTopK."""
     training_sae = TrainingSAE.load_from_disk(path, device=device)
+    _warn_of_missing_scale(training_sae, path, flag)
     trainer_state = path / TRAINER_STATE_FILENAME
     n_steps = 0
     if trainer_state.is_file():

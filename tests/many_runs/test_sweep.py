@@ -12,7 +12,8 @@ from ray._private.utils import validate_socket_filepath
 from sae_toolkit.errors import UserError
 from sae_toolkit.many_runs.sweep.report import best_first, trials_on_front
 from sae_toolkit.many_runs.sweep.run import ray_directory
-from sae_toolkit.many_runs.sweep.trials import Trial, make_trials
+from sae_toolkit.many_runs.sweep.trials import Trial, make_trials, measured_otherwise
+from sae_toolkit.settings.command_line import parse_training_flags
 from support.processes import ROOT
 
 DEMO = [f"@{ROOT}/presets/demo.args"]
@@ -31,6 +32,19 @@ def test_a_grid_is_every_combination_of_its_values(tmp_path):
     assert len({trial.cache for trial in found}) == 1  # the same model, layer and contexts
     again = trials(tmp_path, "k=64,32", "lr=1e-3", "expansion_factor=4")
     assert {trial.directory for trial in again} < {trial.directory for trial in found}  # a smaller sweep finds them
+
+
+def test_trials_of_several_seeds_hold_out_the_same_documents(tmp_path):
+    for more, held_out in ((), 42), (("--held_out_seed", "7"), 7):
+        found = [parse_training_flags(trial.flags) for trial in trials(tmp_path, "seed=42,43", base=[*DEMO, *more])]
+        assert [settings.held_out_seed for settings in found] == [held_out, held_out]
+    swept = [parse_training_flags(trial.flags) for trial in trials(tmp_path, "seed=42,43", "held_out_seed=1,2")]
+    assert [settings.held_out_seed for settings in swept] == [1, 2, 1, 2]
+
+
+def test_trials_that_are_measured_on_other_activations_are_said_to_be(tmp_path):
+    assert measured_otherwise(trials(tmp_path, "k=32,64", "seed=1,2", "context_size=128")) == []
+    assert measured_otherwise(trials(tmp_path, "context_size=128,256", "layer=4,8")) == ["layer", "context_size"]
 
 
 def test_trials_at_other_layers_have_activations_of_their_own(tmp_path):

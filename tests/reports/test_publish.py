@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -106,6 +107,31 @@ def test_the_card_says_what_was_measured_and_how_it_was_trained(published, train
     assert {name: again[name] for name in of_the_sae} == {name: saved[name] for name in of_the_sae}
     assert saved["checkpoint_path"] not in recipe
     assert saved["checkpoint_path"] != default_flags()["checkpoint_path"]
+
+
+def test_the_card_names_the_model_and_text_of_the_training_and_those_of_the_measurement(
+    hub, scripts, trained, tiny_model, tmp_path
+):
+    """They can differ, and a checkpoint of the middle of a run is not called finished."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.parent, run)
+    checkpoint = (run / trained.name).rename(run / "1024")
+    cfg = json.loads((checkpoint / "cfg.json").read_text())
+    cfg["metadata"] |= {"model_name": "lab/their-model", "dataset_path": "lab/their-text", "dataset_split": "train"}
+    (checkpoint / "cfg.json").write_text(json.dumps(cfg))
+    (checkpoint / "manifest.json").unlink()
+    other_text = tmp_path / "other.txt"
+    other_text.write_text("\n\n".join(f"Line {i} of another text. " * 20 for i in range(60)))
+    done = scripts.script(
+        *("evaluate_sae_real_activations.py", "--sae_path", checkpoint, "--num_samples", 12, "--n_features", 0),
+        *("--model_name", tiny_model, "--dataset", other_text, "--no_diagnosis", "--push_to_hub", "lab/other"),
+    )
+    assert done.status == 0, done.stderr
+    card = ModelCard.load(hub.directory / "models" / "lab" / "other" / "README.md")
+    assert (card.data.base_model, card.data.datasets) == ("lab/their-model", ["lab/their-text"])
+    assert "Sparse autoencoders of lab/their-model, for" in card.text
+    assert f"measured with {tiny_model} on {other_text}" in card.text
+    assert "**Not finished**: its run saved it after 1,024 tokens." in card.text
 
 
 def test_a_readme_that_somebody_wrote_stays(hub, scripts, trained):

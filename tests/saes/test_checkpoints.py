@@ -1,6 +1,7 @@
 """The checkpoints of every architecture, finished or not, load and compute as in plain SAELens."""
 
 import json
+import logging
 from copy import deepcopy
 from pathlib import Path
 
@@ -156,6 +157,20 @@ def test_the_saved_sae_takes_raw_activations_in_and_gives_raw_ones_out(script, t
     scaled, raw = (load_file(d / "sae_weights.safetensors") for d in (final.parent / "2048", final))
     torch.testing.assert_close(raw["W_enc"], scaled["W_enc"] * scale)
     torch.testing.assert_close(raw["W_dec"], scaled["W_dec"] / scale)
+
+
+def test_a_missing_scale_is_said(script, tiny_run, caplog, monkeypatch):
+    """The weights of a checkpoint are for scaled activations, and nothing in them says which scale."""
+    done = script("sae_lens_train.py", *tiny_run, "--normalize_activations", "expected_average_only_in")
+    final = Path(done.stdout.strip())
+    monkeypatch.setattr(logging.getLogger("sae_toolkit"), "propagate", True)  # which the script switched off
+    load_sae(final, "cpu")
+    assert not caplog.records  # a finished SAE needs none
+    (final / "manifest.json").unlink()
+    cfg = json.loads((final / "cfg.json").read_text())
+    (final / "cfg.json").write_text(json.dumps(cfg | {"normalize_activations": "expected_average_only_in"}))
+    load_sae(final, "cpu")
+    assert "and activation_scaler.json, which has their scale, is missing" in caplog.text
 
 
 def test_a_checkpoint_on_the_way_has_k_active_features_for_saelens_and_for_us(script, tiny_run, tmp_path):

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _CHUNK_VALUES = 2**24  # features and projections of a chunk of tokens: 64 MiB each
 _DIFFERENCES = ("d_sae", "library", "architecture", "normalize_activations", "tokens in a step", "settings of the SAE")
 # Of the training's settings of the SAE, those that an SAE of another L0 has otherwise.
-_OF_L0 = {"k", "l0_coefficient", "l1_coefficient", "l0_warm_up_steps", "l1_warm_up_steps"}
+_OF_L0 = {"k", "l0_coefficient", "l1_coefficient", "l0_warm_up_steps", "l1_warm_up_steps", "target_l0"}
 _MOST_LR_RATIO = 2  # --recipe auto chooses a rate for each k
 _MOST_TOKENS_RATIO = 1.05  # batches of other sizes end at other numbers
 _LEAST_DIRECTIONS = 3  # for pairs, and so that 3/8 of them is one

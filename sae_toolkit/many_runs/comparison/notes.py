@@ -68,7 +68,8 @@ def _of_saelens(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         f"SAELens: sae_lens_train.py with lr {of('lr')}, {of('lr_warm_up_steps')} steps of warm-up,"
         f" {of('lr_decay_steps')} of decay, a dead-feature window of {of('dead_feature_window')} and activations"
-        f" normalized by {' or '.join(normalization)}. Where k does not set the L0, --target_l0 finds it."
+        f" normalized by {' or '.join(normalization)}. Where k does not set the L0, --target_l0 finds it. Where it is a"
+        " mean over tokens, it was set on activations of held-out documents, as no other library's was."
     ]
 
 

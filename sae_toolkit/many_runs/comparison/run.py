@@ -169,6 +169,7 @@ def _evaluate(entries: Sequence[Entry], shared: Shared, on: MeasuredOn) -> str |
     output = shared.directory / "evaluation.log"
     command = [*script_command("evaluate_sae_real_activations.py"), "--sae_path", *paths, "--like", shared.reference]
     command += ["--no_diagnosis", "--n_features", "0", "--device", shared.run.cfg.device, *on.flags]
+    command += ["--trust_remote_code"] if shared.run.model.trust_remote_code else []
     with output.open("w") as out, Progress(f"evaluation of {len(paths)} SAEs", 1) as progress:
         process = start_process(command, output=out, log=out)
         while process.poll() is None:

@@ -24,7 +24,7 @@ from sae_toolkit.many_runs.page import (
     runs_page,
     terminal_table,
 )
-from sae_toolkit.many_runs.sweep.trials import Trial
+from sae_toolkit.many_runs.sweep.trials import Trial, measured_otherwise
 from sae_toolkit.reports.tables import MARKS, format_value, markdown_table
 
 Outcomes = Sequence[tuple[Trial, Mapping[str, Any]]]  # from `run_trials`
@@ -60,7 +60,23 @@ def render_sweep(outcomes: Outcomes) -> RenderableType:
     parts: list[RenderableType] = [terminal_table(sweep_table(outcomes), names_first=False), Text(LEGEND)]
     if best := best_first(outcomes):
         parts.append(Text(f"best: {_command(best[0][0])}", overflow="fold"))
+    parts += map(Text, _notes(outcomes))
     return Group(*parts)
+
+
+def _notes(outcomes: Outcomes) -> list[str]:
+    """Returns what is to be kept in mind when trials are compared."""
+    evaluated = [trial for trial, _ in best_first(outcomes)]
+    notes = []
+    if names := measured_otherwise(evaluated):
+        flags = ", ".join(f"--{name}" for name in names)
+        notes.append(f"Trials that differ in {flags} are measured on different activations: compare within equal ones.")
+    if len(evaluated) > 1:
+        notes.append(
+            f"The best of {len(evaluated)} is shown on the text that it was chosen by, and looks better than it is:"
+            " measure it on other text (--dataset) before you report it."
+        )
+    return notes
 
 
 def _command(trial: Trial) -> str:
@@ -109,12 +125,13 @@ def write_sweep(outcomes: Outcomes, directory: Path) -> Path:
         if (reason := outcome.get("refused") or outcome.get("failed"))
     ]
     command = _command(best[0][0]) if best else "no trial was evaluated"
-    parts = [f"# {title}", "\n".join(markdown_table(columns, rows)), *reasons, f"Best: `{command}`"]
+    notes = _notes(outcomes)
+    parts = [f"# {title}", "\n".join(markdown_table(columns, rows)), *reasons, f"Best: `{command}`", *notes]
     (directory / "sweep.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page = directory / "sweep.html"
     lead = "<p>Best, by the number of healthy metrics, then by loss recovered:</p>"
     lead += f"<p><code>{escape(command)}</code></p>"
-    html = runs_page(title, lead, _figure(outcomes), [("", (columns, rows))], reasons, names_first=False)
+    html = runs_page(title, lead, _figure(outcomes), [("", (columns, rows))], [*reasons, *notes], names_first=False)
     page.write_text(html, encoding="utf-8")
     return page
 

@@ -143,6 +143,7 @@ def run_trials(
     gpus_per_trial: float | None,
     early_stop: bool,
     evaluation_flags: Sequence[str],
+    trust_remote_code: bool,
 ) -> list[tuple[Trial, Mapping[str, Any]]]:
     """Trains and evaluates all trials, except those that an earlier call has finished.
 
@@ -155,7 +156,9 @@ def run_trials(
             this machine has any, and otherwise no GPU.
         early_stop: whether ASHA stops a trial that is less promising than half of the trials that have trained on as
             many tokens.
-        evaluation_flags: further flags of evaluate_sae_real_activations.py.
+        evaluation_flags: further flags of evaluate_sae_real_activations.py. A finished trial that was evaluated with
+            others is evaluated again.
+        trust_remote_code: whether evaluations run the Python code that comes with the model.
 
     Returns:
         Each trial with its outcome. An evaluated trial has `sae`, `metrics`, `health` and `n_healthy`. Any other trial
@@ -173,7 +176,7 @@ def run_trials(
     outcomes = {
         trial.number: {key: result[key] for key in _EVALUATED_KEYS}
         for trial in trials
-        if (result := read_result(trial.directory))
+        if (result := read_result(trial.directory)) and result.get("evaluation_flags") == list(evaluation_flags)
     }
     unfinished = [trial.number for trial in trials if trial.number not in outcomes]
     if unfinished:
@@ -182,6 +185,7 @@ def run_trials(
             "cwd": str(Path.cwd()),
             "cpus_per_trial": cpus_per_trial,
             "evaluation_flags": list(evaluation_flags),
+            "trust_remote_code": trust_remote_code,
         }
         trainable = tune.with_resources(
             tune.with_parameters(SweepTrial, trials=list(trials), settings=settings),

@@ -22,6 +22,14 @@ from sae_toolkit.settings.training import TRAINING_FLAGS, TrainingSettings
 _OF_ACTIVATIONS = "model_name layer layers hook_name hook_names lm_dtype context_size set trust_remote_code".split()
 
 
+# Trials with other values of these are evaluated on other activations.
+_OF_MEASUREMENTS = (
+    *("model_name", "layer", "hook_name", "dataset_path", "dataset_config", "dataset_split", "text_column"),
+    *("chat_tokens", "fallback_dataset", "held_out_fraction", "held_out_seed", "context_size"),
+    *("exclude_special_tokens", "skip_positions", "max_activation_norm_multiple"),
+)
+
+
 @dataclass(frozen=True)
 class Trial:
     """One training run of a sweep, followed by its evaluation.
@@ -71,6 +79,8 @@ def make_trials(
         seed: the seed of the draws.
         caches: whether trials cache and share their activations.
 
+    Where the seed is swept, all trials hold out the documents of the first seed, so that they are measured on the same.
+
     Raises:
         UserError: a flag does not exist, cannot be swept, or has a value that training would refuse.
     """
@@ -96,7 +106,16 @@ def make_trials(
             for _ in range(n_samples)
         ]
     distinct = {json.dumps(values): values for values in combinations}.values()
+    held_out = [] if "held_out_seed" in of_grid else ["--held_out_seed", str(parse_training_flags(base).held_out_seed)]
+    base = [*base, *held_out] if "seed" in {**of_grid, **of_range} else base
     return [_trial(number, values, base, directory, caches) for number, values in enumerate(distinct, 1)]
+
+
+def measured_otherwise(trials: Sequence[Trial]) -> list[str]:
+    """Returns the swept flags of which trials have different values, and that choose what an SAE is measured on."""
+    return [
+        name for name in _OF_MEASUREMENTS if len({trial.values[name] for trial in trials if name in trial.values}) > 1
+    ]
 
 
 def _name_and_values(flag: str, text: str, seen: Mapping[str, Any]) -> tuple[str, str]:

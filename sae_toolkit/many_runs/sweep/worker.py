@@ -71,7 +71,9 @@ class SweepTrial(tune.Trainable):
 
     def _start_evaluation(self) -> None:
         self.is_training = False
-        self._start("evaluate_sae_real_activations.py", "--sae_path", self.sae, *self.settings["evaluation_flags"])
+        trusts = ["--trust_remote_code"] if self.settings["trust_remote_code"] else []
+        flags = self.settings["evaluation_flags"]
+        self._start("evaluate_sae_real_activations.py", "--sae_path", self.sae, *trusts, *flags)
 
     @property
     def _output(self) -> Path:
@@ -126,7 +128,7 @@ class SweepTrial(tune.Trainable):
         latest = self._latest_metrics()
         result = {"tokens": latest["details/n_training_samples"] if latest else 0, "promise": -1.0} | result
         if "metrics" in result:  # the cause of a refusal may be corrected, so a refused trial is tried again
-            write_result(self.trial.directory, result)
+            write_result(self.trial.directory, result | {"evaluation_flags": self.settings["evaluation_flags"]})
         return result | {"done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
