@@ -1,6 +1,5 @@
 """An SAE trained on several ranks equals the one that a single rank trains."""
 
-import sys
 from functools import cache
 
 import pytest
@@ -10,24 +9,16 @@ from sae_toolkit.distributed.ranks import ALONE, Ranks
 from sae_toolkit.errors import UserError
 from sae_toolkit.settings.command_line import parse_training_flags
 from sae_toolkit.training.setup import prepare_run
-from support.processes import ROOT, run_process
 from support.step_in_ranks import BATCH, N_STEPS, NAMES, SHARDED, train
 from support.trainings import run_flags
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-
 
 @pytest.fixture(scope="module")
-def of_two(scaled_acts_ND, tmp_path_factory):
+def of_two(scaled_acts_ND, trainings, tmp_path_factory):
     """The results of 2 ranks on batches of real activations."""
     directory = tmp_path_factory.mktemp("ranks")
     torch.save(scaled_acts_ND, directory / "acts.pt")
-    done = run_process(
-        *(*TORCHRUN, "--nproc-per-node=2", ROOT / "tests" / "support" / "step_in_ranks.py"),
-        *(directory / "acts.pt", directory / "results.pt"),
-        PYTHONPATH=str(ROOT),
-        OMP_NUM_THREADS="1",
-    )
+    done = trainings.script("tests/support/step_in_ranks.py", directory / "acts.pt", directory / "results.pt")
     assert done.status == 0, done.stderr
     return torch.load(directory / "results.pt", weights_only=False)
 

@@ -1,10 +1,11 @@
-"""Trains SAEs of several architectures on batches from a file, in each of the processes that torchrun started on its
-own part of each batch, or in one process on the whole; rank 0 saves what came out. Those that can be are trained again
-with their features spread over the processes.
+"""Trains SAEs of several architectures on batches from a file, in two processes, each on its own part of each batch;
+rank 0 saves what came out. Those that can be are trained again with their features spread over the processes.
 
     python step_in_ranks.py ACTIVATIONS RESULT
 """
 
+import os
+import socket
 import sys
 
 import torch
@@ -76,7 +77,19 @@ def train(name, acts_ND, ranks):
     return {"readings": readings, "sae": state, "counts": counts, "n": n, "calibration": calibration}
 
 
+def become_two_ranks():
+    """Forks. The two processes have the environment that torchrun would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = 0 if os.fork() else 1
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in ours.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+
+
 def main():
+    become_two_ranks()
     acts_ND = torch.load(sys.argv[1]).double()
     with join_ranks() as ranks:
         results = {name: train(name, acts_ND, ranks) for name in NAMES}
@@ -86,3 +99,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if os.environ["RANK"] == "0" else 0)
