@@ -59,7 +59,7 @@ def main() -> int:
         from sae_toolkit.evaluation.setup import prepare_evaluations
         from sae_toolkit.model.devices import choose_lm_dtype
         from sae_toolkit.model.loading import LanguageModels
-        from sae_toolkit.reports.publish import check_may_publish, publish
+        from sae_toolkit.reports.publish import check_may_publish, check_publishable, publish
         from sae_toolkit.reports.results import Result, choose_outputs, write_over_layers, write_results
         from sae_toolkit.reports.tables import render, render_several
 
@@ -67,6 +67,8 @@ def main() -> int:
     if settings.results.push_to_hub:
         check_may_publish(settings.results.push_to_hub)
     groups = prepare_evaluations(settings.saes, settings.text, settings.measurements)
+    if settings.results.push_to_hub:
+        check_publishable(groups)
     outputs = choose_outputs(settings.results.output_json, groups)
     check_evals(evals, groups)
     further = prepare_further_evaluations(settings, groups)

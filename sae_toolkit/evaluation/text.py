@@ -115,8 +115,13 @@ def with_context(
         UserError: the context is too long for the model, or leaves no next token to predict.
     """
     context_size = text_settings.context_length or metadata.context_size or source.row_length or 128
-    if source.row_length and not same_data(source.name, metadata.dataset_path) and not text_settings.context_length:
-        context_size = min(context_size, source.row_length)  # no context has tokens of two rows
+    is_own = same_data(source.name, metadata.dataset_path)
+    if source.row_length and source.row_length < context_size and not is_own and not text_settings.context_length:
+        log.warning(  # no context has tokens of two rows
+            "%s: rows of at most %d tokens; measuring on contexts as long as these, and not of %d tokens",
+            *(source.name, source.row_length, context_size),
+        )
+        context_size = source.row_length
     context = ContextFormat(
         context_size=context_size,
         prepend_bos=metadata.prepend_bos is not False,

@@ -15,9 +15,13 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from sae_lens import SAE
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
+from safetensors import safe_open
 
 from sae_toolkit.errors import UserError, one_line
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE, PreparedEvaluation
 from sae_toolkit.files.connection import ConnectionFailed, retrying
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.reports.results import Result
@@ -48,7 +52,7 @@ _DEFINITIONS = """\
 - **Dead features**: share of features without one activation on the evaluated tokens.
 - **Decoder absorption**: mean over features of the largest cosine similarity of their decoder vector to another one.
 
-The SAE replaces activations, and is scored, only at the positions that are named for it below."""
+The SAE replaces activations, and is scored, only at the positions that are named for it above."""
 
 
 def check_may_publish(repository: str) -> None:
@@ -123,13 +127,14 @@ def publish(repository: str, results: Sequence[Result]) -> str:
     Raises:
         UserError: the Hub refuses the upload, or cannot be reached.
     """
-    ids = _ids(results)
+    names = _ids([(result.group.hook_name, result.evaluated) for result in results])
+    ids = dict(zip(names, results, strict=True))
     api, where = HfApi(), f"--push_to_hub {repository}"
     with _refusals(repository):
         for sae_id, result in ids.items():
             sae: SAE[Any] | Path = result.evaluated.file.path
-            if result.evaluated.file.form.partition(",")[0] != "inference form":
-                sae = result.evaluated.sae  # of another library, or unfinished: SAELens saves it in its own form
+            if not _is_as_measured(result.evaluated):
+                sae = result.evaluated.sae  # SAELens saves it in its own form
             retrying(
                 where,
                 lambda sae=sae, sae_id=sae_id: upload_saes_to_huggingface(  # type: ignore[misc]
@@ -138,9 +143,9 @@ def publish(repository: str, results: Sequence[Result]) -> str:
             )
             log.info("uploaded %s to %s", sae_id, repository)
         card = model_card(repository, ids)
-        names = {f"{sae_id}/evaluation.json": json.dumps(r.summary, indent=2) + "\n" for sae_id, r in ids.items()}
-        names |= dict.fromkeys(_card_paths(api, repository, ids), card)
-        for path, text in names.items():
+        texts = {f"{sae_id}/evaluation.json": json.dumps(r.summary, indent=2) + "\n" for sae_id, r in ids.items()}
+        texts |= dict.fromkeys(_card_paths(api, repository, ids), card)
+        for path, text in texts.items():
             retrying(
                 where,
                 lambda path=path, text=text: api.upload_file(  # type: ignore[misc]
@@ -153,17 +158,49 @@ def publish(repository: str, results: Sequence[Result]) -> str:
     return f"{api.endpoint}/{repository}"
 
 
-def _ids(results: Sequence[Result]) -> dict[str, Result]:
-    """Returns the results by the id of their SAE in the repository: the hook, and the checkpoint if SAEs share it."""
-    ids: dict[str, Result] = {}
-    hooks = [result.group.hook_name for result in results]
-    for result in results:
-        hook = result.group.hook_name
-        name = hook if hooks.count(hook) == 1 else f"{hook}/{Path(result.summary['sae']['path']).name}"
-        if name in ids:
+def check_publishable(groups: Sequence[PreparedEvaluation]) -> None:
+    """Checks that SAEs can be published, before anything is measured.
+
+    Raises:
+        UserError: SAELens has no such architecture, or two SAEs would have the same name.
+    """
+    for group in groups:
+        for evaluated in group.saes:
+            if (architecture := evaluated.sae.cfg.architecture()) not in SAE_CLASS_REGISTRY:
+                raise UserError(
+                    f"--push_to_hub: {evaluated.file.name} is of the architecture {architecture}, which SAELens could"
+                    " not load from the Hub; leave it out"
+                )
+    _ids([(group.hook_name, evaluated) for group in groups for evaluated in group.saes])
+
+
+def _ids(saes: Sequence[tuple[str, EvaluatedSAE]]) -> list[str]:
+    """Returns the id of each SAE in the repository: its hook, and the checkpoint if SAEs share it.
+
+    Args:
+        saes: the SAEs, each with the hook that it is measured at, which counts where its record names none.
+    """
+    hooks = [evaluated.sae.cfg.metadata.hook_name or hook for hook, evaluated in saes]
+    ids = [
+        hook if hooks.count(hook) == 1 else f"{hook}/{evaluated.file.path.name}"
+        for hook, (_, evaluated) in zip(hooks, saes, strict=True)
+    ]
+    for name in ids:
+        if ids.count(name) > 1:
             raise UserError(f"--push_to_hub: two SAEs would be published as {name}; evaluate only one of them")
-        ids[name] = result
     return ids
+
+
+def _is_as_measured(evaluated: EvaluatedSAE) -> bool:
+    """Whether SAELens's files of an SAE hold the tensors that were measured.
+
+    Those of another library do not, nor unfinished ones, nor ones of SAELens before 6.0 that were folded when loaded.
+    """
+    weights = evaluated.file.path / SAE_WEIGHTS_FILENAME
+    if evaluated.file.form.partition(",")[0] != "inference form" or not weights.is_file():
+        return False
+    with safe_open(weights, framework="pt") as tensors:
+        return set(tensors.keys()) == set(evaluated.sae.state_dict())
 
 
 def _card_paths(api: HfApi, repository: str, ids: Mapping[str, Result]) -> list[str]:
@@ -213,19 +250,21 @@ def _section(repository: str, sae_id: str, result: Result) -> list[str]:
     """Returns the card's paragraphs about one SAE."""
     summary, tokens = result.summary, _unfinished_after(result.evaluated.file.path)
     fallback = f" (in place of {summary['fallback_from']})" if summary["fallback_from"] else ""
+    own = result.evaluated.sae.cfg.metadata
+    trained_at = f"; trained at {own.hook_name}" if own.hook_name not in (None, summary["hook_name"]) else ""
     parts = [
         f"## {sae_id}",
         *([f"**Not finished**: its run saved it after {tokens:,} tokens."] if tokens is not None else []),
         f"**{verdict(summary)}**. {shape(summary)}; measured with {summary['model']} on {summary['dataset']}{fallback},"
         f" {documents(summary)}: L0 on {summary['tokens']:,} tokens, losses on {summary['loss_tokens']:,}, dead"
         f" features on {summary['dead_feature_estimates']['tokens']:,}.",
-        f"Hook: {place(summary)}. Positions: {positions(summary)}. {first_position_note(summary)}".strip(),
+        f"Hook: {place(summary)}{trained_at}. Positions: {positions(summary)}. {first_position_note(summary)}".strip(),
         "\n".join(markdown_table(*health_table(summary))),
         f'```python\nfrom sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{sae_id}")\n```',
     ]
-    if isinstance(began := result.evaluated.sae.cfg.metadata.initialized_from, dict):
+    if isinstance(began := own.initialized_from, dict):
         parts.append(_lineage(began))
-    if recipe := training_recipe(Path(summary["sae"]["path"])):
+    if recipe := training_recipe(Path(summary["sae"]["path"]), own.dataset_path if own.fallback_from else None):
         trained = "Trained with" if tokens is None else "Its run is"
         parts.append(f"{trained}\n\n```bash\npython sae_lens_train.py {recipe}\n```")
     return parts
@@ -249,8 +288,13 @@ def _lineage(began: Mapping[str, Any]) -> str:
     )
 
 
-def training_recipe(sae_path: Path) -> str | None:
-    """Returns the flags of an SAE's training that differ from the defaults; None if its run recorded no flags."""
+def training_recipe(sae_path: Path, fallback: str | None = None) -> str | None:
+    """Returns the flags of an SAE's training that differ from the defaults; None if its run recorded no flags.
+
+    Args:
+        sae_path: directory of the SAE.
+        fallback: the data set that it was trained on in place of the one that was asked for.
+    """
     directory = find_run_directory(sae_path)
     try:
         flags = dict(json.loads((directory / FLAGS_FILENAME).read_text())) if directory else None
@@ -258,6 +302,8 @@ def training_recipe(sae_path: Path) -> str | None:
         return None
     if flags is None:
         return None
+    if fallback is not None:  # its configuration, split and column were chosen anew
+        flags |= {"dataset_path": fallback, "dataset_config": None, "dataset_split": None, "text_column": None}
     as_given = {"recipe": "seed", "chosen": []}  # what was chosen is written out: a later recipe may differ
     return shlex.join(training_words(flags | as_given, leave_out=_NOT_RECIPE))
 

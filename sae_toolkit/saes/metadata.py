@@ -53,6 +53,9 @@ def check_cfg(cfg: Mapping[str, Any], where: str) -> None:
     for name, largest in (("d_in", _LARGEST), ("d_sae", _LARGEST), ("k", cfg.get("d_sae", _LARGEST))):
         if (size := cfg.get(name)) is not None and not 1 <= size <= largest:
             raise UserError(f"{where}: {name} in cfg.json is {size}, and must be 1 to {largest:,}")
+    for name in ("activation_fn", "activation_fn_str"):  # of SAELens before 6.0
+        if cfg.get(name) == "tanh-relu":
+            raise UserError(f"{where}: {name} in cfg.json is tanh-relu, which SAELens dropped; name another SAE")
     if cfg.get("architecture") == "topk" and not isinstance(k := cfg.get("k", 1), int):
         raise UserError(f"{where}: k in cfg.json is {k}, and must be a whole number")
     if (dtype := cfg.get("dtype")) is not None and dtype.removeprefix("torch.") not in _DTYPES:

@@ -53,7 +53,7 @@ class Column:
         kind: what it holds: `conversations`, `tokens` (token ids), `text` or `texts` (lists of strings).
         joined_by: what stands between the strings of a list, if it holds lists.
         sample: the first 60 characters of its first document.
-        row_length: the number of token ids in its first row, if it holds token ids.
+        row_length: the most token ids in one of its first rows, if it holds token ids.
     """
 
     name: str
@@ -145,7 +145,7 @@ def _described(column: str, kind: Kind, rows: Sequence[Row]) -> Column:
         parts = [part for value in values for part in value if isinstance(part, str)]
         joined_by = "\n" if sum(_is_text(part) for part in parts) > len(parts) / 2 else " "
     if kind == "tokens":
-        row_length = len(values[0])
+        row_length = max(map(len, values))
     found = Column(column, kind, joined_by, row_length=row_length)
     samples = (_sample(found.document(row)) for row in rows if _kind_of(value_at(row, column)) == kind)
     return replace(found, sample=next(filter(None, samples), ""))

@@ -17,7 +17,10 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
 }
 # Fields of a message that say something which its text leaves out.
-_BESIDE_THE_TEXT = ("tool_calls", "function_call", "images", "image", "audio", "videos")
+_BESIDE_THE_TEXT = (
+    *("tool_calls", "function_call", "images", "image", "audio", "videos"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
 
 
 def is_conversation(value: Any) -> bool:
@@ -69,7 +72,7 @@ def _read_message(message: Any) -> tuple[str, str] | Bad:
         return Bad(f"has the role {role!r:.40}, which is none of system, user and assistant")
     for name in _BESIDE_THE_TEXT:
         if (value := message.get(name)) is not None and not (isinstance(value, Sized) and len(value) == 0):
-            return Bad(f"holds {name}, which is no text")
+            return Bad(f"holds {name}, which is beside its text")
     if isinstance(content, list | tuple | np.ndarray):
         if not all(_is_text_part(part) for part in content):
             return Bad("holds parts that are no text")

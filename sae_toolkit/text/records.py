@@ -173,6 +173,8 @@ def parse_json_line(row: Row) -> Row | Bad | None:
 
 def parse_text(row: Row) -> Row | Bad:
     """Returns a part of a text file as a row with the one column `text`, or why it cannot be used."""
+    if b"\0" in row["bytes"]:
+        return Bad("not UTF-8 (it holds null bytes, as UTF-16 does)")
     try:
         return {"text": row["bytes"].decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")}
     except UnicodeDecodeError as error:
@@ -210,7 +212,10 @@ def text_document(row: Row, column: str, joined_by: str | None = None) -> str | 
 
 
 def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
-    """Returns the token ids in a column of a row ([T] int64, each from 0 to 2^32 - 1), or why they cannot be used."""
+    """Returns the token ids in a column of a row ([T] int64, each from 0 to 2^32 - 1), or why they cannot be used.
+
+    Where the row has an `attention_mask`, ids at which it is 0 are left out: they are padding.
+    """
     try:
         tokens = np.asarray(value_at(row, column))
     except (ValueError, OverflowError):
@@ -222,6 +227,11 @@ def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
     for token in (tokens.min(), tokens.max()):
         if not 0 <= token <= _LARGEST_TOKEN_ID:
             return Bad(f"its {column!r} holds {token}, which is not a token id")
+    mask = value_at(row, ".".join([*column.split(".")[:-1], "attention_mask"]))
+    if mask is not None:
+        if np.shape(mask) != tokens.shape:
+            return Bad(f"its attention_mask is not as long as its {column!r}")
+        tokens = tokens[np.asarray(mask) != 0]
     return tokens.astype(np.int64)
 
 

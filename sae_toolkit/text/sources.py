@@ -56,7 +56,7 @@ class TextSource:
         tokenized: whether the documents are rows of token ids.
         read: returns an iterable over all documents, with `Bad` for an unusable record and None for a blank line.
         fallback_from: the data set that could not be opened, if this one takes its place.
-        row_length: length of the first row in tokens, if the documents are rows of token ids.
+        row_length: length of the longest of the first rows in tokens, if the documents are rows of token ids.
         unit: what a record is called in messages.
         is_chat: whether the documents are conversations.
         joined_by: what stands between the strings of a document, if the column holds lists of strings.

@@ -111,7 +111,13 @@ def read_text(
             flag=f"--eval_every {eval_every}, --dataset_path",
             required=eval_every > 0,
         )
-        if len(marked_NT):
+        if not len(marked_NT):
+            log.warning(
+                "%s: no held-out document fills a context of %d tokens: nothing of it is left to evaluate on; use more"
+                " text, or raise --held_out_fraction",
+                *(text.name, cfg.context_size),
+            )
+        else:
             held_out_NT, held_out_assistant_NT = split_marks(marked_NT[:n_rows], positions)
             read = replace(read, held_out_NT=held_out_NT, held_out_assistant_NT=held_out_assistant_NT)
     return read

@@ -6,15 +6,21 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from sae_lens import TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.reports.publish import check_may_publish
+from sae_toolkit.evaluation.prepared_evaluation import EvaluatedSAE
+from sae_toolkit.reports.publish import check_may_publish, check_publishable, training_recipe
+from sae_toolkit.saes.foreign import GroupMaxSAE, GroupMaxSAEConfig
+from sae_toolkit.saes.formats import SAEFile
 from sae_toolkit.settings.command_line import default_flags, parse_training_flags
+from sae_toolkit.text.positions import PositionFilter
 from support.loopback_hub import LoopbackHub
 from support.processes import run_process
 from support.trainings import Trainings
@@ -131,7 +137,28 @@ def test_the_card_names_the_model_and_text_of_the_training_and_those_of_the_meas
     assert (card.data.base_model, card.data.datasets) == ("lab/their-model", ["lab/their-text"])
     assert "Sparse autoencoders of lab/their-model, for" in card.text
     assert f"measured with {tiny_model} on {other_text}" in card.text
+    assert json.loads((hub.directory / "models" / "lab" / "other" / ID / "cfg.json").read_text())["d_in"] == 32
     assert "**Not finished**: its run saved it after 1,024 tokens." in card.text
+
+
+def test_what_cannot_be_loaded_from_the_hub_or_has_the_name_of_another_is_refused_before_anything_is_measured():
+    cfg = {"d_in": 4, "d_sae": 8, "device": "cpu"}
+    group_max, topk = GroupMaxSAE(GroupMaxSAEConfig(k=2, **cfg)), TopKSAE(TopKSAEConfig(k=2, **cfg))
+
+    def groups(*saes):
+        found = [(SAEFile(path, Path(path), "any", "any"), sae) for path, sae in saes]
+        return [SimpleNamespace(hook_name=ID, saes=[EvaluatedSAE(*each, PositionFilter()) for each in found])]
+
+    with pytest.raises(UserError, match="a/sae is of the architecture groupmax, which SAELens could not load"):
+        check_publishable(groups(("a/sae", group_max)))
+    with pytest.raises(UserError, match=f"two SAEs would be published as {ID}/sae"):
+        check_publishable(groups(("a/sae", topk), ("b/sae", topk)))
+    check_publishable(groups(("a/first", topk), ("b/second", topk)))
+
+
+def test_the_card_names_the_text_that_took_the_place_of_another(trained):
+    recipe = training_recipe(trained, "lab/other-text")
+    assert parse_training_flags(shlex.split(recipe)).text.dataset_path == "lab/other-text"
 
 
 def test_a_readme_that_somebody_wrote_stays(hub, scripts, trained):

@@ -82,6 +82,13 @@ def test_a_factor_that_saelens_5_fine_tuned_is_folded_in(tmp_path):
     assert_agree(load(tmp_path / "ones")(ACTS), without(ACTS))
 
 
+def test_an_activation_function_that_saelens_dropped_is_refused(tmp_path):
+    """SAELens 6 would compute a relu."""
+    save_finetuned(tmp_path / "sae", torch.ones(F), "scaling_factor", activation_fn_str="tanh-relu")
+    with pytest.raises(UserError, match=r"activation_fn_str in cfg.json is tanh-relu, which SAELens dropped"):
+        load(tmp_path / "sae")
+
+
 @pytest.mark.parametrize(
     ("size", "is_finetuned", "says"),
     [

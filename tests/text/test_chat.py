@@ -165,6 +165,7 @@ HOSTILE = {
     "a number": ([USER, ANSWER | {"content": 3}], "message 2 of its 'messages' is int, not text"),
     "an image": ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], "holds parts that are no text"),
     "a tool call": ([USER, ANSWER | {"tool_calls": [{"name": "f"}]}], "message 2 of its 'messages' holds tool_calls"),
+    "a thought": ([USER, ANSWER | {"reasoning_content": "Hm."}], "message 2 of its 'messages' holds reasoning_content"),
     "a tool": ([USER, {"role": "tool", "content": "4"}], "has the role 'tool', which is none of"),
     "no role": ([USER, {"content": "x"}], "message 2 of its 'messages' has no role and content"),
     "words": ([USER, "There."], "message 2 of its 'messages' has no role and content"),

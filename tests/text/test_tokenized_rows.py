@@ -113,6 +113,25 @@ def test_mostly_short_rows_are_said_while_they_are_read(tokenizer, caplog):
     assert "of the first 1,000 rows of token ids, 100.0% of the tokens are left out" in caplog.text
 
 
+def test_a_first_row_that_is_shorter_than_the_others_does_not_set_the_length(tmp_path):
+    assert saved([[5] * n for n in (3, 64, 20, 64)], tmp_path / "mixed.parquet").row_length == 64
+
+
+def test_padding_is_left_out_as_the_attention_mask_says(tmp_path, tokenizer):
+    """Also in a field of a column, and where the padding is no special token."""
+    row = {"input_ids": [7] * 40 + list(range(100, 164)), "attention_mask": [0] * 40 + [1] * 64}
+    for column, rows in (("input_ids", [row] * 4), ("a.input_ids", [{"a": row}] * 4)):
+        path = tmp_path / f"{column}.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        source = open_text(str(path), flag="--dataset_path", column=column)
+        found = training_rows(source, tokenizer, 64, training_tokens=4 * 63)
+        assert found.tolist() == [row["input_ids"][40:]] * 4
+    path = tmp_path / "short.parquet"
+    datasets.Dataset.from_list([{"input_ids": [5] * 64, "attention_mask": [1] * 63}] * 4).to_parquet(path)
+    with pytest.raises(UserError, match="its attention_mask is not as long as its 'input_ids'"):
+        training_rows(open_text(str(path), flag="--dataset_path"), tokenizer, 64, training_tokens=63)
+
+
 def test_an_evaluation_draws_contexts_of_several_long_rows(tmp_path, tokenizer):
     rows = random_rows(40, 640, begin_with_bos=False)
     source = saved(rows, tmp_path / "long.parquet")

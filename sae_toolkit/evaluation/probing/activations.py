@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from sae_toolkit.evaluation.prepared_evaluation import PreparedEvaluation
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.terminal.progress import Progress
+
+log = logging.getLogger(__name__)
 
 _MOST_TOKENS = 1024
 
@@ -25,6 +28,8 @@ def tokenized(prepared: PreparedEvaluation, texts: Sequence[str]) -> list[list[i
     bos = [bos_token_id] if prepared.context.prepend_bos and bos_token_id is not None else []
     encoded: Any = prepared.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
     n = most - len(bos)
+    if n_cut := sum(len(ids) > n for ids in encoded["input_ids"]):
+        log.warning("--probing: of %d of %d texts the last %d tokens are read", n_cut, len(texts), n)
     return [[*bos, *ids[-n:]] for ids in encoded["input_ids"]]
 
 
