@@ -207,6 +207,8 @@ def summary(measured: list[Effects]) -> str:
         there = [value for value in values if value is not None]
         if len(there) > 1:
             mean, (low, high) = mean_and_interval(there)
+            if "%" in form:  # of shares
+                low, high = max(low, 0.0), min(high, 1.0)
             lines.append(f"  {text} {mean:{form}} ({low:{form}} to {high:{form}})")
 
     def over_vocabulary(kind: str, name: str) -> list[float | None]:
@@ -218,6 +220,6 @@ def summary(measured: list[Effects]) -> str:
     line("  suppressed tokens:", over_vocabulary("clamped", "suppressed"), "+.2f")
     line("  promoted tokens that gain more than the mean token:", [each.promoted_gains for each in measured], ".0%")
     line("switched off, where it fires: loss changes by", [each.ablated_loss for each in measured], "+.4f")
-    line("  promoted tokens:", over_vocabulary("ablated", "promoted"), "+.3f")
+    line("  promoted tokens, against the mean token, in nats:", over_vocabulary("ablated", "promoted"), "+.3f")
     line("  suppressed tokens:", over_vocabulary("ablated", "suppressed"), "+.3f")
     return "\n".join(lines)

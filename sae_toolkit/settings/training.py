@@ -68,7 +68,7 @@ class ModelSettings:
     model_name: str = "meta-llama/Meta-Llama-3-8B"
     """language model: a Hugging Face id, a directory, a .gguf file, embedded:smollm2-135m or synthetic:small"""
     layer: NonNegative = flag(12, action=_InsteadOfLayers)
-    """train on the residual stream after this layer; the first layer is 0"""
+    """train on the residual stream after this layer; the first layer is 0; the later of --layer and --layers counts"""
     hook_name: str | None = None
     """train on the activations at this TransformerLens hook (default: blocks.LAYER.hook_resid_post)"""
     layers: tuple[NonNegative, ...] | None = flag(None, is_swept=False)
