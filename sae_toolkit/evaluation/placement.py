@@ -24,6 +24,7 @@ from sae_toolkit.saes.metadata import check_metadata, check_names_of_download
 from sae_toolkit.saes.search import find_saes
 from sae_toolkit.settings.evaluation import EvaluatedSAESettings, EvaluationTextSettings
 from sae_toolkit.text.positions import PositionFilter
+from sae_toolkit.text.sources import TextSource
 
 ModelKey = tuple[str, tuple[tuple[str, str], ...]]  # name, and arguments of `from_pretrained`
 
@@ -53,14 +54,18 @@ class Placement:
 
     Args:
         sae_settings, text_settings: the flags, which come before what an SAE's record says.
+        reads_text: whether text is opened. Without any, an SAE is placed as on the text that it was trained on.
 
     Raises:
         UserError: --like names no SAE, several, or one that cannot be loaded.
     """
 
-    def __init__(self, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings) -> None:
+    def __init__(
+        self, sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings, *, reads_text: bool = True
+    ) -> None:
         self._saes = sae_settings
         self._text = text_settings
+        self._reads_text = reads_text
         self._like = _record_of(sae_settings.like, sae_settings, text_settings) if sae_settings.like else None
         self._models: dict[ModelKey, ModelSource] = {}
         self._widths: dict[ModelKey, dict[str, int]] = {}
@@ -75,7 +80,8 @@ class Placement:
         record = own if self._like is None else self._like
         if self._like is None and file.is_download:
             where = f"--sae_path {file.name}"
-            check_names_of_download(sae, where, model_name=self._saes.model_name, dataset=self._text.dataset)
+            dataset = self._text.dataset if self._reads_text else ""  # none is opened
+            check_names_of_download(sae, where, model_name=self._saes.model_name, dataset=dataset)
         model_key = _find_model(record, file, self._saes, self._models)
         model = self._models[model_key]
         hook_name = _find_hook(record, sae, file, self._saes, model, self._widths.setdefault(model_key, {}))
@@ -96,10 +102,16 @@ class Placement:
         with _of_the_sae(file, unless=None):
             _check_separator(record, model)
         with _of_the_sae(file, unless=self._text.dataset):
-            source, held_out = open_text_of(record, self._text)
+            source, held_out = open_text_of(record, self._text) if self._reads_text else (_no_text(record), None)
         of_context = self._text.context_length, self._text.skip_positions
         with _of_the_sae(file, unless=next((flag for flag in of_context if flag is not None), None)):
             return with_context(source, held_out, record, self._text, model)
+
+
+def _no_text(record: SAEMetadata) -> TextSource:
+    """Returns a text without documents, of the kind that an SAE was trained on."""
+    is_chat = record.chat_tokens is not None
+    return TextSource("no text", None, "", "", tokenized=False, read=lambda: (), is_chat=is_chat)
 
 
 def _find_model(

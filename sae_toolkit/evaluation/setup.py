@@ -33,9 +33,17 @@ log = logging.getLogger(__name__)
 
 
 def prepare_evaluations(
-    sae_settings: EvaluatedSAESettings, text_settings: EvaluationTextSettings, measurements: MeasurementSettings
+    sae_settings: EvaluatedSAESettings,
+    text_settings: EvaluationTextSettings,
+    measurements: MeasurementSettings,
+    *,
+    reads_text: bool = True,
 ) -> list[PreparedEvaluation]:
     """Loads the SAEs, checks that they fit their models and hooks, and tokenizes the text.
+
+    Args:
+        sae_settings, text_settings, measurements: the flags.
+        reads_text: whether there are rows of text; if not, none is opened.
 
     Returns:
         One evaluation for each set of SAEs that have the same model, hook and text.
@@ -46,7 +54,7 @@ def prepare_evaluations(
     device = choose_device(sae_settings.device)
     flag = "--stability" if sae_settings.sae_path == measurements.stability else "--sae_path"
     files = find_saes(list(sae_settings.sae_path), layer=sae_settings.layer, flag=flag)
-    placement = Placement(sae_settings, text_settings)
+    placement = Placement(sae_settings, text_settings, reads_text=reads_text)
     groups: dict[_GroupKey, list[PlacedSAE]] = {}
     for file, sae in _load_saes(files):
         _check_features(measurements.features, sae, file)
@@ -54,7 +62,9 @@ def prepare_evaluations(
         groups.setdefault((placed.model_key, placed.hook_name, placed.text.key), []).append(placed)
     if len(groups) > 1:
         log.warning("%s", _why_apart(groups))
-    return [_prepare_group(group, text_settings, measurements, device) for group in groups.values()]
+    return [
+        _prepare_group(group, text_settings, measurements, device, reads_text=reads_text) for group in groups.values()
+    ]
 
 
 def _load_saes(files: Sequence[SAEFile]) -> Iterator[tuple[SAEFile, SAE[Any]]]:
@@ -103,12 +113,19 @@ def _why_apart(groups: dict[_GroupKey, list[PlacedSAE]]) -> str:
 
 
 def _prepare_group(
-    group: Sequence[PlacedSAE], text_settings: EvaluationTextSettings, measurements: MeasurementSettings, device: str
+    group: Sequence[PlacedSAE],
+    text_settings: EvaluationTextSettings,
+    measurements: MeasurementSettings,
+    device: str,
+    *,
+    reads_text: bool,
 ) -> PreparedEvaluation:
     first, text = group[0], group[0].text
     tokenizer = load_tokenizer(first.model)
-    rows_NT, assistant_NT, document_N, n_loss_rows, n_sae_rows = collect_rows(
-        text, first.evaluated.positions, tokenizer, text_settings, first.model
+    rows_NT, assistant_NT, document_N, n_loss_rows, n_sae_rows = (
+        collect_rows(text, first.evaluated.positions, tokenizer, text_settings, first.model)
+        if reads_text
+        else (np.empty((0, text.context.context_size), np.uint32), None, np.empty(0, np.int64), 0, 0)
     )
     if measurements.protocol == "saebench":
         n_sae_rows = n_loss_rows  # both of SAEBench's passes read the same rows

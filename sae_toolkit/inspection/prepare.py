@@ -38,10 +38,9 @@ def prepare_inspection(settings: InspectionSettings) -> list[PreparedEvaluation]
         UserError: an inspection could not succeed.
     """
     if settings.steering.steer:
-        # Text is only used to measure a norm limit that a flag asks for.
-        num_samples = 1 if settings.text.max_activation_norm_multiple is None else None
-        text = EvaluationTextSettings(**asdict(settings.text), num_samples=num_samples)
-        return prepare_evaluations(settings.saes, text, MeasurementSettings())
+        text = EvaluationTextSettings(**asdict(settings.text))
+        measures_norms = bool(settings.text.max_activation_norm_multiple)
+        return prepare_evaluations(settings.saes, text, MeasurementSettings(), reads_text=measures_norms)
     text = EvaluationTextSettings(**asdict(settings.text), dead_tokens=settings.features.tokens)
     groups = prepare_evaluations(settings.saes, text, MeasurementSettings())
     for group in groups:

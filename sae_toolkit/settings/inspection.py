@@ -242,8 +242,9 @@ def _check_steering(settings: InspectionSettings) -> None:
         for name in (each.name for each in fields(group) if each.name not in ("verbose", "quiet")):
             if (value := getattr(group, name)) != getattr(default, name):
                 raise UserError(f"--{name} {as_text(value)}: --steer reads no text and writes no file; leave it out")
-    if settings.text.max_activation_norm_multiple is None:
-        for name in ("held_out_part", "context_length"):
+    if not settings.text.max_activation_norm_multiple:
+        of_text = ("dataset", "dataset_config", "dataset_split", "text_column", "fallback_dataset")
+        for name in (*of_text, "held_out_part", "chat_tokens", "context_length"):
             if (value := getattr(settings.text, name)) != getattr(without.text, name):
                 raise UserError(
                     f"--{name} {as_text(value)}: --steer reads no text without --max_activation_norm_multiple; leave"

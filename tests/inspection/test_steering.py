@@ -4,7 +4,6 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from sae_toolkit.files.embedded import EMBEDDED_TEXT
 from sae_toolkit.inspection.prepare import prepare_inspection
 from sae_toolkit.inspection.steering import _token_ids_go_to, _Turn, change_of_turning, write_with_and_without
 from sae_toolkit.model.hooks import hooked
@@ -17,11 +16,7 @@ from support.inspection import save_sae
 PROMPT, WORD = "The capital of France is", " banana"
 
 
-# Without a record of the text an SAE cannot be evaluated; --steer does not use it.
-METADATA = {
-    **{"dataset_path": EMBEDDED_TEXT, "dataset_split": "train", "context_size": 64},
-    **{"held_out_fraction": 0.2, "held_out_seed": 42, "seqpos_slice": (1, None)},
-}
+METADATA = {"seqpos_slice": (1, None)}  # no text: --steer reads none
 
 
 @pytest.fixture(scope="module")
