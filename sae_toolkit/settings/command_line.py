@@ -210,7 +210,8 @@ def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
     if "architecture" in given and given["architecture"] not in SPARSITY_WEIGHTS:
         before["target_l0"] = None  # it has none to reach: k is its L0
     architecture = given.get("architecture", saved["architecture"])
-    if architecture != saved["architecture"] or given.keys() & {"expansion_factor", "d_sae"}:
+    has_other_width = any(name in given and given[name] != saved[name] for name in ("expansion_factor", "d_sae"))
+    if architecture != saved["architecture"] or has_other_width:
         before["matryoshka_widths"] = None  # those of another kind, or of another width
     inherited = _not_chosen(saved["set"], was_chosen)
     if architecture != saved["architecture"]:
