@@ -265,6 +265,6 @@ def _warn_of_seen_text(evaluated: EvaluatedSAE, text_name: str) -> None:
         )
     elif evaluated.is_text_seen is None:
         log.warning(
-            "%s: its files do not say what it was trained on, which may have been these documents of %s",
+            "%s: its files do not say whether it was trained on these documents of %s",
             *(evaluated.file.name, text_name),
         )

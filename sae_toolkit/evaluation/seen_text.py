@@ -32,7 +32,8 @@ def may_have_trained_on(record: _Record, source: TextSource, held_out: HeldOutSp
         held_out: the split by which some of its documents are chosen; None if all are.
 
     Returns:
-        None if it is not known, because the record does not say what the SAE, or one before it, was trained on.
+        None if it is not known: the record does not say what the SAE, or one before it, was trained on, or it was
+        another configuration of this data set, or another part of this split.
     """
     found = {_one_training(each, source, held_out) for each in _trainings(record)}
     return True if True in found else None if None in found else False
@@ -51,16 +52,24 @@ def _one_training(record: _Record, source: TextSource, held_out: HeldOutSplit | 
     if not isinstance(data, str):
         return None
     if not same_data(source.name, data):
-        return False
+        return _is_within(source.name, data) or _is_within(data, source.name)
     if split is None:
         return True
-    if (source.config, source.split) != (record.get("dataset_config"), split):
-        return False
+    if source.config != record.get("dataset_config"):
+        return None  # configurations of one data set often share documents
+    if source.split != split:
+        return None if source.split.partition("[")[0] == split.partition("[")[0] else False
     # Documents are held out by their content, so of another column others are.
     other_column = record.get("text_column") not in (None, source.column)
     if held_out is None or other_column or not isinstance(fraction, int | float):
         return True
     return held_out.seed != record.get("held_out_seed") or held_out.fraction > fraction
+
+
+def _is_within(name: str, other: str) -> bool:
+    """Returns whether a path leads to a part of another."""
+    path, whole = Path(name), Path(other)
+    return path.exists() and whole.exists() and path.resolve().is_relative_to(whole.resolve())
 
 
 def same_data(name: str, other: str | None) -> bool:

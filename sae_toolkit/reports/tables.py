@@ -107,14 +107,15 @@ def documents(summary: Mapping[str, Any]) -> str:
     """Returns a phrase that says which documents of the data set were used."""
     held_out, seen = summary["held_out"], summary["text_may_be_trained_on"]
     if not held_out:
-        said = {True: ", on which this SAE may have been trained", None: "; what this SAE was trained on is not known"}
-        return f"split {summary['dataset_split']}{said.get(seen, '')}"
+        not_known = "; whether this SAE was trained on it is not known"
+        said = {True: ", on which this SAE may have been trained", None: not_known, False: ""}
+        return f"split {summary['dataset_split']}{said[seen]}"
     half = f"{part} half of the " if (part := held_out.get("part")) else ""
     of_one = f"{half}documents held out of one training"
     if seen:
         return f"{of_one}; in another this SAE may have been trained on them"
     if seen is None:
-        return f"{of_one}; what else this SAE was trained on is not known"
+        return f"{of_one}; whether this SAE was trained on them in another is not known"
     return f"{half}documents held out of training"
 
 

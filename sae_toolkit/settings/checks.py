@@ -10,6 +10,9 @@ from sae_toolkit.settings.training import ModelSettings, OptimizationSettings, S
 
 SPARSITY_WEIGHTS = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
+# Fields of --set that say what random weights are.
+OF_RANDOM_WEIGHTS = {"sae.decoder_init_norm", "sae.jumprelu_init_threshold"}
+
 _LONGEST_NAME = 255  # bytes, on Linux and macOS
 
 # A rank must have at least this many tokens of a batch on average. With 32, a rank has no token of one batch in 10^13.

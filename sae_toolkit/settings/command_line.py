@@ -14,7 +14,7 @@ from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.files.embedded import EMBEDDED_MODEL, EMBEDDED_TEXT
 from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings import fields
-from sae_toolkit.settings.checks import SPARSITY_WEIGHTS, check_paths, check_settings
+from sae_toolkit.settings.checks import OF_RANDOM_WEIGHTS, SPARSITY_WEIGHTS, check_paths, check_settings
 from sae_toolkit.settings.fields import Scope, as_text
 from sae_toolkit.settings.training import RECIPE_FLAGS, TRAINING_FLAGS, TrainingSettings
 from sae_toolkit.terminal.console import Parser
@@ -216,6 +216,9 @@ def _settings_like(like: Path, given: dict[str, Any]) -> TrainingSettings:
     inherited = _not_chosen(saved["set"], was_chosen)
     if architecture != saved["architecture"]:
         inherited = _of_architecture(inherited, architecture)
+    if given.get("init_from") is not None:  # what is about random weights cannot be left out by hand
+        before |= {"b_dec_init_method": defaults["b_dec_init_method"], "seeds": defaults["seeds"]}
+        inherited = [each for each in inherited if each.partition("=")[0] not in OF_RANDOM_WEIGHTS]
     values = before | given | {"set": [*inherited, *given.get("set", [])]}
     kept = {
         name

@@ -224,15 +224,25 @@ def tokens_document(row: Row, column: str) -> np.ndarray | Bad:
         return tokens.astype(np.int64)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         return Bad(f"its {column!r} is not a list of whole numbers")
-    for token in (tokens.min(), tokens.max()):
+    given = value_at(row, ".".join([*column.split(".")[:-1], "attention_mask"]))
+    if given is not None:
+        mask = _as_mask(given)
+        if mask is None or mask.shape != tokens.shape:
+            return Bad(f"its attention_mask is not a 0 or 1 for each of its {column!r}")
+        tokens = tokens[mask]
+    for token in (tokens.min(), tokens.max()) if len(tokens) else ():
         if not 0 <= token <= _LARGEST_TOKEN_ID:
             return Bad(f"its {column!r} holds {token}, which is not a token id")
-    mask = value_at(row, ".".join([*column.split(".")[:-1], "attention_mask"]))
-    if mask is not None:
-        if np.shape(mask) != tokens.shape:
-            return Bad(f"its attention_mask is not as long as its {column!r}")
-        tokens = tokens[np.asarray(mask) != 0]
     return tokens.astype(np.int64)
+
+
+def _as_mask(given: Any) -> np.ndarray | None:
+    """Returns an attention mask as booleans; None if it is not one of zeros and ones."""
+    try:
+        mask = np.asarray(given)
+    except (ValueError, OverflowError):
+        return None
+    return mask == 1 if mask.dtype.kind in "iub" and np.isin(mask, (0, 1)).all() else None
 
 
 class Skipped:

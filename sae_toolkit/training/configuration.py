@@ -16,10 +16,11 @@ from sae_lens.training.optim import get_lr_scheduler
 
 from sae_toolkit.errors import UserError, one_line
 from sae_toolkit.model.hooks import is_transformer_lens_name
+from sae_toolkit.settings.checks import OF_RANDOM_WEIGHTS
 from sae_toolkit.settings.training import OptimizationSettings, SAESettings, TrainingSettings
 from sae_toolkit.steps.target_l0 import JUMPRELU
 from sae_toolkit.training.phases import number_of_steps
-from sae_toolkit.training.set_flag import LARGEST, OF_RANDOM_WEIGHTS, assign
+from sae_toolkit.training.set_flag import LARGEST, assign
 
 log = logging.getLogger(__name__)
 

@@ -224,9 +224,11 @@ class TrainingLoop:
         step, n_tokens = self.trainer.n_training_steps - 1, self.trainer.n_training_samples
         found = {name: of_held_out(evaluation.metrics) for name, evaluation in measured.items()}
         self.record.log(panels(found), step)
+        cfgs = dict(zip(self.run.sae_names, self.run.cfgs, strict=True))
         for name, evaluation in measured.items():
-            metrics = evaluation.metrics
-            line = {"n_training_samples": n_tokens, "hook_name": name} | found[name]
+            metrics, cfg = evaluation.metrics, cfgs[name]
+            seed = {"seed": cfg.seed} if name != cfg.hook_name else {}
+            line = {"n_training_samples": n_tokens, "hook_name": cfg.hook_name} | seed | found[name]
             self.run.run_directory.record_metrics(step, line, HELD_OUT_METRICS_FILENAME)
             log.info(
                 "held out%s after %s tokens: loss recovered %.2f%%, L0 %.1f, explained variance %.3f, dead %.1f%% (over"

@@ -43,8 +43,8 @@ def unhealthy_end(cfg: LanguageModelSAERunnerConfig[Any], explained_variance: fl
         explained_variance: on the last batch, at most 1. Below 0 the SAE is worse than the mean of the activations.
         loss: the loss of the last batch.
     """
-    if explained_variance >= 0:
-        return None
+    if explained_variance >= 0 or cfg.sae.normalize_activations == "covariance_whitening":
+        return None  # of whitened activations it says little about those of the model
     because = too_high_learning_rate(cfg) or (
         f"train longer than --training_tokens {cfg.training_tokens}, or change what the warnings before the first step"
         " name"

@@ -197,7 +197,7 @@ def _dead_feature_window(cfg: LanguageModelSAERunnerConfig[Any], n_steps: int) -
     if revives and window > most:
         return (
             f"--dead_feature_window {window}: long for {n_steps} steps; dead features have little time to be revived"
-            f" (200 of 488 steps left 37% dead, 20 steps 0.2%); use about {sensible}"
+            f" (200 of 488 steps left 37% dead, 20 steps 0.4%); use about {sensible}"
         )
     return None
 
@@ -215,7 +215,7 @@ def _many_passes(passes: float) -> str | None:
     return (
         f"--epochs {math.ceil(passes)}: {passes:.2g} passes over the text, which the SAE may learn by heart: after 4"
         " passes it explained 0.866 of the variance there and 0.841 on held-out text, after 18 passes 0.905 and 0.803,"
-        " after one 0.849 and 0.848; judge it by held-out text alone (--eval_every), or use more text"
+        " after one 0.859 and 0.849; judge it by held-out text alone (--eval_every), or use more text"
     )
 
 

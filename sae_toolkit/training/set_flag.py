@@ -53,7 +53,6 @@ HONOURED = set(
     " logger.wandb_log_frequency logger.log_weights_to_wandb".split()
 )
 NOT_HONOURED_IN_SAE = {"metadata", "reshape_activations"}
-OF_RANDOM_WEIGHTS = {"sae.decoder_init_norm", "sae.jumprelu_init_threshold"}  # without effect if there are others
 LARGEST = 1e15  # far above any sensible value, far below what overflows in float32
 
 # Bounds of values that SAELens does not check: outside of them the run would fail later, or write NaN weights.

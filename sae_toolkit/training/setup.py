@@ -117,6 +117,11 @@ def _prepare_run(settings: TrainingSettings, ranks: Ranks, found: _FoundByRank0 
                 read = found.read
             elif directory.path.exists():
                 read = saved_text(directory)
+                if (every := settings.recording.eval_every) and read.held_out_NT is None:
+                    raise UserError(
+                        f"--eval_every {every}: the run in {directory.path} kept no held-out text; leave the flag out,"
+                        " or start a new run"
+                    )
             else:
                 read = read_text(settings, cfgs[0], model, tokenizer)
         for cfg in cfgs:

@@ -46,6 +46,8 @@ def flags_of_other_architectures(sae: SAESettings) -> list[str]:
 def _why_not_read(run: PreparedRun, key: str) -> str | None:
     if key == "n_batches_for_norm_estimate" and not run.measures_first_activations:
         return "nothing is measured on the first activations"
+    if key == "logger.log_weights_to_wandb" and run.recording.logger != "wandb":
+        return f"--logger {run.recording.logger} keeps no weights"
     if key in _READ_ONLY_WITH:
         other, values = _READ_ONLY_WITH[key]
         value = _value(run.cfg, other)

@@ -91,12 +91,12 @@ def test_an_sae_whose_files_do_not_say_what_it_was_trained_on_has_no_documents_h
     silent, own = save_sae(tmp_path / "silent"), save_sae(tmp_path / "own", **of_training)
     done = evaluate("--sae_path", silent, own, "--like", like)
     assert [result_of(path)["text_may_be_trained_on"] for path in (silent, own)] == [None, True]
-    assert "silent: its files do not say what it was trained on" in done.stderr
-    assert "what else this SAE was trained on is not known" in (silent / "report.md").read_text()
+    assert "silent: its files do not say whether it was trained on these documents" in done.stderr
+    assert "whether this SAE was trained on them in another is not known" in (silent / "report.md").read_text()
     assert "held out of training" not in (silent / "report.md").read_text() + (own / "report.md").read_text()
     done = evaluate("--sae_path", silent, own)  # all of the text
     assert [result_of(path)["text_may_be_trained_on"] for path in (silent, own)] == [None, True]
-    for path, words in ((silent, "what this SAE was trained on is not known"), (own, "may have been trained")):
+    for path, words in ((silent, "whether this SAE was trained on it is not known"), (own, "may have been trained")):
         assert words in (path / "report.md").read_text()
 
 

@@ -137,6 +137,23 @@ def test_another_architecture_does_not_take_a_target_that_it_cannot_have(tmp_pat
         parse_training_flags([*words, "batchtopk", "--target_l0", "20"])
 
 
+def test_a_fine_tuning_like_another_run_leaves_out_what_is_about_random_weights(tmp_path):
+    saved = [
+        "--set",
+        "sae.decoder_init_norm=0.5",
+        "--set",
+        "adam_beta1=0.5",
+        "--b_dec_init_method",
+        "mean",
+        "--seeds",
+        "3",
+    ]
+    save_flags(parse_training_flags(saved).as_flags(), tmp_path)
+    settings = parse_training_flags(["--like", str(tmp_path), "--init_from", "./sae"])
+    assert settings.optimization.set == ("adam_beta1=0.5",)
+    assert (settings.sae.b_dec_init_method, settings.optimization.seeds) == ("zeros", 1)
+
+
 @pytest.mark.parametrize(
     ("saved", "changed"),
     [

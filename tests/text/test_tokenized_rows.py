@@ -119,7 +119,7 @@ def test_a_first_row_that_is_shorter_than_the_others_does_not_set_the_length(tmp
 
 def test_padding_is_left_out_as_the_attention_mask_says(tmp_path, tokenizer):
     """Also in a field of a column, and where the padding is no special token."""
-    row = {"input_ids": [7] * 40 + list(range(100, 164)), "attention_mask": [0] * 40 + [1] * 64}
+    row = {"input_ids": [-100] * 40 + list(range(100, 164)), "attention_mask": [0] * 40 + [1] * 64}
     for column, rows in (("input_ids", [row] * 4), ("a.input_ids", [{"a": row}] * 4)):
         path = tmp_path / f"{column}.parquet"
         datasets.Dataset.from_list(rows).to_parquet(path)
@@ -128,7 +128,7 @@ def test_padding_is_left_out_as_the_attention_mask_says(tmp_path, tokenizer):
         assert found.tolist() == [row["input_ids"][40:]] * 4
     path = tmp_path / "short.parquet"
     datasets.Dataset.from_list([{"input_ids": [5] * 64, "attention_mask": [1] * 63}] * 4).to_parquet(path)
-    with pytest.raises(UserError, match="its attention_mask is not as long as its 'input_ids'"):
+    with pytest.raises(UserError, match="its attention_mask is not a 0 or 1 for each of its 'input_ids'"):
         training_rows(open_text(str(path), flag="--dataset_path"), tokenizer, 64, training_tokens=63)
 
 

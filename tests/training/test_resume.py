@@ -266,6 +266,15 @@ def test_a_run_that_another_process_is_writing_to_is_refused(trainings, flags, t
     record_fault("two processes on one run", 1, "the second is refused in one line", "nothing")
 
 
+def test_readings_are_refused_where_the_run_kept_no_text_for_them(script, tiny_run):
+    run = [*tiny_run, "--architecture", "standard", "--n_checkpoints", 1]
+    final = Path(script("sae_lens_train.py", *run).stdout.strip())
+    shutil.rmtree(final)  # so that the run is not finished
+    done = script("sae_lens_train.py", *run, "--eval_every", 1024, "--resume")
+    assert done.status == 2, done.stderr
+    assert f"--eval_every 1024: the run in {final.parent} kept no held-out text" in done.error_lines[0]
+
+
 def test_checkpoints_are_kept_as_asked(trainings, flags, tmp_path):
     seen = set()
 
