@@ -53,7 +53,7 @@ def _one_training(record: _Record, source: TextSource, held_out: HeldOutSplit | 
         return None
     if not same_data(source.name, data):
         return _is_within(source.name, data) or _is_within(data, source.name)
-    if split is None:
+    if not isinstance(split, str):
         return True
     if source.config != record.get("dataset_config"):
         return None  # configurations of one data set often share documents

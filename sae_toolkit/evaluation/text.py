@@ -82,7 +82,7 @@ def open_text_of(
     trained_on = (metadata.dataset_config, metadata.dataset_split)
     if not same_data(source.name, metadata.dataset_path) or (source.config, source.split) != trained_on:
         return _all_of(source, text_settings)
-    if source.column != metadata.get("text_column", source.column):  # of another column, other documents are held out
+    if metadata.text_column not in (None, source.column):  # of another column, other documents are held out
         log.warning("%s: the SAE was trained on the column %s of the same data set", name, metadata.text_column)
         return _all_of(source, text_settings)
     if not metadata.held_out_fraction:

@@ -43,8 +43,9 @@ def unhealthy_end(cfg: LanguageModelSAERunnerConfig[Any], explained_variance: fl
         explained_variance: on the last batch, at most 1. Below 0 the SAE is worse than the mean of the activations.
         loss: the loss of the last batch.
     """
-    if explained_variance >= 0 or cfg.sae.normalize_activations == "covariance_whitening":
-        return None  # of whitened activations it says little about those of the model
+    # Of whitened activations it can be somewhat below 0 where it is above 0 for those of the model.
+    if explained_variance >= (-1 if cfg.sae.normalize_activations == "covariance_whitening" else 0):
+        return None
     because = too_high_learning_rate(cfg) or (
         f"train longer than --training_tokens {cfg.training_tokens}, or change what the warnings before the first step"
         " name"

@@ -33,6 +33,7 @@ def source(name="owner/text", config="small", split="train", column="text"):
         (OWN, {"name": "owner/other"}, None, False),
         (OWN | {"dataset_split": None}, {}, None, True),
         (OWN | {"held_out_fraction": "0.1"}, {}, SPLIT, True),
+        (OWN | {"initialized_from": OWN | {"dataset_split": 3}}, {}, SPLIT, True),
         ({}, {}, SPLIT, None),
         (OWN | {"initialized_from": OWN}, {}, SPLIT, False),
         (OWN | {"initialized_from": OWN | {"held_out_seed": 7}}, {}, SPLIT, True),

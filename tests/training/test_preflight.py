@@ -108,8 +108,8 @@ def test_a_text_that_is_read_several_times_is_warned_of():
 
 
 def test_an_sae_that_ends_worse_than_the_mean_is_said_with_what_to_lower():
-    def said(lr, explained_variance):
-        settings = with_recipe(parse_training_flags([preset("demo"), "--lr", str(lr)]), 576).settings
+    def said(lr, explained_variance, *flags):
+        settings = with_recipe(parse_training_flags([preset("demo"), "--lr", str(lr), *flags]), 576).settings
         cfg = build_runner_config(settings, HOOK, d_in=576, device="cpu", run_id="run")
         return unhealthy_end(cfg, explained_variance, loss=4e15)
 
@@ -117,6 +117,9 @@ def test_an_sae_that_ends_worse_than_the_mean_is_said_with_what_to_lower():
     assert re.search(r"; --lr 10: one step can turn a feature by .*; lower it to about 0.004$", said(10, -3e12))
     assert "; train longer than --training_tokens 500000, " in said(2e-3, -0.2)
     assert said(10, 0.1) is None
+    whitened = "--normalize_activations", "covariance_whitening"
+    assert said(10, -0.2, *whitened) is None
+    assert "its explained variance is -3e+12" in said(10, -3e12, *whitened)
 
 
 def test_a_run_that_diverges_says_so_at_its_end(script, tiny_run):

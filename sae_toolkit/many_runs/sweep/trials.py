@@ -70,6 +70,8 @@ def make_trials(
 ) -> list[Trial]:
     """Returns the trials of a sweep. Equal arguments give equal trials, so that a stopped sweep can go on.
 
+    Where the seed is swept, all trials hold out the same documents, those of the seed in `base`.
+
     Args:
         base: the flags that all trials have in common.
         directory: the directory of the sweep.
@@ -78,8 +80,6 @@ def make_trials(
         n_samples: how many trials to draw from the ranges and from the grids' values; None for all combinations.
         seed: the seed of the draws.
         caches: whether trials cache and share their activations.
-
-    Where the seed is swept, all trials hold out the documents of the first seed, so that they are measured on the same.
 
     Raises:
         UserError: a flag does not exist, cannot be swept, or has a value that training would refuse.
@@ -106,8 +106,8 @@ def make_trials(
             for _ in range(n_samples)
         ]
     distinct = {json.dumps(values): values for values in combinations}.values()
-    held_out = [] if "held_out_seed" in of_grid else ["--held_out_seed", str(parse_training_flags(base).held_out_seed)]
-    base = [*base, *held_out] if "seed" in {**of_grid, **of_range} else base
+    if "seed" in combinations[0] and "held_out_seed" not in combinations[0]:
+        base = [*base, "--held_out_seed", str(parse_training_flags(base).held_out_seed)]
     return [_trial(number, values, base, directory, caches) for number, values in enumerate(distinct, 1)]
 
 
