@@ -39,7 +39,7 @@ class EvaluatedSAESettings:
     device, and cpu otherwise
     """
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """dtype of the language model; auto is bfloat16 if the hardware computes in it, and float32 otherwise"""
+    """dtype of the language model; auto is bfloat16 if the hardware is faster in it, and float32 otherwise"""
     batch_size: Positive = 8
     """number of sequences in one forward pass of the language model"""
 

@@ -85,7 +85,7 @@ class ModelSettings:
     """spread the language model over this many GPUs, beginning with --llm_device"""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the language model, and on a CPU also of the SAE's matrix products; auto is bfloat16 if the hardware
-    computes in it, and float32 otherwise
+    is faster in it, and float32 otherwise
     """
     cache_activations: str | None = flag(None, scope=Scope.RUN, metavar="DIRECTORY")
     """keep the activations in this directory, in bfloat16, and read the ones that an earlier run left there"""

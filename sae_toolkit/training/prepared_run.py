@@ -148,7 +148,7 @@ class PreparedRun:
 
     @property
     def products_in_bfloat16(self) -> bool:
-        """Whether products of the SAE on a CPU are in bfloat16: if the model is, and the hardware supports it."""
+        """Whether products of the SAE on a CPU are in bfloat16: if the model is, and the hardware is faster in it."""
         return self.lm_dtype == choose_lm_dtype("auto", self.cfg.device) == torch.bfloat16
 
     @property
