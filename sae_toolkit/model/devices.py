@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from sae_lens.util import dtype_to_str
 from sae_toolkit.errors import UserError, failed_allocation, is_out_of_memory, one_line
 
 log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
@@ -126,6 +130,21 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def keep_freed_memory(device: str) -> None:
+    """Makes the C library of a process that computes on the CPU keep memory that tensors leave for the next ones.
+
+    glibc returns blocks above 128 KiB to the system. Each step would get its pages anew, and each page zeroed: at 32x a
+    seventh of the time of a training. From now on blocks of up to 256 MiB stay, and up to 1 GiB at the end of the heap.
+    It does nothing on other devices, with other C libraries, and where the environment sets these limits.
+    """
+    if torch.device(device).type != "cpu" or os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**28)
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def with_float64(tensor: torch.Tensor) -> torch.Tensor:
