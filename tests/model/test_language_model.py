@@ -3,7 +3,6 @@
 import copy
 import shutil
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sae_toolkit.errors import UserError
-from sae_toolkit.model.devices import choose_lm_dtype, cpu_is_faster_in_bfloat16
 from sae_toolkit.model.hook_width import hook_width
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import find_model, load_language_model
@@ -239,23 +237,3 @@ def test_compiled_layers_compute_the_same_and_can_be_replaced(tiny_model):
 def test_an_unknown_hook_is_said_before_any_weights_are_loaded(embedded_source, hook_name, says):
     with pytest.raises(UserError, match=says):
         hook_width(embedded_source.config, hook_name)
-
-
-def test_the_language_model_is_bfloat16_only_where_the_hardware_is_faster_in_it():
-    words = Path("/proc/cpuinfo").read_text().split()
-    is_faster = "amx_bf16" in words or ("avx512_bf16" in words and "GenuineIntel" not in words)
-    assert choose_lm_dtype("auto", "cpu") == (torch.bfloat16 if is_faster else torch.float32)
-    assert choose_lm_dtype("bfloat16", "cpu") == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("cpu_name", "capabilities", "is_faster"),
-    [
-        ("Intel Xeon", {"amx_bf16", "avx512_bf16"}, True),
-        ("Intel Xeon", {"avx512_bf16", "avx512_fp16"}, False),
-        ("AMD EPYC", {"avx512_bf16"}, True),
-        ("AMD EPYC", {"avx2"}, False),
-    ],
-)
-def test_avx512_bf16_alone_counts_on_processors_of_amd_only(cpu_name, capabilities, is_faster):
-    assert cpu_is_faster_in_bfloat16({"cpu_name": cpu_name, **dict.fromkeys(capabilities, True)}) == is_faster

@@ -1,0 +1,54 @@
+"""What the CPU multiplies faster decides the dtype; the memory of freed tensors stays with the process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_toolkit.model.devices import choose_lm_dtype, cpu_is_faster_in_bfloat16
+from support.processes import run_process
+
+PAGES_OF_TENSORS = 10 * 64 * 2**20 // 4096  # of those that COUNTS_FAULTS makes
+
+COUNTS_FAULTS = """
+import resource, sys, torch
+from sae_toolkit.model.devices import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory("cpu")
+for _ in range(3):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_the_language_model_is_bfloat16_only_where_the_hardware_is_faster_in_it():
+    words = Path("/proc/cpuinfo").read_text().split()
+    is_faster = "amx_bf16" in words or ("avx512_bf16" in words and "GenuineIntel" not in words)
+    assert choose_lm_dtype("auto", "cpu") == (torch.bfloat16 if is_faster else torch.float32)
+    assert choose_lm_dtype("bfloat16", "cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("cpu_name", "capabilities", "is_faster"),
+    [
+        ("Intel Xeon", {"amx_bf16", "avx512_bf16"}, True),
+        ("Intel Xeon", {"avx512_bf16", "avx512_fp16"}, False),
+        ("AMD EPYC", {"avx512_bf16"}, True),
+        ("AMD EPYC", {"avx2"}, False),
+    ],
+)
+def test_avx512_bf16_alone_counts_on_processors_of_amd_only(cpu_name, capabilities, is_faster):
+    assert cpu_is_faster_in_bfloat16({"cpu_name": cpu_name, **dict.fromkeys(capabilities, True)}) == is_faster
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limits are those of glibc")
+def test_the_memory_of_a_freed_tensor_is_used_again_and_not_asked_of_the_system():
+    kept, returned = (int(run_process(sys.executable, "-c", COUNTS_FAULTS, what).stdout) for what in ("keep", "return"))
+    assert kept < PAGES_OF_TENSORS / 100
+    assert returned > PAGES_OF_TENSORS / 2
