@@ -16,7 +16,7 @@ from sae_toolkit.files.names import FLAGS_FILENAME
 from sae_toolkit.settings import fields
 from sae_toolkit.settings.checks import OF_RANDOM_WEIGHTS, SPARSITY_WEIGHTS, check_paths, check_settings
 from sae_toolkit.settings.fields import Scope, as_text
-from sae_toolkit.settings.training import RECIPE_FLAGS, TRAINING_FLAGS, TrainingSettings
+from sae_toolkit.settings.training import RECIPE_FLAGS, TRAINING_FLAGS, ModelSettings, TrainingSettings
 from sae_toolkit.terminal.console import Parser
 
 _HOOK_FLAGS = ("hook_name", "hook_names", "layers")
@@ -90,6 +90,7 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
     given = given_flags(argv)
     settings = TrainingSettings.from_flags(values | {"preset": _presets(words)} | _open_to_recipe(values, given))
     check_paths(settings)
+    _check_typed_layer(settings.model, words)
     resume, like = settings.run.resume, settings.run.like
     if like is not None and resume not in (None, "auto"):
         raise UserError(f"--like {like}, --resume {resume}: a resumed run has its own flags; leave one of them out")
@@ -122,10 +123,11 @@ def training_words(flags: Mapping[str, Any], *, leave_out: Collection[str] = ())
     Flags at their defaults are left out, and those that the recipe chose.
     """
     chosen = flags.get("chosen", ())
+    other_place = {"layer"} if flags.get("hook_name") or flags.get("hook_names") else set()
     return fields.as_words(
         TrainingSettings,
         {**flags, "set": _not_chosen(flags["set"], chosen)} if "set" in flags else flags,
-        leave_out={*leave_out, *chosen},
+        leave_out={*leave_out, *chosen, *other_place},
         keep=RECIPE_FLAGS if flags.get("recipe") == "auto" else (),
     )
 
@@ -134,6 +136,16 @@ def flags_with(*scopes: Scope) -> set[str]:
     """Returns the names of the flags that have one of these scopes. `preset`, not a flag, has `Scope.COMMAND`."""
     names = {name for name, each in TRAINING_FLAGS.items() if each.scope in scopes}
     return names | ({"preset"} if Scope.COMMAND in scopes else set())
+
+
+def _check_typed_layer(model: ModelSettings, words: Sequence[str]) -> None:
+    """Checks that a typed --layer is one of the hooks', if a flag names them. That of a flag file gives way to them."""
+    hooks = model.hook_names or ([model.hook_name] if model.hook_name is not None else [])
+    if "layer" in typed_flags(words) and hooks and not any(str(model.layer) in hook.split(".") for hook in hooks):
+        raise UserError(
+            f"--layer {model.layer}: {model.hook_flag} {as_text(hooks)} chooses the place, at another layer; leave"
+            " one of them out"
+        )
 
 
 def _open_to_recipe(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:

@@ -86,14 +86,18 @@ def test_verbose_and_quiet_exclude_one_another():
         parse_training_flags(["--verbose", "--quiet"])
 
 
+PRESET = f"@{ROOT / 'presets/demo.args'}"
 SEVERAL = ["--hook_names", "blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out"]
 
 
 @pytest.mark.parametrize(
     ("words", "hooks"),
     [
-        (["--layer", "3", "--hook_name", "blocks.1.hook_mlp_out"], ["blocks.1.hook_mlp_out"]),  # as after a preset
-        (["--layer", "3", *SEVERAL], SEVERAL[1:]),
+        ([PRESET, "--hook_name", "blocks.1.hook_mlp_out"], ["blocks.1.hook_mlp_out"]),  # its layer gives way
+        ([PRESET, *SEVERAL], SEVERAL[1:]),
+        (["--layer", "1", "--hook_name", "blocks.1.hook_mlp_out"], ["blocks.1.hook_mlp_out"]),
+        (["--layer", "3", "--hook_name", "blocks.1.hook_mlp_out"], "--layer 3: --hook_name blocks.1.hook_mlp_out choo"),
+        (["--layer=3", *SEVERAL], "--layer 3: --hook_names blocks.1.hook_mlp_out blocks.2.hook_mlp_out chooses"),
         (["--layers", "2", "3", "--layer", "1"], ["blocks.1.hook_resid_post"]),
         (["--hook_name", "blocks.1.hook_mlp_out", "--layer", "3"], "argument --layer 3: --hook_name blocks.1.hook_mlp"),
         ([*SEVERAL, "--layer", "3"], "argument --layer 3: --hook_names blocks.1.hook_mlp_out,blocks.2.hook_mlp_out"),
