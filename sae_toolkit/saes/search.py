@@ -147,12 +147,13 @@ def _checkpoints(directory: Path, layer: int | None = None) -> list[Path]:
 
 
 def _of_hooks(directory: Path, layer: int | None) -> list[Path]:
-    """Returns the SAEs of a checkpoint that has one SAE for each hook; only those of a layer, if it is given."""
+    """Returns the SAEs of a checkpoint that has several; of those for each hook only a layer's, if it is given."""
     if not re.fullmatch(r"(final_)?\d+", directory.name):
         return []
     children = sorted(directory.iterdir(), key=lambda child: _natural(child.name))
     saes = [child for child in children if library_of(child) is not None]
-    return [sae for sae in saes if layer is None or sae.name.startswith(f"blocks.{layer}.")]
+    of_layer = () if layer is None else (f"blocks.{layer}.", "seed_")  # seeds are all of one hook
+    return [sae for sae in saes if layer is None or sae.name.startswith(of_layer)]
 
 
 def _choose(folders: Collection[str], part: str | None, layer: int | None, where: str) -> str:

@@ -90,7 +90,6 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
     given = given_flags(argv)
     settings = TrainingSettings.from_flags(values | {"preset": _presets(words)} | _open_to_recipe(values, given))
     check_paths(settings)
-    _check_typed_layer(settings.model, words)
     resume, like = settings.run.resume, settings.run.like
     if like is not None and resume not in (None, "auto"):
         raise UserError(f"--like {like}, --resume {resume}: a resumed run has its own flags; leave one of them out")
@@ -98,6 +97,7 @@ def parse_training_flags(argv: Sequence[str] | None = None) -> TrainingSettings:
         settings = _settings_like(Path(like), given)
     elif resume not in (None, "auto"):
         settings = _settings_of_run(Path(resume), given)
+    _check_typed_layer(settings.model, words)
     check_settings(settings)
     return settings
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae_toolkit.saes.search import find_saes
 from support.trainings import assert_same
 
 
@@ -35,6 +36,7 @@ def test_the_first_is_that_of_a_run_of_its_own_and_the_run_ends_with_what_they_s
     evaluated = script("evaluate_sae_real_activations.py", "--stability", together, "--num_samples", 8)
     assert evaluated.status == 0, evaluated.stderr
     assert "evaluated in" not in evaluated.stderr  # the same documents are held out, so one pass is enough
+    assert [sae.path.name for sae in find_saes([str(together)], layer=1)] == names  # a layer chooses none of them
 
 
 def test_a_sweep_has_one_seed_in_each_trial(script, tiny_run):
