@@ -38,6 +38,7 @@ def train(signals: StopSignals) -> int:
         # Imported here because SAELens takes seconds to import, and --help and a mistyped flag do not need it.
         with importing("SAELens"):
             from sae_toolkit.distributed.ranks import join_ranks
+            from sae_toolkit.model.devices import freed_memory
             from sae_toolkit.reports.seeds import show_seeds
             from sae_toolkit.training.card import show_fit
             from sae_toolkit.training.loop import fit
@@ -57,14 +58,15 @@ def train(signals: StopSignals) -> int:
                     dry_run(run, settings.run)
                     return 0
                 activations = open_activations(run)
-                check_activations(run, activations, settings.run)
-                training = Training(run, activations)
-                run.open_directory()
-                record = start_record(run)
-                try:
-                    final = fit(training, record, signals)
-                finally:
-                    record.finish()
+                with freed_memory(run.cfg.device, is_kept=not run.finetunes):
+                    check_activations(run, activations, settings.run)
+                    training = Training(run, activations)
+                    run.open_directory()
+                    record = start_record(run)
+                    try:
+                        final = fit(training, record, signals)
+                    finally:
+                        record.finish()
                 if ranks.is_main:
                     show_seeds(training, final)
     except Stopped as stopped:

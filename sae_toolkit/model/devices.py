@@ -19,6 +19,9 @@ from sae_toolkit.errors import UserError, failed_allocation, is_out_of_memory, o
 log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT = {_M_MMAP_THRESHOLD: 2**28, _M_TRIM_THRESHOLD: 2**30}
+_RETURNED = {_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}  # where glibc's own limits end when they grow
+_kept = [False]  # what `freed_memory` chose, the innermost last
 
 
 def choose_device(device: str, local_rank: int = 0, flag: str = "--device") -> str:
@@ -132,19 +135,41 @@ def release_memory() -> None:
         torch.mps.empty_cache()
 
 
-def keep_freed_memory(device: str) -> None:
-    """Makes the C library of a process that computes on the CPU keep memory that tensors leave for the next ones.
+@contextmanager
+def freed_memory(device: str, *, is_kept: bool) -> Iterator[None]:
+    """Context manager that chooses whether a process on the CPU keeps the memory that tensors leave.
 
-    glibc returns blocks above 128 KiB to the system. Each step would get its pages anew, and each page zeroed: at 32x a
-    seventh of the time of a training. From now on blocks of up to 256 MiB stay, and up to 1 GiB at the end of the heap.
+    glibc returns large blocks to the system. Each step of a training then gets their pages anew, and each page zeroed:
+    at 32x a seventh of the time. If it is kept, blocks of up to 256 MiB stay, and up to 1 GiB at the end of the heap.
+    That is for work which asks for the same sizes again and again. With other sizes the heap gets holes, and the peak
+    rises by up to 1 GiB. At its end the choice is again that of before.
+
     It does nothing on other devices, with other C libraries, and where the environment sets these limits.
+
+    Args:
+        device: where the tensors are.
+        is_kept: whether the process keeps the memory, or returns it, as it does where nothing is chosen.
     """
-    if torch.device(device).type != "cpu" or os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}:
+    before = _kept[-1]
+    _kept.append(is_kept)
+    _limit_malloc(device, is_kept, before)
+    try:
+        yield
+    finally:
+        _kept.pop()
+        _limit_malloc(device, before, is_kept)
+
+
+def _limit_malloc(device: str, is_kept: bool, was_kept: bool) -> None:
+    environment = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    if is_kept == was_kept or torch.device(device).type != "cpu" or environment:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**28)
-        mallopt(_M_TRIM_THRESHOLD, 2**30)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for limit, size in (_KEPT if is_kept else _RETURNED).items():
+            libc.mallopt(limit, size)
+        if not is_kept:
+            libc.malloc_trim(0)
 
 
 def with_float64(tensor: torch.Tensor) -> torch.Tensor:

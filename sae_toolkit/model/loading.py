@@ -31,7 +31,7 @@ from sae_toolkit.files.trust import check_kernels, check_model_kwargs, check_wei
 from sae_toolkit.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from sae_toolkit.model.adapters import Adapter, find_adapter, merged_with_adapter
 from sae_toolkit.model.building import auto_class, model_without_weights
-from sae_toolkit.model.devices import free_memory, keep_freed_memory, out_of_memory_answered, what_would_fit
+from sae_toolkit.model.devices import free_memory, out_of_memory_answered, what_would_fit
 from sae_toolkit.model.embedded_copy import KEPT_COPIES, embedded_copy
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.synthetic.directory import is_synthetic, synthetic_directory
@@ -291,7 +291,6 @@ def load_language_model(
         if (adapter := source.adapter) is not None:
             log.info("merging the adapter into %s", adapter.base)
             model = retrying(where, lambda: merged_with_adapter(model, adapter, where))
-    keep_freed_memory(device)
     return LanguageModel(model, *([hook_names] if isinstance(hook_names, str) else hook_names))
 
 

@@ -16,7 +16,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_toolkit.errors import RunFailed, UserError, is_out_of_memory, one_line
 from sae_toolkit.evaluation.measurement import Evaluation
 from sae_toolkit.files.names import HELD_OUT_METRICS_FILENAME
-from sae_toolkit.model.devices import release_memory
+from sae_toolkit.model.devices import freed_memory, release_memory
 from sae_toolkit.steps.trainer import Trainer
 from sae_toolkit.terminal.progress import Progress
 from sae_toolkit.terminal.stop_signals import Stopped, StopSignals
@@ -160,7 +160,7 @@ class TrainingLoop:
         progress.advance(self.cfg.train_batch_size_tokens, self._shown)
         every = self.run.recording.eval_every
         if every and trainer.n_training_samples // every > before // every:
-            with progress.paused():
+            with progress.paused(), freed_memory(self.cfg.device, is_kept=False):
                 self._measure_held_out()
 
         if trainer.checkpoint_thresholds and trainer.n_training_samples > trainer.checkpoint_thresholds[0]:

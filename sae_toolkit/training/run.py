@@ -17,7 +17,7 @@ from sae_lens.util import str_to_dtype
 from sae_toolkit.activations.cache import ActivationCache, CachedActivations
 from sae_toolkit.activations.stream import ActivationStream
 from sae_toolkit.files.trust import tensors_only
-from sae_toolkit.model.devices import keep_freed_memory, out_of_memory_answered
+from sae_toolkit.model.devices import out_of_memory_answered
 from sae_toolkit.model.language_model import LanguageModel
 from sae_toolkit.model.loading import load_language_model
 from sae_toolkit.saes.checkpoints import load_training_checkpoint
@@ -53,7 +53,6 @@ def open_activations(run: PreparedRun) -> LanguageModel | CachedActivations:
     if run.cache_directory is None:
         with run.ranks.one_first():
             return load()
-    keep_freed_memory(run.cfg.device)
     cache = ActivationCache(run.cache_directory, run.cache_parameters(), run.all_rows_NT, sum(run.widths))
     return CachedActivations(cache, load, run.cfg.device)
 
